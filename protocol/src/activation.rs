@@ -1,0 +1,406 @@
+//! Stage ↔ stage (`shoal-act`): one unidirectional stream per link, frames in order.
+//!
+//! ```text
+//! stage i ──► LinkHello, then any of Open · Step · Close ──► stage i+1
+//! last    ──► LinkHello, then Samples                   ──► stage 0 (the head)
+//!
+//! Step body:    StepHeader.rows    x RowRecord   (16 B)
+//!               StepHeader.grants  x BlockGrant  (16 B)
+//!               hidden states: rows x hidden f32, little-endian; the width follows from the plan
+//! Open body:    SamplingRecord (40 B), StepHeader.tokens x u32
+//! Samples body: samples x SampleRecord (24 B), candidates x CandidateRecord (8 B)
+//! ```
+//!
+//! Rows of one sequence are adjacent and in order of position. A grant names the sequence's next
+//! block; grants stand in the order in which the blocks are used.
+
+use crate::frame::{Flat, FrameError, append_tokens, expect_end, flat, read_tokens};
+use crate::id::{Attempt, Generation, RequestId, SequenceId, TokenId};
+use crate::plan::ReplicaLimits;
+use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX};
+
+flat! {
+    /// Says which link a stream is. The receiver compares it with its assignment and with the
+    /// certificate of the sender.
+    pub struct LinkHello = 24 {
+        /// The layout.
+        pub generation: u64,
+        /// The replica.
+        pub replica: u32,
+        /// The sender's stage.
+        pub from_stage: u32,
+        /// The receiver's stage.
+        pub to_stage: u32,
+        /// 0; for later versions.
+        pub reserved: u32,
+    }
+}
+
+flat! {
+    /// A sequence begins at every stage.
+    pub struct OpenHeader = 48 {
+        /// The layout.
+        pub generation: u64,
+        /// The sequence.
+        pub sequence: u64,
+        /// The client's request, for logs and traces.
+        pub request: u64,
+        /// Which try this is.
+        pub attempt: u32,
+        /// The choice.
+        pub choice: u32,
+        /// How many of the tokens are the prompt.
+        pub prompt_len: u32,
+        /// How many tokens follow.
+        pub tokens: u32,
+        /// 0; for later versions.
+        pub reserved: u64,
+    }
+}
+
+/// An `Open` frame, parsed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Open {
+    /// The layout.
+    pub generation: Generation,
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The client's request.
+    pub request: RequestId,
+    /// Which try this is.
+    pub attempt: Attempt,
+    /// The choice.
+    pub choice: u32,
+    /// How many of `tokens` are the prompt.
+    pub prompt_len: u32,
+    /// How the last stage draws.
+    pub sampling: SamplingRecord,
+    /// The prompt, then what was generated before.
+    pub tokens: Vec<TokenId>,
+}
+
+impl Open {
+    /// The header and the body of the frame.
+    pub fn encode(&self) -> (OpenHeader, Vec<u8>) {
+        let header = OpenHeader {
+            generation: self.generation.0,
+            sequence: self.sequence.0,
+            request: self.request.0,
+            attempt: self.attempt.0,
+            choice: self.choice,
+            prompt_len: self.prompt_len,
+            tokens: self.tokens.len() as u32,
+            reserved: 0,
+        };
+        let mut body = Vec::with_capacity(SamplingRecord::LEN + 4 * self.tokens.len());
+        self.sampling.append_to(&mut body);
+        append_tokens(&self.tokens, &mut body);
+        (header, body)
+    }
+
+    /// Checks every length and every number against the plan's bounds.
+    pub fn decode(header: &[u8], body: &[u8], limits: &ReplicaLimits) -> Result<Self, FrameError> {
+        let header = OpenHeader::read_from(header)?;
+        if header.tokens > limits.context_max {
+            return Err(FrameError::TooLong {
+                what: "tokens",
+                len: header.tokens as usize,
+                max: limits.context_max as usize,
+            });
+        }
+        if header.prompt_len == 0 || header.prompt_len > header.tokens {
+            return Err(FrameError::Invalid {
+                what: "OpenHeader",
+                why: format!("a prompt of {} tokens out of {}", header.prompt_len, header.tokens),
+            });
+        }
+        let (sampling, rest) = SamplingRecord::read_many(body, 1)?;
+        let (tokens, rest) = read_tokens(rest, header.tokens as usize)?;
+        expect_end(rest, "Open")?;
+        sampling[0].check()?;
+        Ok(Self {
+            generation: Generation(header.generation),
+            sequence: SequenceId(header.sequence),
+            request: RequestId(header.request),
+            attempt: Attempt(header.attempt),
+            choice: header.choice,
+            prompt_len: header.prompt_len,
+            sampling: sampling[0],
+            tokens,
+        })
+    }
+}
+
+flat! {
+    /// A batch.
+    pub struct StepHeader = 32 {
+        /// The layout.
+        pub generation: u64,
+        /// The step.
+        pub step: u64,
+        /// How many row records follow.
+        pub rows: u32,
+        /// How many block grants follow.
+        pub grants: u32,
+        /// How many rows have `RowRecord::SAMPLE` set.
+        pub samples: u32,
+        /// 0; for later versions.
+        pub reserved: u32,
+    }
+}
+
+flat! {
+    /// One row of a batch: one token of one sequence.
+    pub struct RowRecord = 16 {
+        /// The sequence.
+        pub sequence: u64,
+        /// The token's position in it, counted from 0.
+        pub position: u32,
+        /// `SAMPLE` or 0.
+        pub flags: u32,
+    }
+}
+
+impl RowRecord {
+    /// The last stage draws the next token from this row.
+    pub const SAMPLE: u32 = 1;
+
+    /// Whether the last stage draws from this row.
+    pub fn samples(&self) -> bool {
+        self.flags & Self::SAMPLE != 0
+    }
+}
+
+flat! {
+    /// A sequence gets its next KV block.
+    pub struct BlockGrant = 16 {
+        /// The sequence.
+        pub sequence: u64,
+        /// The block, below the plan's `kv_blocks`.
+        pub block: u32,
+        /// 0; for later versions.
+        pub reserved: u32,
+    }
+}
+
+/// A `Step` frame without its payload, parsed.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Step {
+    /// The fixed part.
+    pub header: StepHeader,
+    /// The rows.
+    pub rows: Vec<RowRecord>,
+    /// The blocks that are new since the last step.
+    pub grants: Vec<BlockGrant>,
+}
+
+impl Step {
+    /// Bytes of the records between header and payload.
+    pub fn records_len(&self) -> usize {
+        self.rows.len() * RowRecord::LEN + self.grants.len() * BlockGrant::LEN
+    }
+
+    /// The records' bytes.
+    pub fn encode_records(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.records_len());
+        self.rows.iter().for_each(|r| r.append_to(&mut out));
+        self.grants.iter().for_each(|g| g.append_to(&mut out));
+        out
+    }
+
+    /// Checks the header against the plan, and the body's length against the header, before
+    /// anything is allocated. Returns the header, the records' bytes and the payload's bytes.
+    pub fn check(
+        header: &[u8],
+        body_len: usize,
+        limits: &ReplicaLimits,
+        row_bytes: usize,
+    ) -> Result<(StepHeader, usize, usize), FrameError> {
+        let header = StepHeader::read_from(header)?;
+        for (what, len, max) in [
+            ("rows", header.rows, limits.step_rows_max),
+            ("grants", header.grants, limits.kv_blocks),
+            ("samples", header.samples, header.rows),
+        ] {
+            if len > max {
+                return Err(FrameError::TooLong { what, len: len as usize, max: max as usize });
+            }
+        }
+        let records =
+            header.rows as usize * RowRecord::LEN + header.grants as usize * BlockGrant::LEN;
+        let payload = header.rows as usize * row_bytes;
+        if body_len != records + payload {
+            return Err(FrameError::WrongLength {
+                what: "Step",
+                len: body_len,
+                expected: records + payload,
+            });
+        }
+        Ok((header, records, payload))
+    }
+
+    /// Reads the records that `check` has sized.
+    pub fn decode(header: StepHeader, records: &[u8]) -> Result<Self, FrameError> {
+        let (rows, rest) = RowRecord::read_many(records, header.rows as usize)?;
+        let (grants, rest) = BlockGrant::read_many(rest, header.grants as usize)?;
+        expect_end(rest, "Step records")?;
+        let samples = rows.iter().filter(|r| r.samples()).count();
+        if samples != header.samples as usize {
+            return Err(FrameError::Invalid {
+                what: "StepHeader",
+                why: format!(
+                    "{samples} rows are marked to sample, the header says {}",
+                    header.samples
+                ),
+            });
+        }
+        Ok(Self { header, rows, grants })
+    }
+}
+
+flat! {
+    /// A sequence ends at every stage; its blocks are free for others behind this frame.
+    pub struct CloseHeader = 16 {
+        /// The layout.
+        pub generation: u64,
+        /// The sequence.
+        pub sequence: u64,
+    }
+}
+
+flat! {
+    /// What the last stage drew in one step.
+    pub struct SamplesHeader = 32 {
+        /// The layout.
+        pub generation: u64,
+        /// The step.
+        pub step: u64,
+        /// How many sample records follow: 0 for a step of prompt rows alone.
+        pub samples: u32,
+        /// How many candidate records follow, in the order of the samples.
+        pub candidates: u32,
+        /// 0; for later versions.
+        pub reserved: u64,
+    }
+}
+
+flat! {
+    /// One drawn token.
+    pub struct SampleRecord = 24 {
+        /// The sequence.
+        pub sequence: u64,
+        /// The position of the row that it was drawn from; the token stands at the next one.
+        pub position: u32,
+        /// The token.
+        pub token: u32,
+        /// Its log-probability; NaN where none was asked for.
+        pub logprob: f32,
+        /// How many of the candidate records are this token's.
+        pub candidates: u32,
+    }
+}
+
+/// One drawn token with its alternatives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The position of the row that it was drawn from.
+    pub position: u32,
+    /// The token.
+    pub token: TokenId,
+    /// Its log-probability; NaN where none was asked for.
+    pub logprob: f32,
+    /// The alternatives, best first.
+    pub candidates: Vec<CandidateRecord>,
+}
+
+/// A `Samples` frame, parsed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Samples {
+    /// The layout.
+    pub generation: Generation,
+    /// The step.
+    pub step: crate::id::StepId,
+    /// What was drawn, in row order.
+    pub samples: Vec<Sample>,
+}
+
+impl Samples {
+    /// The header and the body of the frame.
+    pub fn encode(&self) -> (SamplesHeader, Vec<u8>) {
+        let candidates: usize = self.samples.iter().map(|s| s.candidates.len()).sum();
+        let header = SamplesHeader {
+            generation: self.generation.0,
+            step: self.step.0,
+            samples: self.samples.len() as u32,
+            candidates: candidates as u32,
+            reserved: 0,
+        };
+        let mut body = Vec::with_capacity(
+            self.samples.len() * SampleRecord::LEN + candidates * CandidateRecord::LEN,
+        );
+        for sample in &self.samples {
+            SampleRecord {
+                sequence: sample.sequence.0,
+                position: sample.position,
+                token: sample.token,
+                logprob: sample.logprob,
+                candidates: sample.candidates.len() as u32,
+            }
+            .append_to(&mut body);
+        }
+        self.samples.iter().flat_map(|s| &s.candidates).for_each(|c| c.append_to(&mut body));
+        (header, body)
+    }
+
+    /// The longest body that a step under these limits can have.
+    pub fn body_len_max(limits: &ReplicaLimits) -> usize {
+        limits.step_rows_max as usize
+            * (SampleRecord::LEN + TOP_LOGPROBS_MAX as usize * CandidateRecord::LEN)
+    }
+
+    /// Checks every length and every number against the plan's bounds.
+    pub fn decode(header: &[u8], body: &[u8], limits: &ReplicaLimits) -> Result<Self, FrameError> {
+        let header = SamplesHeader::read_from(header)?;
+        if header.samples > limits.step_rows_max {
+            return Err(FrameError::TooLong {
+                what: "samples",
+                len: header.samples as usize,
+                max: limits.step_rows_max as usize,
+            });
+        }
+        let (records, rest) = SampleRecord::read_many(body, header.samples as usize)?;
+        let (candidates, rest) = CandidateRecord::read_many(rest, header.candidates as usize)?;
+        expect_end(rest, "Samples")?;
+        let mut candidates = candidates.into_iter();
+        let mut samples = Vec::with_capacity(records.len());
+        for record in records {
+            if record.candidates > TOP_LOGPROBS_MAX || record.candidates as usize > candidates.len()
+            {
+                return Err(FrameError::Invalid {
+                    what: "SampleRecord",
+                    why: format!("{} candidates", record.candidates),
+                });
+            }
+            samples.push(Sample {
+                sequence: SequenceId(record.sequence),
+                position: record.position,
+                token: record.token,
+                logprob: record.logprob,
+                candidates: candidates.by_ref().take(record.candidates as usize).collect(),
+            });
+        }
+        if candidates.len() != 0 {
+            return Err(FrameError::Invalid {
+                what: "SamplesHeader",
+                why: format!("{} candidates belong to no sample", candidates.len()),
+            });
+        }
+        Ok(Self {
+            generation: Generation(header.generation),
+            step: crate::id::StepId(header.step),
+            samples,
+        })
+    }
+}

@@ -1,0 +1,169 @@
+//! CLI ↔ coordinator (`shoal-admin`): one bidirectional stream per call.
+//!
+//! The caller sends one request; the coordinator answers with one reply, or, for `Watch`, with a
+//! view on every change until the caller closes. Views are read-only copies for people and scripts
+//! (`shoal status --json` prints them as they are).
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::{DeviceInfo, HeadReport, ShardReport};
+use crate::error::WireError;
+use crate::id::{DeploymentName, NodeId, Role};
+use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan};
+use crate::version::VersionRange;
+
+/// The largest admin message.
+pub const MESSAGE_LEN_MAX: usize = 16 << 20;
+
+/// What an operator asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdminRequest {
+    /// The protocol versions the caller speaks.
+    pub versions: VersionRange,
+    /// What.
+    pub call: AdminCall,
+}
+
+/// The calls of the admin API.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum AdminCall {
+    /// The whole cluster.
+    Status,
+    /// The whole cluster, again on every change.
+    Watch,
+    /// Serve a model.
+    Deploy {
+        /// What clients will call it.
+        name: DeploymentName,
+        /// Where it is.
+        source: ModelSource,
+        /// Pipeline stages; `None`: as many as workers, at most one a layer.
+        stages: Option<u32>,
+        /// `None`: as stored.
+        precision: Option<Precision>,
+    },
+    /// Stop serving a model.
+    Undeploy {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// Make a join token.
+    CreateToken {
+        /// What its user will be.
+        role: Role,
+        /// How often it may be used.
+        uses: u32,
+        /// How long it is good for, in seconds.
+        expires_s: u64,
+    },
+    /// The plan of a deployment, with the arithmetic.
+    ExplainPlan {
+        /// Which.
+        name: DeploymentName,
+    },
+}
+
+/// What the coordinator answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum AdminReply {
+    /// To `Status` and `Watch`.
+    Status(Box<ClusterView>),
+    /// To `Deploy` and `Undeploy`: accepted and durable.
+    Accepted,
+    /// To `CreateToken`.
+    Token {
+        /// Give it to `shoal worker --token`.
+        token: String,
+    },
+    /// To `ExplainPlan`.
+    Plan(Box<PlanView>),
+    /// Refused; nothing has changed.
+    Refused(WireError),
+}
+
+/// The whole cluster, as the answering coordinator sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterView {
+    /// The answering coordinator.
+    pub coordinator: CoordinatorView,
+    /// All workers, by number.
+    pub workers: Vec<WorkerView>,
+    /// All deployments, by name.
+    pub deployments: Vec<DeploymentView>,
+    /// The current plan.
+    pub plan: Plan,
+}
+
+/// A coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorView {
+    /// Its identity.
+    pub id: NodeId,
+    /// Its process.
+    pub pid: u32,
+    /// The version of its binary.
+    pub build: String,
+    /// Where it takes the public API.
+    pub api: SocketAddr,
+    /// Where it takes the cluster's conversations.
+    pub cluster: SocketAddr,
+}
+
+/// A worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerView {
+    /// Its identity.
+    pub id: NodeId,
+    /// Whether its control link is up.
+    pub connected: bool,
+    /// Its process; 0 before it first registered.
+    pub pid: u32,
+    /// The version of its binary.
+    pub build: String,
+    /// Where it takes activations.
+    pub address: Option<SocketAddr>,
+    /// Its devices.
+    pub devices: Vec<DeviceInfo>,
+    /// Its shards.
+    pub shards: Vec<ShardReport>,
+    /// Its heads.
+    pub heads: Vec<HeadReport>,
+}
+
+/// A deployment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeploymentView {
+    /// What clients call it.
+    pub name: DeploymentName,
+    /// Where the model is.
+    pub source: ModelSource,
+    /// Whether requests are served.
+    pub phase: DeploymentPhase,
+    /// Why it is in that phase, for people; what is missing where something is.
+    pub reason: String,
+}
+
+/// Where a deployment is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeploymentPhase {
+    /// There is no plan that fits; more workers are needed.
+    Waiting,
+    /// Shards are loading.
+    Loading,
+    /// Requests are served.
+    Ready,
+    /// It cannot be served as it is; the reason says what to do.
+    Failed,
+}
+
+/// The plan of one deployment, explained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanView {
+    /// Its replicas.
+    pub replicas: Vec<ReplicaPlan>,
+    /// The arithmetic, line by line, for people.
+    pub explanation: Vec<String>,
+}

@@ -1,0 +1,189 @@
+//! Coordinator ↔ worker agent (`shoal-ctl`): one bidirectional stream that the worker opens.
+//!
+//! The worker registers and then reports what it observes, on change and every
+//! `REPORT_INTERVAL`; the coordinator pushes what the worker should be, always complete, so that a
+//! lost message is made good by the next one. Messages are postcard in a `Message` frame.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::WireError;
+use crate::id::{Generation, Incarnation, NodeId, ReplicaId, StageIndex};
+use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
+use crate::units::Bytes;
+use crate::version::VersionRange;
+
+/// The largest control message: an `Assign` of a few hundred shards.
+pub const MESSAGE_LEN_MAX: usize = 4 << 20;
+
+/// How often a worker reports where nothing changes.
+pub const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// What a worker says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum WorkerMessage {
+    /// First on the stream.
+    Register(Register),
+    /// Then, on change and periodically.
+    Report(Report),
+    /// The answer to `CoordinatorMessage::Probe`.
+    Probed {
+        /// The probe's number.
+        probe: u64,
+        /// The fingerprint of what the worker reads at that source, or why it cannot.
+        result: Result<[u8; 32], WireError>,
+    },
+}
+
+/// What a coordinator says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum CoordinatorMessage {
+    /// The answer to `Register`: the version that both will speak.
+    Welcome {
+        /// Out of both ranges.
+        version: u16,
+    },
+    /// The registration was refused; the stream ends.
+    Refused(WireError),
+    /// What the worker should be: all of it. What is not in the list is to be drained and freed.
+    Assign(Vec<Assignment>),
+    /// Can the worker read this model?
+    Probe {
+        /// Comes back in the answer.
+        probe: u64,
+        /// What to read.
+        source: ModelSource,
+    },
+    /// Finish what runs, take nothing new, then end the process.
+    Drain,
+}
+
+/// Who a worker is and what it has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Register {
+    /// The protocol versions it speaks.
+    pub versions: VersionRange,
+    /// The version of its binary.
+    pub build: String,
+    /// Its identity; the certificate must say the same.
+    pub node: NodeId,
+    /// Grows with each start of this identity.
+    pub incarnation: Incarnation,
+    /// The process, for `shoal up --json` and the operator.
+    pub pid: u32,
+    /// Where it takes requests (`shoal-req`).
+    pub requests: SocketAddr,
+    /// Where it takes activations (`shoal-act`).
+    pub activations: SocketAddr,
+    /// Its devices.
+    pub devices: Vec<DeviceInfo>,
+    /// The contracts that its kernels keep.
+    pub numerics: Vec<Numerics>,
+}
+
+/// One device of a worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// `cpu`, `cuda:0` …
+    pub name: String,
+    /// What it is, for people: instruction set, threads.
+    pub description: String,
+    /// The budget for weights, KV and activations.
+    pub memory: Bytes,
+    /// Compute threads.
+    pub threads: u32,
+}
+
+/// What a worker observes of itself.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// Each shard that it has, wants to have, or is letting go.
+    pub shards: Vec<ShardReport>,
+    /// Each replica whose head runs here.
+    pub heads: Vec<HeadReport>,
+}
+
+/// One shard, as observed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardReport {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its layout.
+    pub generation: Generation,
+    /// The stage.
+    pub stage: StageIndex,
+    /// Where it is in its life.
+    pub state: ShardState,
+    /// What it holds.
+    pub memory: ShardMemory,
+    /// Counters since the shard was created.
+    pub counters: ShardCounters,
+}
+
+/// The life of a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ShardState {
+    /// Reading weights.
+    Loading {
+        /// Bytes read so far.
+        done: Bytes,
+        /// Bytes to read.
+        total: Bytes,
+    },
+    /// Weights are there; links to its neighbours are not all up yet.
+    Linking,
+    /// Takes steps.
+    Ready,
+    /// Lets its last steps out.
+    Draining,
+    /// Cannot go on; a new generation is needed.
+    Failed(WireError),
+}
+
+/// What a shard counted. All grow for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ShardCounters {
+    /// Steps computed.
+    pub steps: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Microseconds of compute.
+    pub compute_us: u64,
+    /// Bytes sent to the next stage.
+    pub sent_bytes: u64,
+    /// Frames sent to the next stage.
+    pub sent_frames: u64,
+    /// Microseconds that frames spent between this stage's send and the wire's acceptance of them.
+    pub send_us: u64,
+    /// The link's smoothed round-trip time in microseconds; 0 where there is no link.
+    pub link_rtt_us: u64,
+    /// Packets that the link's transport declared lost.
+    pub lost_packets: u64,
+}
+
+/// A head, as observed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct HeadReport {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its layout.
+    pub generation: Generation,
+    /// Sequences that run.
+    pub running: u32,
+    /// Sequences that wait.
+    pub waiting: u32,
+    /// KV blocks in use.
+    pub blocks_used: u32,
+    /// KV blocks in all.
+    pub blocks_total: u32,
+    /// Preemptions so far.
+    pub preemptions: u64,
+    /// Prompt tokens computed so far.
+    pub prompt_tokens: u64,
+    /// Tokens generated so far.
+    pub generated_tokens: u64,
+    /// Steps issued so far.
+    pub steps: u64,
+}

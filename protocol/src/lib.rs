@@ -1,0 +1,26 @@
+//! The words that every part of Shoal speaks, and what crosses which wire.
+//!
+//! | conversation (ALPN) | between | frames |
+//! |---|---|---|
+//! | `shoal-req` | coordinator ↔ head | flat rkyv: [`request`] |
+//! | `shoal-act` | stage ↔ stage | flat rkyv and raw tensors: [`activation`] |
+//! | `shoal-ctl` | coordinator ↔ worker agent | postcard: [`control`] |
+//! | `shoal-admin` | CLI ↔ coordinator | postcard: [`admin`] |
+//! | `shoal-join` | joiner ↔ coordinator, no client certificate | postcard, at most 4 KiB: [`join`] |
+//!
+//! Without the `quic` feature this crate has no socket, no clock and no runtime in it.
+
+pub mod activation;
+pub mod admin;
+pub mod control;
+pub mod error;
+pub mod frame;
+pub mod id;
+pub mod join;
+pub mod model;
+pub mod plan;
+#[cfg(feature = "quic")]
+pub mod quic;
+pub mod request;
+pub mod units;
+pub mod version;

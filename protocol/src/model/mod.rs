@@ -1,0 +1,11 @@
+//! What a model is: its shape, its tensors, and what of its files each stage needs.
+//!
+//! Pure but for [`checkpoint`], which reads the folder.
+
+pub mod checkpoint;
+pub mod spec;
+pub mod tensors;
+
+pub use checkpoint::{Checkpoint, CheckpointError};
+pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
+pub use tensors::{TensorRole, TensorSpec};

@@ -1,0 +1,298 @@
+//! The complete assignment of shards to devices: immutable nouns that the planner, the replicated
+//! state, the workers and the CLI share.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{
+    DeploymentName, Generation, NodeId, PlanRevision, RankIndex, ReplicaId, StageIndex,
+};
+use crate::units::{Bytes, LayerRange};
+
+/// The number of token positions in one block of the KV cache, aligned to position 0.
+pub const BLOCK_TOKENS: u32 = 16;
+
+/// The type in which a shard holds its weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl Precision {
+    /// Bytes of one weight.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 | Precision::F16 => 2,
+        }
+    }
+
+    /// The word of the CLI.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
+        }
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" | "float32" => Ok(Precision::F32),
+            "bf16" | "bfloat16" => Ok(Precision::Bf16),
+            "f16" | "float16" => Ok(Precision::F16),
+            _ => Err(format!("`{text}` is not a precision; use f32, bf16 or f16")),
+        }
+    }
+}
+
+/// The arithmetic that a deployment pins: only workers that have it are candidates, and equal
+/// contracts promise equal bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// `docs/decisions/001-numerics-contract-n1.md`.
+    N1,
+}
+
+impl std::fmt::Display for Numerics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Numerics::N1 => f.write_str("n1"),
+        }
+    }
+}
+
+/// Where a model's files are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelSource {
+    /// A folder in the Hugging Face layout, readable under this path on each node.
+    Folder {
+        /// An absolute path.
+        path: String,
+    },
+    /// A model inside the binary, by name; each node unpacks it into its data folder.
+    Builtin {
+        /// Such as `demo`.
+        name: String,
+    },
+    /// No files: a seeded pretend model with modelled time (`PretendSpec`), for tests and benches.
+    Pretend(PretendSpec),
+}
+
+impl std::fmt::Display for ModelSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ModelSource::Folder { path } => f.write_str(path),
+            ModelSource::Builtin { name } => write!(f, "the built-in model `{name}`"),
+            ModelSource::Pretend(_) => f.write_str("a pretend model"),
+        }
+    }
+}
+
+/// A pretend model: the tokens are a hash of the sequence so far, the time is modelled.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PretendSpec {
+    /// The number of layers to split.
+    pub layers: u32,
+    /// The width of the activations that travel.
+    pub hidden: u32,
+    /// The vocabulary's size.
+    pub vocab: u32,
+    /// The longest context in tokens.
+    pub max_context: u32,
+    /// Distinguishes pretend models whose other fields are equal.
+    pub seed: u64,
+    /// Modelled compute time of one layer in one step, in nanoseconds.
+    pub layer_step_ns: u64,
+    /// Modelled compute time of one layer for each row, in nanoseconds.
+    pub layer_row_ns: u64,
+    /// Modelled bytes of one layer's weights.
+    pub layer_weight_bytes: u64,
+}
+
+/// A model as a plan names it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ModelRef {
+    /// Where its files are.
+    pub source: ModelSource,
+    /// BLAKE3 of what the coordinator read there (`checkpoint::Checkpoint::fingerprint`); a worker
+    /// that reads something else refuses.
+    pub fingerprint: [u8; 32],
+}
+
+/// What the operator asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploymentSpec {
+    /// What clients call it.
+    pub name: DeploymentName,
+    /// The model.
+    pub model: ModelRef,
+    /// The number of pipeline stages; `None`: as many as there are workers, at most one a layer.
+    pub stages: Option<u32>,
+    /// The type in which weights are held; `None`: as stored.
+    pub precision: Option<Precision>,
+}
+
+/// Bounds that all shards of a replica agree on. Nothing in them may come from a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaLimits {
+    /// KV blocks of `BLOCK_TOKENS` positions that each stage holds.
+    pub kv_blocks: u32,
+    /// The longest sequence, prompt and answer together, in tokens.
+    pub context_max: u32,
+    /// The largest number of rows (tokens) in one step.
+    pub step_rows_max: u32,
+    /// The largest number of sequences that run at once.
+    pub sequences_max: u32,
+    /// The largest number of steps in flight.
+    pub steps_in_flight_max: u32,
+}
+
+/// The memory of one shard, to the byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ShardMemory {
+    /// Weights in the precision in which they are held.
+    pub weights: Bytes,
+    /// The paged KV cache.
+    pub kv: Bytes,
+    /// Activations, logits and buffers of steps in flight.
+    pub activations: Bytes,
+}
+
+impl ShardMemory {
+    /// All of it.
+    pub fn total(&self) -> Bytes {
+        self.weights + self.kv + self.activations
+    }
+}
+
+/// One (stage, rank), placed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardPlan {
+    /// The tensor rank inside the stage.
+    pub rank: RankIndex,
+    /// The worker that holds it.
+    pub node: NodeId,
+    /// The device on that worker: `cpu`.
+    pub device: String,
+    /// What it needs.
+    pub memory: ShardMemory,
+}
+
+/// A contiguous range of layers, and who computes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagePlan {
+    /// The layers; the first stage has the embedding too, the last one norm and output head.
+    pub layers: LayerRange,
+    /// One shard per tensor rank, in rank order.
+    pub shards: Vec<ShardPlan>,
+}
+
+/// One full copy of a model, spread over a mesh of shards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaPlan {
+    /// The replica.
+    pub id: ReplicaId,
+    /// The deployment it belongs to.
+    pub deployment: DeploymentName,
+    /// The number of this layout.
+    pub generation: Generation,
+    /// What it serves.
+    pub model: ModelRef,
+    /// The type in which weights are held.
+    pub precision: Precision,
+    /// The arithmetic.
+    pub numerics: Numerics,
+    /// The stages in pipeline order.
+    pub stages: Vec<StagePlan>,
+    /// Bounds that all shards agree on.
+    pub limits: ReplicaLimits,
+}
+
+impl ReplicaPlan {
+    /// `stages x ranks`, as people write it: `3x1`. Stages of unequal width show the widest.
+    pub fn mesh(&self) -> String {
+        let ranks = self.stages.iter().map(|s| s.shards.len()).max().unwrap_or(0);
+        format!("{}x{ranks}", self.stages.len())
+    }
+
+    /// The worker beside whose stage 0 the head runs.
+    pub fn head(&self) -> Option<NodeId> {
+        self.stages.first().and_then(|s| s.shards.first()).map(|s| s.node)
+    }
+
+    /// The workers of all shards, in mesh order.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.stages.iter().flat_map(|s| s.shards.iter().map(|shard| shard.node))
+    }
+
+    /// Whether this stage samples.
+    pub fn is_last(&self, stage: StageIndex) -> bool {
+        stage.0 as usize + 1 == self.stages.len()
+    }
+}
+
+/// The complete, immutable assignment of all shards to devices.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Plan {
+    /// Grows by one with each plan.
+    pub revision: PlanRevision,
+    /// All replicas of all deployments.
+    pub replicas: Vec<ReplicaPlan>,
+}
+
+/// Where a worker's stages take activations.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerAddress {
+    /// The worker.
+    pub node: NodeId,
+    /// Its `shoal-act` endpoint.
+    pub activations: std::net::SocketAddr,
+}
+
+/// What one worker is told to be: one shard of one replica's generation, and where its peers are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The whole layout, so that every stage knows whom to accept and what shapes to expect.
+    pub replica: ReplicaPlan,
+    /// This worker's stage.
+    pub stage: StageIndex,
+    /// This worker's rank in it.
+    pub rank: RankIndex,
+    /// One for each worker of the replica.
+    pub peers: Vec<PeerAddress>,
+}
+
+impl Assignment {
+    /// The layers of this shard.
+    pub fn layers(&self) -> LayerRange {
+        self.replica.stages.get(self.stage.0 as usize).map(|s| s.layers).unwrap_or_default()
+    }
+
+    /// Whether this is the stage beside which the head runs.
+    pub fn is_first(&self) -> bool {
+        self.stage.0 == 0
+    }
+
+    /// Whether this stage samples.
+    pub fn is_last(&self) -> bool {
+        self.replica.is_last(self.stage)
+    }
+}

@@ -1,0 +1,64 @@
+//! Which versions of the protocol this build speaks.
+//!
+//! The first message on every connection names a range; the answer names one number out of it. A
+//! peer with no common number is refused by name before anything else is read.
+
+use serde::{Deserialize, Serialize};
+
+/// The newest protocol version that this build speaks.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// The oldest protocol version that this build speaks.
+pub const PROTOCOL_VERSION_MIN: u16 = 1;
+
+/// An inclusive range of protocol versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionRange {
+    /// The oldest.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl VersionRange {
+    /// What this build speaks.
+    pub const OURS: Self = Self { min: PROTOCOL_VERSION_MIN, max: PROTOCOL_VERSION };
+
+    /// The newest version that both speak.
+    pub fn negotiate(self, peer: Self) -> Result<u16, VersionMismatch> {
+        let common = self.max.min(peer.max);
+        if common >= self.min && common >= peer.min {
+            Ok(common)
+        } else {
+            Err(VersionMismatch { ours: self, peer })
+        }
+    }
+}
+
+/// Two nodes have no version of the protocol in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the peer speaks protocol versions {} to {}, this node {} to {}; upgrade the older of the two",
+    peer.min, peer.max, ours.min, ours.max
+)]
+pub struct VersionMismatch {
+    /// What this node speaks.
+    pub ours: VersionRange,
+    /// What the peer speaks.
+    pub peer: VersionRange,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_wins() {
+        let range = |min, max| VersionRange { min, max };
+        assert_eq!(range(1, 3).negotiate(range(2, 5)), Ok(3));
+        assert_eq!(range(2, 5).negotiate(range(1, 3)), Ok(3));
+        assert_eq!(range(1, 1).negotiate(range(1, 1)), Ok(1));
+        assert!(range(1, 2).negotiate(range(3, 4)).is_err());
+        assert!(range(3, 4).negotiate(range(1, 2)).is_err());
+    }
+}
