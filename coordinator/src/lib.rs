@@ -1,1 +1,8 @@
-//! coordinator
+//! The edge and the brain of a cluster: a library that `shoal coordinator` composes.
+//!
+//! ```text
+//! request:  client ─► api (●) ─► tokenize ─► router (○) ─► dispatch (●) ══shoal-req══► head
+//! control:  CLI ══shoal-admin══► admin (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► agents (●) ══shoal-ctl══► workers
+//! ```
+
+pub mod serving;

@@ -2,10 +2,12 @@
 //!
 //! Pure but for [`checkpoint`], which reads the folder.
 
+pub mod builtin;
 pub mod checkpoint;
 pub mod spec;
 pub mod tensors;
 
+pub use builtin::BuiltinModel;
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
 pub use tensors::{TensorRole, TensorSpec};

@@ -1,0 +1,60 @@
+//! What the request plane needs to know of the control plane: one immutable table, replaced whole
+//! on every change and handed over in a `tokio::sync::watch`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use shoal_protocol::control::{HeadReport, ShardReport};
+use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+
+/// Everything that can be served, and what cannot be and why.
+#[derive(Clone, Debug, Default)]
+pub struct ServingTable {
+    /// All deployments by name.
+    pub deployments: BTreeMap<DeploymentName, Arc<ServedDeployment>>,
+    /// All shards as last reported, with the worker they are on: for `/metrics`.
+    pub shards: Vec<(NodeId, ShardReport)>,
+    /// Workers whose control link is up.
+    pub workers_connected: usize,
+    /// Workers in the replicated state.
+    pub workers_total: usize,
+}
+
+/// One deployment as the request plane sees it.
+#[derive(Clone, Debug)]
+pub struct ServedDeployment {
+    /// What clients call it.
+    pub name: DeploymentName,
+    /// When it was deployed: seconds since 1970.
+    pub created: u64,
+    /// The folder with tokenizer.json and its companions, readable by this coordinator.
+    /// `None` for a pretend model, which takes and gives token ids alone.
+    pub folder: Option<PathBuf>,
+    /// The vocabulary's size.
+    pub vocab: u32,
+    /// The longest context, prompt and answer together, in tokens.
+    pub context_max: u32,
+    /// Its replicas; none while there is no plan.
+    pub replicas: Vec<ServedReplica>,
+    /// Why it is not ready, where it is not.
+    pub reason: String,
+}
+
+/// One replica as the router sees it.
+#[derive(Clone, Debug)]
+pub struct ServedReplica {
+    /// The replica.
+    pub id: ReplicaId,
+    /// Its layout.
+    pub generation: Generation,
+    /// The worker with the head.
+    pub head: NodeId,
+    /// Where that worker takes `shoal-req`; `None` while it is not connected.
+    pub requests: Option<SocketAddr>,
+    /// Whether every shard is ready and every worker connected.
+    pub ready: bool,
+    /// The head's last report.
+    pub load: Option<HeadReport>,
+}

@@ -1,0 +1,66 @@
+//! What a stage computes: the seam between stages (which know sequences) and layers (which know
+//! rows, positions and KV blocks).
+
+/// Rows of one sequence that are computed in one step: adjacent rows at consecutive positions.
+///
+/// A decode step has one row; a chunk of a prompt has many.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'a> {
+    /// The first of its rows in the batch.
+    pub first_row: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// The position of the first row in its sequence, counted from 0.
+    pub first_position: u32,
+    /// The KV blocks of the sequence in order, enough for the last of these rows:
+    /// `blocks[p / BLOCK_TOKENS]` holds position `p` in slot `p % BLOCK_TOKENS`.
+    pub blocks: &'a [u32],
+}
+
+/// One step's rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The sequences, in row order, without gaps.
+    pub spans: &'a [Span<'a>],
+    /// Rows in all.
+    pub rows: usize,
+    /// The rows of which the last stage wants logits, ascending.
+    pub sample_rows: &'a [usize],
+}
+
+/// One shard's weights, KV cache and arithmetic.
+pub trait ShardModel: Send {
+    /// The width of the residual stream.
+    fn hidden(&self) -> usize;
+
+    /// The width of a row of logits; 0 on a stage that has no output head.
+    fn vocab(&self) -> usize;
+
+    /// Takes the rows through this shard's layers, in place.
+    ///
+    /// `tokens` has one id per row on the first stage and is `None` on others; `hidden`
+    /// (`rows x hidden`, row-major) is written on the first stage and read and overwritten on
+    /// others. On the last stage `logits` (`sample_rows.len() x vocab`) is written; `hidden` is then
+    /// scratch. K and V of every row are written to the cache before attention reads them.
+    ///
+    /// A row's bits depend on its own sequence alone, never on what else is in the batch or on how
+    /// the sequence was cut into steps.
+    fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        tokens: Option<&[u32]>,
+        hidden: &mut [f32],
+        logits: Option<&mut [f32]>,
+    ) -> Result<(), ComputeError>;
+}
+
+/// A step that could not be computed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ComputeError {
+    /// A batch that does not fit this shard; the stage checks before, so this is a bug.
+    #[error("a batch that does not fit the shard: {0}")]
+    BadBatch(String),
+    /// The device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+}
