@@ -1,1 +1,42 @@
-//! The transport shell.
+//! The transport shell: QUIC endpoints with mutual TLS, one ALPN per conversation, framed streams.
+//!
+//! ```text
+//! Endpoint::bind ─► connect(address, who, alpn) ─► Connection ─► open_bi / open_uni ─► FrameSender
+//!                └► accept ─► Accepting::establish ─► Connection ─► accept_bi / accept_uni ─► FrameReceiver
+//! ```
+//!
+//! A `Connection` exists only after the peer's certificate has been checked against the cluster's
+//! CA and its node id read; nothing that a peer sends is parsed before. The two exceptions are the
+//! conversations of [`Alpn::without_client_certificate`], whose messages are bounded to 4 KiB.
+//!
+//! There is no plaintext mode.
+
+pub mod ca;
+mod endpoint;
+pub mod identity;
+pub mod join;
+mod settings;
+mod stream;
+mod tls;
+
+pub use endpoint::{
+    AcceptError, Accepting, Alpn, ConnectError, Connection, Endpoint, EndpointError, Expect,
+    LinkStats,
+};
+pub use identity::Identity;
+pub use settings::{IDLE_TIMEOUT, KEEP_ALIVE};
+pub use stream::{FrameReceiver, FrameSender, RecvError, SendError};
+
+/// Connections ended on purpose carry one of these codes.
+pub mod close_code {
+    /// Nothing is wrong; the conversation is over.
+    pub const DONE: u32 = 0;
+    /// The node is stopping.
+    pub const DRAINING: u32 = 1;
+    /// The peer may not have this conversation.
+    pub const REFUSED: u32 = 2;
+    /// The peer broke the protocol.
+    pub const PROTOCOL: u32 = 3;
+    /// The layout has changed.
+    pub const STALE: u32 = 4;
+}

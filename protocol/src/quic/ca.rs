@@ -1,0 +1,154 @@
+//! The cluster's certificate authority.
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use rcgen::string::Ia5String;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+
+use super::identity::{Identity, TLS_NAME, uri_of, write_secret};
+use crate::id::NodeId;
+
+/// The longest life of a node's certificate.
+pub const CERTIFICATE_LIFE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// How far a certificate's beginning is set back, for clocks that do not agree.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(600);
+
+/// The life of the CA itself.
+const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The key that signs the certificates of all nodes.
+pub struct CertificateAuthority {
+    certificate: Vec<u8>,
+    key: KeyPair,
+}
+
+impl std::fmt::Debug for CertificateAuthority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CertificateAuthority")
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct CaFile {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+}
+
+/// What can go wrong with the CA.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// The file could not be read or written.
+    #[error("cannot use the CA file {path}")]
+    Io {
+        /// Which file.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a CA.
+    #[error("the CA file {path} is damaged: {why}")]
+    Damaged {
+        /// Which file.
+        path: String,
+        /// Why.
+        why: String,
+    },
+    /// A certificate could not be made.
+    #[error("cannot make a certificate: {0}")]
+    Signing(#[from] rcgen::Error),
+}
+
+impl CertificateAuthority {
+    /// A new CA with a new key.
+    pub fn create(now: SystemTime) -> Result<Self, CaError> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "shoal cluster CA");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.not_before = (now - CLOCK_SKEW).into();
+        params.not_after = (now + CA_LIFE).into();
+        let certificate = params.self_signed(&key)?;
+        Ok(Self { certificate: certificate.der().to_vec(), key })
+    }
+
+    /// Reads the CA; `None` where there is no such file.
+    pub fn load(path: &Path) -> Result<Option<Self>, CaError> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(CaError::Io { path: path.display().to_string(), source }),
+        };
+        let damaged = |why: String| CaError::Damaged { path: path.display().to_string(), why };
+        let file: CaFile = postcard::from_bytes(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(file.key))
+            .map_err(|e| damaged(e.to_string()))?;
+        Ok(Some(Self { certificate: file.certificate, key }))
+    }
+
+    /// Writes the CA, readable by its owner alone.
+    pub fn save(&self, path: &Path) -> Result<(), CaError> {
+        let file = CaFile { certificate: self.certificate.clone(), key: self.key.serialize_der() };
+        let io = |source| CaError::Io { path: path.display().to_string(), source };
+        let bytes = postcard::to_stdvec(&file).map_err(|e| io(io::Error::other(e)))?;
+        write_secret(path, &bytes).map_err(io)
+    }
+
+    /// The CA's certificate, DER.
+    pub fn certificate(&self) -> &[u8] {
+        &self.certificate
+    }
+
+    /// BLAKE3 of the CA's certificate: what a join token pins.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        *blake3::hash(&self.certificate).as_bytes()
+    }
+
+    /// A certificate (DER) for `node` over the key of a signing request. Whatever name the request
+    /// asks for is ignored; its self-signature is checked.
+    pub fn issue(&self, csr: &[u8], node: NodeId, now: SystemTime) -> Result<Vec<u8>, CaError> {
+        let csr = CertificateSigningRequestDer::from(csr);
+        let mut request = CertificateSigningRequestParams::from_der(&csr)?;
+        request.params = node_params(node, now)?;
+        Ok(request.signed_by(&self.issuer()?)?.der().to_vec())
+    }
+
+    /// A whole identity with a new key: for coordinators, admins and tests.
+    pub fn issue_identity(&self, node: NodeId, now: SystemTime) -> Result<Identity, CaError> {
+        let key = KeyPair::generate()?;
+        let certificate = node_params(node, now)?.signed_by(&key, &self.issuer()?)?;
+        Ok(Identity {
+            node,
+            certificate: certificate.der().to_vec(),
+            key: key.serialize_der(),
+            ca: self.certificate.clone(),
+        })
+    }
+
+    fn issuer(&self) -> Result<Issuer<'static, &KeyPair>, CaError> {
+        Ok(Issuer::from_ca_cert_der(&CertificateDer::from(self.certificate.as_slice()), &self.key)?)
+    }
+}
+
+fn node_params(node: NodeId, now: SystemTime) -> Result<CertificateParams, CaError> {
+    let mut params = CertificateParams::new(vec![TLS_NAME.to_owned()])?;
+    params.subject_alt_names.push(SanType::URI(Ia5String::try_from(uri_of(node))?));
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, node.to_string());
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.not_before = (now - CLOCK_SKEW).into();
+    params.not_after = (now + CERTIFICATE_LIFE_MAX - CLOCK_SKEW).into();
+    Ok(params)
+}

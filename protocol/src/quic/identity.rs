@@ -1,0 +1,154 @@
+//! Who a node is: its key, its certificate, and the CA that it trusts.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+
+use crate::id::NodeId;
+
+/// The DNS name in every node's certificate. Who a node is stands in the URI name beside it.
+pub(crate) const TLS_NAME: &str = "node.shoal.internal";
+
+/// The scheme of the URI name that carries the node id: `shoal://w3`. The role is its letter.
+const URI_PREFIX: &str = "shoal://";
+
+/// A node's certificate and key. `Debug` shows the node alone.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Who.
+    pub node: NodeId,
+    /// The certificate, DER.
+    pub certificate: Vec<u8>,
+    /// The private key, PKCS #8 DER.
+    pub key: Vec<u8>,
+    /// The cluster CA's certificate, DER.
+    pub ca: Vec<u8>,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity({})", self.node)
+    }
+}
+
+/// An identity file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The file could not be read or written.
+    #[error("cannot use the identity file {path}")]
+    Io {
+        /// Which file.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not an identity.
+    #[error(
+        "the identity file {path} is damaged ({why}); remove it and join again with a new token"
+    )]
+    Damaged {
+        /// Which file.
+        path: String,
+        /// Why.
+        why: String,
+    },
+}
+
+impl Identity {
+    /// Reads the file; `None` where there is none.
+    pub fn load(path: &Path) -> Result<Option<Self>, IdentityError> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(IdentityError::Io { path: path.display().to_string(), source });
+            }
+        };
+        let damaged =
+            |why: String| IdentityError::Damaged { path: path.display().to_string(), why };
+        let identity: Self = postcard::from_bytes(&bytes).map_err(|e| damaged(e.to_string()))?;
+        match node_of(&CertificateDer::from(identity.certificate.as_slice())) {
+            Ok(node) if node == identity.node => Ok(Some(identity)),
+            Ok(node) => {
+                Err(damaged(format!("its certificate is for {node}, not for {}", identity.node)))
+            }
+            Err(why) => Err(damaged(why.to_string())),
+        }
+    }
+
+    /// Writes the file, readable by its owner alone, whole or not at all.
+    pub fn save(&self, path: &Path) -> Result<(), IdentityError> {
+        let io = |source| IdentityError::Io { path: path.display().to_string(), source };
+        let bytes = postcard::to_stdvec(self).map_err(|e| io(io::Error::other(e)))?;
+        write_secret(path, &bytes).map_err(io)
+    }
+
+    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        // The CA goes along so that a joiner can pin it by its fingerprint.
+        vec![self.certificate.clone().into(), self.ca.clone().into()]
+    }
+
+    pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
+        PrivatePkcs8KeyDer::from(self.key.clone()).into()
+    }
+}
+
+/// Writes a file that only its owner can read, whole or not at all: a scratch file, synced, renamed.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let scratch = path.with_extension(format!("scratch-{}", std::process::id()));
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&scratch)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&scratch, path)?;
+    fs::File::open(folder)?.sync_all()
+}
+
+/// The URI name for a node.
+pub(crate) fn uri_of(node: NodeId) -> String {
+    format!("{URI_PREFIX}{node}")
+}
+
+/// A certificate that names no node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoNode {
+    /// It is not X.509.
+    #[error("the certificate cannot be read")]
+    Unreadable,
+    /// It has no, or more than one, URI name of ours.
+    #[error("the certificate does not name exactly one node")]
+    NotOneName,
+    /// The name is no node id.
+    #[error("the certificate names `{0}`, which is no node")]
+    BadName(String),
+}
+
+/// The node that a certificate names. The chain is checked elsewhere, before.
+pub(crate) fn node_of(certificate: &CertificateDer<'_>) -> Result<NodeId, NoNode> {
+    use x509_parser::extensions::GeneralName;
+
+    let (_, parsed) =
+        x509_parser::parse_x509_certificate(certificate).map_err(|_| NoNode::Unreadable)?;
+    let names = parsed.subject_alternative_name().map_err(|_| NoNode::Unreadable)?;
+    let mut ours =
+        names.iter().flat_map(|ext| &ext.value.general_names).filter_map(|name| match name {
+            GeneralName::URI(uri) => uri.strip_prefix(URI_PREFIX),
+            _ => None,
+        });
+    let (Some(name), None) = (ours.next(), ours.next()) else {
+        return Err(NoNode::NotOneName);
+    };
+    name.parse().map_err(|_| NoNode::BadName(name.to_owned()))
+}

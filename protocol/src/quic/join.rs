@@ -1,0 +1,89 @@
+//! The joiner's side of `shoal-join`.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use rcgen::{CertificateParams, KeyPair};
+
+use super::close_code;
+use super::endpoint::{Alpn, ConnectError, Endpoint, EndpointError};
+use super::identity::Identity;
+use super::stream::{RecvError, SendError};
+use crate::error::WireError;
+use crate::join::{JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX};
+use crate::version::VersionRange;
+
+/// A join that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// No socket.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// No coordinator with the token's CA at that address.
+    #[error("cannot join: {0}")]
+    Connect(#[from] ConnectError),
+    /// The request could not be made.
+    #[error("cannot make a signing request: {0}")]
+    Request(#[from] rcgen::Error),
+    /// The conversation broke off.
+    #[error("the coordinator at {address} broke off the join: {why}")]
+    Broken {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        why: String,
+    },
+    /// The coordinator said no.
+    #[error("the coordinator refused: {0}")]
+    Refused(#[from] WireError),
+}
+
+/// Joins the cluster at `address`: proves the coordinator against the token's fingerprint, then
+/// sends the secret with a request for a new key, within `deadline`.
+pub async fn join(
+    address: SocketAddr,
+    token: &JoinToken,
+    deadline: Duration,
+) -> Result<Identity, JoinError> {
+    let any: SocketAddr = if address.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let endpoint = Endpoint::open(any)?;
+    let connection =
+        endpoint.connect_pinned(address, token.ca_fingerprint, Alpn::Join, deadline).await?;
+    let broken = |why: String| JoinError::Broken { address, why };
+
+    let key = KeyPair::generate()?;
+    let csr = CertificateParams::default().serialize_request(&key)?.der().to_vec();
+    let request = JoinRequest { versions: VersionRange::OURS, secret: token.secret, csr };
+    let exchange = async {
+        let (mut sender, mut receiver) =
+            connection.open_bi().await.map_err(|e| broken(e.to_string()))?;
+        sender
+            .send_message(&request, MESSAGE_LEN_MAX)
+            .await
+            .map_err(|e: SendError| broken(e.to_string()))?;
+        sender.finish();
+        let reply = receiver
+            .message(MESSAGE_LEN_MAX)
+            .await
+            .map_err(|e: RecvError| broken(e.to_string()))?;
+        reply.ok_or_else(|| broken("no answer came".to_owned()))
+    };
+    let reply = tokio::time::timeout(deadline, exchange)
+        .await
+        .map_err(|_| broken(format!("no answer within {deadline:?}")))??;
+    connection.close(close_code::DONE, "joined");
+    endpoint.drained(Duration::from_millis(200)).await;
+    match reply {
+        JoinReply::Joined { node, certificate, ca } => {
+            if *blake3::hash(&ca).as_bytes() != token.ca_fingerprint {
+                return Err(broken("its CA is not the one that the token names".to_owned()));
+            }
+            Ok(Identity { node, certificate, key: key.serialize_der(), ca })
+        }
+        JoinReply::Refused(error) => Err(error.into()),
+    }
+}
