@@ -10,4 +10,5 @@
 //! `engine`, `sample` and `stage::table` are pure: no socket, file, clock, thread or random source.
 //! `model` and `backend` compute; `head`, `stage`, `agent` are thin shells around the rest.
 
+pub mod backend;
 pub mod model;

@@ -1,6 +1,8 @@
 //! What a stage computes: the seam between stages (which know sequences) and layers (which know
 //! rows, positions and KV blocks).
 
+pub mod layers;
+
 /// Rows of one sequence that are computed in one step: adjacent rows at consecutive positions.
 ///
 /// A decode step has one row; a chunk of a prompt has many.

@@ -1,0 +1,107 @@
+//! The layers that families are assembled from, each written once on [`Ops`].
+//!
+//! ```text
+//! tokens ─► embedding ─► stream ─┬─► norm ─► attention ─┬─► + ─┬─► norm ─► mlp ─┬─► + ─► …
+//!                                └──────────────────────┘      └────────────────┘
+//! stream (sample rows) ─► head: norm ─► logits
+//! ```
+//!
+//! A norm leaves its rows in [`Scratch`]; attention and mlp read them there and add their result to
+//! the stream.
+
+mod attention;
+mod embedding;
+mod head;
+mod mlp;
+mod norm;
+mod rope;
+
+pub use attention::Attention;
+pub use embedding::Embedding;
+pub use head::Head;
+pub use mlp::Mlp;
+pub use norm::PreNorm;
+pub use rope::{Rope, inverse_frequencies};
+
+use shoal_protocol::model::ModelSpec;
+
+use crate::backend::{BackendError, Ops};
+
+/// The buffers between the operations of a step, allocated once and shared by all layers of a
+/// shard.
+pub struct Scratch<B: Ops> {
+    rows_max: usize,
+    /// `hidden` wide: what a norm leaves, and a layer's result before it is added to the stream.
+    normed: B::Buf,
+    /// `heads x head_dim` wide.
+    query: B::Buf,
+    /// `kv_heads x head_dim` wide.
+    key: B::Buf,
+    /// `kv_heads x head_dim` wide.
+    value: B::Buf,
+    /// `heads x head_dim` wide.
+    attended: B::Buf,
+    /// `intermediate` wide.
+    gate: B::Buf,
+    /// `intermediate` wide.
+    up: B::Buf,
+    /// `head_dim` wide: cosines, then sines.
+    angles: B::Buf,
+}
+
+impl<B: Ops> Scratch<B> {
+    /// Buffers for steps of at most `rows_max` rows.
+    pub fn new(ops: &mut B, spec: &ModelSpec, rows_max: usize) -> Result<Self, BackendError> {
+        let width = Widths::of(spec);
+        Ok(Self {
+            rows_max,
+            normed: ops.buffer(rows_max, width.hidden)?,
+            query: ops.buffer(rows_max, width.query)?,
+            key: ops.buffer(rows_max, width.key)?,
+            value: ops.buffer(rows_max, width.key)?,
+            attended: ops.buffer(rows_max, width.query)?,
+            gate: ops.buffer(rows_max, width.intermediate)?,
+            up: ops.buffer(rows_max, width.intermediate)?,
+            angles: ops.buffer(rows_max, width.head)?,
+        })
+    }
+
+    /// The most rows of a step.
+    pub fn rows_max(&self) -> usize {
+        self.rows_max
+    }
+
+    /// The memory that [`Scratch::new`] takes, in bytes.
+    pub fn bytes(spec: &ModelSpec, rows_max: usize) -> usize {
+        let width = Widths::of(spec);
+        let floats = width.hidden
+            + 2 * width.query
+            + 2 * width.key
+            + 2 * width.intermediate
+            + width.head
+            // The device's own copy of the widest rows, laid out for products.
+            + width.hidden.max(width.query).max(width.intermediate);
+        4 * rows_max * floats
+    }
+}
+
+/// How wide a row is at each place.
+struct Widths {
+    hidden: usize,
+    query: usize,
+    key: usize,
+    intermediate: usize,
+    head: usize,
+}
+
+impl Widths {
+    fn of(spec: &ModelSpec) -> Self {
+        Self {
+            hidden: spec.hidden as usize,
+            query: spec.heads as usize * spec.head_dim as usize,
+            key: spec.kv_heads as usize * spec.head_dim as usize,
+            intermediate: spec.intermediate as usize,
+            head: spec.head_dim as usize,
+        }
+    }
+}
