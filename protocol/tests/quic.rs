@@ -282,3 +282,38 @@ async fn a_silent_peer_is_lost_within_two_seconds() {
     drop(freeze);
     peer.join().unwrap();
 }
+
+/// The public key that a certificate certifies.
+fn public_key(certificate: &[u8]) -> Vec<u8> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).unwrap();
+    parsed.public_key().raw.to_vec()
+}
+
+#[test]
+fn damaged_signing_requests_certify_no_other_key() {
+    let ca = authority();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let csr = rcgen::CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+    let issue = |csr: &[u8]| ca.issue(csr, NodeId::worker(1), SystemTime::now());
+    let certified = public_key(&issue(&csr).unwrap());
+    let mut refused = 0;
+    for at in 0..csr.len() {
+        for bit in 0..8 {
+            let mut damaged = csr.clone();
+            damaged[at] ^= 1 << bit;
+            match issue(&damaged) {
+                // The envelope's own tag is not covered by the signature; what counts is the key.
+                Ok(certificate) => {
+                    assert_eq!(public_key(&certificate), certified, "bit {bit} of byte {at}")
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(issue(&csr[..at]).is_err());
+    }
+    assert!(
+        refused > csr.len() * 7,
+        "only {refused} of {} damaged requests were refused",
+        csr.len() * 8
+    );
+}
