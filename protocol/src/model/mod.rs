@@ -4,10 +4,15 @@
 
 pub mod builtin;
 pub mod checkpoint;
+mod config;
+pub mod memory;
+mod pretend;
 pub mod spec;
 pub mod tensors;
 
 pub use builtin::BuiltinModel;
 pub use checkpoint::{Checkpoint, CheckpointError};
+pub use memory::PANEL_OUTPUTS;
+pub use pretend::PRETEND_HIDDEN_MIN;
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
 pub use tensors::{TensorRole, TensorSpec};

@@ -1,4 +1,4 @@
-//! The shape of a model, read from `config.json` and checked at construction.
+//! The shape of a model. [`config`](super::config) reads it from `config.json` and checks it.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,29 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`.
     Qwen3,
+}
+
+impl Family {
+    /// Every family, in the order in which messages list them.
+    pub const ALL: &'static [Family] = &[Family::Llama, Family::Qwen2, Family::Qwen3];
+
+    /// What `architectures` in `config.json` calls it.
+    pub const fn architecture(self) -> &'static str {
+        match self {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    /// What `model_type` in `config.json` calls it.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Family::Llama => "llama",
+            Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
+        }
+    }
 }
 
 /// How rotary frequencies are stretched for contexts longer than those of training.
@@ -76,21 +99,63 @@ pub struct ModelSpec {
     pub mlp_bias: bool,
     /// RMS norms over each head of q and k.
     pub qk_norm: bool,
-    /// The type in which the checkpoint says it is stored.
+    /// The type of the stored weights: what `config.json` says, and after
+    /// [`Checkpoint::open`](super::Checkpoint::open) what the matrices in the files are.
     pub stored: Precision,
 }
 
 impl ModelSpec {
+    /// The width of all query heads together.
+    pub fn query_width(&self) -> u32 {
+        self.heads * self.head_dim
+    }
+
+    /// The width of all key (or value) heads together.
+    pub fn kv_width(&self) -> u32 {
+        self.kv_heads * self.head_dim
+    }
+
     /// KV bytes of one token in one layer: keys and values as f32.
     pub fn kv_bytes_per_token_layer(&self) -> Bytes {
         Bytes(2 * u64::from(self.kv_heads) * u64::from(self.head_dim) * 4)
     }
 }
 
-/// Why a `config.json` is refused.
+/// Why a `config.json` is refused. Every variant names the field.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SpecError {
-    /// A placeholder variant replaced by the reader's own.
-    #[error("config.json: {0}")]
-    Invalid(String),
+    /// It is no JSON object.
+    #[error("config.json is not readable: {reason}; expected one JSON object")]
+    NotJson {
+        /// Where and what.
+        reason: String,
+    },
+    /// A field that has no default is absent.
+    #[error("config.json: `{field}` is missing; expected {expected}")]
+    Missing {
+        /// The field.
+        field: &'static str,
+        /// What should stand there.
+        expected: String,
+    },
+    /// A field has a value that cannot be right.
+    #[error("config.json: `{field}` is {value}; expected {expected}")]
+    BadValue {
+        /// The field.
+        field: &'static str,
+        /// What stands there.
+        value: String,
+        /// What should stand there.
+        expected: String,
+    },
+    /// A field asks for something that exists but that this build cannot do.
+    #[error("config.json: `{field}` is {value}, which is not supported; supported: {supported}")]
+    Unsupported {
+        /// The field.
+        field: &'static str,
+        /// What it asks for.
+        value: String,
+        /// What this build can do.
+        supported: String,
+    },
 }

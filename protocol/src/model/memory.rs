@@ -1,0 +1,158 @@
+//! What a shard of a model takes of memory, to the byte: the planner promises it, the worker
+//! allocates it, and a test compares the two.
+//!
+//! ```text
+//! weights      matrices in the deployment's precision, rows padded to whole panels; vectors as f32
+//! kv           blocks x 16 positions x layers x 2 (K and V) x kv_heads x head_dim x 4
+//! activations  scratch of one step + the hidden states of each step in flight + logits
+//! ```
+//!
+//! Worked example, the middle stage `8..16` of an 8B Llama (hidden 4096, 32 heads and 8 KV heads of
+//! 128, MLP 14336) in bf16 with 1,024 KV blocks and steps of 256 rows, 4 in flight: weights
+//! 8 layers x (2 x 4096x4096 + 2 x 1024x4096 + 3 x 14336x4096) x 2 + 8 x 2 x 4096 x 4 =
+//! 3,489,923,072 bytes; KV 1024 x 16 x 8 x 8,192 = 1,073,741,824; activations 4 x 256 x (4096 +
+//! 2 x 4096 + 2 x 1024 + 2 x 14336 + 128 + 14336) + 4 x (4 x 256 x 4096) = 75,628,544.
+
+use crate::model::spec::ModelSpec;
+use crate::model::tensors::TensorSpec;
+use crate::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
+use crate::units::{Bytes, LayerRange};
+
+/// Matrices are packed in panels of so many outputs; the last panel is padded with zeros.
+pub const PANEL_OUTPUTS: u64 = 16;
+
+/// Activations are f32.
+const F32: u64 = 4;
+
+impl ReplicaLimits {
+    /// The largest number of rows of one step of which logits are wanted: one for each sequence.
+    pub fn sample_rows_max(&self) -> u32 {
+        self.sequences_max.min(self.step_rows_max)
+    }
+
+    /// The hidden states of one step, which travel between stages.
+    pub fn step_bytes(&self, hidden: u32) -> Bytes {
+        Bytes(u64::from(self.step_rows_max) * u64::from(hidden) * F32)
+    }
+
+    /// What the steps of a shard take beside the scratch of its layers: the hidden states of each
+    /// step in flight, and on the last stage the logits of one step.
+    pub fn buffer_bytes(&self, hidden: u32, vocab: u32, is_last: bool) -> Bytes {
+        let steps = self.step_bytes(hidden).0 * u64::from(self.steps_in_flight_max);
+        let logits = u64::from(self.sample_rows_max()) * u64::from(vocab) * F32;
+        Bytes(steps) + Bytes(if is_last { logits } else { 0 })
+    }
+}
+
+impl TensorSpec {
+    /// Bytes in memory when matrices are held in this precision, padding included.
+    pub fn held_bytes(&self, precision: Precision) -> Bytes {
+        match self.shape.as_slice() {
+            [rows, columns] if self.is_matrix => {
+                Bytes(rows.next_multiple_of(PANEL_OUTPUTS) * columns * precision.bytes())
+            }
+            _ => Bytes(self.elements() * F32),
+        }
+    }
+}
+
+impl ModelSpec {
+    /// The weights of a stage as they are held.
+    pub fn weight_bytes(&self, layers: LayerRange, precision: Precision) -> Bytes {
+        self.tensors(layers).iter().map(|tensor| tensor.held_bytes(precision)).sum()
+    }
+
+    /// The KV cache of a stage.
+    pub fn kv_bytes(&self, layers: LayerRange, blocks: u32) -> Bytes {
+        let positions = u64::from(blocks) * u64::from(BLOCK_TOKENS);
+        Bytes(positions * u64::from(layers.len()) * self.kv_bytes_per_token_layer().0)
+    }
+
+    /// The scratch between the operations of one step of at most `rows` rows; all layers of a shard
+    /// share it.
+    pub fn scratch_bytes(&self, rows: u32) -> Bytes {
+        let hidden = u64::from(self.hidden);
+        let query = u64::from(self.query_width());
+        let key = u64::from(self.kv_width());
+        let intermediate = u64::from(self.intermediate);
+        let floats = hidden
+            + 2 * query
+            + 2 * key
+            + 2 * intermediate
+            + u64::from(self.head_dim)
+            // The device's copy of the widest input of a product, laid out for it.
+            + hidden.max(query).max(intermediate);
+        Bytes(u64::from(rows) * floats * F32)
+    }
+
+    /// Everything that one shard takes.
+    pub fn shard_memory(
+        &self,
+        layers: LayerRange,
+        precision: Precision,
+        limits: &ReplicaLimits,
+    ) -> ShardMemory {
+        let is_last = layers.end == self.layers;
+        ShardMemory {
+            weights: self.weight_bytes(layers, precision),
+            kv: self.kv_bytes(layers, limits.kv_blocks),
+            activations: self.scratch_bytes(limits.step_rows_max)
+                + limits.buffer_bytes(self.hidden, self.vocab, is_last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: ReplicaLimits = ReplicaLimits {
+        kv_blocks: 1024,
+        context_max: 8192,
+        step_rows_max: 256,
+        sequences_max: 64,
+        steps_in_flight_max: 4,
+    };
+
+    fn llama_8b() -> ModelSpec {
+        ModelSpec::from_config_json(
+            r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+                "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "num_hidden_layers": 32, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 131072}"#,
+        )
+        .expect("a valid config")
+    }
+
+    #[test]
+    fn the_worked_example_is_right() {
+        let memory = llama_8b().shard_memory(LayerRange::new(8, 16), Precision::Bf16, &LIMITS);
+        assert_eq!(
+            memory,
+            ShardMemory {
+                weights: Bytes(3_489_923_072),
+                kv: Bytes(1_073_741_824),
+                activations: Bytes(75_628_544),
+            }
+        );
+    }
+
+    #[test]
+    fn the_last_stage_pays_for_logits_and_the_parts_add_up() {
+        let spec = llama_8b();
+        let memory =
+            |start, end| spec.shard_memory(LayerRange::new(start, end), Precision::F16, &LIMITS);
+        let logits = 64 * 128_256 * 4;
+        assert_eq!(memory(30, 32).activations.0 - memory(0, 2).activations.0, logits);
+        let parts = memory(0, 1).weights + memory(1, 31).weights + memory(31, 32).weights;
+        assert_eq!(parts, memory(0, 32).weights);
+    }
+
+    #[test]
+    fn rows_are_padded_to_panels_and_a_tied_head_is_held_once() {
+        let spec = ModelSpec { vocab: 259, hidden: 40, tied_embeddings: true, ..llama_8b() };
+        let head = 272 * 40 * 2;
+        let bytes = |start, end| spec.weight_bytes(LayerRange::new(start, end), Precision::Bf16).0;
+        assert_eq!(bytes(0, 16) + bytes(16, 32), bytes(0, 32) + head);
+    }
+}
