@@ -7,11 +7,12 @@ pub mod checkpoint;
 mod config;
 pub mod memory;
 mod pretend;
+mod safetensors;
 pub mod spec;
 pub mod tensors;
 
 pub use builtin::BuiltinModel;
-pub use checkpoint::{Checkpoint, CheckpointError};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation};
 pub use memory::PANEL_OUTPUTS;
 pub use pretend::PRETEND_HIDDEN_MIN;
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
