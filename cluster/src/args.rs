@@ -1,0 +1,499 @@
+//! Exactly what was typed: every verb, flag and default, and how each value is read.
+//!
+//! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
+//! one.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::styling::Styles;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum};
+use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::join::JoinToken;
+use shoal_protocol::plan::Precision;
+use shoal_protocol::units::Bytes;
+
+/// How alike two flags must be (Jaro-Winkler) for one to be offered for the other.
+const ALIKE_MIN: f64 = 0.7;
+
+const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
+
+const EXAMPLES: &str = "\
+Examples:
+  shoal up                                  the built-in model over 3 workers on this machine
+  shoal up ~/models/qwen3-0.6b --workers 2  a folder in the Hugging Face layout over 2 workers
+  shoal chat                                talk to what the newest `up` serves
+  shoal status                              who is there, what is served, where each stage runs
+
+Over several machines:
+  one$ shoal coordinator --data /var/lib/shoal --listen 127.0.0.1:8000 --cluster 10.0.0.1:4000
+  one$ shoal token create --role worker --context /var/lib/shoal/admin.json
+  two$ shoal worker --join 10.0.0.1:4000 --token shoal1.worker.… --data /var/lib/shoal
+  one$ shoal deploy /models/llama-8b --context /var/lib/shoal/admin.json
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by the cluster, 4 the cluster is unreachable.
+Data goes to stdout, everything said about it to stderr.";
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "shoal",
+    version,
+    about = ABOUT,
+    after_help = EXAMPLES,
+    disable_help_subcommand = true,
+    max_term_width = 100,
+    styles = Styles::plain()
+)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Every verb.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a coordinator and workers on this machine and serve a model until Ctrl-C
+    #[command(after_help = UP_EXAMPLES)]
+    Up(UpArgs),
+    /// Run a coordinator: the API, the plan and the cluster's identity
+    #[command(after_help = COORDINATOR_EXAMPLES)]
+    Coordinator(CoordinatorArgs),
+    /// Run a worker: this machine's share of the layers
+    #[command(after_help = WORKER_EXAMPLES)]
+    Worker(WorkerArgs),
+    /// Make the tokens with which nodes join
+    Token {
+        /// What to do with tokens.
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Serve a model, and wait until it is ready
+    #[command(after_help = DEPLOY_EXAMPLES)]
+    Deploy(DeployArgs),
+    /// Stop serving a model
+    Undeploy(UndeployArgs),
+    /// Show the coordinator, the workers, and where each stage runs
+    Status(StatusArgs),
+    /// Show a deployment's plan: which layers are where, and what they cost
+    Plan(PlanArgs),
+    /// Talk to a deployment
+    #[command(after_help = CHAT_EXAMPLES)]
+    Chat(ChatArgs),
+}
+
+const UP_EXAMPLES: &str = "\
+Examples:
+  shoal up                                     the built-in model, 3 workers, one stage each
+  shoal up ./llama-3.2-1b --precision bf16     weights held as bf16
+  shoal up ./big --workers 4 --worker-memory 600MiB
+                                               a hard budget for each worker's weights, KV and
+                                               activations; a model that does not fit is refused
+                                               with the arithmetic
+  shoal up --listen 127.0.0.1:0 --json         any free port; one line of JSON when it is ready";
+
+/// `shoal up`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct UpArgs {
+    /// A folder in the Hugging Face layout (config.json, safetensors, tokenizer.json …); without
+    /// one the built-in model is served
+    pub model: Option<PathBuf>,
+    /// How many workers to start
+    #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]
+    pub workers: NonZeroU32,
+    /// Into how many pipeline stages to cut the layers [default: as many as workers]
+    #[arg(long, value_name = "S", value_parser = count)]
+    pub stages: Option<NonZeroU32>,
+    /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
+    #[arg(long, value_name = "P", value_parser = precision)]
+    pub precision: Option<Precision>,
+    /// A hard budget for each worker's weights + KV + activations, such as 600MiB [default: an even
+    /// share of the memory that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub worker_memory: Option<Bytes>,
+    /// Compute threads of each worker [default: an even share of the cores]
+    #[arg(long, value_name = "T", value_parser = count)]
+    pub worker_threads: Option<NonZeroU32>,
+    /// Where to take the public API; port 0 picks a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
+    pub listen: SocketAddr,
+    /// Keep identities, state and logs in this folder [default: a fresh folder, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Do not start a worker again that dies
+    #[arg(long)]
+    pub no_respawn: bool,
+    /// When ready, print one line of JSON to stdout, and nothing else ever
+    #[arg(long)]
+    pub json: bool,
+    /// Ask one question when ready, show the answer and how to go on; ends after it where stdin is
+    /// no terminal (`make demo`)
+    #[arg(long, hide = true, conflicts_with_all = ["json", "model"])]
+    pub demo: bool,
+}
+
+const COORDINATOR_EXAMPLES: &str = "\
+Example:
+  shoal coordinator --data /var/lib/shoal --listen 127.0.0.1:8000 --cluster 10.0.0.1:4000
+
+At its first start it makes the cluster's CA and an admin context file in DIR; operator verbs take
+that file with --context. Stopped and started again with the same DIR it finds its deployments.";
+
+/// `shoal coordinator`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CoordinatorArgs {
+    /// Identity, state and the admin context file are kept here
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Where to take the public API (HTTP); port 0 picks a free one
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub listen: SocketAddr,
+    /// Where to take the cluster's conversations (QUIC, mutual TLS); port 0 picks a free one
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub cluster: SocketAddr,
+    /// How this process is tied to the `up` that started it.
+    #[command(flatten)]
+    pub child: ChildArgs,
+}
+
+const WORKER_EXAMPLES: &str = "\
+Example:
+  shoal worker --join 10.0.0.1:4000 --token shoal1.worker.… --data /var/lib/shoal --memory 12GiB
+
+The token is needed at the first start with a DIR: the identity it buys is kept there.";
+
+/// `shoal worker`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct WorkerArgs {
+    /// The coordinator's --cluster address
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub join: SocketAddr,
+    /// What `shoal token create --role worker` printed; the environment variable keeps it out of
+    /// the list of processes
+    #[arg(
+        long,
+        value_name = "T",
+        env = "SHOAL_TOKEN",
+        hide_env_values = true,
+        value_parser = token
+    )]
+    pub token: Option<JoinToken>,
+    /// Identity and unpacked models are kept here
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// A hard budget for weights + KV + activations, such as 600MiB [default: most of the memory
+    /// that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: Option<Bytes>,
+    /// Compute threads [default: as many as cores]
+    #[arg(long, value_name = "T", value_parser = count)]
+    pub threads: Option<NonZeroU32>,
+    /// What to compute on
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    pub device: String,
+    /// How this process is tied to the `up` that started it.
+    #[command(flatten)]
+    pub child: ChildArgs,
+}
+
+/// How `shoal up` and the processes that it starts know of each other.
+#[derive(Debug, Clone, Copy, ClapArgs)]
+pub struct ChildArgs {
+    /// End, after a short drain, when stdin closes
+    #[arg(long, hide = true)]
+    pub lifeline: bool,
+    /// Print one line of JSON to stdout when started, or why not
+    #[arg(long, hide = true)]
+    pub announce: bool,
+}
+
+/// `shoal token …`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it to stdout
+    #[command(after_help = TOKEN_EXAMPLES)]
+    Create(TokenCreateArgs),
+}
+
+const TOKEN_EXAMPLES: &str = "\
+Examples:
+  shoal token create --role worker                            for one worker, within the hour
+  shoal token create --role worker --uses 8 --expires 30m     for eight
+
+A token carries the fingerprint of the cluster's CA, so a joiner knows whom it talks to.";
+
+/// `shoal token create`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct TokenCreateArgs {
+    /// What its user will be
+    #[arg(long, value_enum)]
+    pub role: TokenRole,
+    /// How many nodes may use it
+    #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
+    pub uses: NonZeroU32,
+    /// How long it is good for: 90s, 30m, 1h, 7d
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    pub expires: Duration,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// The roles that a token can give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenRole {
+    /// Runs shards.
+    Worker,
+}
+
+impl From<TokenRole> for Role {
+    fn from(role: TokenRole) -> Self {
+        match role {
+            TokenRole::Worker => Role::Worker,
+        }
+    }
+}
+
+const DEPLOY_EXAMPLES: &str = "\
+Examples:
+  shoal deploy /models/qwen3-0.6b                      as `qwen3-0.6b`, a stage per worker
+  shoal deploy /models/qwen3-0.6b --name q --stages 2  as `q`, in two stages
+  shoal deploy                                         the built-in model, as `demo`
+
+Each worker must be able to read the folder under the same path.";
+
+/// `shoal deploy`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct DeployArgs {
+    /// A folder in the Hugging Face layout; without one the built-in model is served
+    pub model: Option<PathBuf>,
+    /// What clients will call it [default: the folder's name]
+    #[arg(long, value_name = "N", value_parser = name)]
+    pub name: Option<DeploymentName>,
+    /// Into how many pipeline stages to cut the layers [default: as many as workers]
+    #[arg(long, value_name = "S", value_parser = count)]
+    pub stages: Option<NonZeroU32>,
+    /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
+    #[arg(long, value_name = "P", value_parser = precision)]
+    pub precision: Option<Precision>,
+    /// Return when the cluster has accepted it, before it is ready
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// `shoal undeploy`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct UndeployArgs {
+    /// The deployment
+    #[arg(value_parser = name)]
+    pub name: DeploymentName,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// `shoal status`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct StatusArgs {
+    /// Print the whole view as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// `shoal plan`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct PlanArgs {
+    /// The deployment
+    #[arg(value_parser = name)]
+    pub name: DeploymentName,
+    /// Show the arithmetic: weights, KV and activations of each stage, to the byte
+    #[arg(long)]
+    pub explain: bool,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+const CHAT_EXAMPLES: &str = "\
+Examples:
+  shoal chat                                  a conversation; Ctrl-D ends it, /new forgets it
+  shoal chat --ask 'What is 47 plus 38?'      one question
+  shoal chat demo < questions.txt             one question a line, each on its own";
+
+/// `shoal chat`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct ChatArgs {
+    /// The deployment [default: the only one]
+    #[arg(value_parser = name)]
+    pub name: Option<DeploymentName>,
+    /// Ask this, print the answer and end
+    #[arg(long, value_name = "TEXT")]
+    pub ask: Option<String>,
+    /// The most tokens of an answer [default: as many as the model's context holds]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub max_tokens: Option<NonZeroU32>,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// Which cluster an operator verb talks to.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct ClusterArgs {
+    /// The context file of the cluster: admin address and certificate [default: that of the newest
+    /// `shoal up` that runs]
+    #[arg(long, value_name = "FILE", env = "SHOAL_CONTEXT")]
+    pub context: Option<PathBuf>,
+}
+
+impl Args {
+    /// Reads the command line; on a mistake or `--help` returns what clap has to say, with the
+    /// nearest right flag named where there is one.
+    pub fn try_from_line<I>(line: I) -> Result<Self, clap::Error>
+    where
+        I: IntoIterator<Item = std::ffi::OsString> + Clone,
+    {
+        Self::try_parse_from(line.clone()).map_err(|error| name_the_nearest_flag(error, line))
+    }
+}
+
+/// Where clap finds no flag like the unknown one under this verb, looks at all verbs.
+fn name_the_nearest_flag(
+    mut error: clap::Error,
+    line: impl IntoIterator<Item = std::ffi::OsString>,
+) -> clap::Error {
+    if error.kind() != ErrorKind::UnknownArgument || error.get(ContextKind::SuggestedArg).is_some()
+    {
+        return error;
+    }
+    let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg) else {
+        return error;
+    };
+    let unknown = unknown.trim_start_matches('-').to_owned();
+    let root = Args::command();
+    let verb = line.into_iter().skip(1).find_map(|word| {
+        root.get_subcommands().find(|c| word.to_str() == Some(c.get_name())).map(|c| c.get_name())
+    });
+    let nearest = |verb: &clap::Command| -> Option<(f64, String)> {
+        verb.get_arguments()
+            .filter(|flag| !flag.is_hide_set())
+            .filter_map(|flag| flag.get_long())
+            .map(|long| (alike(&unknown, long), long.to_owned()))
+            .filter(|(alike, _)| *alike >= ALIKE_MIN)
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+    };
+    let own = verb.and_then(|verb| root.find_subcommand(verb)).and_then(nearest);
+    if let Some((_, long)) = own {
+        error.insert(ContextKind::SuggestedArg, ContextValue::String(format!("--{long}")));
+        return error;
+    }
+    let elsewhere = root
+        .get_subcommands()
+        .filter_map(|c| nearest(c).map(|(alike, long)| (alike, long, c.get_name())))
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    if let Some((_, long, verb)) = elsewhere {
+        let tip = format!("`shoal {verb}` has a flag '--{long}'");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
+}
+
+/// From 0 to 1. A flag that ends with the whole word (`--memory`, `--worker-memory`) is very alike.
+fn alike(unknown: &str, long: &str) -> f64 {
+    match long.strip_suffix(unknown) {
+        Some(front) if front.ends_with('-') => 0.99,
+        _ => strsim::jaro_winkler(unknown, long),
+    }
+}
+
+const fn nonzero(n: u32) -> NonZeroU32 {
+    match NonZeroU32::new(n) {
+        Some(n) => n,
+        None => NonZeroU32::MIN,
+    }
+}
+
+fn count(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| format!("`{text}` is not a whole number from 1 up"))
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let missing_port =
+        || format!("`{text}` has no port; write {text}:8000, or {text}:0 for any free one");
+    match text.parse() {
+        Ok(address) => Ok(address),
+        Err(_) if text.parse::<std::net::IpAddr>().is_ok() => Err(missing_port()),
+        Err(_) => resolve(text).ok_or_else(|| {
+            format!(
+                "`{text}` is not an address; write IP:PORT, such as 127.0.0.1:8000 or [::1]:8000"
+            )
+        }),
+    }
+}
+
+/// `localhost:PORT` and `:PORT`, the two names that people type and that need no resolver.
+fn resolve(text: &str) -> Option<SocketAddr> {
+    let port = text.strip_prefix("localhost:").or_else(|| text.strip_prefix(':'))?;
+    Some(SocketAddr::from(([127, 0, 0, 1], port.parse().ok()?)))
+}
+
+fn size(text: &str) -> Result<Bytes, String> {
+    match text.parse::<Bytes>() {
+        Ok(Bytes(0)) => {
+            Err("a budget of nothing holds nothing; write a size such as 600MiB".into())
+        }
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn precision(text: &str) -> Result<Precision, String> {
+    text.parse()
+}
+
+fn name(text: &str) -> Result<DeploymentName, String> {
+    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
+}
+
+fn token(text: &str) -> Result<JoinToken, String> {
+    text.parse().map_err(|error: shoal_protocol::join::BadJoinToken| error.to_string())
+}
+
+fn device(text: &str) -> Result<String, String> {
+    match text {
+        "cpu" => Ok(text.to_owned()),
+        _ => Err(format!("`{text}` is not a device that this build has; it has cpu")),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("`{text}` is not a time; write 90s, 30m, 1h or 7d");
+    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let unit_s = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err(bad()),
+    };
+    match number.checked_mul(unit_s) {
+        Some(0) | None => Err(bad()),
+        Some(seconds) => Ok(Duration::from_secs(seconds)),
+    }
+}
+
+#[cfg(test)]
+#[path = "args_test.rs"]
+mod tests;

@@ -1,0 +1,105 @@
+use super::*;
+
+fn parse(line: &str) -> Result<Args, clap::Error> {
+    Args::try_from_line(line.split_whitespace().map(Into::into).collect::<Vec<_>>())
+}
+
+/// What is said about a line that is wrong.
+fn mistake(line: &str) -> String {
+    match parse(line) {
+        Ok(args) => panic!("{line:?} was taken as {args:?}"),
+        Err(error) => {
+            assert_eq!(error.exit_code(), 2, "{line:?}");
+            error.to_string()
+        }
+    }
+}
+
+#[test]
+fn the_definition_is_consistent() {
+    Args::command().debug_assert();
+}
+
+#[test]
+fn defaults_are_those_of_the_help() {
+    let Command::Up(up) = parse("shoal up").unwrap().command else { panic!("not up") };
+    assert_eq!(up.model, None);
+    assert_eq!(up.workers.get(), 3);
+    assert_eq!(up.stages, None);
+    assert_eq!(up.precision, None);
+    assert_eq!(up.listen.to_string(), "127.0.0.1:8000");
+    assert!(!up.no_respawn && !up.json && !up.demo);
+    let Command::Token { command: TokenCommand::Create(token) } =
+        parse("shoal token create --role worker").unwrap().command
+    else {
+        panic!("not token create")
+    };
+    assert_eq!((token.uses.get(), token.expires), (1, Duration::from_secs(3600)));
+}
+
+#[test]
+fn values_are_read() {
+    let line = "shoal up m --workers 2 --stages 1 --precision bf16 --worker-memory 600MiB \
+                --worker-threads 4 --listen localhost:0 --no-respawn --json";
+    let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
+    assert_eq!(up.model, Some("m".into()));
+    assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
+    assert_eq!(up.precision, Some(Precision::Bf16));
+    assert_eq!(up.worker_memory, Some(Bytes::mib(600)));
+    assert_eq!(up.worker_threads.map(NonZeroU32::get), Some(4));
+    assert_eq!(up.listen.to_string(), "127.0.0.1:0");
+    assert!(up.no_respawn && up.json);
+}
+
+#[test]
+fn a_mistake_names_what_would_be_right() {
+    for (line, expected) in [
+        ("shoal up --worker 3", "'--workers'"),
+        ("shoal up --wrokers 3", "'--workers'"),
+        ("shoal up --respawn", "'--no-respawn'"),
+        ("shoal up --memory 1GiB", "--worker-memory"),
+        ("shoal status --jsno", "'--json'"),
+        ("shoal coordinator --listne x", "'--listen'"),
+        ("shoal stauts", "'status'"),
+        ("shoal token craete", "create"),
+        ("shoal undeploy demo --no-wait", "`shoal deploy` has a flag '--no-wait'"),
+        ("shoal up --precision f64", "use f32, bf16 or f16"),
+        ("shoal up --worker-memory lots", "600MiB"),
+        ("shoal up --worker-memory 0", "a budget of nothing"),
+        ("shoal up --listen 127.0.0.1", "127.0.0.1:8000"),
+        ("shoal up --listen here", "write IP:PORT"),
+        ("shoal up --workers 0", "from 1 up"),
+        ("shoal up --workers some", "from 1 up"),
+        ("shoal token create --role wroker", "worker"),
+        ("shoal token create --role worker --expires 5", "30m"),
+        ("shoal worker --join 127.0.0.1:1 --data d --device cuda:0", "it has cpu"),
+        ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
+        ("shoal undeploy -- -x", "begins with a letter"),
+        ("shoal coordinator --data d", "--cluster"),
+        ("shoal", "Usage"),
+    ] {
+        let said = mistake(line);
+        assert!(said.contains(expected), "{line:?} was answered with {said}");
+    }
+}
+
+#[test]
+fn help_shows_examples_and_hides_what_is_internal() {
+    let mut root = Args::command();
+    for verb in ["up", "coordinator", "worker", "deploy", "chat"] {
+        let help = root.find_subcommand_mut(verb).expect(verb).render_help().to_string();
+        assert!(help.contains("Example"), "{verb}: {help}");
+        assert!(!help.contains("lifeline") && !help.contains("announce"), "{verb}: {help}");
+    }
+    assert!(root.render_help().to_string().contains("Exit codes"));
+}
+
+#[test]
+fn times_have_a_unit() {
+    for (text, seconds) in [("90s", 90), ("30m", 1800), ("1h", 3600), ("7d", 604_800)] {
+        assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+    }
+    for text in ["", "1", "h", "0s", "1.5h", "-1s", "1 h", "1w", "99999999999999999999s"] {
+        assert!(duration(text).is_err(), "{text:?} was taken");
+    }
+}

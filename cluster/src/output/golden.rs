@@ -1,0 +1,206 @@
+//! One cluster with everything in it that the tables show, against committed files.
+//!
+//! `SHOAL_UPDATE_GOLDEN=1 cargo test -p shoal golden` writes the files anew.
+
+use std::path::{Path, PathBuf};
+
+use shoal_protocol::admin::*;
+use shoal_protocol::control::*;
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::*;
+use shoal_protocol::plan::*;
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use super::progress::{Stand, stand};
+use super::{json, table};
+
+fn check(file: &str, found: &str) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/output/golden").join(file);
+    if std::env::var_os("SHOAL_UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, found).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(found, expected, "{}", path.display());
+}
+
+fn name(text: &str) -> DeploymentName {
+    DeploymentName::new(text).unwrap()
+}
+
+fn shard(node: u32, weights: u64) -> ShardPlan {
+    ShardPlan {
+        rank: RankIndex(0),
+        node: NodeId::worker(node),
+        device: "cpu".to_owned(),
+        memory: ShardMemory {
+            weights: Bytes(weights),
+            kv: Bytes::mib(8),
+            activations: Bytes(70_000),
+        },
+    }
+}
+
+fn replica() -> ReplicaPlan {
+    let layers = [(0, 3), (3, 6), (6, 8)];
+    let stages = layers.iter().zip(1..).map(|(&(start, end), node)| StagePlan {
+        layers: LayerRange::new(start, end),
+        shards: vec![shard(node, 1_200_000 + u64::from(node))],
+    });
+    ReplicaPlan {
+        id: ReplicaId(1),
+        deployment: name("demo"),
+        generation: Generation(2),
+        model: ModelRef {
+            source: ModelSource::Builtin { name: "demo".to_owned() },
+            fingerprint: [7; 32],
+        },
+        precision: Precision::F32,
+        numerics: Numerics::N1,
+        stages: stages.collect(),
+        limits: ReplicaLimits {
+            kv_blocks: 512,
+            context_max: 256,
+            step_rows_max: 128,
+            sequences_max: 64,
+            steps_in_flight_max: 4,
+        },
+    }
+}
+
+fn report(stage: u32, state: ShardState) -> ShardReport {
+    ShardReport {
+        replica: ReplicaId(1),
+        generation: Generation(2),
+        stage: StageIndex(stage),
+        state,
+        memory: ShardMemory::default(),
+        counters: ShardCounters { steps: 42, ..ShardCounters::default() },
+    }
+}
+
+fn worker(number: u32, connected: bool, shards: Vec<ShardReport>) -> WorkerView {
+    WorkerView {
+        id: NodeId::worker(number),
+        connected,
+        pid: 100 + number,
+        build: "0.1.0".to_owned(),
+        address: Some(([127, 0, 0, 1], 4000 + number as u16).into()),
+        devices: vec![DeviceInfo {
+            name: "cpu".to_owned(),
+            description: "AVX-512".to_owned(),
+            memory: Bytes::mib(600),
+            threads: 1,
+        }],
+        shards,
+        heads: Vec::new(),
+    }
+}
+
+/// Three stages in three different states, a worker to spare, one that never came, and two
+/// deployments that are not served.
+fn cluster() -> ClusterView {
+    let loading = ShardState::Loading { done: Bytes(300_000), total: Bytes(1_200_003) };
+    let deployment = |text: &str, phase, reason: &str| DeploymentView {
+        name: name(text),
+        source: ModelSource::Folder { path: format!("/models/{text}") },
+        phase,
+        reason: reason.to_owned(),
+    };
+    ClusterView {
+        coordinator: CoordinatorView {
+            id: NodeId::coordinator(1),
+            pid: 100,
+            build: "0.1.0".to_owned(),
+            api: ([0, 0, 0, 0], 8000).into(),
+            cluster: ([127, 0, 0, 1], 4000).into(),
+        },
+        workers: vec![
+            worker(1, true, vec![report(0, ShardState::Ready)]),
+            worker(2, true, vec![report(1, ShardState::Linking)]),
+            worker(3, true, vec![report(2, loading)]),
+            worker(4, true, Vec::new()),
+            WorkerView {
+                pid: 0,
+                address: None,
+                devices: Vec::new(),
+                ..worker(5, false, Vec::new())
+            },
+        ],
+        deployments: vec![
+            deployment("demo", DeploymentPhase::Loading, ""),
+            deployment("huge", DeploymentPhase::Waiting, "2 more workers of 600.0 MiB are needed"),
+            deployment(
+                "odd",
+                DeploymentPhase::Failed,
+                "w2 cannot read /models/odd\n(no such file)",
+            ),
+        ],
+        plan: Plan { revision: PlanRevision(3), replicas: vec![replica()] },
+    }
+}
+
+#[test]
+fn golden_status() {
+    check("status.txt", &table::status(&cluster()));
+    let empty = ClusterView {
+        workers: Vec::new(),
+        deployments: Vec::new(),
+        plan: Plan::default(),
+        ..cluster()
+    };
+    check("status-empty.txt", &table::status(&empty));
+    check("status.json", &(json::line(&cluster()).unwrap() + "\n"));
+}
+
+#[test]
+fn golden_plan() {
+    let view = PlanView {
+        replicas: vec![replica()],
+        explanation: vec!["stage 0: 3 layers x 400,000 B + embedding 1 B = 1,200,001 B".to_owned()],
+    };
+    check("plan.txt", &table::plan(&view, false));
+    check("plan-explained.txt", &table::plan(&view, true));
+    let none = PlanView { replicas: Vec::new(), ..view };
+    check("plan-none.txt", &table::plan(&none, false));
+}
+
+#[test]
+fn golden_ready_line() {
+    let view = cluster();
+    let demo = name("demo");
+    let ready = json::ready(&view, &demo, Path::new("/data/admin.context")).unwrap();
+    check("ready.json", &(json::line(&ready).unwrap() + "\n"));
+    assert!(json::ready(&view, &name("huge"), Path::new("x")).is_none());
+}
+
+#[test]
+fn golden_stages_of_one_deployment() {
+    check("stages.txt", &table::stages(&cluster(), |d| d.name == name("demo")).to_string());
+}
+
+#[test]
+fn the_stand_counts_what_is_read() {
+    let view = cluster();
+    let loading = Stand::Loading {
+        done: Bytes(1_200_001 + 1_200_002 + 300_000),
+        total: Bytes(1_200_001 + 1_200_002 + 1_200_003),
+        ready: 1,
+        shards: 3,
+    };
+    assert_eq!(stand(&view, &name("demo")), loading);
+    assert_eq!(
+        stand(&view, &name("huge")),
+        Stand::Waiting("2 more workers of 600.0 MiB are needed".to_owned())
+    );
+    assert!(matches!(stand(&view, &name("odd")), Stand::Failed(_)));
+    assert_eq!(stand(&view, &name("none")), Stand::Absent);
+}
+
+#[test]
+fn a_failed_shard_says_why() {
+    let mut view = cluster();
+    let error = WireError::new(ErrorCode::BadModel, "model.safetensors is truncated");
+    view.workers[1].shards[0].state = ShardState::Failed(error);
+    let text = table::stages(&view, |_| true).to_string();
+    assert!(text.contains("failed: model.safetensors is truncated"), "{text}");
+}

@@ -1,0 +1,8 @@
+//! What people and scripts get to see: data for stdout, talk for stderr.
+
+pub mod json;
+pub mod progress;
+pub mod table;
+
+#[cfg(test)]
+mod golden;

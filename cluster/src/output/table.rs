@@ -1,0 +1,267 @@
+//! Views as text for people. Every function is pure and returns what is to be printed.
+
+use std::fmt;
+
+use shoal_protocol::admin::{ClusterView, DeploymentPhase, DeploymentView, PlanView, WorkerView};
+use shoal_protocol::control::{ShardReport, ShardState};
+use shoal_protocol::id::{NodeId, StageIndex};
+use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
+
+/// Spaces between two columns.
+const GAP: usize = 2;
+
+/// What stands in a cell that has nothing to say.
+const NOTHING: &str = "-";
+
+/// Rows under a head, each column as wide as its widest cell.
+#[derive(Clone, Debug)]
+pub struct Table {
+    head: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these columns.
+    pub fn new(head: &[&'static str]) -> Self {
+        Self { head: head.to_vec(), rows: Vec::new() }
+    }
+
+    /// Adds a row; cells beyond the head's columns are dropped, missing ones stay empty.
+    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.rows.push(cells.into_iter().take(self.head.len()).collect());
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width_of = |column: usize| {
+            let cells =
+                self.rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count());
+            cells.chain([self.head[column].len()]).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.head.len()).map(width_of).collect();
+        let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+            let mut text = String::new();
+            for (cell, width) in cells.zip(&widths) {
+                let pad = width + GAP - cell.chars().count();
+                text.push_str(cell);
+                text.extend(std::iter::repeat_n(' ', pad));
+            }
+            writeln!(f, "{}", text.trim_end())
+        };
+        line(&mut self.head.iter().copied())?;
+        self.rows.iter().try_for_each(|row| line(&mut row.iter().map(String::as_str)))
+    }
+}
+
+/// `shoal status`.
+pub fn status(view: &ClusterView) -> String {
+    let c = &view.coordinator;
+    let mut out = format!(
+        "coordinator {} (pid {}, shoal {})\n  public API  {}/v1\n  cluster     {}\n\n",
+        c.id,
+        c.pid,
+        c.build,
+        super::json::url(c.api),
+        c.cluster
+    );
+    if view.workers.is_empty() {
+        out.push_str(
+            "no worker has joined; `shoal token create --role worker` makes a token for one\n",
+        );
+    } else {
+        out.push_str(&workers(&view.workers).to_string());
+    }
+    out.push('\n');
+    if view.deployments.is_empty() {
+        out.push_str("nothing is deployed; `shoal deploy MODEL` serves a model\n");
+        return out;
+    }
+    out.push_str(&deployments(view).to_string());
+    let stages = stages(view, |_| true);
+    if !stages.rows.is_empty() {
+        out.push('\n');
+        out.push_str(&stages.to_string());
+    }
+    out
+}
+
+fn workers(workers: &[WorkerView]) -> Table {
+    let mut table =
+        Table::new(&["WORKER", "LINK", "PID", "ADDRESS", "DEVICE", "MEMORY", "THREADS", "SHARDS"]);
+    for worker in workers {
+        let device = worker.devices.first();
+        let or_nothing = |text: Option<String>| text.unwrap_or_else(|| NOTHING.to_owned());
+        table.row([
+            worker.id.to_string(),
+            if worker.connected { "up" } else { "down" }.to_owned(),
+            or_nothing((worker.pid != 0).then(|| worker.pid.to_string())),
+            or_nothing(worker.address.map(|a| a.to_string())),
+            or_nothing(device.map(|d| format!("{} ({})", d.name, d.description))),
+            or_nothing(device.map(|d| d.memory.to_string())),
+            or_nothing(device.map(|d| d.threads.to_string())),
+            worker.shards.len().to_string(),
+        ]);
+    }
+    table
+}
+
+fn deployments(view: &ClusterView) -> Table {
+    let mut table =
+        Table::new(&["DEPLOYMENT", "PHASE", "MESH", "PRECISION", "NUMERICS", "GENERATION", "WHY"]);
+    for deployment in &view.deployments {
+        let replica = replicas(view, deployment).next();
+        let of = |text: fn(&ReplicaPlan) -> String| replica.map_or(NOTHING.to_owned(), text);
+        table.row([
+            deployment.name.to_string(),
+            phase(deployment.phase).to_owned(),
+            of(ReplicaPlan::mesh),
+            of(|r| r.precision.to_string()),
+            of(|r| r.numerics.to_string()),
+            of(|r| r.generation.to_string()),
+            deployment.reason.replace('\n', "; "),
+        ]);
+    }
+    table
+}
+
+/// Where each stage of the chosen deployments runs.
+pub fn stages(view: &ClusterView, wanted: impl Fn(&DeploymentView) -> bool) -> Table {
+    let mut table =
+        Table::new(&["STAGE", "LAYERS", "WORKER", "PID", "STATE", "WEIGHTS", "KV", "STEPS", "OF"]);
+    for deployment in view.deployments.iter().filter(|d| wanted(d)) {
+        for replica in replicas(view, deployment) {
+            for (index, stage) in replica.stages.iter().enumerate() {
+                for shard in &stage.shards {
+                    let report = report_of(view, replica, StageIndex(index as u32), shard);
+                    let worker = view.workers.iter().find(|w| w.id == shard.node);
+                    table.row([
+                        format!("{index}.{}", shard.rank.0),
+                        stage.layers.to_string(),
+                        shard.node.to_string(),
+                        worker.map_or(NOTHING.to_owned(), |w| w.pid.to_string()),
+                        report.map_or("absent".to_owned(), |r| state(&r.state)),
+                        shard.memory.weights.to_string(),
+                        shard.memory.kv.to_string(),
+                        report.map_or(NOTHING.to_owned(), |r| r.counters.steps.to_string()),
+                        format!("{} {}", deployment.name, replica.id),
+                    ]);
+                }
+            }
+        }
+    }
+    table
+}
+
+/// `shoal plan NAME`, with the arithmetic where `explain` is set.
+pub fn plan(view: &PlanView, explain: bool) -> String {
+    let mut out = String::new();
+    for replica in &view.replicas {
+        let limits = &replica.limits;
+        out.push_str(&format!(
+            "{} of {}: mesh {}, generation {}, {} weights, numerics {}\n",
+            replica.id,
+            replica.deployment,
+            replica.mesh(),
+            replica.generation.0,
+            replica.precision,
+            replica.numerics
+        ));
+        out.push_str(&format!(
+            "  context {} tokens, {} KV blocks, at most {} sequences, {} rows a step, {} steps in flight\n\n",
+            limits.context_max,
+            limits.kv_blocks,
+            limits.sequences_max,
+            limits.step_rows_max,
+            limits.steps_in_flight_max
+        ));
+        let mut table = Table::new(&[
+            "STAGE",
+            "LAYERS",
+            "WORKER",
+            "DEVICE",
+            "WEIGHTS",
+            "KV",
+            "ACTIVATIONS",
+            "TOTAL",
+        ]);
+        for (index, stage) in replica.stages.iter().enumerate() {
+            for shard in &stage.shards {
+                table.row([
+                    format!("{index}.{}", shard.rank.0),
+                    stage.layers.to_string(),
+                    shard.node.to_string(),
+                    shard.device.clone(),
+                    shard.memory.weights.to_string(),
+                    shard.memory.kv.to_string(),
+                    shard.memory.activations.to_string(),
+                    shard.memory.total().to_string(),
+                ]);
+            }
+        }
+        out.push_str(&table.to_string());
+    }
+    if view.replicas.is_empty() {
+        out.push_str("there is no plan yet\n");
+    }
+    // Without a plan the explanation is the only thing that can be shown.
+    if explain || view.replicas.is_empty() {
+        out.push('\n');
+        for line in &view.explanation {
+            out.push_str(line.trim_end());
+            out.push('\n');
+        }
+    }
+    out
+}
+
+/// The replicas of a deployment, in plan order.
+pub fn replicas<'a>(
+    view: &'a ClusterView,
+    deployment: &'a DeploymentView,
+) -> impl Iterator<Item = &'a ReplicaPlan> {
+    view.plan.replicas.iter().filter(|r| r.deployment == deployment.name)
+}
+
+/// What a worker says of one shard of a replica's current layout.
+pub fn report_of<'a>(
+    view: &'a ClusterView,
+    replica: &ReplicaPlan,
+    stage: StageIndex,
+    shard: &ShardPlan,
+) -> Option<&'a ShardReport> {
+    let node: NodeId = shard.node;
+    let worker = view.workers.iter().find(|w| w.id == node && w.connected)?;
+    worker
+        .shards
+        .iter()
+        .find(|r| r.replica == replica.id && r.generation == replica.generation && r.stage == stage)
+}
+
+fn phase(phase: DeploymentPhase) -> &'static str {
+    match phase {
+        DeploymentPhase::Waiting => "waiting",
+        DeploymentPhase::Loading => "loading",
+        DeploymentPhase::Ready => "ready",
+        DeploymentPhase::Failed => "failed",
+    }
+}
+
+fn state(state: &ShardState) -> String {
+    match state {
+        ShardState::Loading { done, total } => format!("loading {}", percent(done.0, total.0)),
+        ShardState::Linking => "linking".to_owned(),
+        ShardState::Ready => "ready".to_owned(),
+        ShardState::Draining => "draining".to_owned(),
+        ShardState::Failed(error) => format!("failed: {}", error.message.replace('\n', "; ")),
+    }
+}
+
+/// `done` of `total` in whole percent; all of nothing is 100 %.
+pub fn percent(done: u64, total: u64) -> String {
+    let percent = match total {
+        0 => 100,
+        _ => (u128::from(done.min(total)) * 100 / u128::from(total)) as u64,
+    };
+    format!("{percent} %")
+}
