@@ -12,6 +12,7 @@
 //! There is no plaintext mode.
 
 pub mod ca;
+mod context;
 mod endpoint;
 pub mod identity;
 pub mod join;
@@ -19,6 +20,7 @@ mod settings;
 mod stream;
 mod tls;
 
+pub use context::AdminContext;
 pub use endpoint::{
     AcceptError, Accepting, Alpn, ConnectError, Connection, Endpoint, EndpointError, Expect,
     LinkStats,
