@@ -1,0 +1,49 @@
+# One door for people and machines. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full verify fix bench doc setup-build setup-test
+
+# nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
+# same tests run under cargo's own runner.
+NEXTEST := $(shell command -v cargo-nextest 2> /dev/null)
+RUN_TESTS = $(if $(NEXTEST),cargo nextest run --workspace --locked,cargo test --workspace --locked --lib --bins --tests)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup-build ## a coordinator and 3 workers on this machine, a question asked and answered
+	cargo build --release --locked --package shoal
+	$$(scripts/target-dir)/release/shoal up --demo --listen 127.0.0.1:$${PORT:-8000}
+
+test: setup-test ## every test
+	$(RUN_TESTS)
+
+test-full: setup-test ## every test, the slow ones too
+	$(RUN_TESTS) $(if $(NEXTEST),--run-ignored all,-- --include-ignored)
+
+verify: setup-build ## read-only: format, lints, hygiene, docs, licences and advisories
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo test --package shoal-tests --test tidy --locked
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
+	@if command -v cargo-deny > /dev/null; then cargo deny --locked check; else \
+	    echo 'verify: cargo-deny is not installed, so licences and advisories were not checked (cargo install cargo-deny --locked)' >&2; fi
+
+fix: setup-build ## change what a machine can change: format, lints
+	cargo fmt --all
+	cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged --locked
+
+bench: setup-build ## measure, and write bench/RESULTS.md
+	cargo build --release --locked --package shoal --package shoal-bench
+	cargo run --release --locked --package shoal-bench
+
+doc: setup-build ## the code's own documentation
+	cargo doc --workspace --no-deps --locked --document-private-items
+
+setup-build:
+	@scripts/setup.sh build
+
+setup-test:
+	@scripts/setup.sh test

@@ -1,0 +1,295 @@
+//! What the architecture promises and the compiler cannot hold: who depends on whom, which folders
+//! are pure, where `unsafe` and `cfg(feature)` may stand, how long a file may grow.
+//!
+//! It reads sources as text, with comments and unit tests taken out. What it finds it names with file
+//! and line.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Which sibling each crate may depend on. `shoal-tests` may use everything; nobody may use it.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("shoal-protocol", &[]),
+    ("shoal-coordinator", &["shoal-protocol"]),
+    ("shoal-shard-worker", &["shoal-protocol"]),
+    ("shoal-bench", &["shoal-protocol", "shoal-coordinator", "shoal-shard-worker"]),
+    ("shoal", &["shoal-protocol", "shoal-coordinator", "shoal-shard-worker", "shoal-bench"]),
+    (
+        "shoal-tests",
+        &["shoal-protocol", "shoal-coordinator", "shoal-shard-worker", "shoal-bench", "shoal"],
+    ),
+];
+
+/// Files and folders that take time and randomness as arguments and return what is to be done.
+const PURE: &[&str] = &[
+    "protocol/src/activation.rs",
+    "protocol/src/admin.rs",
+    "protocol/src/control.rs",
+    "protocol/src/error.rs",
+    "protocol/src/frame.rs",
+    "protocol/src/id.rs",
+    "protocol/src/join.rs",
+    "protocol/src/model/mod.rs",
+    "protocol/src/model/spec.rs",
+    "protocol/src/model/tensors.rs",
+    "protocol/src/plan.rs",
+    "protocol/src/request.rs",
+    "protocol/src/units.rs",
+    "protocol/src/version.rs",
+];
+
+/// What a pure file may not name, and what it does instead.
+const IMPURE: &[(&str, &str)] = &[
+    ("tokio", "a shell runs it; it returns actions"),
+    ("quinn", "a shell owns the connection"),
+    (".await", "a shell waits; it returns actions"),
+    ("async fn", "a shell waits; it returns actions"),
+    ("TcpStream", "a shell owns the socket"),
+    ("TcpListener", "a shell owns the socket"),
+    ("UdpSocket", "a shell owns the socket"),
+    ("std::fs", "a shell reads and hands the bytes in"),
+    ("std::thread", "a shell owns the thread"),
+    ("std::process", "a shell owns the process"),
+    ("std::env", "configuration is handed in"),
+    ("Instant::now", "`now` is an argument"),
+    ("SystemTime::now", "`now` is an argument"),
+    ("thread_rng", "the seed is an argument"),
+    ("getrandom", "the seed is an argument"),
+    ("rand::", "the seed is an argument"),
+];
+
+/// Where `unsafe` may stand: kernels, each block with its proof.
+const UNSAFE_UNDER: &[&str] = &["shard-worker/src/backend/"];
+
+/// Where `cfg(feature = …)` may stand: the seam to devices, and the transport shell.
+const FEATURES_UNDER: &[&str] =
+    &["shard-worker/src/backend/", "protocol/src/quic/", "protocol/src/lib.rs"];
+
+/// A longer file, unit tests aside, asks for a second noun.
+const LINES_MAX: usize = 500;
+
+/// Files that are longer, and why they stay whole.
+const LONGER: &[(&str, &str)] =
+    &[("protocol/src/quic/endpoint.rs", "half of it is the words of its errors")];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
+}
+
+fn cargo(args: &[&str]) -> String {
+    let output =
+        Command::new(env!("CARGO")).args(args).current_dir(root()).output().expect("cargo");
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// A source file without what does not count.
+struct Source {
+    /// Relative to the repository, with `/`.
+    path: String,
+    /// Lines before the unit tests.
+    lines: usize,
+    /// Line number and text of what is neither comment nor unit test.
+    code: Vec<(usize, String)>,
+}
+
+impl Source {
+    fn read(path: &Path) -> Self {
+        let text = std::fs::read_to_string(path).expect("a source file");
+        let relative = path.strip_prefix(root()).expect("inside the repository");
+        let code = text
+            .lines()
+            .zip(1..)
+            .take_while(|(line, _)| !line.starts_with("#[cfg(test)]"))
+            .map(|(line, number)| (number, line.split("//").next().unwrap_or("").to_owned()))
+            .collect();
+        let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).count();
+        Self { path: relative.to_string_lossy().into_owned(), lines, code }
+    }
+
+    /// Where the word stands, as `path:line`.
+    fn places(&self, word: &str) -> impl Iterator<Item = String> {
+        let found = self.code.iter().filter(move |(_, line)| has_word(line, word));
+        found.map(|(number, _)| format!("{}:{number}", self.path)).collect::<Vec<_>>().into_iter()
+    }
+}
+
+/// Whether the word stands in the line with no letter before or after it.
+fn has_word(line: &str, word: &str) -> bool {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        let after = line[at + word.len()..].chars().next();
+        let open = |end: Option<char>, neighbour: Option<char>| {
+            !(end.is_some_and(part) && neighbour.is_some_and(part))
+        };
+        open(word.chars().next(), before) && open(word.chars().next_back(), after)
+    })
+}
+
+/// All Rust files under a file or folder.
+fn sources(under: &str) -> Vec<Source> {
+    fn walk(path: &Path, found: &mut Vec<PathBuf>) {
+        if path.is_dir() {
+            for entry in std::fs::read_dir(path).expect("a folder") {
+                walk(&entry.expect("an entry").path(), found);
+            }
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path.to_owned());
+        }
+    }
+    let path = root().join(under);
+    assert!(path.exists(), "{under} is listed in tidy.rs but is not there");
+    let mut found = Vec::new();
+    walk(&path, &mut found);
+    found.sort();
+    found.iter().map(|path| Source::read(path)).collect()
+}
+
+fn is_test_file(path: &str) -> bool {
+    path.ends_with("_test.rs") || path.ends_with("/tests.rs") || path.contains("/tests/")
+}
+
+/// The sources of the libraries and the binary.
+fn product() -> Vec<Source> {
+    let crates = ["protocol/src", "coordinator/src", "shard-worker/src", "cluster/src"];
+    crates.into_iter().flat_map(sources).filter(|s| !is_test_file(&s.path)).collect()
+}
+
+fn none(what: &str, found: Vec<String>) {
+    assert!(found.is_empty(), "{what}:\n  {}", found.join("\n  "));
+}
+
+#[test]
+fn crates_depend_only_along_the_arrows() {
+    let metadata: Value = serde_json::from_str(&cargo(&[
+        "metadata",
+        "--no-deps",
+        "--format-version",
+        "1",
+        "--locked",
+    ]))
+    .expect("JSON");
+    let allowed: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let mut wrong = Vec::new();
+    for package in metadata["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().expect("a name");
+        let Some(allowed) = allowed.get(name) else {
+            wrong.push(format!("{name} is not in ARROWS"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let to = dependency["name"].as_str().expect("a name");
+            if dependency["path"].is_string() && !allowed.contains(&to) {
+                wrong.push(format!("{name} must not depend on {to}"));
+            }
+        }
+    }
+    none("dependencies against the arrows of ARCHITECTURE.md", wrong);
+}
+
+#[test]
+fn the_protocol_without_its_transport_has_no_runtime_in_it() {
+    let tree = cargo(&[
+        "tree",
+        "--package",
+        "shoal-protocol",
+        "--no-default-features",
+        "--edges",
+        "normal",
+        "--prefix",
+        "none",
+        "--locked",
+    ]);
+    assert!(tree.contains("serde "), "{tree}");
+    let runtime = ["tokio ", "quinn ", "rustls ", "socket2 "];
+    let found = tree.lines().filter(|line| runtime.iter().any(|name| line.starts_with(name)));
+    none("shoal-protocol without `quic` must not contain", found.map(str::to_owned).collect());
+}
+
+#[test]
+fn pure_files_do_nothing_but_compute() {
+    let mut found = Vec::new();
+    for source in PURE.iter().flat_map(|under| sources(under)).filter(|s| !is_test_file(&s.path)) {
+        for (word, instead) in IMPURE {
+            found.extend(source.places(word).map(|at| format!("{at}: `{word}`: {instead}")));
+        }
+    }
+    none("not pure", found);
+}
+
+#[test]
+fn unsafe_stays_in_the_kernels() {
+    let outside = product().into_iter().filter(|s| !starts_with_any(&s.path, UNSAFE_UNDER));
+    none(
+        "`unsafe` outside of shard-worker/src/backend",
+        outside.flat_map(|s| s.places("unsafe").collect::<Vec<_>>()).collect(),
+    );
+}
+
+#[test]
+fn features_are_chosen_at_the_seams_alone() {
+    let outside = product().into_iter().filter(|s| !starts_with_any(&s.path, FEATURES_UNDER));
+    none(
+        "`feature =` outside of the seams",
+        outside.flat_map(|s| s.places("feature =").collect::<Vec<_>>()).collect(),
+    );
+}
+
+#[test]
+fn files_stay_short() {
+    let reasons: BTreeMap<&str, &str> = LONGER.iter().copied().collect();
+    let all = product();
+    let long: Vec<&Source> = all.iter().filter(|s| s.lines > LINES_MAX).collect();
+    none(
+        "files that ask for a second noun",
+        long.iter()
+            .filter(|s| !reasons.contains_key(s.path.as_str()))
+            .map(|s| format!("{}: {} lines", s.path, s.lines))
+            .collect(),
+    );
+    none(
+        "in LONGER, but not longer any more",
+        reasons
+            .keys()
+            .filter(|path| !long.iter().any(|s| s.path == **path))
+            .map(|path| (*path).to_owned())
+            .collect(),
+    );
+}
+
+#[test]
+fn every_crate_inherits_the_lints() {
+    let mut missing = Vec::new();
+    for folder in ["protocol", "coordinator", "shard-worker", "cluster", "bench", "tests"] {
+        let manifest =
+            std::fs::read_to_string(root().join(folder).join("Cargo.toml")).expect(folder);
+        if !manifest.contains("[lints]\nworkspace = true") {
+            missing.push(format!("{folder}/Cargo.toml"));
+        }
+    }
+    none("without `[lints] workspace = true`", missing);
+}
+
+fn starts_with_any(path: &str, prefixes: &[&str]) -> bool {
+    prefixes.iter().any(|prefix| path.starts_with(prefix))
+}
+
+#[test]
+fn the_scanner_sees_what_it_should() {
+    for (line, word, expected) in [
+        ("use tokio::net;", "tokio", true),
+        ("tokio_util", "tokio", false),
+        ("let x = f().await;", ".await", true),
+        ("Instant::now()", "Instant::now", true),
+        ("operand::x", "rand::", false),
+        ("rand::rng()", "rand::", true),
+        ("unsafe_code", "unsafe", false),
+        ("unsafe { f() }", "unsafe", true),
+    ] {
+        assert_eq!(has_word(line, word), expected, "{word:?} in {line:?}");
+    }
+}
