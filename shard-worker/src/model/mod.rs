@@ -1,7 +1,14 @@
 //! What a stage computes: the seam between stages (which know sequences) and layers (which know
 //! rows, positions and KV blocks).
 
+mod bounds;
+pub mod families;
 pub mod layers;
+pub mod pretend;
+mod weights;
+
+pub use families::{LoadError, load_shard};
+pub use weights::{LoadOptions, WeightsError};
 
 /// Rows of one sequence that are computed in one step: adjacent rows at consecutive positions.
 ///

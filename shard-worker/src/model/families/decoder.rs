@@ -1,0 +1,163 @@
+//! The pre-norm decoder: attention and a gated MLP, each behind a norm and added to the stream.
+
+use shoal_protocol::model::{ModelSpec, TensorRole};
+use shoal_protocol::plan::ReplicaLimits;
+use shoal_protocol::units::LayerRange;
+
+use crate::backend::{KvShape, Ops};
+use crate::model::bounds::StepBounds;
+use crate::model::families::LoadError;
+use crate::model::layers::{Attention, Embedding, Head, Mlp, PreNorm, Rope, Scratch};
+use crate::model::weights::{Weights, WeightsError};
+use crate::model::{Batch, ComputeError, ShardModel};
+
+/// One stage of a decoder.
+pub(super) struct Decoder<B: Ops> {
+    ops: B,
+    bounds: StepBounds,
+    /// On the first stage; on the last one too where it is tied to the output head.
+    embedding: Option<B::Weight>,
+    rope: Rope<B>,
+    layers: Vec<Layer<B>>,
+    /// On the last stage: the norm, and the output head unless it is the embedding.
+    head: Option<(Head<B>, Option<B::Weight>)>,
+    scratch: Scratch<B>,
+}
+
+struct Layer<B: Ops> {
+    attention_norm: PreNorm<B>,
+    attention: Attention<B>,
+    mlp_norm: PreNorm<B>,
+    mlp: Mlp<B>,
+    kv: B::Kv,
+}
+
+impl<B: Ops> Decoder<B> {
+    pub(super) fn assemble(
+        mut ops: B,
+        spec: &ModelSpec,
+        range: LayerRange,
+        mut weights: Weights<B>,
+        limits: &ReplicaLimits,
+    ) -> Result<Self, LoadError> {
+        let is_first = range.start == 0;
+        let is_last = range.end == spec.layers;
+        let embedding =
+            if is_first { Some(weights.matrix(TensorRole::Embedding, None)?) } else { None };
+        let layers = range
+            .iter()
+            .map(|layer| Layer::assemble(&mut ops, spec, layer, &mut weights, limits))
+            .collect::<Result<_, _>>()?;
+        let head = if is_last {
+            let norm = weights.norm(TensorRole::FinalNorm, None, spec.norm_eps)?;
+            let shares_embedding = is_first && spec.tied_embeddings;
+            let output = if shares_embedding {
+                None
+            } else {
+                Some(weights.matrix(TensorRole::OutputHead, None)?)
+            };
+            Some((Head { norm }, output))
+        } else {
+            None
+        };
+        Ok(Self {
+            bounds: StepBounds::new(
+                limits,
+                spec.hidden,
+                if is_last { spec.vocab } else { 0 },
+                is_first,
+            ),
+            embedding,
+            rope: Rope::new(&ops, spec)?,
+            layers,
+            head,
+            scratch: Scratch::new(&mut ops, spec, limits.step_rows_max as usize)?,
+            ops,
+        })
+    }
+}
+
+impl<B: Ops> Layer<B> {
+    fn assemble(
+        ops: &mut B,
+        spec: &ModelSpec,
+        layer: u32,
+        weights: &mut Weights<B>,
+        limits: &ReplicaLimits,
+    ) -> Result<Self, LoadError> {
+        use TensorRole::*;
+        let norm = |weights: &mut Weights<B>, role| weights.norm(role, Some(layer), spec.norm_eps);
+        let head_norm = |weights: &mut Weights<B>, role| -> Result<_, WeightsError> {
+            if spec.qk_norm { norm(weights, role).map(Some) } else { Ok(None) }
+        };
+        let shape =
+            KvShape { blocks: limits.kv_blocks, kv_heads: spec.kv_heads, head_dim: spec.head_dim };
+        Ok(Self {
+            attention_norm: PreNorm(norm(weights, AttentionNorm)?),
+            attention: Attention {
+                query: weights.linear((Query, QueryBias), layer)?,
+                key: weights.linear((Key, KeyBias), layer)?,
+                value: weights.linear((Value, ValueBias), layer)?,
+                query_norm: head_norm(weights, QueryNorm)?,
+                key_norm: head_norm(weights, KeyNorm)?,
+                output: weights.linear((AttentionOutput, AttentionOutputBias), layer)?,
+                scale: Attention::<B>::scale_of(spec.head_dim),
+            },
+            mlp_norm: PreNorm(norm(weights, MlpNorm)?),
+            mlp: Mlp {
+                gate: weights.linear((Gate, GateBias), layer)?,
+                up: weights.linear((Up, UpBias), layer)?,
+                down: weights.linear((Down, DownBias), layer)?,
+            },
+            kv: ops.kv(shape)?,
+        })
+    }
+
+    fn forward(
+        &mut self,
+        ops: &mut B,
+        batch: &Batch<'_>,
+        scratch: &mut Scratch<B>,
+        stream: &mut B::Stream<'_>,
+    ) -> Result<(), ComputeError> {
+        self.attention_norm.forward(ops, stream, batch.rows, scratch)?;
+        self.attention.forward(ops, batch, &mut self.kv, scratch, stream)?;
+        self.mlp_norm.forward(ops, stream, batch.rows, scratch)?;
+        self.mlp.forward(ops, batch.rows, scratch, stream)
+    }
+}
+
+impl<B: Ops> ShardModel for Decoder<B> {
+    fn hidden(&self) -> usize {
+        self.bounds.hidden
+    }
+
+    fn vocab(&self) -> usize {
+        self.bounds.vocab
+    }
+
+    fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        tokens: Option<&[u32]>,
+        hidden: &mut [f32],
+        logits: Option<&mut [f32]>,
+    ) -> Result<(), ComputeError> {
+        self.bounds.check(batch, tokens, hidden, logits.as_deref())?;
+        let Self { ops, scratch, .. } = self;
+        let mut stream = ops.enter(hidden, self.bounds.hidden)?;
+        if let (Some(tokens), Some(table)) = (tokens, &self.embedding) {
+            Embedding::forward(ops, table, tokens, &mut stream)?;
+        }
+        self.rope.prepare(ops, batch, scratch)?;
+        for layer in &mut self.layers {
+            layer.forward(ops, batch, scratch, &mut stream)?;
+        }
+        if let (Some(logits), Some((head, output))) = (logits, &self.head)
+            && let Some(output) = output.as_ref().or(self.embedding.as_ref())
+        {
+            head.forward(ops, output, &stream, batch.sample_rows, (scratch, logits))?;
+        }
+        ops.leave(stream)
+    }
+}

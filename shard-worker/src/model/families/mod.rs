@@ -1,0 +1,88 @@
+//! How layers are put together, by family, and how a shard comes to be.
+//!
+//! A family is a table of names and shapes in `shoal_protocol::model` and an assembly here. Llama,
+//! Qwen2 and Qwen3 are one assembly, the pre-norm [`decoder`]: what tells them apart (biases, norms
+//! over heads, tied embeddings, rotary scaling) is which tensors their tables give it.
+
+mod decoder;
+
+use shoal_protocol::model::{Checkpoint, Family};
+use shoal_protocol::plan::{Assignment, ModelSource, Numerics};
+use shoal_protocol::units::LayerRange;
+
+use crate::backend::{BackendError, Ops};
+use crate::model::ShardModel;
+use crate::model::weights::{LoadOptions, Weights, WeightsError};
+
+use decoder::Decoder;
+
+/// Why a shard was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The assignment is not one that this worker can carry out.
+    #[error("the assignment is refused: {0}")]
+    Assignment(String),
+    /// The files are not those of the plan.
+    #[error(
+        "{folder}: these are not the files that the coordinator read when the model was deployed; \
+         expected the same content under this path on every node: copy the folder again"
+    )]
+    OtherModel {
+        /// The folder.
+        folder: String,
+    },
+    /// Its tensors could not be loaded.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The device has no room for cache or scratch.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// Loads the shard that the assignment names: its weights out of the checkpoint, a cache and
+/// scratch by the replica's limits. Blocks; `options` tells how to watch and how to stop it.
+///
+/// `ops` is the device, made for this shard alone.
+pub fn load_shard<B: Ops>(
+    ops: B,
+    checkpoint: &Checkpoint,
+    assignment: &Assignment,
+    options: &LoadOptions<'_>,
+) -> Result<Box<dyn ShardModel>, LoadError> {
+    let layers = check(checkpoint, assignment)?;
+    let replica = &assignment.replica;
+    match checkpoint.spec().family {
+        Family::Llama | Family::Qwen2 | Family::Qwen3 => {
+            let weights = Weights::load(&ops, checkpoint, layers, replica.precision, options)?;
+            let decoder =
+                Decoder::assemble(ops, checkpoint.spec(), layers, weights, &replica.limits)?;
+            Ok(Box::new(decoder))
+        }
+    }
+}
+
+fn check(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<LayerRange, LoadError> {
+    let refuse = |what: String| Err(LoadError::Assignment(what));
+    let replica = &assignment.replica;
+    let spec = checkpoint.spec();
+    let Some(stage) = replica.stages.get(assignment.stage.0 as usize) else {
+        return refuse(format!("{} of {}", assignment.stage, replica.stages.len()));
+    };
+    if matches!(replica.model.source, ModelSource::Pretend(_)) {
+        return refuse("a pretend model has no checkpoint".into());
+    }
+    if assignment.rank.0 != 0 || stage.shards.len() > 1 {
+        return refuse(format!("{} of {}; expected one rank", assignment.rank, stage.shards.len()));
+    }
+    let layers = stage.layers;
+    if layers.is_empty() || layers.end > spec.layers {
+        return refuse(format!("layers {layers} of a model of {}", spec.layers));
+    }
+    match replica.numerics {
+        Numerics::N1 => {}
+    }
+    if replica.model.fingerprint != checkpoint.fingerprint() {
+        return Err(LoadError::OtherModel { folder: checkpoint.folder().display().to_string() });
+    }
+    Ok(layers)
+}

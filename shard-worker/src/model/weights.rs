@@ -1,0 +1,344 @@
+//! Loads a shard: reads the byte ranges of its own tensors and packs them for the device.
+//!
+//! ```text
+//! checkpoint ─► pieces (whole panels of rows, ~4 MiB, in file order) ─► threads: pread ─► pack_rows
+//! ```
+//!
+//! A thread has one buffer of the size of a piece, and what it packs goes straight to where it is
+//! held: there is no second copy of the weights, and the page cache is not ours to count.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use shoal_protocol::model::{Checkpoint, PANEL_OUTPUTS, TensorLocation, TensorRole, TensorSpec};
+use shoal_protocol::plan::Precision;
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use crate::backend::{BackendError, Linear, Norm, Ops, WeightBuilder};
+
+/// What a thread reads at once: long enough for the disk, short enough that the buffers of a few
+/// threads do not show beside the weights.
+const PIECE_BYTES: u64 = 4 << 20;
+/// More threads than this only fight for the disk and the memory bus.
+const THREADS_MAX: usize = 16;
+
+/// How to load.
+pub struct LoadOptions<'a> {
+    /// Threads that read and pack.
+    pub threads: NonZeroUsize,
+    /// Called with the bytes read and the bytes to read after each piece, by whichever thread read
+    /// it; calls may overlap.
+    pub on_progress: &'a (dyn Fn(Bytes, Bytes) + Sync),
+    /// Set to give up: the load ends with [`WeightsError::Cancelled`] within one piece.
+    pub cancel: &'a AtomicBool,
+}
+
+/// Why weights were not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// A range of a file cannot be read.
+    #[error("{}: tensor `{tensor}`: bytes {first}..{end}: {source}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The first byte of the range.
+        first: u64,
+        /// One past its last byte.
+        end: u64,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The device takes no such tensor.
+    #[error("tensor `{tensor}`: {source}")]
+    Device {
+        /// The tensor.
+        tensor: String,
+        /// What it says.
+        source: BackendError,
+    },
+    /// The checkpoint has no place for a tensor; it was opened for another model.
+    #[error("tensor `{tensor}` is not in the checkpoint {}", folder.display())]
+    NotLocated {
+        /// The checkpoint's folder.
+        folder: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A family asked for a tensor that its table does not give this stage.
+    #[error("no {role:?} of layer {layer:?} among the tensors of this stage")]
+    NotInTable {
+        /// What it asked for.
+        role: TensorRole,
+        /// Of which layer.
+        layer: Option<u32>,
+    },
+    /// A thread could not be started.
+    #[error("a thread that reads weights did not start: {source}")]
+    Thread {
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The caller gave up.
+    #[error("loading was cancelled")]
+    Cancelled,
+}
+
+/// The tensors of a stage, on the device, until a family has put them together.
+pub(crate) struct Weights<B: Ops> {
+    matrices: BTreeMap<(Option<u32>, TensorRole), B::Weight>,
+    vectors: BTreeMap<(Option<u32>, TensorRole), B::Vector>,
+}
+
+impl<B: Ops> Weights<B> {
+    /// Reads the tensors of these layers, holding matrices as `held`.
+    pub(crate) fn load(
+        ops: &B,
+        checkpoint: &Checkpoint,
+        layers: LayerRange,
+        held: Precision,
+        options: &LoadOptions<'_>,
+    ) -> Result<Self, WeightsError> {
+        let mut files = Files::default();
+        let mut vectors = BTreeMap::new();
+        let mut matrices = Vec::new();
+        for spec in checkpoint.spec().tensors(layers) {
+            let location =
+                checkpoint.locate(&spec.name).ok_or_else(|| WeightsError::NotLocated {
+                    folder: checkpoint.folder().to_owned(),
+                    tensor: spec.name.clone(),
+                })?;
+            let source = Source { file: files.open(location, &spec)?, location, spec };
+            if source.spec.is_matrix {
+                matrices.push(Matrix::<B>::new(ops, source, held)?);
+            } else {
+                let vector =
+                    ops.vector(&source.read_vector()?).map_err(|error| source.device(error))?;
+                vectors.insert((source.spec.layer, source.spec.role), vector);
+            }
+        }
+        read_all(&matrices, options)?;
+        let matrices = matrices
+            .into_iter()
+            .map(|Matrix { source, builder }| {
+                let weight = builder.finish().map_err(|error| source.device(error))?;
+                Ok(((source.spec.layer, source.spec.role), weight))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { matrices, vectors })
+    }
+
+    /// Takes a matrix that the stage must have.
+    pub(crate) fn matrix(
+        &mut self,
+        role: TensorRole,
+        layer: Option<u32>,
+    ) -> Result<B::Weight, WeightsError> {
+        self.matrices.remove(&(layer, role)).ok_or(WeightsError::NotInTable { role, layer })
+    }
+
+    /// Takes a matrix, and its bias where the model has one.
+    pub(crate) fn linear(
+        &mut self,
+        (role, bias): (TensorRole, TensorRole),
+        layer: u32,
+    ) -> Result<Linear<B>, WeightsError> {
+        let weight = self.matrix(role, Some(layer))?;
+        Ok(Linear { weight, bias: self.vectors.remove(&(Some(layer), bias)) })
+    }
+
+    /// Takes the weight of a norm that the stage must have.
+    pub(crate) fn norm(
+        &mut self,
+        role: TensorRole,
+        layer: Option<u32>,
+        eps: f32,
+    ) -> Result<Norm<B>, WeightsError> {
+        let weight =
+            self.vectors.remove(&(layer, role)).ok_or(WeightsError::NotInTable { role, layer })?;
+        Ok(Norm { weight, eps })
+    }
+}
+
+/// The files of a checkpoint that a stage reads, each opened once.
+#[derive(Default)]
+struct Files(BTreeMap<Arc<Path>, Arc<File>>);
+
+impl Files {
+    fn open(&mut self, at: &TensorLocation, spec: &TensorSpec) -> Result<Arc<File>, WeightsError> {
+        if let Some(file) = self.0.get(&at.file) {
+            return Ok(file.clone());
+        }
+        let file = File::open(&at.file).map_err(|source| WeightsError::Read {
+            file: at.file.to_path_buf(),
+            tensor: spec.name.clone(),
+            first: at.offset,
+            end: at.offset + at.len,
+            source,
+        })?;
+        let file = Arc::new(file);
+        self.0.insert(at.file.clone(), file.clone());
+        Ok(file)
+    }
+}
+
+/// One tensor and where its bytes are.
+struct Source<'a> {
+    file: Arc<File>,
+    location: &'a TensorLocation,
+    spec: TensorSpec,
+}
+
+impl Source<'_> {
+    /// Reads bytes of the tensor, `first` counted from its beginning.
+    fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        let first = self.location.offset + first;
+        self.file.read_exact_at(buffer, first).map_err(|source| WeightsError::Read {
+            file: self.location.file.to_path_buf(),
+            tensor: self.spec.name.clone(),
+            first,
+            end: first + buffer.len() as u64,
+            source: match source.kind() {
+                // The header was right when the checkpoint was opened.
+                io::ErrorKind::UnexpectedEof => {
+                    io::Error::other("the file has become shorter since it was opened")
+                }
+                _ => source,
+            },
+        })
+    }
+
+    fn read_vector(&self) -> Result<Vec<f32>, WeightsError> {
+        let mut bytes = vec![0; self.location.len as usize];
+        self.read(0, &mut bytes)?;
+        Ok(match self.location.dtype {
+            Precision::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            Precision::Bf16 => {
+                bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
+            }
+            Precision::F16 => {
+                bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
+            }
+        })
+    }
+
+    fn device(&self, source: BackendError) -> WeightsError {
+        WeightsError::Device { tensor: self.spec.name.clone(), source }
+    }
+}
+
+/// A matrix that is being packed.
+struct Matrix<'a, B: Ops> {
+    source: Source<'a>,
+    builder: B::WeightBuilder,
+}
+
+impl<'a, B: Ops> Matrix<'a, B> {
+    fn new(ops: &B, source: Source<'a>, held: Precision) -> Result<Self, WeightsError> {
+        let builder = ops
+            .weight_builder(held, source.spec.shape[0] as usize, source.spec.shape[1] as usize)
+            .map_err(|error| source.device(error))?;
+        Ok(Self { source, builder })
+    }
+
+    /// Bytes of one row in the file.
+    fn row_bytes(&self) -> u64 {
+        self.source.spec.shape[1] * self.source.location.dtype.bytes()
+    }
+
+    /// Reads and packs some rows.
+    fn pack(&self, piece: &Piece, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
+        buffer.resize((piece.rows * self.row_bytes()) as usize, 0);
+        self.source.read(piece.first_row * self.row_bytes(), buffer)?;
+        self.builder
+            .pack_rows(piece.first_row as usize, self.source.location.dtype, buffer)
+            .map_err(|error| self.source.device(error))
+    }
+}
+
+/// Rows of one matrix that are read at once.
+struct Piece {
+    matrix: usize,
+    first_row: u64,
+    rows: u64,
+}
+
+/// Cuts the matrices into pieces of whole panels, so that no two threads write to the same one, in
+/// the order in which they lie in the files.
+fn pieces<B: Ops>(matrices: &[Matrix<'_, B>]) -> Vec<Piece> {
+    let mut order: Vec<usize> = (0..matrices.len()).collect();
+    order.sort_by_key(|&i| {
+        let location = matrices[i].source.location;
+        (&location.file, location.offset)
+    });
+    let mut pieces = Vec::new();
+    for matrix in order {
+        let panel_bytes = PANEL_OUTPUTS * matrices[matrix].row_bytes();
+        let rows_max = PANEL_OUTPUTS * (PIECE_BYTES / panel_bytes).max(1);
+        let rows_all = matrices[matrix].source.spec.shape[0];
+        let mut first_row = 0;
+        while first_row < rows_all {
+            let rows = rows_max.min(rows_all - first_row);
+            pieces.push(Piece { matrix, first_row, rows });
+            first_row += rows;
+        }
+    }
+    pieces
+}
+
+/// Reads and packs all matrices. The first error ends the work of all threads.
+fn read_all<B: Ops>(
+    matrices: &[Matrix<'_, B>],
+    options: &LoadOptions<'_>,
+) -> Result<(), WeightsError> {
+    let pieces = pieces(matrices);
+    let total = Bytes(matrices.iter().map(|matrix| matrix.source.location.len).sum());
+    let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
+    // The first error; it also tells the other threads to stop.
+    let failure: Mutex<Option<WeightsError>> = Mutex::new(None);
+    let failed = AtomicBool::new(false);
+    let fail = |error| {
+        failed.store(true, Ordering::Relaxed);
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    let work = || {
+        let mut buffer = Vec::new();
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if failed.load(Ordering::Relaxed) {
+                return;
+            }
+            if options.cancel.load(Ordering::Relaxed) {
+                return fail(WeightsError::Cancelled);
+            }
+            let matrix = &matrices[piece.matrix];
+            if let Err(error) = matrix.pack(piece, &mut buffer) {
+                return fail(error);
+            }
+            let bytes = piece.rows * matrix.row_bytes();
+            let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            (options.on_progress)(Bytes(done), total);
+        }
+    };
+    let threads = options.threads.get().min(THREADS_MAX).min(pieces.len().max(1));
+    std::thread::scope(|scope| {
+        for i in 1..threads {
+            let name = format!("weights-{i}");
+            if let Err(source) = std::thread::Builder::new().name(name).spawn_scoped(scope, work) {
+                fail(WeightsError::Thread { source });
+                break;
+            }
+        }
+        work();
+    });
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
