@@ -315,6 +315,12 @@ pub struct Sample {
     pub candidates: Vec<CandidateRecord>,
 }
 
+impl Sample {
+    /// Stands for a token where none could be drawn: the row's logits were not finite. The sequence
+    /// fails, the others of its step go on. No vocabulary is that large.
+    pub const NO_TOKEN: TokenId = TokenId::MAX;
+}
+
 /// A `Samples` frame, parsed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Samples {

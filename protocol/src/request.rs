@@ -25,6 +25,9 @@ pub const TOKENS_MAX: usize = 1 << 21;
 /// `logprobs` where none are asked for.
 pub const NO_LOGPROBS: u32 = u32::MAX;
 
+/// `DoneHeader::stop_token` where no stop token ended the answer.
+pub const NO_STOP_TOKEN: u32 = u32::MAX;
+
 flat! {
     /// How one sequence draws its tokens. All of it crosses the wire: the last stage samples.
     pub struct SamplingRecord = 40 {
@@ -262,7 +265,7 @@ flat! {
         pub tokens: u32,
         /// How often it was preempted.
         pub preemptions: u32,
-        /// The stop token that ended it; `u32::MAX` where none did.
+        /// The stop token that ended it; `NO_STOP_TOKEN` where none did.
         pub stop_token: u32,
     }
 }
