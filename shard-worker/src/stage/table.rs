@@ -1,0 +1,464 @@
+//! What one stage knows of its sequences: each one's KV blocks, its length and, on the last stage,
+//! what its next draw needs.
+//!
+//! Every stage owns such a table, so that a new head can ask each what it holds. Nothing in it comes
+//! from a map that travels: `Open`, `Step` and `Close` frames build it, and each is checked before it
+//! changes anything. After an error the table is as it was.
+
+use std::collections::BTreeMap;
+
+use shoal_protocol::activation::{CloseHeader, Open, RowRecord, Sample, Samples, Step};
+use shoal_protocol::id::{Generation, SequenceId, StepId};
+use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
+
+use crate::model::Span;
+use crate::sample::{SampleError, SamplerState, Scratch};
+
+/// One sequence at this stage.
+#[derive(Clone, Debug, PartialEq)]
+struct Entry {
+    blocks: Vec<u32>,
+    /// Rows that have gone through this stage: the next row stands at this position.
+    length: u32,
+    /// On the last stage alone.
+    sampler: Option<SamplerState>,
+}
+
+/// Adjacent rows of one sequence in the current step.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    sequence: SequenceId,
+    first_row: usize,
+    rows: usize,
+    first_position: u32,
+}
+
+/// The sequences of one stage.
+#[derive(Debug)]
+pub struct StageTable {
+    generation: Generation,
+    limits: ReplicaLimits,
+    last: bool,
+    sequences: BTreeMap<SequenceId, Entry>,
+    /// By block: the live sequence that holds it.
+    owners: Vec<Option<SequenceId>>,
+    /// The current step; kept for its memory.
+    runs: Vec<Run>,
+    sample_rows: Vec<usize>,
+    scratch: Scratch,
+}
+
+/// A frame that does not fit what the stage knows: its sender broke the protocol, or frames were
+/// lost. The table is as it was.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum StageFault {
+    /// A frame of another layout.
+    #[error("a frame of generation {found}, this stage is of {expected}")]
+    StaleGeneration {
+        /// The frame's.
+        found: Generation,
+        /// The stage's.
+        expected: Generation,
+    },
+    /// A step or a `Close` names a sequence that was never opened or is closed.
+    #[error("sequence {0} is not open at this stage")]
+    UnknownSequence(SequenceId),
+    /// `Open` came twice.
+    #[error("sequence {0} is already open at this stage")]
+    AlreadyOpen(SequenceId),
+    /// More sequences than the plan allows.
+    #[error("sequence {sequence} is one more than the plan's {max}")]
+    TooManySequences {
+        /// The one too many.
+        sequence: SequenceId,
+        /// The plan's bound.
+        max: u32,
+    },
+    /// More rows than the plan allows.
+    #[error("a step of {rows} rows, the plan allows {max}")]
+    TooManyRows {
+        /// In the step.
+        rows: usize,
+        /// The plan's bound.
+        max: u32,
+    },
+    /// A block number that the plan does not have.
+    #[error("block {block} is granted to sequence {sequence}, the plan has {max} blocks")]
+    BlockOutOfRange {
+        /// Who was to get it.
+        sequence: SequenceId,
+        /// Its number.
+        block: u32,
+        /// How many there are.
+        max: u32,
+    },
+    /// A block that a live sequence holds.
+    #[error("block {block} is granted to sequence {sequence}, but sequence {owner} holds it")]
+    BlockOwned {
+        /// Who was to get it.
+        sequence: SequenceId,
+        /// Its number.
+        block: u32,
+        /// Who has it.
+        owner: SequenceId,
+    },
+    /// Rows of one sequence are not next to each other.
+    #[error("the rows of sequence {0} are not adjacent in their step")]
+    NotAdjacent(SequenceId),
+    /// A row that does not stand where the one before it ended.
+    #[error("a row of sequence {sequence} at position {found}, the next one is {expected}")]
+    PositionGap {
+        /// Whose row.
+        sequence: SequenceId,
+        /// The row's position.
+        found: u32,
+        /// One past the last row.
+        expected: u32,
+    },
+    /// More rows than the context has positions.
+    #[error("sequence {sequence} reaches {length} tokens, the plan's context has {max}")]
+    ContextExceeded {
+        /// Whose.
+        sequence: SequenceId,
+        /// With these rows.
+        length: u32,
+        /// The plan's bound.
+        max: u32,
+    },
+    /// Rows for which no block was granted.
+    #[error("sequence {sequence} needs {needed} blocks for its rows, it holds {held}")]
+    BlocksMissing {
+        /// Whose.
+        sequence: SequenceId,
+        /// With this step's grants.
+        held: usize,
+        /// For these rows.
+        needed: usize,
+    },
+    /// A draw is asked for from a row that is not the last known token's.
+    #[error("a draw for sequence {sequence} at position {found}, its last token is at {expected}")]
+    NotLastToken {
+        /// Whose.
+        sequence: SequenceId,
+        /// The row's position.
+        found: u32,
+        /// The last known token's.
+        expected: u32,
+    },
+    /// Logits of another number of rows than the step samples.
+    #[error("{found} logits for {rows} rows of a vocabulary of {vocab}")]
+    WrongLogits {
+        /// Numbers given.
+        found: usize,
+        /// Rows that sample.
+        rows: usize,
+        /// The width of a row.
+        vocab: usize,
+    },
+}
+
+impl StageTable {
+    /// A stage without sequences. `last`: whether it draws tokens.
+    pub fn new(generation: Generation, limits: ReplicaLimits, last: bool) -> Self {
+        let owners = vec![None; limits.kv_blocks as usize];
+        Self {
+            generation,
+            limits,
+            last,
+            sequences: BTreeMap::new(),
+            owners,
+            runs: Vec::new(),
+            sample_rows: Vec::new(),
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// How many sequences are open.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Whether none is open.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Each open sequence with its length and its blocks, in order of their ids.
+    pub fn sequences(&self) -> impl Iterator<Item = (SequenceId, u32, &[u32])> {
+        self.sequences.iter().map(|(id, e)| (*id, e.length, e.blocks.as_slice()))
+    }
+
+    /// A sequence begins.
+    pub fn open(&mut self, open: &Open) -> Result<(), StageFault> {
+        let sequence = open.sequence;
+        self.check_generation(open.generation)?;
+        if self.sequences.contains_key(&sequence) {
+            return Err(StageFault::AlreadyOpen(sequence));
+        }
+        let max = self.limits.sequences_max;
+        if self.sequences.len() >= max as usize {
+            return Err(StageFault::TooManySequences { sequence, max });
+        }
+        let sampler =
+            self.last.then(|| SamplerState::open(open.prompt_len, &open.tokens, open.sampling));
+        self.sequences.insert(sequence, Entry { blocks: Vec::new(), length: 0, sampler });
+        Ok(())
+    }
+
+    /// A sequence ends; its blocks may be granted to others by the frames behind this one.
+    pub fn close(&mut self, close: &CloseHeader) -> Result<(), StageFault> {
+        let sequence = SequenceId(close.sequence);
+        self.check_generation(Generation(close.generation))?;
+        let entry =
+            self.sequences.remove(&sequence).ok_or(StageFault::UnknownSequence(sequence))?;
+        for block in entry.blocks {
+            self.owners[block as usize] = None;
+        }
+        Ok(())
+    }
+
+    /// Takes a step's grants and rows into the table and says where the rows go. On the last stage
+    /// `draw` follows once there are logits.
+    pub fn begin_step(&mut self, step: &Step) -> Result<StepRows<'_>, StageFault> {
+        self.check_generation(Generation(step.header.generation))?;
+        let max = self.limits.step_rows_max;
+        if step.rows.len() > max as usize {
+            return Err(StageFault::TooManyRows { rows: step.rows.len(), max });
+        }
+        // Whether the blocks suffice is known only with the grants applied; where the rows turn out
+        // wrong they are taken back.
+        let mut granted = 0;
+        let fit = self.grant(step, &mut granted).and_then(|()| self.collect_runs(&step.rows));
+        if let Err(fault) = fit {
+            self.take_back(step, granted);
+            return Err(fault);
+        }
+        for run in &self.runs {
+            if let Some(entry) = self.sequences.get_mut(&run.sequence) {
+                entry.length += run.rows as u32;
+            }
+        }
+        Ok(StepRows { table: self, rows: step.rows.len() })
+    }
+
+    /// Draws one token for each row of the step that samples. `logits` has a row of `vocab` numbers
+    /// for each, in row order.
+    ///
+    /// A sequence whose logits are not finite gets `Sample::NO_TOKEN`: the others go on.
+    pub fn draw(
+        &mut self,
+        step: &Step,
+        logits: &[f32],
+        vocab: usize,
+    ) -> Result<Samples, StageFault> {
+        let rows = step.header.samples as usize;
+        if vocab == 0 || logits.len() != rows * vocab {
+            return Err(StageFault::WrongLogits { found: logits.len(), rows, vocab });
+        }
+        let mut samples = Vec::with_capacity(rows);
+        let sampled = step.rows.iter().filter(|row| row.samples());
+        for (row, logits) in sampled.zip(logits.chunks_exact(vocab)) {
+            samples.push(self.draw_row(row, logits)?);
+        }
+        Ok(Samples { generation: self.generation, step: StepId(step.header.step), samples })
+    }
+
+    fn draw_row(&mut self, row: &RowRecord, logits: &[f32]) -> Result<Sample, StageFault> {
+        let sequence = SequenceId(row.sequence);
+        let sampler = self.sequences.get_mut(&sequence).and_then(|e| e.sampler.as_mut());
+        let sampler = sampler.ok_or(StageFault::UnknownSequence(sequence))?;
+        let (token, logprob, candidates) =
+            match sampler.draw(&mut self.scratch, logits, row.position) {
+                Ok(drawn) => (drawn.token, drawn.logprob, drawn.candidates),
+                Err(SampleError::NonFinite { .. } | SampleError::NoLogits) => {
+                    (Sample::NO_TOKEN, f32::NAN, Vec::new())
+                }
+                Err(SampleError::Position { found, expected }) => {
+                    return Err(StageFault::NotLastToken { sequence, found, expected });
+                }
+            };
+        Ok(Sample { sequence, position: row.position, token, logprob, candidates })
+    }
+
+    /// Every invariant that does not hold, in words; for tests and debugging.
+    pub fn check(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut held = 0;
+        for (id, entry) in &self.sequences {
+            held += entry.blocks.len();
+            for &block in &entry.blocks {
+                if self.owners.get(block as usize) != Some(&Some(*id)) {
+                    wrong.push(format!("{id} lists block {block}, which it does not own"));
+                }
+            }
+            if entry.blocks.len() < blocks_for(entry.length) {
+                wrong.push(format!("{id} has {} tokens in too few blocks", entry.length));
+            }
+            if entry.length > self.limits.context_max {
+                wrong.push(format!("{id} is longer than the context: {}", entry.length));
+            }
+            if entry.sampler.is_some() != self.last {
+                wrong.push(format!("{id} has a sampler where none belongs, or none"));
+            }
+        }
+        let owned = self.owners.iter().flatten().count();
+        if owned != held {
+            wrong.push(format!("{owned} blocks have an owner, {held} are listed"));
+        }
+        wrong
+    }
+
+    fn check_generation(&self, found: Generation) -> Result<(), StageFault> {
+        let expected = self.generation;
+        if found == expected {
+            Ok(())
+        } else {
+            Err(StageFault::StaleGeneration { found, expected })
+        }
+    }
+
+    /// Appends the granted blocks; `granted` counts those that were, also where an error follows.
+    fn grant(&mut self, step: &Step, granted: &mut usize) -> Result<(), StageFault> {
+        for grant in &step.grants {
+            let (sequence, block) = (SequenceId(grant.sequence), grant.block);
+            let max = self.limits.kv_blocks;
+            let Some(owner) = self.owners.get_mut(block as usize) else {
+                return Err(StageFault::BlockOutOfRange { sequence, block, max });
+            };
+            if let Some(owner) = *owner {
+                return Err(StageFault::BlockOwned { sequence, block, owner });
+            }
+            let Some(entry) = self.sequences.get_mut(&sequence) else {
+                return Err(StageFault::UnknownSequence(sequence));
+            };
+            *owner = Some(sequence);
+            entry.blocks.push(block);
+            *granted += 1;
+        }
+        Ok(())
+    }
+
+    /// Undoes the first `granted` grants of a step.
+    fn take_back(&mut self, step: &Step, granted: usize) {
+        for grant in step.grants[..granted].iter().rev() {
+            self.owners[grant.block as usize] = None;
+            if let Some(entry) = self.sequences.get_mut(&SequenceId(grant.sequence)) {
+                entry.blocks.pop();
+            }
+        }
+    }
+
+    /// Splits the rows into runs of one sequence each, and checks each run.
+    fn collect_runs(&mut self, rows: &[RowRecord]) -> Result<(), StageFault> {
+        self.runs.clear();
+        self.sample_rows.clear();
+        let mut first_row = 0;
+        for chunk in rows.chunk_by(|a, b| a.sequence == b.sequence) {
+            let sequence = SequenceId(chunk[0].sequence);
+            let first_position = chunk[0].position;
+            self.runs.push(Run { sequence, first_row, rows: chunk.len(), first_position });
+            first_row += chunk.len();
+        }
+        // A sequence with two runs: in a sorted list of ids the second stands beside the first.
+        self.runs.sort_unstable_by_key(|run| run.sequence);
+        if let Some(pair) = self.runs.windows(2).find(|p| p[0].sequence == p[1].sequence) {
+            return Err(StageFault::NotAdjacent(pair[0].sequence));
+        }
+        self.runs.sort_unstable_by_key(|run| run.first_row);
+        (0..self.runs.len()).try_for_each(|i| self.check_run(self.runs[i], rows))
+    }
+
+    /// Checks the adjacent rows of one sequence and notes those that sample.
+    fn check_run(&mut self, run: Run, rows: &[RowRecord]) -> Result<(), StageFault> {
+        let sequence = run.sequence;
+        let entry = self.sequences.get(&sequence).ok_or(StageFault::UnknownSequence(sequence))?;
+        let max = self.limits.context_max;
+        for (i, row) in rows.iter().enumerate().skip(run.first_row).take(run.rows) {
+            let expected = entry.length.saturating_add((i - run.first_row) as u32);
+            let found = row.position;
+            if found != expected {
+                return Err(StageFault::PositionGap { sequence, found, expected });
+            }
+            if found >= max {
+                let length = found.saturating_add(1);
+                return Err(StageFault::ContextExceeded { sequence, length, max });
+            }
+            if !row.samples() {
+                continue;
+            }
+            if let Some(sampler) = &entry.sampler {
+                let expected = sampler.tokens().saturating_sub(1);
+                if found != expected {
+                    return Err(StageFault::NotLastToken { sequence, found, expected });
+                }
+            }
+            self.sample_rows.push(i);
+        }
+        let (held, needed) = (entry.blocks.len(), blocks_for(entry.length + run.rows as u32));
+        if held < needed {
+            return Err(StageFault::BlocksMissing { sequence, held, needed });
+        }
+        Ok(())
+    }
+}
+
+/// Blocks that hold this many positions.
+pub fn blocks_for(tokens: u32) -> usize {
+    tokens.div_ceil(BLOCK_TOKENS) as usize
+}
+
+/// Where the rows of a step go: what `model::Batch` is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRows<'a> {
+    table: &'a StageTable,
+    rows: usize,
+}
+
+impl<'a> StepRows<'a> {
+    /// Rows in all.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The rows that sample, ascending.
+    pub fn sample_rows(&self) -> &'a [usize] {
+        &self.table.sample_rows
+    }
+
+    /// The sequences, in row order, without gaps.
+    pub fn spans(&self) -> impl Iterator<Item = Span<'a>> {
+        let table = self.table;
+        table.runs.iter().map(|run| Span {
+            first_row: run.first_row,
+            rows: run.rows,
+            first_position: run.first_position,
+            blocks: table.sequences.get(&run.sequence).map_or(&[], |e| e.blocks.as_slice()),
+        })
+    }
+}
+
+/// Keeps the memory of a list of spans from one step to the next: the spans themselves borrow from
+/// the table and cannot stay.
+#[derive(Debug, Default)]
+pub struct SpanBuffer(Vec<Span<'static>>);
+
+impl SpanBuffer {
+    /// The step's spans, in memory that `give_back` returns.
+    pub fn take<'a>(&mut self, rows: &StepRows<'a>) -> Vec<Span<'a>> {
+        let mut spans: Vec<Span<'a>> = std::mem::take(&mut self.0);
+        spans.extend(rows.spans());
+        spans
+    }
+
+    /// Takes the memory back.
+    pub fn give_back(&mut self, mut spans: Vec<Span<'_>>) {
+        spans.clear();
+        // Collecting an emptied vector into one of the same layout keeps its allocation; should the
+        // standard library stop doing so, a step allocates once and nothing else changes.
+        self.0 = spans.into_iter().map(|span| Span { blocks: &[], ..span }).collect();
+    }
+}
+
+#[cfg(test)]
+#[path = "table_test.rs"]
+mod table_test;
