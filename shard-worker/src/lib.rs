@@ -11,5 +11,7 @@
 //! `model` and `backend` compute; `head`, `stage`, `agent` are thin shells around the rest.
 
 pub mod backend;
+pub mod engine;
 pub mod model;
 pub mod sample;
+pub mod stage;
