@@ -59,10 +59,20 @@ impl Cluster {
         if let Some(model) = &options.model {
             command.arg(model);
         }
-        command.args(["--listen", "127.0.0.1:0", "--json", "--workers", &options.workers.to_string()]);
+        command.args([
+            "--listen",
+            "127.0.0.1:0",
+            "--json",
+            "--workers",
+            &options.workers.to_string(),
+        ]);
         command.args(["--worker-threads", &options.threads.to_string()]).args(&options.flags);
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().context("shoal up")?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("shoal up")?;
         let stdout = child.stdout.take().context("no stdout")?;
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -79,9 +89,13 @@ impl Cluster {
             }
         };
         let ready_after = start.elapsed();
-        let ready: Value = serde_json::from_str(&line).with_context(|| format!("not a ready line: {line}"))?;
+        let ready: Value =
+            serde_json::from_str(&line).with_context(|| format!("not a ready line: {line}"))?;
         let text = |key: &str| {
-            ready[key].as_str().map(str::to_owned).ok_or_else(|| anyhow!("no `{key}` in the ready line {line}"))
+            ready[key]
+                .as_str()
+                .map(str::to_owned)
+                .ok_or_else(|| anyhow!("no `{key}` in the ready line {line}"))
         };
         let (url, model) = (text("url")?, text("model")?);
         let agent = ureq::Agent::config_builder()
@@ -106,7 +120,10 @@ impl Cluster {
 
     /// Runs an operator's verb on this cluster and gives its stdout.
     pub fn operate(&self, verb: &[&str]) -> Result<String> {
-        let output = Command::new(shoal_binary()?).args(verb).args(["--context", &self.context()]).output()?;
+        let output = Command::new(shoal_binary()?)
+            .args(verb)
+            .args(["--context", &self.context()])
+            .output()?;
         if !output.status.success() {
             bail!("shoal {}: {}", verb.join(" "), String::from_utf8_lossy(&output.stderr));
         }
@@ -121,10 +138,13 @@ impl Cluster {
             "ignore_eos": true, "return_token_ids": true
         });
         let start = Instant::now();
-        let mut response = self.agent.post(format!("{}/v1/completions", self.url)).send_json(&body)?;
+        let mut response =
+            self.agent.post(format!("{}/v1/completions", self.url)).send_json(&body)?;
         let answer: Value = response.body_mut().with_config().limit(64 << 20).read_json()?;
         let elapsed = start.elapsed();
-        let ids = answer["choices"][0]["token_ids"].as_array().with_context(|| format!("no tokens in {answer}"))?;
+        let ids = answer["choices"][0]["token_ids"]
+            .as_array()
+            .with_context(|| format!("no tokens in {answer}"))?;
         let ids: Vec<u32> = ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect();
         if ids.len() != tokens as usize {
             bail!("{} tokens instead of {tokens}", ids.len());
@@ -139,11 +159,14 @@ impl Cluster {
             "ignore_eos": true, "return_token_ids": true, "stream": true
         });
         let start = Instant::now();
-        let mut response = self.agent.post(format!("{}/v1/completions", self.url)).send_json(&body)?;
+        let mut response =
+            self.agent.post(format!("{}/v1/completions", self.url)).send_json(&body)?;
         let mut times = Vec::with_capacity(tokens as usize);
         for line in BufReader::new(response.body_mut().as_reader()).lines() {
             let line = line?;
-            let Some(data) = line.strip_prefix("data: ").filter(|data| *data != "[DONE]") else { continue };
+            let Some(data) = line.strip_prefix("data: ").filter(|data| *data != "[DONE]") else {
+                continue;
+            };
             let chunk: Value = serde_json::from_str(data)?;
             if !chunk["error"].is_null() {
                 bail!("{chunk}");
@@ -161,7 +184,8 @@ impl Cluster {
     pub fn generate_all(&self, prompts: &[Vec<u32>], tokens: u32) -> Result<Duration> {
         let start = Instant::now();
         std::thread::scope(|scope| {
-            let running: Vec<_> = prompts.iter().map(|p| scope.spawn(move || self.generate(p, tokens))).collect();
+            let running: Vec<_> =
+                prompts.iter().map(|p| scope.spawn(move || self.generate(p, tokens))).collect();
             running.into_iter().try_for_each(|thread| match thread.join() {
                 Ok(result) => result.map(drop),
                 Err(_) => Err(anyhow!("a client thread panicked")),
@@ -191,6 +215,7 @@ impl Drop for Cluster {
 pub fn process_memory(pid: u32, field: &str) -> Result<u64> {
     let status = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = line.and_then(|rest| rest.split_whitespace().next()).and_then(|v| v.parse::<u64>().ok());
+    let kib =
+        line.and_then(|rest| rest.split_whitespace().next()).and_then(|v| v.parse::<u64>().ok());
     Ok(kib.with_context(|| format!("no {field} for process {pid}"))? * 1024)
 }

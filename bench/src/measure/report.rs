@@ -35,7 +35,12 @@ impl Section {
     pub fn new(title: impl Into<String>, method: impl Into<String>) -> Self {
         let machine = Machine::measure();
         eprintln!("{}", machine.line());
-        Self { title: title.into(), method: method.into(), machine: Some(machine), rows: Vec::new() }
+        Self {
+            title: title.into(),
+            method: method.into(),
+            machine: Some(machine),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a figure that nobody promised anything about.
@@ -44,13 +49,25 @@ impl Section {
     }
 
     /// Adds a figure that should be at least `goal`.
-    pub fn at_least(&mut self, what: impl Into<String>, value: f64, seen: impl Into<String>, goal: f64) {
+    pub fn at_least(
+        &mut self,
+        what: impl Into<String>,
+        value: f64,
+        seen: impl Into<String>,
+        goal: f64,
+    ) {
         let (goal, met) = (format!("≥ {goal}"), Some(value >= goal));
         self.push(Row { what: what.into(), seen: seen.into(), goal, met });
     }
 
     /// Adds a figure that should be at most `goal`.
-    pub fn at_most(&mut self, what: impl Into<String>, value: f64, seen: impl Into<String>, goal: f64) {
+    pub fn at_most(
+        &mut self,
+        what: impl Into<String>,
+        value: f64,
+        seen: impl Into<String>,
+        goal: f64,
+    ) {
         let (goal, met) = (format!("≤ {goal}"), Some(value <= goal));
         self.push(Row { what: what.into(), seen: seen.into(), goal, met });
     }

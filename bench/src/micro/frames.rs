@@ -27,7 +27,8 @@ pub fn run() -> Section {
             .collect(),
         grants: vec![BlockGrant { sequence: 1, block: 9, reserved: 0 }],
     };
-    let prelude = Prelude { kind: FrameKind::Step, header_len: StepHeader::LEN, body_len: 16_384 }.encode();
+    let prelude =
+        Prelude { kind: FrameKind::Step, header_len: StepHeader::LEN, body_len: 16_384 }.encode();
     let one = nanoseconds(|| Prelude::decode(black_box(&prelude)));
     section.seen("check a prelude", one.to_string());
 
@@ -36,7 +37,12 @@ pub fn run() -> Section {
     let body_len = step(1).records_len() + 16_384;
     let check = nanoseconds(|| Step::check(black_box(&header), body_len, &LIMITS, 16_384));
     // The header's cost must not depend on the payload's size.
-    section.at_most("validate a step header against the plan", check.median(), check.to_string(), 50.0);
+    section.at_most(
+        "validate a step header against the plan",
+        check.median(),
+        check.to_string(),
+        50.0,
+    );
     for rows in [1, 16, 256] {
         let step = step(rows);
         let records = step.encode_records();

@@ -55,7 +55,10 @@ pub fn run() -> Result<Section> {
     section.at_most("framed over bare", ratio.median(), ratio.to_string(), 1.5);
     let stats = link.near.stats();
     section.at_most("packets lost", stats.lost_packets as f64, stats.lost_packets.to_string(), 0.0);
-    section.seen("packets a kernel send", format!("{:.1}", stats.sent_packets as f64 / stats.sends.max(1) as f64));
+    section.seen(
+        "packets a kernel send",
+        format!("{:.1}", stats.sent_packets as f64 / stats.sends.max(1) as f64),
+    );
     Ok(section)
 }
 
@@ -103,7 +106,9 @@ impl Link {
         let (near, raw, endpoints) = runtime.block_on(async {
             let endpoint = Endpoint::bind(any, near, &[])?;
             let expect = Expect::Node(NodeId::worker(2));
-            let near = endpoint.connect(address, expect, Alpn::Activations, Duration::from_secs(5)).await?;
+            let near = endpoint
+                .connect(address, expect, Alpn::Activations, Duration::from_secs(5))
+                .await?;
             let bare = quinn::Endpoint::client(any)?;
             let raw = bare.connect_with(raw_configs()?.1, raw_address, "localhost")?.await?;
             anyhow::Ok((near, raw, (endpoint, bare)))
@@ -115,7 +120,14 @@ impl Link {
         self.runtime.block_on(async {
             let (mut sender, mut receiver) = self.near.open_bi().await?;
             let step = Step {
-                header: StepHeader { generation: 1, step: 1, rows: 1, grants: 0, samples: 1, reserved: 0 },
+                header: StepHeader {
+                    generation: 1,
+                    step: 1,
+                    rows: 1,
+                    grants: 0,
+                    samples: 1,
+                    reserved: 0,
+                },
                 rows: vec![RowRecord { sequence: 1, position: 1, flags: RowRecord::SAMPLE }],
                 grants: vec![],
             };
@@ -127,7 +139,8 @@ impl Link {
                 let records = Bytes::from(step.encode_records());
                 sender.send(FrameKind::Step, &step.header, records, payload.clone()).await?;
                 let head = receiver.next().await?.context("the echo ended")?;
-                let (header, records, _) = Step::check(head.header(), head.body_len, &LIMITS, PAYLOAD)?;
+                let (header, records, _) =
+                    Step::check(head.header(), head.body_len, &LIMITS, PAYLOAD)?;
                 let mut record_bytes = [0; 64];
                 receiver.read_into(&mut record_bytes[..records]).await?;
                 Step::decode(header, &record_bytes[..records])?;
@@ -161,7 +174,8 @@ async fn echo_frames(connection: Connection) -> Result<()> {
     loop {
         let (mut sender, mut receiver) = connection.accept_bi().await?;
         while let Some(head) = receiver.next().await? {
-            let (header, records, payload) = Step::check(head.header(), head.body_len, &LIMITS, PAYLOAD)?;
+            let (header, records, payload) =
+                Step::check(head.header(), head.body_len, &LIMITS, PAYLOAD)?;
             let mut record_bytes = vec![0; records];
             receiver.read_into(&mut record_bytes).await?;
             Step::decode(header, &record_bytes)?;
@@ -209,5 +223,8 @@ fn raw_configs() -> Result<(quinn::ServerConfig, quinn::ClientConfig)> {
         .with_no_client_auth();
     let server = quinn::crypto::rustls::QuicServerConfig::try_from(server)?;
     let client = quinn::crypto::rustls::QuicClientConfig::try_from(client)?;
-    Ok((quinn::ServerConfig::with_crypto(Arc::new(server)), quinn::ClientConfig::new(Arc::new(client))))
+    Ok((
+        quinn::ServerConfig::with_crypto(Arc::new(server)),
+        quinn::ClientConfig::new(Arc::new(client)),
+    ))
 }

@@ -17,7 +17,12 @@ const TOKENS: u32 = 64;
 pub fn run(settings: &Settings) -> Result<Section> {
     let model = Shape::MEDIUM.write(&settings.models, 1)?;
     let start = |workers| {
-        Cluster::start(&Options { model: Some(model.clone()), workers, threads: 1, ..Options::default() })
+        Cluster::start(&Options {
+            model: Some(model.clone()),
+            workers,
+            threads: 1,
+            ..Options::default()
+        })
     };
     let (unsplit, split) = (start(1)?, start(2)?);
     let mut section = Section::new(

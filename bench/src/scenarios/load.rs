@@ -18,7 +18,8 @@ use crate::workload::model::Shape;
 /// Runs it.
 pub fn run(settings: &Settings) -> Result<Section> {
     let model = Shape::LARGE.write(&settings.models, 2)?;
-    let bytes: u64 = weight_files(&model)?.iter().map(|p| fs::metadata(p).map_or(0, |m| m.len())).sum();
+    let bytes: u64 =
+        weight_files(&model)?.iter().map(|p| fs::metadata(p).map_or(0, |m| m.len())).sum();
     let mut section = Section::new(
         "Loading",
         format!(
@@ -77,7 +78,9 @@ fn memory(cluster: &Cluster, section: &mut Section) -> Result<()> {
         let bound = 1.05 * (weights + kv) as f64 + f64::from(80 << 20);
         let id = worker["id"].as_str().unwrap_or("?");
         section.at_most(
-            format!("{id}: anonymous memory over its bound (1.05 x (weights + KV budget) + 80 MiB)"),
+            format!(
+                "{id}: anonymous memory over its bound (1.05 x (weights + KV budget) + 80 MiB)"
+            ),
             anonymous as f64 / bound,
             format!(
                 "{} ({} MiB; slices {} MiB, KV budget {} MiB)",
@@ -93,7 +96,8 @@ fn memory(cluster: &Cluster, section: &mut Section) -> Result<()> {
 }
 
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files: Vec<PathBuf> = fs::read_dir(folder)?.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(folder)?.filter_map(|e| e.ok().map(|e| e.path())).collect();
     files.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
     files.sort();
     Ok(files)

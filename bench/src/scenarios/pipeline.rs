@@ -18,7 +18,12 @@ const STREAM_TOKENS: u32 = 48;
 pub fn run(settings: &Settings) -> Result<Section> {
     let model = Shape::MEDIUM.write(&settings.models, 1)?;
     let start = |workers, threads| {
-        Cluster::start(&Options { model: Some(model.clone()), workers, threads, ..Options::default() })
+        Cluster::start(&Options {
+            model: Some(model.clone()),
+            workers,
+            threads,
+            ..Options::default()
+        })
     };
     let (one, two, wide) = (start(1, 1)?, start(2, 1)?, start(1, 2)?);
     let mut section = Section::new(
@@ -34,7 +39,8 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let mut decode = [Series::default(), Series::default(), Series::default()];
     let clusters = [&one, &two, &wide];
     let vocab = Shape::MEDIUM.vocab;
-    let prompts: Vec<_> = (0..STREAMS).map(|i| prompt(100 + i as u64, STREAM_PROMPT, vocab)).collect();
+    let prompts: Vec<_> =
+        (0..STREAMS).map(|i| prompt(100 + i as u64, STREAM_PROMPT, vocab)).collect();
     for cluster in clusters {
         cluster.generate_all(&prompts, 4)?;
     }
@@ -51,11 +57,17 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let rate = |tokens: f64| move |seconds: f64| tokens / seconds;
     let names = ["unsplit, 1 thread", "2 stages x 1 thread", "unsplit, 2 threads"];
     for (name, series) in names.iter().zip(&prefill) {
-        section.seen(format!("prefill tokens/s, {name}"), series.map(rate(LONG_PROMPT as f64)).to_string());
+        section.seen(
+            format!("prefill tokens/s, {name}"),
+            series.map(rate(LONG_PROMPT as f64)).to_string(),
+        );
     }
     for (name, series) in names.iter().zip(&decode) {
         let tokens = STREAMS as f64 * f64::from(STREAM_TOKENS);
-        section.seen(format!("decode tokens/s, {STREAMS} streams, {name}"), series.map(rate(tokens)).to_string());
+        section.seen(
+            format!("decode tokens/s, {STREAMS} streams, {name}"),
+            series.map(rate(tokens)).to_string(),
+        );
     }
     let ratio = prefill[0].over(&prefill[1]);
     section.at_least("prefill, 2 x 1 over 1", ratio.median(), ratio.to_string(), 1.7);

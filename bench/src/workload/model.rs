@@ -34,12 +34,26 @@ pub struct Shape {
 impl Shape {
     /// About 300 M parameters: 20 to 30 ms a token with one thread in bf16. The vocabulary is small
     /// so that the output head weighs less than one layer and two stages can be even.
-    pub const MEDIUM: Self =
-        Self { layers: 24, hidden: 1024, intermediate: 2816, heads: 16, kv_heads: 8, vocab: 4099, files: 1 };
+    pub const MEDIUM: Self = Self {
+        layers: 24,
+        hidden: 1024,
+        intermediate: 2816,
+        heads: 16,
+        kv_heads: 8,
+        vocab: 4099,
+        files: 1,
+    };
 
     /// About 1.2 GiB in bf16, over four files.
-    pub const LARGE: Self =
-        Self { layers: 24, hidden: 1536, intermediate: 4096, heads: 24, kv_heads: 8, vocab: 16_001, files: 4 };
+    pub const LARGE: Self = Self {
+        layers: 24,
+        hidden: 1536,
+        intermediate: 4096,
+        heads: 24,
+        kv_heads: 8,
+        vocab: 16_001,
+        files: 4,
+    };
 
     /// Parameters.
     pub fn parameters(&self) -> u64 {
@@ -51,7 +65,9 @@ impl Shape {
         let (q, kv) = (u64::from(self.heads) * 64, u64::from(self.kv_heads) * 64);
         let mut out = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
         for layer in 0..self.layers {
-            let mut push = |name: &str, shape: Vec<u64>| out.push((format!("model.layers.{layer}.{name}.weight"), shape));
+            let mut push = |name: &str, shape: Vec<u64>| {
+                out.push((format!("model.layers.{layer}.{name}.weight"), shape))
+            };
             push("input_layernorm", vec![hidden]);
             push("self_attn.q_proj", vec![q, hidden]);
             push("self_attn.k_proj", vec![kv, hidden]);
@@ -80,7 +96,10 @@ impl Shape {
         fs::create_dir_all(&folder)?;
         fs::write(folder.join("config.json"), self.config().to_string())?;
         fs::write(folder.join("tokenizer.json"), self.tokenizer().to_string())?;
-        fs::write(folder.join("generation_config.json"), json!({"eos_token_id": 0, "do_sample": false}).to_string())?;
+        fs::write(
+            folder.join("generation_config.json"),
+            json!({"eos_token_id": 0, "do_sample": false}).to_string(),
+        )?;
         self.write_weights(&folder, seed)?;
         fs::write(folder.join("done"), "")?;
         Ok(folder)
@@ -99,7 +118,8 @@ impl Shape {
 
     /// One word a token: prompts and answers of these models are token ids.
     fn tokenizer(&self) -> Value {
-        let vocab: Map<String, Value> = (0..self.vocab).map(|id| (format!("t{id}"), json!(id))).collect();
+        let vocab: Map<String, Value> =
+            (0..self.vocab).map(|id| (format!("t{id}"), json!(id))).collect();
         json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
             "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
@@ -122,19 +142,27 @@ impl Shape {
             write_safetensors(&folder.join(file), tensors, &mut dice)?;
         }
         if self.files > 1 {
-            let index = json!({"metadata": {"total_size": 2 * self.parameters()}, "weight_map": index});
+            let index =
+                json!({"metadata": {"total_size": 2 * self.parameters()}, "weight_map": index});
             fs::write(folder.join("model.safetensors.index.json"), index.to_string())?;
         }
         Ok(())
     }
 }
 
-fn write_safetensors(path: &Path, tensors: &[(String, Vec<u64>)], dice: &mut Dice) -> io::Result<()> {
+fn write_safetensors(
+    path: &Path,
+    tensors: &[(String, Vec<u64>)],
+    dice: &mut Dice,
+) -> io::Result<()> {
     let mut header = Map::new();
     let mut offset = 0u64;
     for (name, shape) in tensors {
         let end = offset + 2 * shape.iter().product::<u64>();
-        header.insert(name.clone(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}));
+        header.insert(
+            name.clone(),
+            json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}),
+        );
         offset = end;
     }
     let mut header = Value::Object(header).to_string();
