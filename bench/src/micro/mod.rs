@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use crate::measure::{Report, Series};
 
+mod engine;
 mod frames;
 mod hop;
 
@@ -14,6 +15,7 @@ mod hop;
 pub fn run(report: &mut Report) -> Result<()> {
     report.sections.push(frames::run());
     report.sections.push(hop::run()?);
+    report.sections.push(engine::run()?);
     Ok(())
 }
 
