@@ -5,4 +5,5 @@
 //! control:  CLI ══shoal-admin══► admin (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► agents (●) ══shoal-ctl══► workers
 //! ```
 
+pub mod api;
 pub mod serving;

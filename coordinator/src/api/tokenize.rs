@@ -1,0 +1,258 @@
+//! ● The text side of a model: its tokenizer, its chat template, its defaults. Loaded from the
+//! model's folder on first use and kept.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::Value;
+use shoal_protocol::id::TokenId;
+use tokenizers::Tokenizer;
+use tokio::sync::{OnceCell, Semaphore};
+
+use super::generation::{self, Defaults};
+use super::pieces::Pieces;
+use super::stream::Decode;
+use super::template::{ChatTemplate, TemplateContext, TemplateError};
+use super::validate::Message;
+
+/// The largest companion file (everything but tokenizer.json) that is read: real ones have at most
+/// a few hundred KiB.
+const COMPANION_LEN_MAX: u64 = 16 << 20;
+
+/// The text side of one model.
+#[derive(Debug)]
+pub struct ModelText {
+    tokenizer: Tokenizer,
+    pieces: Pieces,
+    template: Option<ChatTemplate>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    /// What holds where a client says nothing.
+    pub defaults: Defaults,
+    /// The tokens that end an answer, unless the client ignores them.
+    pub end_tokens: Vec<TokenId>,
+}
+
+/// Why a model's text side cannot be loaded.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file that cannot be read.
+    #[error("{}: {why}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// What happened.
+        why: String,
+    },
+    /// A file that is not what it should be.
+    #[error("{}: {why}", file.display())]
+    Bad {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// Why a prompt has no tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// The model has no chat template.
+    #[error(
+        "this model has no chat template (neither chat_template.jinja nor one in \
+         tokenizer_config.json); send a finished prompt to /v1/completions"
+    )]
+    NoTemplate,
+    /// The template refused, or does not work.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The tokenizer refused.
+    #[error("the tokenizer refuses the prompt: {0}")]
+    Tokenizer(String),
+}
+
+impl ModelText {
+    /// Reads tokenizer.json (which must be there) and its companions (which need not be).
+    pub fn load(folder: &Path) -> Result<Self, LoadError> {
+        let file = folder.join("tokenizer.json");
+        let read = |error: std::io::Error| LoadError::Read {
+            file: file.clone(),
+            why: format!("{error}; a model that takes text needs its tokenizer.json"),
+        };
+        let text = std::fs::read(&file).map_err(read)?;
+        let mut tokenizer = Tokenizer::from_bytes(&text)
+            .map_err(|error| LoadError::Bad { file, why: error.to_string() })?;
+        // Both are for training batches; a prompt is never cut or filled up.
+        tokenizer.with_padding(None);
+        if let Err(error) = tokenizer.with_truncation(None) {
+            let file = folder.join("tokenizer.json");
+            return Err(LoadError::Bad { file, why: error.to_string() });
+        }
+        let tokenizer_config = companion(folder, "tokenizer_config.json")?;
+        let special_tokens = companion(folder, "special_tokens_map.json")?;
+        let special = |name: &str| {
+            generation::special_token(&tokenizer_config, name)
+                .or_else(|| generation::special_token(&special_tokens, name))
+        };
+        let eos_token = special("eos_token");
+        let generation_config = companion(folder, "generation_config.json")?;
+        let mut end_tokens = generation::end_tokens(&generation_config);
+        if end_tokens.is_empty() {
+            end_tokens = generation::end_tokens(&companion(folder, "config.json")?);
+        }
+        end_tokens.extend(eos_token.as_ref().and_then(|token| tokenizer.token_to_id(token)));
+        end_tokens.sort_unstable();
+        end_tokens.dedup();
+        Ok(Self {
+            pieces: Pieces::of(&tokenizer),
+            template: template(folder, &tokenizer_config)?,
+            bos_token: special("bos_token"),
+            eos_token,
+            defaults: Defaults::read(&generation_config),
+            end_tokens,
+            tokenizer,
+        })
+    }
+
+    /// The tokens of a text prompt.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, EncodeError> {
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, add_special)
+            .map_err(|error| EncodeError::Tokenizer(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a conversation. `now` is in seconds since 1970: templates may tell the date.
+    pub fn encode_chat(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        add_special: bool,
+        now: u64,
+    ) -> Result<Vec<TokenId>, EncodeError> {
+        let template = self.template.as_ref().ok_or(EncodeError::NoTemplate)?;
+        let given = TemplateContext {
+            bos_token: self.bos_token.clone(),
+            eos_token: self.eos_token.clone(),
+            add_generation_prompt,
+            now,
+        };
+        self.encode(&template.render(messages, &given)?, add_special)
+    }
+
+    /// The bytes of one token on its own: those of its characters that it holds.
+    pub fn token_bytes(&self, id: TokenId) -> Vec<u8> {
+        self.pieces.bytes(&self.tokenizer, id)
+    }
+}
+
+impl Decode for ModelText {
+    fn decode(&self, ids: &[TokenId]) -> String {
+        // Ids without text (a padded vocabulary has some) are left out; decoders do not fail on
+        // tokens of their own vocabulary.
+        self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+}
+
+/// A JSON file that may be absent: `null` then.
+fn companion(folder: &Path, name: &str) -> Result<Value, LoadError> {
+    let Some(text) = optional(folder, name)? else { return Ok(Value::Null) };
+    serde_json::from_slice(&text)
+        .map_err(|error| LoadError::Bad { file: folder.join(name), why: error.to_string() })
+}
+
+fn optional(folder: &Path, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
+    let file = folder.join(name);
+    match std::fs::metadata(&file) {
+        Ok(facts) if facts.len() > COMPANION_LEN_MAX => {
+            let why = format!("it has {} bytes; at most {COMPANION_LEN_MAX} are read", facts.len());
+            return Err(LoadError::Bad { file, why });
+        }
+        _ => {}
+    }
+    match std::fs::read(&file) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(LoadError::Read { file, why: error.to_string() }),
+    }
+}
+
+fn template(folder: &Path, config: &Value) -> Result<Option<ChatTemplate>, LoadError> {
+    const FILE: &str = "chat_template.jinja";
+    let (file, source) = match optional(folder, FILE)? {
+        Some(text) => {
+            let source = String::from_utf8(text).map_err(|error| LoadError::Bad {
+                file: folder.join(FILE),
+                why: error.to_string(),
+            })?;
+            (FILE, Some(source))
+        }
+        None => ("tokenizer_config.json", generation::chat_template(config)),
+    };
+    source
+        .map(ChatTemplate::new)
+        .transpose()
+        .map_err(|error| LoadError::Bad { file: folder.join(file), why: error.to_string() })
+}
+
+/// The text sides in use, by folder.
+#[derive(Debug)]
+pub struct ModelTexts {
+    /// Held for a look-up, never across an await.
+    loaded: Mutex<HashMap<PathBuf, Arc<OnceCell<Arc<ModelText>>>>>,
+    /// Tokenising is pure compute: more at once than there are cores only costs memory.
+    compute: Semaphore,
+}
+
+impl ModelTexts {
+    /// Nothing is loaded yet. At most `parallel` prompts are tokenised at a time.
+    pub fn new(parallel: usize) -> Self {
+        Self { loaded: Mutex::default(), compute: Semaphore::new(parallel.max(1)) }
+    }
+
+    /// The text side of the model in `folder`; loads it once, however many ask. A failure is not
+    /// kept: the next request tries again. Folders that `in_use` refuses are forgotten.
+    pub async fn get(
+        &self,
+        folder: &Path,
+        in_use: impl Fn(&Path) -> bool,
+    ) -> Result<Arc<ModelText>, LoadError> {
+        let cell = {
+            let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+            if !loaded.contains_key(folder) {
+                loaded.retain(|known, _| in_use(known));
+            }
+            loaded.entry(folder.to_owned()).or_default().clone()
+        };
+        let load = || {
+            let folder = folder.to_owned();
+            async move {
+                let file = folder.clone();
+                tokio::task::spawn_blocking(move || ModelText::load(&folder).map(Arc::new))
+                    .await
+                    .unwrap_or_else(|gone| Err(LoadError::Bad { file, why: gone.to_string() }))
+            }
+        };
+        cell.get_or_try_init(load).await.cloned()
+    }
+
+    /// Runs `work` on a blocking thread, when one of the places for computing is free.
+    pub async fn compute<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Gone> {
+        let _place = self.compute.acquire().await.map_err(|_| Gone)?;
+        tokio::task::spawn_blocking(work).await.map_err(|_| Gone)
+    }
+}
+
+/// The work panicked, or the runtime is ending.
+#[derive(Debug, thiserror::Error)]
+#[error("the tokenizer's thread ended without an answer")]
+pub struct Gone;
+
+#[cfg(test)]
+#[path = "tokenize_test.rs"]
+mod tests;
