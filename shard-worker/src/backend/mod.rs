@@ -15,6 +15,9 @@
 //! All results follow one numerics contract (`docs/decisions/001-numerics-contract-n1.md`): a row's
 //! bits depend on its own sequence alone.
 
+pub mod cpu;
+pub mod pool;
+
 use shoal_protocol::plan::Precision;
 
 use crate::model::{ComputeError, Span};

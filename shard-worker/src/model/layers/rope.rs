@@ -58,7 +58,7 @@ fn scaled(frequency: f32, scaling: RopeScaling) -> f32 {
             } else {
                 let smooth =
                     (context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                (1.0 - smooth) * (frequency / factor) + smooth * frequency
+                (1.0 - smooth) * frequency / factor + smooth * frequency
             }
         }
     }

@@ -1,0 +1,324 @@
+//! Products of rows with a packed matrix.
+//!
+//! Contract n1: an output is one chain of fused multiply-adds over `k` in ascending order, from
+//! zero; the bias is added last. Rows, panels and threads are divided freely, `k` never is: where
+//! it is cut for the caches, the chain goes on from the sum in `out`.
+//!
+//! ```text
+//! a thread's panels:  for each cut of k            (rows of x stay in the second-level cache)
+//!                       for each 4 panels          (weights come from memory once a step)
+//!                         for each tile of rows    (sums stay in registers)
+//! tile of m rows:     [k = 0: m values][k = 1: m values] …
+//! ```
+
+use std::marker::PhantomData;
+
+use super::format::{Format, with_format};
+use super::isa::{Isa, Kernel};
+use super::packed::{PANEL, Packed};
+use super::simd::Simd;
+use crate::backend::pool::{Pool, Share};
+use crate::model::ComputeError;
+
+/// Where `k` is cut when there are several tiles of rows: 12 rows of 512 values are 24 KiB, half a
+/// first-level cache.
+const CUT: usize = 512;
+
+/// Panels that go through the tiles together; every number of panels of a tile divides it.
+const GROUP: usize = 4;
+
+/// How many rows are divided into tiles of nearly the same height.
+#[derive(Clone, Copy)]
+struct Tiling {
+    tiles: usize,
+    rows: usize,
+}
+
+impl Tiling {
+    fn of(rows: usize, tile_rows_max: usize) -> Self {
+        Self { tiles: rows.div_ceil(tile_rows_max), rows }
+    }
+
+    /// First row and height of a tile.
+    fn tile(self, index: usize) -> (usize, usize) {
+        let range = Share { index, of: self.tiles }.range(self.rows);
+        (range.start, range.len())
+    }
+}
+
+/// Rows laid out in tiles, ready for products.
+///
+/// One row needs no other layout than its own.
+pub struct Tiles<'a> {
+    x: &'a [f32],
+    tiling: Tiling,
+    cols: usize,
+}
+
+impl<'a> Tiles<'a> {
+    /// How high tiles are at most with these instructions.
+    fn rows_max(isa: Isa) -> usize {
+        struct TileRows;
+        impl Kernel for TileRows {
+            type Output = usize;
+            #[inline(always)]
+            unsafe fn run<S: Simd>(self) -> usize {
+                if S::WIDE { 12 } else { 6 }
+            }
+        }
+        // SAFETY: it computes nothing.
+        unsafe { isa.run(TileRows) }
+    }
+
+    /// Lays out `x`, `rows x cols`, in `scratch`, which is as large. `fresh` says that `scratch`
+    /// does not hold these rows already.
+    pub fn of(
+        (isa, pool): (Isa, &mut Pool),
+        x: &'a [f32],
+        (rows, cols): (usize, usize),
+        (scratch, fresh): (&'a mut [f32], bool),
+    ) -> Result<Self, ComputeError> {
+        let tiling = Tiling::of(rows, Self::rows_max(isa));
+        let x = &x[..rows * cols];
+        if rows <= 1 {
+            return Ok(Self { x, tiling, cols });
+        }
+        let scratch = &mut scratch[..rows * cols];
+        if fresh {
+            let to = SharedMut(scratch.as_mut_ptr());
+            pool.run(&|share: Share| {
+                for index in share.range(tiling.tiles) {
+                    let (first, height) = tiling.tile(index);
+                    // SAFETY: tiles are disjoint ranges of rows, and `scratch` has room for all.
+                    let tile = unsafe {
+                        std::slice::from_raw_parts_mut(to.get().add(first * cols), height * cols)
+                    };
+                    interleave(&x[first * cols..][..height * cols], height, tile);
+                }
+            })?;
+        }
+        Ok(Self { x: scratch, tiling, cols })
+    }
+}
+
+/// `height` rows to one row per column.
+fn interleave(rows: &[f32], height: usize, tile: &mut [f32]) {
+    /// As many columns of 12 rows as fit a first-level cache with their copies.
+    const COLS: usize = 256;
+    let cols = rows.len() / height;
+    for k0 in (0..cols).step_by(COLS) {
+        let k1 = (k0 + COLS).min(cols);
+        for (m, row) in rows.chunks_exact(cols).enumerate() {
+            let to = tile[k0 * height..k1 * height].chunks_exact_mut(height);
+            for (value, to) in row[k0..k1].iter().zip(to) {
+                to[m] = *value;
+            }
+        }
+    }
+}
+
+/// A pointer that a kernel's threads write disjoint parts through.
+#[derive(Clone, Copy)]
+pub(super) struct SharedMut(pub *mut f32);
+
+impl SharedMut {
+    /// The pointer; a method, so that closures capture the whole.
+    pub(super) fn get(self) -> *mut f32 {
+        self.0
+    }
+}
+
+// SAFETY: a plain address; each use says which part is whose.
+unsafe impl Sync for SharedMut {}
+// SAFETY: as above.
+unsafe impl Send for SharedMut {}
+
+/// `out[r] = weight · x[r] + bias`. `out` is `rows x outputs`; `bias` has a whole number of panels.
+pub fn product(
+    (isa, pool): (Isa, &mut Pool),
+    x: &Tiles<'_>,
+    weight: &Packed,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) -> Result<(), ComputeError> {
+    assert_eq!(x.cols, weight.cols(), "checked by the caller");
+    assert!(out.len() >= x.tiling.rows * weight.outputs(), "checked by the caller");
+    assert!(bias.is_none_or(|b| b.len() >= weight.panels() * PANEL), "checked by the caller");
+    let out = SharedMut(out.as_mut_ptr());
+    pool.run(&|share: Share| {
+        // Shares of whole groups, so that no thread is left with the slower small ones.
+        let groups = share.range(weight.panels().div_ceil(GROUP));
+        let panels =
+            (groups.start * GROUP).min(weight.panels())..(groups.end * GROUP).min(weight.panels());
+        with_format!(weight.held(), F => {
+            let kernel =
+                Product { x, weight, bias, out: out.get(), panels, format: PhantomData::<F> };
+            // SAFETY: sizes were checked above; each share writes the columns of its own panels.
+            unsafe { isa.run(kernel) }
+        });
+    })
+}
+
+/// One thread's share of a product.
+struct Product<'a, F> {
+    x: &'a Tiles<'a>,
+    weight: &'a Packed,
+    bias: Option<&'a [f32]>,
+    out: *mut f32,
+    panels: std::ops::Range<usize>,
+    /// How `weight` is held.
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Product<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { x, weight, bias, out, panels, format: _ } = self;
+        let (cols, outputs) = (weight.cols(), weight.outputs());
+        let cut = if x.tiling.tiles > 1 { CUT } else { cols };
+        for k0 in (0..cols).step_by(cut) {
+            let depth = cut.min(cols - k0);
+            for panel in panels.clone().step_by(GROUP) {
+                let column = panel * PANEL;
+                for index in 0..x.tiling.tiles {
+                    let (row, height) = x.tiling.tile(index);
+                    // SAFETY: all offsets are inside `x` (`rows x cols`), the panels
+                    // (`panels x cols x 16`), `bias` (whole panels) and `out` (`rows x outputs`).
+                    let tile = unsafe {
+                        Tile::<F> {
+                            depth,
+                            x: x.x.as_ptr().add(row * cols + k0 * height),
+                            weights: weight.as_ptr::<F::Element>().add(column * cols + k0 * PANEL),
+                            panel_stride: cols * PANEL,
+                            panels: GROUP.min(panels.end - panel),
+                            out: out.add(row * outputs + column),
+                            out_stride: outputs,
+                            columns: outputs - column,
+                            first: k0 == 0,
+                            bias: bias
+                                .filter(|_| k0 + depth == cols)
+                                .map(|bias| bias.as_ptr().add(column)),
+                        }
+                    };
+                    // SAFETY: as above, and `height` is that of the tile.
+                    unsafe { tile.of_height::<S>(height) };
+                }
+            }
+        }
+    }
+}
+
+/// At most [`GROUP`] panels, one tile of rows, one cut of `k`.
+struct Tile<F: Format> {
+    depth: usize,
+    /// `[depth][height]`.
+    x: *const f32,
+    /// `[panels][depth of panel_stride / 16][16]`.
+    weights: *const F::Element,
+    panel_stride: usize,
+    panels: usize,
+    /// `[height of out_stride][columns]`.
+    out: *mut f32,
+    out_stride: usize,
+    /// Columns of `out` from here on; the last panel may have fewer than 16.
+    columns: usize,
+    /// Whether the chains begin here.
+    first: bool,
+    /// Where the chains end here and there is one.
+    bias: Option<*const f32>,
+}
+
+/// Calls the kernel for a height with as many panels as the registers hold sums for.
+macro_rules! by_height {
+    ($self:ident, $height:ident, $simd:ident: $($m:literal x $p:literal),+) => {
+        match $height {
+            // SAFETY: the caller's; the tile is `$m` rows high.
+            $($m => unsafe { $self.columns::<$simd, $m, $p>() },)+
+            // Tiles are no higher than `Tiles::rows_max`.
+            _ => unreachable!("a tile of {} rows", $height),
+        }
+    };
+}
+
+impl<F: Format> Tile<F> {
+    #[inline(always)]
+    unsafe fn of_height<S: Simd>(&self, height: usize) {
+        if S::WIDE {
+            by_height!(self, height, S:
+                1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 4, 6 x 4,
+                7 x 2, 8 x 2, 9 x 2, 10 x 2, 11 x 2, 12 x 2)
+        } else {
+            by_height!(self, height, S: 1 x 4, 2 x 2, 3 x 2, 4 x 1, 5 x 1, 6 x 1)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const M: usize, const P: usize>(&self) {
+        let mut panel = 0;
+        while panel + P <= self.panels {
+            // SAFETY: the caller's; the panels are there.
+            unsafe { self.multiply::<S, M, P>(panel) };
+            panel += P;
+        }
+        while panel < self.panels {
+            // SAFETY: as above.
+            unsafe { self.multiply::<S, M, 1>(panel) };
+            panel += 1;
+        }
+    }
+
+    /// `M` rows by `P` panels, the sums in registers.
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const M: usize, const P: usize>(&self, panel: usize) {
+        // SAFETY: the pointers are valid for the sizes in the fields' docs, which is the caller's
+        // promise; nothing below goes beyond them.
+        unsafe {
+            let mut sums = [[S::splat(0.0); P]; M];
+            if !self.first {
+                for m in 0..M {
+                    for p in 0..P {
+                        let (at, lanes) = self.place(m, panel + p);
+                        sums[m][p] = S::load_first(at, lanes);
+                    }
+                }
+            }
+            let mut x = self.x;
+            let mut weights = self.weights.add(panel * self.panel_stride);
+            for _ in 0..self.depth {
+                let mut w = [S::splat(0.0); P];
+                for p in 0..P {
+                    w[p] = F::load::<S>(weights.add(p * self.panel_stride));
+                }
+                for m in 0..M {
+                    let value = S::splat(*x.add(m));
+                    for p in 0..P {
+                        sums[m][p] = S::fma(value, w[p], sums[m][p]);
+                    }
+                }
+                x = x.add(M);
+                weights = weights.add(PANEL);
+            }
+            for m in 0..M {
+                for p in 0..P {
+                    let (at, lanes) = self.place(m, panel + p);
+                    let mut sum = sums[m][p];
+                    if let Some(bias) = self.bias {
+                        sum = S::add(sum, S::load(bias.add((panel + p) * PANEL)));
+                    }
+                    S::store_first(at, sum, lanes);
+                }
+            }
+        }
+    }
+
+    /// Where a row's sums of a panel go, and how many of them exist.
+    #[inline(always)]
+    fn place(&self, row: usize, panel: usize) -> (*mut f32, usize) {
+        let column = panel * PANEL;
+        // In bounds, as the fields' docs say; `wrapping_add` leaves the proof to the access.
+        let at = self.out.wrapping_add(row * self.out_stride + column);
+        (at, PANEL.min(self.columns - column))
+    }
+}

@@ -1,0 +1,166 @@
+//! Sixteen `f32` lanes, whatever the machine has: kernels are written once against [`Simd`].
+//!
+//! Each operation is an IEEE operation on each lane, so that every implementation gives the same
+//! bits; where an instruction leaves a choice (the maximum of two zeros, NaN), [`Portable`] says
+//! what x86 does.
+
+/// The lanes of a vector.
+pub const LANES: usize = 16;
+
+/// Operations on 16 lanes.
+///
+/// # Safety
+///
+/// An implementation may use instructions that not every machine has. Every method may be called
+/// only where they exist, which [`super::isa::Isa::run`] sees to; that is what each method's
+/// `unsafe` stands for, together with the validity of its pointers. Pointers need no alignment
+/// beyond that of their element.
+pub unsafe trait Simd: Copy + Send + Sync + 'static {
+    /// Sixteen lanes.
+    type F: Copy;
+
+    /// Whether 32 registers hold a vector each, rather than 16 half a vector.
+    const WIDE: bool;
+
+    /// All lanes `value`.
+    unsafe fn splat(value: f32) -> Self::F;
+    /// `from[0..16]`.
+    unsafe fn load(from: *const f32) -> Self::F;
+    /// `from[0..lanes]`, then zeros; `lanes` is at most 16.
+    unsafe fn load_first(from: *const f32, lanes: usize) -> Self::F;
+    /// The values of 16 bfloat16 bit patterns.
+    unsafe fn load_bf16(from: *const u16) -> Self::F;
+    /// The values of 16 half-precision bit patterns.
+    unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// Writes `to[0..16]`.
+    unsafe fn store(to: *mut f32, value: Self::F);
+    /// Writes `to[0..lanes]`; `lanes` is at most 16.
+    unsafe fn store_first(to: *mut f32, value: Self::F, lanes: usize);
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a + b`.
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`.
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`.
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`.
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`.
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// `if a < b { then } else { otherwise }`.
+    unsafe fn select_less(a: Self::F, b: Self::F, then: Self::F, otherwise: Self::F) -> Self::F;
+    /// Two to the power of an integer in -126 to 127.
+    unsafe fn power_of_two(exponent: Self::F) -> Self::F;
+    /// The lanes' sum by the fold tree of contract n1: lane `i` and `i + 8`, then `i + 4`, `i + 2`,
+    /// `i + 1`.
+    unsafe fn fold_add(a: Self::F) -> f32;
+    /// The lanes' maximum by the same tree.
+    unsafe fn fold_max(a: Self::F) -> f32;
+}
+
+/// Plain Rust, for every architecture.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn map2(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+#[inline(always)]
+fn fold(mut a: Lanes, f: impl Fn(f32, f32) -> f32) -> f32 {
+    for distance in [8, 4, 2, 1] {
+        for i in 0..distance {
+            a[i] = f(a[i], a[i + distance]);
+        }
+    }
+    a[0]
+}
+
+// SAFETY: no instruction that the target lacks.
+unsafe impl Simd for Portable {
+    type F = Lanes;
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Lanes {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| unsafe { from.add(i).read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, lanes: usize) -> Lanes {
+        std::array::from_fn(|i| {
+            // SAFETY: the caller's pointer is valid for `lanes` values.
+            if i < lanes { unsafe { from.add(i).read_unaligned() } } else { 0.0 }
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| f32::from_bits(u32::from(unsafe { *from.add(i) }) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| half::f16::from_bits(unsafe { *from.add(i) }).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: Lanes) {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        unsafe { Self::store_first(to, value, LANES) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(to: *mut f32, value: Lanes, lanes: usize) {
+        for (i, value) in value.into_iter().enumerate().take(lanes) {
+            // SAFETY: the caller's pointer is valid for `lanes` values.
+            unsafe { to.add(i).write_unaligned(value) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn add(a: Lanes, b: Lanes) -> Lanes {
+        map2(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Lanes, b: Lanes) -> Lanes {
+        map2(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Lanes, b: Lanes) -> Lanes {
+        map2(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Lanes, b: Lanes) -> Lanes {
+        map2(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: Lanes, b: Lanes) -> Lanes {
+        map2(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn select_less(a: Lanes, b: Lanes, then: Lanes, otherwise: Lanes) -> Lanes {
+        std::array::from_fn(|i| if a[i] < b[i] { then[i] } else { otherwise[i] })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(exponent: Lanes) -> Lanes {
+        exponent.map(|e| f32::from_bits(((e as i32).wrapping_add(127) << 23) as u32))
+    }
+    #[inline(always)]
+    unsafe fn fold_add(a: Lanes) -> f32 {
+        fold(a, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn fold_max(a: Lanes) -> f32 {
+        fold(a, |a, b| if a > b { a } else { b })
+    }
+}

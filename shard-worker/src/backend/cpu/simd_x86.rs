@@ -1,0 +1,260 @@
+//! [`Simd`] on x86-64: AVX-512, and AVX2 with FMA and F16C.
+//!
+//! Every block's `unsafe` rests on the trait's contract: the instructions exist and the pointers
+//! are valid.
+#![allow(clippy::undocumented_unsafe_blocks)] // One proof for all of them, above.
+
+use std::arch::x86_64::*;
+
+use super::simd::{LANES, Simd};
+
+/// One 512-bit register a vector.
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+#[inline(always)]
+fn first_lanes(lanes: usize) -> __mmask16 {
+    (((1_u32 << lanes) - 1) & 0xFFFF) as __mmask16
+}
+
+// SAFETY: calls happen only where `Isa` found the instructions.
+unsafe impl Simd for Avx512 {
+    type F = __m512;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, lanes: usize) -> __m512 {
+        unsafe { _mm512_maskz_loadu_ps(first_lanes(lanes), from) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> __m512 {
+        unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: __m512) {
+        unsafe { _mm512_storeu_ps(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(to: *mut f32, value: __m512, lanes: usize) {
+        unsafe { _mm512_mask_storeu_ps(to, first_lanes(lanes), value) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn select_less(a: __m512, b: __m512, then: __m512, otherwise: __m512) -> __m512 {
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), otherwise, then) }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(exponent: __m512) -> __m512 {
+        unsafe {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(exponent), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
+    }
+    #[inline(always)]
+    unsafe fn fold_add(a: __m512) -> f32 {
+        unsafe {
+            let high = _mm512_extractf32x8_ps::<1>(a);
+            fold_add_8(_mm256_add_ps(_mm512_castps512_ps256(a), high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn fold_max(a: __m512) -> f32 {
+        unsafe {
+            let high = _mm512_extractf32x8_ps::<1>(a);
+            fold_max_8(_mm256_max_ps(_mm512_castps512_ps256(a), high))
+        }
+    }
+}
+
+/// Two 256-bit registers a vector.
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+/// Lanes 0 to 7, lanes 8 to 15.
+#[derive(Clone, Copy)]
+pub struct Halves(__m256, __m256);
+
+/// A window of this is the mask of the first lanes: 8 set, then 8 clear.
+static LANE_MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// The mask of the first `lanes` of 8 lanes.
+#[inline(always)]
+unsafe fn first_lanes_8(lanes: usize) -> __m256i {
+    // The window starts at 0 to 8 and is 8 long.
+    unsafe { _mm256_loadu_si256(LANE_MASK.as_ptr().add(8 - lanes.min(8)).cast()) }
+}
+
+macro_rules! halves {
+    ($intrinsic:ident($($arg:ident),+)) => {
+        unsafe { Halves($intrinsic($($arg.0),+), $intrinsic($($arg.1),+)) }
+    };
+}
+
+// SAFETY: calls happen only where `Isa` found the instructions.
+unsafe impl Simd for Avx2 {
+    type F = Halves;
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Halves {
+        unsafe { Halves(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Halves {
+        unsafe { Halves(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, lanes: usize) -> Halves {
+        // A lane whose mask is clear is not read; `wrapping_add`, since it may lie outside.
+        unsafe {
+            Halves(
+                _mm256_maskload_ps(from, first_lanes_8(lanes)),
+                _mm256_maskload_ps(from.wrapping_add(8), first_lanes_8(lanes.saturating_sub(8))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Halves {
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(LANES / 2).cast()));
+            Halves(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Halves {
+        unsafe {
+            Halves(
+                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(from.add(LANES / 2).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: Halves) {
+        unsafe {
+            _mm256_storeu_ps(to, value.0);
+            _mm256_storeu_ps(to.add(8), value.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first(to: *mut f32, value: Halves, lanes: usize) {
+        unsafe {
+            _mm256_maskstore_ps(to, first_lanes_8(lanes), value.0);
+            let high = first_lanes_8(lanes.saturating_sub(8));
+            _mm256_maskstore_ps(to.wrapping_add(8), high, value.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Halves, b: Halves, c: Halves) -> Halves {
+        halves!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    unsafe fn add(a: Halves, b: Halves) -> Halves {
+        halves!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Halves, b: Halves) -> Halves {
+        halves!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Halves, b: Halves) -> Halves {
+        halves!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn div(a: Halves, b: Halves) -> Halves {
+        halves!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn max(a: Halves, b: Halves) -> Halves {
+        halves!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn select_less(a: Halves, b: Halves, then: Halves, otherwise: Halves) -> Halves {
+        unsafe {
+            Halves(
+                _mm256_blendv_ps(otherwise.0, then.0, _mm256_cmp_ps::<_CMP_LT_OQ>(a.0, b.0)),
+                _mm256_blendv_ps(otherwise.1, then.1, _mm256_cmp_ps::<_CMP_LT_OQ>(a.1, b.1)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(exponent: Halves) -> Halves {
+        unsafe { Halves(power_of_two_8(exponent.0), power_of_two_8(exponent.1)) }
+    }
+    #[inline(always)]
+    unsafe fn fold_add(a: Halves) -> f32 {
+        unsafe { fold_add_8(_mm256_add_ps(a.0, a.1)) }
+    }
+    #[inline(always)]
+    unsafe fn fold_max(a: Halves) -> f32 {
+        unsafe { fold_max_8(_mm256_max_ps(a.0, a.1)) }
+    }
+}
+
+#[inline(always)]
+unsafe fn power_of_two_8(exponent: __m256) -> __m256 {
+    unsafe {
+        let biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+    }
+}
+
+#[inline(always)]
+unsafe fn fold_add_8(a: __m256) -> f32 {
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+#[inline(always)]
+unsafe fn fold_max_8(a: __m256) -> f32 {
+    unsafe {
+        let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+    }
+}
