@@ -6,4 +6,5 @@
 //! ```
 
 pub mod api;
+pub mod control;
 pub mod serving;

@@ -1,0 +1,10 @@
+//! The control plane: what the operator asked for, what the workers are, and what is done about
+//! the difference.
+//!
+//! ```text
+//! admin, join, agents (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► executor (●) ─► agents ══shoal-ctl══► workers
+//! ```
+
+pub mod planner;
+pub mod shape;
+pub mod state;

@@ -1,0 +1,186 @@
+//! What a stage needs, and how generous the limits of a replica can be.
+//!
+//! ```text
+//! stage = weights of its layers            (the first has the embedding too, the last norm and head)
+//!       + kv_blocks x 16 tokens x its layers x (keys + values of one token as f32)
+//!       + activations of steps of at most step_rows_max rows
+//! ```
+//!
+//! All stages hold the same block numbers, so the stage with the least room for KV decides for the
+//! replica. What each part is made of stands in `shoal_protocol::model::memory`. A worked example
+//! (the test `the_worked_example_is_true` keeps it so): a pretend model of 4 layers of 100 MiB, width
+//! 1,024, on two workers of 300 MiB. Two layers a stage are 200 MiB of weights. Its KV is 8 bytes per
+//! token and layer, so the 65,536 tokens that a replica takes at most are 1 MiB a stage. A step of 512
+//! rows x 1,024 floats is 2 MiB, and three are in flight: 6 MiB, and on the last stage 256 x 256
+//! logits: 0.25 MiB. So the stages need 207 and 207.25 of 300 MiB. On one worker the weights alone
+//! would be 400 MiB: refused.
+
+use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits};
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use super::placement::Cut;
+use super::{Candidate, ModelShape};
+
+/// The most tokens that the KV cache of a replica holds: 256 conversations of 256 tokens. More would
+/// take memory for sequences that `SEQUENCES_MAX` does not let in unless they are long, and memory
+/// that is not taken is page cache for weights.
+pub const KV_TOKENS_MAX: u32 = 65_536;
+
+/// The context that a layout should have room for before balance is looked at: enough for a
+/// conversation of some pages. A model with a shorter context needs no more than that.
+pub const KV_TOKENS_COMFORTABLE: u32 = 4096;
+
+/// The least that is worth serving: one question and a short answer. Less is refused.
+pub const KV_TOKENS_MIN: u32 = 256;
+
+/// (rows of a step, sequences at once), the most generous first. Logits and buffers grow with both,
+/// and with a large vocabulary and a small budget they would not leave room for the weights.
+const STEP_LIMITS: [(u32, u32); 4] = [(512, 256), (256, 64), (128, 16), (32, 4)];
+
+/// What ranges of a model's layers cost in one precision, worked out once per layer, so that a cut
+/// can be tried in constant time.
+pub(super) struct Costs<'a> {
+    shape: &'a ModelShape,
+    precision: Precision,
+    /// Weight bytes of the layers before each one, with embedding and head as if untied.
+    weights_before: Vec<u64>,
+    /// Bytes that a step reads in the layers before each one.
+    step_before: Vec<u64>,
+    /// KV bytes of one block of the layers before each one.
+    kv_before: Vec<u64>,
+}
+
+impl<'a> Costs<'a> {
+    pub fn new(shape: &'a ModelShape, precision: Precision) -> Self {
+        let one_block = ReplicaLimits {
+            kv_blocks: 1,
+            context_max: 1,
+            step_rows_max: 1,
+            sequences_max: 1,
+            steps_in_flight_max: 1,
+        };
+        let mut weights_before = vec![0];
+        let mut step_before = vec![0];
+        let mut kv_before = vec![0];
+        let push = |sums: &mut Vec<u64>, more: u64| {
+            sums.push(sums.last().copied().unwrap_or(0).saturating_add(more));
+        };
+        for layer in 0..shape.layers() {
+            let one = shape.memory(LayerRange::new(layer, layer + 1), precision, &one_block);
+            push(&mut weights_before, one.weights.0);
+            push(&mut kv_before, one.kv.0);
+            push(&mut step_before, shape.step_bytes(layer, precision).0);
+        }
+        Self { shape, precision, weights_before, step_before, kv_before }
+    }
+
+    pub fn shape(&self) -> &'a ModelShape {
+        self.shape
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    pub fn layers(&self) -> u32 {
+        self.shape.layers()
+    }
+
+    /// Weight bytes of a range.
+    pub fn weights(&self, range: LayerRange) -> Bytes {
+        Bytes(between(&self.weights_before, range))
+    }
+
+    /// Weight bytes that a step reads in a range: what its time is proportional to.
+    pub fn step(&self, range: LayerRange) -> u64 {
+        between(&self.step_before, range)
+    }
+
+    /// What a stage needs in all. Ranges differ only in weights and KV; the rest follows from whether
+    /// the stage is the first or the last, so it is asked of the model once per kind in `fixed`.
+    pub fn need(&self, range: LayerRange, limits: &ReplicaLimits, fixed: &Fixed) -> Bytes {
+        let kv = between(&self.kv_before, range).saturating_mul(u64::from(limits.kv_blocks));
+        let first = range.start == 0;
+        let last = range.end == self.layers();
+        let weights = if first && last { fixed.whole } else { self.weights(range) };
+        weights + Bytes(kv) + fixed.activations[usize::from(first)][usize::from(last)]
+    }
+
+    /// What depends on the limits and on the kind of stage alone.
+    pub fn fixed(&self, limits: &ReplicaLimits) -> Fixed {
+        let layers = self.layers();
+        let of = |start, end| {
+            self.shape.memory(LayerRange::new(start, end), self.precision, limits).activations
+        };
+        let middle = if layers > 2 { of(1, 2) } else { Bytes(0) };
+        Fixed {
+            // A tied model holds the embedding once where one stage is first and last.
+            whole: self.shape.memory(LayerRange::new(0, layers), self.precision, limits).weights,
+            activations: [[middle, of(layers - 1, layers)], [of(0, 1), of(0, layers)]],
+        }
+    }
+}
+
+/// See `Costs::fixed`.
+pub(super) struct Fixed {
+    whole: Bytes,
+    /// By `[is first][is last]`.
+    activations: [[Bytes; 2]; 2],
+}
+
+fn between(sums: &[u64], range: LayerRange) -> u64 {
+    sums[range.end as usize] - sums[range.start as usize]
+}
+
+/// The limits to try, the most generous first: comfortable contexts with ever smaller steps, then
+/// the least context.
+pub(super) fn limits_to_try(costs: &Costs<'_>, stages: usize) -> Vec<ReplicaLimits> {
+    let context = costs.shape().context_max().max(1);
+    let mut goals = vec![KV_TOKENS_COMFORTABLE.min(context), KV_TOKENS_MIN.min(context)];
+    goals.dedup();
+    let of = |tokens: u32, (rows, sequences)| ReplicaLimits {
+        kv_blocks: tokens.div_ceil(BLOCK_TOKENS),
+        context_max: context,
+        step_rows_max: rows,
+        sequences_max: sequences,
+        // One in each stage, and one that travels.
+        steps_in_flight_max: stages as u32 + 1,
+    };
+    goals.iter().flat_map(|tokens| STEP_LIMITS.map(|steps| of(*tokens, steps))).collect()
+}
+
+/// The same limits with as many KV blocks as all stages have room for, and what follows from them.
+pub(super) fn largest_limits(
+    costs: &Costs<'_>,
+    least: ReplicaLimits,
+    cuts: &[Cut],
+    workers: &[&Candidate],
+) -> ReplicaLimits {
+    let context = u64::from(least.context_max);
+    let tokens_max = u64::from(KV_TOKENS_MAX).min(context * u64::from(least.sequences_max));
+    let with = |kv_blocks: u32| ReplicaLimits {
+        kv_blocks,
+        context_max: least.context_max.min(kv_blocks.saturating_mul(BLOCK_TOKENS)),
+        sequences_max: least.sequences_max.min(kv_blocks),
+        ..least.clone()
+    };
+    let fits = |kv_blocks: u32| {
+        let limits = with(kv_blocks);
+        cuts.iter().zip(workers).all(|(cut, worker)| {
+            costs.shape().memory(cut.layers, costs.precision(), &limits).total() <= worker.free()
+        })
+    };
+    // `least.kv_blocks` fits: the cut was made with it. The largest number that does is found by
+    // halving, since memory grows with the number of blocks.
+    let mut fitting = least.kv_blocks;
+    let mut limit = (tokens_max as u32).div_ceil(BLOCK_TOKENS).max(fitting) + 1;
+    while limit - fitting > 1 {
+        let middle = fitting + (limit - fitting) / 2;
+        if fits(middle) {
+            fitting = middle;
+        } else {
+            limit = middle;
+        }
+    }
+    with(fitting)
+}

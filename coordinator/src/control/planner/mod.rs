@@ -1,0 +1,168 @@
+//! ○ The planner: (inventory, deployment, previous layout) → layout, or the arithmetic of why not.
+//!
+//! ```text
+//! stages wanted ─► cut the layers (placement: exact) ─► name the workers ─► KV blocks that fit ─► ReplicaPlan
+//!        └ too large for any cut: fewer stages where the operator left that open, else refused with the sums
+//! ```
+//!
+//! The same arguments give the same layout: nothing is drawn, no clock is read, and no choice is
+//! left to whoever carries the layout out.
+
+mod explain;
+mod memory;
+mod placement;
+mod refusal;
+
+use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
+use shoal_protocol::plan::{
+    DeploymentSpec, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
+};
+use shoal_protocol::units::Bytes;
+
+use super::shape::ModelShape;
+pub use explain::explain;
+pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
+pub use refusal::{PlanRefusal, StageNeed};
+
+use memory::Costs;
+use placement::Cut;
+
+/// What there is to place shards on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// The workers that may be used, each once.
+    pub workers: Vec<Candidate>,
+}
+
+/// One worker with one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Which.
+    pub node: NodeId,
+    /// The device: `cpu`.
+    pub device: String,
+    /// Its budget for weights, KV and activations of all replicas.
+    pub budget: Bytes,
+    /// What shards of other replicas have of it.
+    pub used: Bytes,
+    /// The contracts that its kernels keep.
+    pub numerics: Vec<Numerics>,
+}
+
+impl Candidate {
+    /// What is left for a shard of the replica that is planned.
+    pub fn free(&self) -> Bytes {
+        self.budget.saturating_sub(self.used)
+    }
+}
+
+/// What is to be placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The number that the new layout will have.
+    pub generation: Generation,
+    /// What the operator asked for.
+    pub spec: &'a DeploymentSpec,
+    /// The model's shape.
+    pub shape: &'a ModelShape,
+    /// The layout that the new one replaces: a worker keeps the layers that it has where that costs
+    /// nothing else.
+    pub previous: Option<&'a ReplicaPlan>,
+}
+
+/// The layout for a job, or why there is none.
+pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
+    let numerics = Numerics::N1;
+    let workers = candidates(inventory, numerics)?;
+    let layers = job.shape.layers();
+    let precision = job.spec.precision.unwrap_or(job.shape.stored());
+    let (most, least) = stages_range(job.spec.stages, layers, workers.len())?;
+    let costs = Costs::new(job.shape, precision);
+    let found = (least..=most).rev().find_map(|stages| layout(&costs, &workers, stages));
+    let Some((limits, cuts)) = found else {
+        return Err(refusal::does_not_fit(job, &costs, &workers, most));
+    };
+    let nodes = placement::name_workers(&cuts, &workers, job.previous, &costs);
+    let limits = memory::largest_limits(&costs, limits, &cuts, &nodes);
+    let stages = cuts.iter().zip(&nodes).map(|(cut, worker)| StagePlan {
+        layers: cut.layers,
+        shards: vec![ShardPlan {
+            rank: RankIndex(0),
+            node: worker.node,
+            device: worker.device.clone(),
+            memory: job.shape.memory(cut.layers, precision, &limits),
+        }],
+    });
+    Ok(ReplicaPlan {
+        id: job.replica,
+        deployment: job.spec.name.clone(),
+        generation: job.generation,
+        model: job.spec.model.clone(),
+        precision,
+        numerics,
+        stages: stages.collect(),
+        limits,
+    })
+}
+
+/// The workers that keep the contract, by node.
+fn candidates(inventory: &Inventory, numerics: Numerics) -> Result<Vec<&Candidate>, PlanRefusal> {
+    if inventory.workers.is_empty() {
+        return Err(PlanRefusal::NoWorkers);
+    }
+    let mut able: Vec<_> =
+        inventory.workers.iter().filter(|w| w.numerics.contains(&numerics)).collect();
+    if able.is_empty() {
+        return Err(PlanRefusal::NoNumerics { numerics, workers: inventory.workers.len() });
+    }
+    able.sort_by_key(|worker| worker.node);
+    Ok(able)
+}
+
+/// The most and the least stages to try. A stage is on a worker of its own and has a layer at least.
+fn stages_range(
+    asked: Option<u32>,
+    layers: u32,
+    workers: usize,
+) -> Result<(usize, usize), PlanRefusal> {
+    match asked {
+        None => Ok((workers.min(layers as usize), 1)),
+        Some(0) => Err(PlanRefusal::NoStages),
+        Some(stages) if stages > layers => Err(PlanRefusal::TooManyStages { stages, layers }),
+        Some(stages) if stages as usize > workers => {
+            Err(PlanRefusal::TooFewWorkers { stages, workers })
+        }
+        Some(stages) => Ok((stages as usize, stages as usize)),
+    }
+}
+
+/// The best cut into this many stages, under the most generous limits that fit.
+fn layout(
+    costs: &Costs<'_>,
+    workers: &[&Candidate],
+    stages: usize,
+) -> Option<(ReplicaLimits, Vec<Cut>)> {
+    memory::limits_to_try(costs, stages).into_iter().find_map(|limits| {
+        placement::cut(costs, &limits, workers, stages).map(|cuts| (limits, cuts))
+    })
+}
+
+/// Whether there is any layout at all: what `refusal` asks of clusters that are not there.
+fn fits(
+    shape: &ModelShape,
+    precision: Precision,
+    workers: &[&Candidate],
+    asked: Option<u32>,
+) -> bool {
+    let Ok((most, least)) = stages_range(asked, shape.layers(), workers.len()) else {
+        return false;
+    };
+    let costs = Costs::new(shape, precision);
+    (least..=most).rev().any(|stages| layout(&costs, workers, stages).is_some())
+}
+
+#[cfg(test)]
+#[path = "planner_test.rs"]
+mod tests;

@@ -1,0 +1,240 @@
+//! Why there is no layout, with the arithmetic: what each stage needs, what each worker has, and
+//! what would do. What would do is not estimated but planned again.
+
+use std::fmt;
+
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::NodeId;
+use shoal_protocol::plan::{Numerics, Precision, ShardMemory};
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use super::memory::{self, Costs};
+use super::{Candidate, Job, ModelShape, fits, placement};
+
+/// The most workers that are tried as an addition: a refusal that asks for more helps nobody.
+const MORE_WORKERS_MAX: usize = 256;
+
+/// The most lines of a list that are printed: the message has to fit a wire error.
+const LINES_MAX: usize = 12;
+
+/// Why there is no layout.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanRefusal {
+    /// Nothing to place anything on.
+    #[error(
+        "no worker is connected; start one with `shoal worker --join ADDR --token T --data DIR`"
+    )]
+    NoWorkers,
+    /// No worker keeps the arithmetic.
+    #[error(
+        "none of the {workers} connected workers computes under contract {numerics}; upgrade them"
+    )]
+    NoNumerics {
+        /// The contract.
+        numerics: Numerics,
+        /// How many workers there are.
+        workers: usize,
+    },
+    /// A mesh without stages.
+    #[error("a model cannot be split into 0 stages; give --stages 1 or more, or leave it out")]
+    NoStages,
+    /// More stages than layers.
+    #[error(
+        "{stages} stages were asked for, but the model has {layers} layers; a stage has one at least"
+    )]
+    TooManyStages {
+        /// The stages that were asked for.
+        stages: u32,
+        /// The model's layers.
+        layers: u32,
+    },
+    /// More stages than workers.
+    #[error("{stages} stages were asked for, but {workers} workers are connected and each takes one stage of a replica; start {} more, or give --stages {workers}", *stages as usize - workers)]
+    TooFewWorkers {
+        /// The stages that were asked for.
+        stages: u32,
+        /// The workers that are connected.
+        workers: usize,
+    },
+    /// Not enough memory.
+    #[error("{0}")]
+    DoesNotFit(Box<DoesNotFit>),
+}
+
+/// The arithmetic of a model that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DoesNotFit {
+    /// The precision that was planned for.
+    pub precision: Precision,
+    /// What each stage would need, at the least, in the cut that balances best.
+    pub stages: Vec<StageNeed>,
+    /// What each worker has left, of which budget.
+    pub workers: Vec<(NodeId, Bytes, Bytes)>,
+    /// How many more workers like the roomiest one would do; `None` where no number does.
+    pub more_workers: Option<usize>,
+    /// A smaller precision that would do on these workers.
+    pub smaller: Option<Precision>,
+}
+
+/// What one stage needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageNeed {
+    /// Its layers.
+    pub layers: LayerRange,
+    /// What they need.
+    pub memory: ShardMemory,
+}
+
+impl fmt::Display for DoesNotFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "the model does not fit in {} on these workers.", self.precision)?;
+        for (index, stage) in self.stages.iter().enumerate().take(LINES_MAX) {
+            let ShardMemory { weights, kv, activations } = stage.memory;
+            writeln!(
+                f,
+                "  stage {index}, layers {}, needs at least {} ({weights} weights, {kv} KV for the shortest useful context, {activations} activations)",
+                stage.layers,
+                stage.memory.total(),
+            )?;
+        }
+        more(f, self.stages.len(), "stages")?;
+        for (node, free, budget) in self.workers.iter().take(LINES_MAX) {
+            match budget.saturating_sub(*free) {
+                Bytes(0) => writeln!(f, "  {node} has {free}")?,
+                used => {
+                    writeln!(f, "  {node} has {free}: {budget}, of which other models have {used}")?
+                }
+            }
+        }
+        more(f, self.workers.len(), "workers")?;
+        let needs: Bytes = self.stages.iter().map(|stage| stage.memory.total()).sum();
+        let has: Bytes = self.workers.iter().map(|(_, free, _)| *free).sum();
+        writeln!(f, "  in all: needs {needs}, has {has}")?;
+        let mut ways = Vec::new();
+        if let Some(n) = self.more_workers {
+            let (workers, with) = (if n == 1 { "worker" } else { "workers" }, self.roomiest());
+            ways.push(format!("{n} more {workers} with {with} each"));
+        }
+        if let Some(precision) = self.smaller {
+            ways.push(format!("--precision {precision}"));
+        }
+        match ways.as_slice() {
+            [] => f.write_str(
+                "No number of such workers and no smaller precision would do: one layer alone needs more than a worker has. Give the workers more --memory.",
+            ),
+            ways => write!(f, "It would fit with {}, or with more --memory.", ways.join(", or with ")),
+        }
+    }
+}
+
+impl DoesNotFit {
+    fn roomiest(&self) -> Bytes {
+        self.workers.iter().map(|(_, _, budget)| *budget).max().unwrap_or_default()
+    }
+}
+
+fn more(f: &mut fmt::Formatter<'_>, len: usize, what: &str) -> fmt::Result {
+    if len > LINES_MAX {
+        writeln!(f, "  and {} more {what}", len - LINES_MAX)?;
+    }
+    Ok(())
+}
+
+impl PlanRefusal {
+    /// The code under which it crosses a wire.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            PlanRefusal::NoWorkers | PlanRefusal::NoNumerics { .. } => ErrorCode::NotReady,
+            PlanRefusal::NoStages | PlanRefusal::TooManyStages { .. } => ErrorCode::InvalidRequest,
+            PlanRefusal::TooFewWorkers { .. } | PlanRefusal::DoesNotFit(_) => ErrorCode::DoesNotFit,
+        }
+    }
+
+    /// Whether more or other workers can help.
+    pub fn is_of_the_cluster(&self) -> bool {
+        !matches!(self, PlanRefusal::NoStages | PlanRefusal::TooManyStages { .. })
+    }
+}
+
+impl From<PlanRefusal> for WireError {
+    fn from(refusal: PlanRefusal) -> Self {
+        WireError::new(refusal.code(), refusal.to_string())
+    }
+}
+
+/// Works out the arithmetic for a model that does not fit on these workers in this many stages.
+pub(super) fn does_not_fit(
+    job: &Job<'_>,
+    costs: &Costs<'_>,
+    workers: &[&Candidate],
+    stages: usize,
+) -> PlanRefusal {
+    PlanRefusal::DoesNotFit(Box::new(DoesNotFit {
+        precision: costs.precision(),
+        stages: needs(costs, stages),
+        workers: workers.iter().map(|w| (w.node, w.free(), w.budget)).collect(),
+        more_workers: more_workers(job.shape, costs.precision(), workers, job.spec.stages),
+        smaller: smaller(job, costs.precision(), workers),
+    }))
+}
+
+/// The cut that workers without a bound would get, under the least generous limits.
+fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
+    let endless: Vec<_> = (1..=stages as u32)
+        .map(|number| Candidate {
+            node: NodeId::worker(number),
+            device: String::new(),
+            budget: Bytes(u64::MAX),
+            used: Bytes(0),
+            numerics: Vec::new(),
+        })
+        .collect();
+    let endless: Vec<_> = endless.iter().collect();
+    let Some(least) = memory::limits_to_try(costs, stages).pop() else { return Vec::new() };
+    let cuts = placement::cut(costs, &least, &endless, stages).unwrap_or_default();
+    let memory = |layers| costs.shape().memory(layers, costs.precision(), &least);
+    cuts.iter().map(|cut| StageNeed { layers: cut.layers, memory: memory(cut.layers) }).collect()
+}
+
+/// The least number of workers like the roomiest one, with nothing else on them, that would do; the
+/// number of stages is then left open. More workers never make a model fit worse, so the number is
+/// found by halving.
+fn more_workers(
+    shape: &ModelShape,
+    precision: Precision,
+    workers: &[&Candidate],
+    asked: Option<u32>,
+) -> Option<usize> {
+    let model = workers.iter().max_by_key(|worker| worker.budget)?;
+    let extra = Candidate { used: Bytes(0), ..(*model).clone() };
+    let most = (shape.layers() as usize).min(MORE_WORKERS_MAX);
+    let fits_with = |n: usize| {
+        let mut workers = workers.to_vec();
+        workers.extend(std::iter::repeat_n(&extra, n));
+        // Where the number of stages was asked for, roomier workers may do; else leave it open.
+        fits(shape, precision, &workers, asked) || fits(shape, precision, &workers, None)
+    };
+    if !fits_with(most) {
+        return None;
+    }
+    let (mut fitting, mut not) = (most, 0);
+    while fitting - not > 1 {
+        let middle = not + (fitting - not) / 2;
+        if fits_with(middle) {
+            fitting = middle;
+        } else {
+            not = middle;
+        }
+    }
+    Some(fitting)
+}
+
+/// A smaller precision that fits these workers; of two of the same size the stored one.
+fn smaller(job: &Job<'_>, precision: Precision, workers: &[&Candidate]) -> Option<Precision> {
+    let choice = match job.shape.stored() {
+        Precision::F16 => Precision::F16,
+        Precision::F32 | Precision::Bf16 => Precision::Bf16,
+    };
+    let is_smaller = choice.bytes() < precision.bytes();
+    (is_smaller && fits(job.shape, choice, workers, job.spec.stages)).then_some(choice)
+}

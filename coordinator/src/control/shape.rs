@@ -1,0 +1,86 @@
+//! ○ What the planner has to know of a model: how many layers, and what a range of them costs.
+
+use serde::{Deserialize, Serialize};
+use shoal_protocol::model::{ModelSpec, TensorRole};
+use shoal_protocol::plan::{Precision, PretendSpec, ReplicaLimits, ShardMemory};
+use shoal_protocol::units::{Bytes, LayerRange};
+
+/// The shape of a model, of either kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)] // One per deployment.
+pub enum ModelShape {
+    /// A checkpoint's.
+    Checkpoint(ModelSpec),
+    /// A pretend model's: its weights are a number.
+    Pretend(PretendSpec),
+}
+
+impl ModelShape {
+    /// The number of layers to split; at least 1.
+    pub fn layers(&self) -> u32 {
+        match self {
+            ModelShape::Checkpoint(spec) => spec.layers,
+            ModelShape::Pretend(spec) => spec.layers,
+        }
+    }
+
+    /// The vocabulary's size.
+    pub fn vocab(&self) -> u32 {
+        match self {
+            ModelShape::Checkpoint(spec) => spec.vocab,
+            ModelShape::Pretend(spec) => spec.vocab,
+        }
+    }
+
+    /// The longest context that the model was made for, in tokens.
+    pub fn context_max(&self) -> u32 {
+        match self {
+            ModelShape::Checkpoint(spec) => spec.context_max,
+            ModelShape::Pretend(spec) => spec.max_context,
+        }
+    }
+
+    /// The precision in which the weights are stored.
+    pub fn stored(&self) -> Precision {
+        match self {
+            ModelShape::Checkpoint(spec) => spec.stored,
+            ModelShape::Pretend(_) => Precision::F32,
+        }
+    }
+
+    /// The memory of a shard with these layers, to the byte.
+    pub fn memory(
+        &self,
+        layers: LayerRange,
+        precision: Precision,
+        limits: &ReplicaLimits,
+    ) -> ShardMemory {
+        match self {
+            ModelShape::Checkpoint(spec) => spec.shard_memory(layers, precision, limits),
+            ModelShape::Pretend(spec) => spec.shard_memory(layers, limits),
+        }
+    }
+
+    /// The weight bytes that every decode step reads in one layer, and after the last layer those of
+    /// the output head. The embedding is not among them: a step looks up a row per token there. This
+    /// is what a stage's time is proportional to, for decode by memory bandwidth and for prefill by
+    /// arithmetic.
+    pub fn step_bytes(&self, layer: u32, precision: Precision) -> Bytes {
+        match self {
+            ModelShape::Pretend(spec) => {
+                // Modelled time is all there is of a pretend model, and it is the same per layer.
+                Bytes(spec.layer_weight_bytes.max(1))
+            }
+            ModelShape::Checkpoint(spec) => spec
+                .tensors(LayerRange::new(layer, layer + 1))
+                .iter()
+                // A tied head is the embedding, which the last stage reads whole.
+                .filter(|tensor| {
+                    tensor.role != TensorRole::Embedding
+                        || (spec.tied_embeddings && layer + 1 == spec.layers)
+                })
+                .map(|tensor| tensor.held_bytes(precision))
+                .sum(),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! What must hold of every state, as a function that returns all that does not.
+//!
+//! Run after each command in debug builds, and after a snapshot is read.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use shoal_protocol::id::{NodeId, ReplicaId};
+
+use super::{ClusterState, plans};
+
+/// Something that must not be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// A node has a number that was never given.
+    NumberNotGiven(NodeId),
+    /// A token without a use left is still there.
+    SpentToken,
+    /// A deployment is filed under another name than its own.
+    Misfiled(String),
+    /// A replica belongs to two deployments, or has a number that was never given.
+    ReplicaNotOwn(ReplicaId),
+    /// A plan whose deployment is not there.
+    Orphan(ReplicaId),
+    /// A plan that does not hold together.
+    BadPlan(ReplicaId, String),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Violation::NumberNotGiven(node) => write!(f, "the number of {node} was never given"),
+            Violation::SpentToken => f.write_str("a token has no use left"),
+            Violation::Misfiled(name) => write!(f, "deployment `{name}` is filed under another"),
+            Violation::ReplicaNotOwn(id) => write!(f, "{id} was given twice or never"),
+            Violation::Orphan(id) => write!(f, "{id} has a plan and no deployment"),
+            Violation::BadPlan(id, fault) => write!(f, "the plan of {id}: {fault}"),
+        }
+    }
+}
+
+/// All violations; none in a sound state.
+pub fn violations(state: &ClusterState) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for (id, _) in state.nodes.iter() {
+        if id.number == 0 || id.number > state.nodes.given(id.role) {
+            found.push(Violation::NumberNotGiven(id));
+        }
+    }
+    if state.tokens.iter().any(|token| token.uses_left == 0) {
+        found.push(Violation::SpentToken);
+    }
+    let mut replicas = BTreeSet::new();
+    for (name, deployment) in state.deployments.iter() {
+        if *name != deployment.spec.name {
+            found.push(Violation::Misfiled(deployment.spec.name.to_string()));
+        }
+        for id in &deployment.replicas {
+            if !replicas.insert(*id) || id.0 == 0 || id.0 > state.deployments.given() {
+                found.push(Violation::ReplicaNotOwn(*id));
+            }
+        }
+    }
+    for plan in state.plans.iter() {
+        let owner = state.deployments.get(&plan.deployment);
+        match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {
+            None => found.push(Violation::Orphan(plan.id)),
+            Some(deployment) => {
+                if let Some(fault) = plans::fault(plan, deployment.shape.layers(), &state.nodes) {
+                    found.push(Violation::BadPlan(plan.id, fault));
+                }
+            }
+        }
+    }
+    found
+}

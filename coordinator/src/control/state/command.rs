@@ -1,0 +1,266 @@
+//! The closed list of commands: who may issue each, and when it is legal.
+//!
+//! | command | issued by | legal when |
+//! |---|---|---|
+//! | [`NodeCommand::Enrol`] | a coordinator, for itself and for its operator's certificate | always |
+//! | [`NodeCommand::Join`] | a coordinator, for whoever shows a join token | the token is known, not expired, not used up |
+//! | [`NodeCommand::Start`] | a coordinator, when a worker registers | the node is known, the incarnation not older than the last one |
+//! | [`TokenCommand::Create`] | an admin | uses and expiry within bounds |
+//! | [`DeploymentCommand::Create`] | an admin | the name is free |
+//! | [`DeploymentCommand::Remove`] | an admin | the name is taken |
+//! | [`PlanCommand::Adopt`] | the reconciler | the generation is the next one, the layout is whole, its workers are known |
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::{
+    DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
+};
+
+use super::{DeploymentCommand, NodeCommand, PlanCommand, TokenCommand};
+
+/// Seconds since 1970, UTC, as the proposer's clock had it.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Timestamp(pub u64);
+
+impl std::ops::Add<Duration> for Timestamp {
+    type Output = Self;
+
+    fn add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(duration.as_secs()))
+    }
+}
+
+/// One change of the replicated state, as it stands in the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    /// The coordinator that proposed it.
+    pub client: NodeId,
+    /// Grows with each command of that coordinator.
+    pub sequence: u64,
+    /// When it was proposed.
+    pub at: Timestamp,
+    /// What is to change.
+    pub change: Change,
+}
+
+/// What is to change, by noun.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Change {
+    /// Who belongs to the cluster.
+    Node(NodeCommand),
+    /// Who may join it.
+    Token(TokenCommand),
+    /// What is to be served.
+    Deployment(DeploymentCommand),
+    /// Where it is served.
+    Plan(PlanCommand),
+}
+
+/// What has changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Effect {
+    /// A node has an identity.
+    NodeAdded {
+        /// The identity.
+        node: NodeId,
+    },
+    /// A node runs under a new incarnation.
+    NodeStarted {
+        /// Which.
+        node: NodeId,
+        /// The incarnation.
+        incarnation: Incarnation,
+    },
+    /// A token may be used.
+    TokenCreated {
+        /// What its users will be.
+        role: Role,
+    },
+    /// A deployment is to be served.
+    DeploymentCreated {
+        /// Which.
+        name: DeploymentName,
+        /// The replica that it was given.
+        replica: ReplicaId,
+    },
+    /// A deployment is no longer to be served.
+    DeploymentRemoved {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// A replica has a new layout.
+    PlanAdopted {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+        /// Its layout.
+        generation: Generation,
+    },
+    /// A replica has no layout any more.
+    PlanRemoved {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+    },
+}
+
+/// Why a command was refused. Nothing has changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The client has sent newer commands since.
+    #[error("{client} sent command {sequence} after command {last}; the newer one stands")]
+    Superseded {
+        /// The client.
+        client: NodeId,
+        /// What it sent now.
+        sequence: u64,
+        /// What it had sent before.
+        last: u64,
+    },
+    /// No such node.
+    #[error("{node} is not a node of this cluster; join it with a new token")]
+    UnknownNode {
+        /// Which.
+        node: NodeId,
+    },
+    /// A process whose identity was started again since.
+    #[error(
+        "{node} registered as its start number {}, but start number {} has been seen: a newer process has this identity; end the older one", incarnation.0, last.0
+    )]
+    OldIncarnation {
+        /// The identity.
+        node: NodeId,
+        /// What registered.
+        incarnation: Incarnation,
+        /// What had registered before.
+        last: Incarnation,
+    },
+    /// Too many of something.
+    #[error("there are {max} {what} already; {advice}")]
+    TooMany {
+        /// Of what.
+        what: Noun,
+        /// The bound.
+        max: usize,
+        /// What to do.
+        advice: Advice,
+    },
+    /// The token is not known: never made, used up and forgotten, or of another cluster.
+    #[error(
+        "this join token is unknown, expired or used up; make a new one with `shoal token create --role worker`"
+    )]
+    BadToken,
+    /// The use count of a new token is out of bounds.
+    #[error("a token can be used 1 to {max} times, not {uses}", max = super::tokens::USES_MAX)]
+    BadUses {
+        /// What was asked.
+        uses: u32,
+    },
+    /// The expiry of a new token is out of bounds.
+    #[error("a token expires after 1 second to {} days", super::tokens::EXPIRY_MAX.as_secs() / 86_400)]
+    BadExpiry,
+    /// The name is taken.
+    #[error(
+        "a deployment named `{name}` exists already; `shoal undeploy {name}` first, or choose another with --name"
+    )]
+    NameTaken {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// No such deployment.
+    #[error("there is no deployment named `{name}`; `shoal status` lists them")]
+    UnknownDeployment {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// A plan that was made for something that has changed since.
+    #[error("{replica} is at {current}, so a plan for {offered} comes too late")]
+    StalePlan {
+        /// The replica.
+        replica: ReplicaId,
+        /// Its layout.
+        current: Generation,
+        /// The layout that was offered.
+        offered: Generation,
+    },
+    /// A plan that does not hold together.
+    #[error("the plan for {replica} is refused: {fault}")]
+    BadPlan {
+        /// The replica.
+        replica: ReplicaId,
+        /// What is wrong.
+        fault: String,
+    },
+}
+
+/// What there can be too many of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Noun {
+    /// Join tokens.
+    Tokens,
+    /// Deployments.
+    Deployments,
+    /// Nodes.
+    Nodes,
+}
+
+impl fmt::Display for Noun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Noun::Tokens => "join tokens",
+            Noun::Deployments => "deployments",
+            Noun::Nodes => "nodes of this role",
+        })
+    }
+}
+
+/// What to do about too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Advice {
+    /// Time helps.
+    WaitForExpiry,
+    /// Remove one.
+    Undeploy,
+    /// Nothing helps.
+    NewCluster,
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Advice::WaitForExpiry => "use those, or wait until one expires",
+            Advice::Undeploy => "`shoal undeploy` one first",
+            Advice::NewCluster => "their numbers are used up; start a new cluster",
+        })
+    }
+}
+
+impl Refusal {
+    /// The code under which it crosses a wire.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Refusal::Superseded { .. } | Refusal::BadPlan { .. } => ErrorCode::Internal,
+            Refusal::UnknownNode { .. } | Refusal::UnknownDeployment { .. } => ErrorCode::NotFound,
+            Refusal::OldIncarnation { .. } => ErrorCode::PermissionDenied,
+            Refusal::TooMany { .. } => ErrorCode::InvalidRequest,
+            Refusal::BadToken => ErrorCode::BadToken,
+            Refusal::BadUses { .. } | Refusal::BadExpiry => ErrorCode::InvalidRequest,
+            Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
+            Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
+        }
+    }
+}
+
+impl From<Refusal> for WireError {
+    fn from(refusal: Refusal) -> Self {
+        WireError::new(refusal.code(), refusal.to_string())
+    }
+}

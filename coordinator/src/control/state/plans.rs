@@ -1,0 +1,121 @@
+//! Where each replica is served: one layout per replica, numbered by generation.
+//!
+//! A generation belongs to one replica alone: a new layout of one never touches another's.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use shoal_protocol::id::{Generation, PlanRevision, ReplicaId, Role};
+use shoal_protocol::plan::{Plan, ReplicaPlan};
+
+use super::command::{Effect, Refusal};
+use super::deployments::Deployments;
+use super::nodes::Nodes;
+
+/// Changes of where a replica is served.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PlanCommand {
+    /// Take this layout for its replica. Its generation must be the next one, so of two layouts that
+    /// were made from the same view only the first is taken.
+    Adopt {
+        /// The whole layout.
+        plan: Box<ReplicaPlan>,
+    },
+}
+
+/// All layouts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Plans {
+    revision: PlanRevision,
+    by_replica: BTreeMap<ReplicaId, ReplicaPlan>,
+}
+
+impl Plans {
+    /// All layouts by replica.
+    pub fn iter(&self) -> impl Iterator<Item = &ReplicaPlan> {
+        self.by_replica.values()
+    }
+
+    /// The replica's layout, where it has one.
+    pub fn get(&self, replica: ReplicaId) -> Option<&ReplicaPlan> {
+        self.by_replica.get(&replica)
+    }
+
+    /// The number of the replica's layout; 0 before the first.
+    pub fn generation(&self, replica: ReplicaId) -> Generation {
+        self.get(replica).map_or(Generation(0), |plan| plan.generation)
+    }
+
+    /// The whole plan as others see it.
+    pub fn to_plan(&self) -> Plan {
+        Plan { revision: self.revision, replicas: self.iter().cloned().collect() }
+    }
+
+    pub(super) fn adopt(
+        &mut self,
+        plan: &ReplicaPlan,
+        deployments: &Deployments,
+        nodes: &Nodes,
+    ) -> Result<Vec<Effect>, Refusal> {
+        let replica = plan.id;
+        let bad = |fault: String| Refusal::BadPlan { replica, fault };
+        let name = &plan.deployment;
+        let deployment = deployments
+            .get(name)
+            .filter(|deployment| deployment.replicas.contains(&replica))
+            .ok_or_else(|| Refusal::UnknownDeployment { name: name.clone() })?;
+        let current = self.generation(replica);
+        if plan.generation.0 != current.0 + 1 {
+            return Err(Refusal::StalePlan { replica, current, offered: plan.generation });
+        }
+        if plan.model != deployment.spec.model {
+            return Err(bad("it names another model than its deployment".into()));
+        }
+        if let Some(fault) = fault(plan, deployment.shape.layers(), nodes) {
+            return Err(bad(fault));
+        }
+        self.revision.0 += 1;
+        self.by_replica.insert(replica, plan.clone());
+        let revision = self.revision;
+        Ok(vec![Effect::PlanAdopted { revision, replica, generation: plan.generation }])
+    }
+
+    /// Forgets the layouts of these replicas.
+    pub(super) fn remove(&mut self, replicas: &[ReplicaId]) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for replica in replicas {
+            if self.by_replica.remove(replica).is_some() {
+                self.revision.0 += 1;
+                let revision = self.revision;
+                effects.push(Effect::PlanRemoved { revision, replica: *replica });
+            }
+        }
+        effects
+    }
+}
+
+/// What is wrong with a layout of a model with this many layers.
+pub(super) fn fault(plan: &ReplicaPlan, layers: u32, nodes: &Nodes) -> Option<String> {
+    let mut next = 0;
+    for (index, stage) in plan.stages.iter().enumerate() {
+        if stage.layers.start != next || stage.layers.is_empty() {
+            return Some(format!("stage {index} has layers {}, not from {next}", stage.layers));
+        }
+        next = stage.layers.end;
+        if stage.shards.is_empty() {
+            return Some(format!("stage {index} has no shard"));
+        }
+        for shard in &stage.shards {
+            if shard.node.role != Role::Worker || nodes.get(shard.node).is_none() {
+                return Some(format!("stage {index} is on {}, no worker of ours", shard.node));
+            }
+        }
+    }
+    let mut places: Vec<_> =
+        plan.stages.iter().flat_map(|s| &s.shards).map(|s| (s.node, &s.device)).collect();
+    places.sort();
+    if let Some(pair) = places.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Some(format!("two shards are on {} {}", pair[0].0, pair[0].1));
+    }
+    (next != layers).then(|| format!("its stages end at layer {next} of {layers}"))
+}

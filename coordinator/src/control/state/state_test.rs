@@ -1,0 +1,291 @@
+//! The state as dialogs: a list of commands, and what each comes to.
+
+use std::time::Duration;
+
+use shoal_protocol::id::{
+    DeploymentName, Generation, Incarnation, PlanRevision, RankIndex, ReplicaId, Role,
+};
+use shoal_protocol::plan::{
+    DeploymentSpec, ModelRef, ModelSource, Numerics, Precision, PretendSpec, ReplicaLimits,
+    ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+};
+use shoal_protocol::units::LayerRange;
+
+use super::*;
+use crate::control::shape::ModelShape;
+
+const C1: NodeId = NodeId::coordinator(1);
+const KEY: KeyFingerprint = KeyFingerprint([7; 32]);
+
+struct Dialog {
+    state: ClusterState,
+    sequence: u64,
+}
+
+impl Dialog {
+    fn new() -> Self {
+        Self { state: ClusterState::default(), sequence: 0 }
+    }
+
+    /// Sends a command at this second and compares what it comes to.
+    #[track_caller]
+    fn say(&mut self, at: u64, change: Change, expected: Result<Vec<Effect>, Refusal>) {
+        self.sequence += 1;
+        let command = Command { client: C1, sequence: self.sequence, at: Timestamp(at), change };
+        let before = self.state.clone();
+        assert_eq!(self.state.apply(&command), expected);
+        assert_eq!(check::violations(&self.state), []);
+        let bytes = snapshot::encode(&self.state).unwrap();
+        assert_eq!(snapshot::decode(&bytes).as_ref(), Ok(&self.state), "the snapshot differs");
+        if expected.is_err() {
+            let same = ClusterState { last: self.state.last.clone(), ..before };
+            assert_eq!(self.state, same, "a refused command changed something");
+        }
+        let again = self.state.clone();
+        assert_eq!(self.state.apply(&command), expected, "the second time");
+        assert_eq!(self.state, again, "a repeated command was applied twice");
+    }
+
+    fn with_workers(n: u32) -> Self {
+        let mut dialog = Self::new();
+        for number in 1..=n {
+            let node = NodeId::worker(number);
+            dialog.say(0, enrol(Role::Worker), Ok(vec![Effect::NodeAdded { node }]));
+        }
+        dialog
+    }
+}
+
+fn enrol(role: Role) -> Change {
+    Change::Node(NodeCommand::Enrol { role, key: KEY })
+}
+
+fn join(secret: u8) -> Change {
+    Change::Node(NodeCommand::Join { token: TokenHash::of(&[secret; 32]), key: KEY })
+}
+
+fn token(secret: u8, role: Role, uses: u32, expires: Duration) -> Change {
+    let hash = TokenHash::of(&[secret; 32]);
+    Change::Token(TokenCommand::Create { hash, role, uses, expires })
+}
+
+fn name(text: &str) -> DeploymentName {
+    DeploymentName::new(text).unwrap()
+}
+
+fn shape() -> PretendSpec {
+    PretendSpec {
+        layers: 4,
+        hidden: 8,
+        vocab: 32,
+        max_context: 64,
+        seed: 1,
+        layer_step_ns: 0,
+        layer_row_ns: 0,
+        layer_weight_bytes: 10,
+    }
+}
+
+fn spec(text: &str) -> DeploymentSpec {
+    let model = ModelRef { source: ModelSource::Pretend(shape()), fingerprint: [1; 32] };
+    DeploymentSpec { name: name(text), model, stages: None, precision: None }
+}
+
+fn create(text: &str) -> Change {
+    let shape = ModelShape::Pretend(shape());
+    Change::Deployment(DeploymentCommand::Create { spec: spec(text), shape })
+}
+
+fn plan(text: &str, replica: u32, generation: u64, stages: &[(u32, u32, u32)]) -> ReplicaPlan {
+    let stage = |&(start, end, worker): &(u32, u32, u32)| StagePlan {
+        layers: LayerRange::new(start, end),
+        shards: vec![ShardPlan {
+            rank: RankIndex(0),
+            node: NodeId::worker(worker),
+            device: "cpu".into(),
+            memory: ShardMemory::default(),
+        }],
+    };
+    ReplicaPlan {
+        id: ReplicaId(replica),
+        deployment: name(text),
+        generation: Generation(generation),
+        model: spec(text).model,
+        precision: Precision::F32,
+        numerics: Numerics::N1,
+        stages: stages.iter().map(stage).collect(),
+        limits: ReplicaLimits {
+            kv_blocks: 4,
+            context_max: 64,
+            step_rows_max: 8,
+            sequences_max: 4,
+            steps_in_flight_max: 3,
+        },
+    }
+}
+
+fn adopt(text: &str, replica: u32, generation: u64, stages: &[(u32, u32, u32)]) -> Change {
+    let plan = Box::new(plan(text, replica, generation, stages));
+    Change::Plan(PlanCommand::Adopt { plan })
+}
+
+fn adopted(revision: u64, replica: u32, generation: u64) -> Result<Vec<Effect>, Refusal> {
+    Ok(vec![Effect::PlanAdopted {
+        revision: PlanRevision(revision),
+        replica: ReplicaId(replica),
+        generation: Generation(generation),
+    }])
+}
+
+#[test]
+fn a_token_lets_in_as_many_as_it_says_until_it_expires() {
+    let mut dialog = Dialog::new();
+    let hour = Duration::from_secs(3600);
+    let created = |role| Ok(vec![Effect::TokenCreated { role }]);
+    let added = |node| Ok(vec![Effect::NodeAdded { node }]);
+    dialog.say(100, join(1), Err(Refusal::BadToken));
+    dialog.say(100, token(1, Role::Worker, 2, hour), created(Role::Worker));
+    dialog.say(100, token(2, Role::Admin, 9, hour), created(Role::Admin));
+    dialog.say(100, join(3), Err(Refusal::BadToken));
+    dialog.say(101, join(1), added(NodeId::worker(1)));
+    dialog.say(102, join(2), added(NodeId::admin(1)));
+    dialog.say(3700, join(1), added(NodeId::worker(2)));
+    // Used up.
+    dialog.say(3700, join(1), Err(Refusal::BadToken));
+    // The last good second, and the one after it.
+    dialog.say(3700, join(2), added(NodeId::admin(2)));
+    dialog.say(3701, join(2), Err(Refusal::BadToken));
+}
+
+#[test]
+fn tokens_are_bounded() {
+    let mut dialog = Dialog::new();
+    let hour = Duration::from_secs(3600);
+    dialog.say(0, token(1, Role::Worker, 0, hour), Err(Refusal::BadUses { uses: 0 }));
+    let uses = tokens::USES_MAX + 1;
+    dialog.say(0, token(1, Role::Worker, uses, hour), Err(Refusal::BadUses { uses }));
+    dialog.say(0, token(1, Role::Worker, 1, Duration::ZERO), Err(Refusal::BadExpiry));
+    let too_long = tokens::EXPIRY_MAX + Duration::from_secs(1);
+    dialog.say(0, token(1, Role::Worker, 1, too_long), Err(Refusal::BadExpiry));
+    let created = Ok(vec![Effect::TokenCreated { role: Role::Worker }]);
+    for _ in 0..tokens::TOKENS_MAX {
+        dialog.sequence += 1;
+        let change = token(1, Role::Worker, 1, hour);
+        let command = Command { client: C1, sequence: dialog.sequence, at: Timestamp(0), change };
+        assert_eq!(dialog.state.apply(&command), created);
+    }
+    let full = Refusal::TooMany {
+        what: command::Noun::Tokens,
+        max: tokens::TOKENS_MAX,
+        advice: command::Advice::WaitForExpiry,
+    };
+    dialog.say(3600, token(1, Role::Worker, 1, hour), Err(full));
+    dialog.say(3601, token(1, Role::Worker, 1, hour), created);
+    assert_eq!(dialog.state.tokens.iter().count(), 1, "expired tokens are still kept");
+}
+
+#[test]
+fn an_older_process_with_the_same_identity_is_refused() {
+    let mut dialog = Dialog::with_workers(1);
+    let w1 = NodeId::worker(1);
+    let start = |node, n| {
+        let incarnation = Incarnation(n);
+        Change::Node(NodeCommand::Start { node, incarnation, build: "0.1".into() })
+    };
+    let started = |n| Ok(vec![Effect::NodeStarted { node: w1, incarnation: Incarnation(n) }]);
+    dialog.say(0, start(w1, 3), started(3));
+    dialog.say(0, start(w1, 3), Ok(vec![]));
+    dialog.say(0, start(w1, 5), started(5));
+    let old =
+        Refusal::OldIncarnation { node: w1, incarnation: Incarnation(4), last: Incarnation(5) };
+    dialog.say(0, start(w1, 4), Err(old));
+    let w2 = NodeId::worker(2);
+    dialog.say(0, start(w2, 1), Err(Refusal::UnknownNode { node: w2 }));
+}
+
+#[test]
+fn generations_belong_to_one_replica_and_never_go_back() {
+    let mut dialog = Dialog::with_workers(3);
+    let created = |text, replica| {
+        Ok(vec![Effect::DeploymentCreated { name: name(text), replica: ReplicaId(replica) }])
+    };
+    dialog.say(0, create("x"), created("x", 1));
+    dialog.say(0, create("y"), created("y", 2));
+    dialog.say(0, create("x"), Err(Refusal::NameTaken { name: name("x") }));
+    dialog.say(0, adopt("x", 1, 1, &[(0, 2, 1), (2, 4, 2)]), adopted(1, 1, 1));
+    dialog.say(0, adopt("y", 2, 1, &[(0, 4, 3)]), adopted(2, 2, 1));
+    dialog.say(0, adopt("x", 1, 2, &[(0, 1, 2), (1, 4, 1)]), adopted(3, 1, 2));
+    assert_eq!(dialog.state.plans.generation(ReplicaId(2)), Generation(1));
+    for offered in [1, 2, 4] {
+        let stale = Refusal::StalePlan {
+            replica: ReplicaId(1),
+            current: Generation(2),
+            offered: Generation(offered),
+        };
+        dialog.say(0, adopt("x", 1, offered, &[(0, 4, 1)]), Err(stale));
+    }
+    let remove = |text| Change::Deployment(DeploymentCommand::Remove { name: name(text) });
+    let removed = vec![
+        Effect::DeploymentRemoved { name: name("x") },
+        Effect::PlanRemoved { revision: PlanRevision(4), replica: ReplicaId(1) },
+    ];
+    dialog.say(0, remove("x"), Ok(removed));
+    dialog.say(0, remove("x"), Err(Refusal::UnknownDeployment { name: name("x") }));
+    // The same name again is another replica: numbers are never given twice.
+    dialog.say(0, create("x"), created("x", 3));
+    let unknown = Refusal::UnknownDeployment { name: name("x") };
+    dialog.say(0, adopt("x", 1, 3, &[(0, 4, 1)]), Err(unknown));
+}
+
+#[test]
+fn a_plan_must_be_whole() {
+    let mut dialog = Dialog::with_workers(2);
+    let created = Effect::DeploymentCreated { name: name("x"), replica: ReplicaId(1) };
+    dialog.say(0, create("x"), Ok(vec![created]));
+    for (stages, fault) in [
+        (&[][..], "its stages end at layer 0 of 4"),
+        (&[(0, 2, 1)], "its stages end at layer 2 of 4"),
+        (&[(0, 2, 1), (3, 4, 2)], "stage 1 has layers 3..4, not from 2"),
+        (&[(0, 2, 1), (2, 2, 2)], "stage 1 has layers 2..2, not from 2"),
+        (&[(0, 4, 9)], "stage 0 is on w9, no worker of ours"),
+        (&[(0, 2, 1), (2, 4, 1)], "two shards are on w1 cpu"),
+    ] {
+        let refusal = Refusal::BadPlan { replica: ReplicaId(1), fault: fault.into() };
+        dialog.say(0, adopt("x", 1, 1, stages), Err(refusal));
+    }
+    dialog.say(0, adopt("x", 1, 1, &[(0, 4, 2)]), adopted(1, 1, 1));
+}
+
+#[test]
+fn an_old_command_of_a_client_is_refused() {
+    let mut state = ClusterState::default();
+    let command =
+        |sequence| Command { client: C1, sequence, at: Timestamp(0), change: enrol(Role::Worker) };
+    assert!(state.apply(&command(5)).is_ok());
+    let refusal = Refusal::Superseded { client: C1, sequence: 4, last: 5 };
+    assert_eq!(state.apply(&command(4)), Err(refusal));
+    // Another coordinator counts for itself.
+    let other = Command { client: NodeId::coordinator(2), ..command(1) };
+    assert_eq!(state.apply(&other), Ok(vec![Effect::NodeAdded { node: NodeId::worker(2) }]));
+    assert_eq!(state.last_sequence(C1), 5);
+}
+
+#[test]
+fn a_damaged_snapshot_is_refused() {
+    let mut dialog = Dialog::with_workers(2);
+    let created = Effect::DeploymentCreated { name: name("x"), replica: ReplicaId(1) };
+    dialog.say(0, create("x"), Ok(vec![created]));
+    let bytes = snapshot::encode(&dialog.state).unwrap();
+    for len in 0..bytes.len() {
+        assert!(snapshot::decode(&bytes[..len]).is_err(), "{len} bytes were taken");
+    }
+    for at in 0..bytes.len() {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 0x10;
+        assert!(snapshot::decode(&bytes).is_err(), "a change of byte {at} was taken");
+    }
+    let mut newer = bytes;
+    newer[7] = snapshot::FORMAT + 1;
+    let refusal = snapshot::SnapshotError::NewerFormat { found: snapshot::FORMAT + 1 };
+    assert_eq!(snapshot::decode(&newer), Err(refusal));
+}
