@@ -21,6 +21,7 @@
 mod absorb;
 mod batch;
 mod blocks;
+mod check;
 mod config;
 mod fault;
 mod intake;
@@ -313,8 +314,6 @@ fn failed(error: &WireError, request: u64, attempt: u32, choice: u32) -> HeadEve
     HeadEvent::Failed { header, code, message: error.message.clone() }
 }
 
-#[cfg(test)]
-mod check;
 #[cfg(test)]
 mod engine_test;
 #[cfg(test)]

@@ -140,7 +140,7 @@ impl Pipeline {
         Some(format!("{step} with {rows} rows has not come back from the stages within {limit} s"))
     }
 
-    #[cfg(test)]
+    /// What the steps in flight carry, in order of issue.
     pub fn parts(&self) -> impl Iterator<Item = &Part> {
         self.in_flight.iter().flat_map(|flight| &flight.parts)
     }

@@ -76,7 +76,7 @@ impl Engine {
                 self.demand().without_block + self.blocks.total() / RESERVE
             };
             let Some(sequence) = self.sequences.get_mut(&arrival) else { break };
-            let needed = sequence.blocks_to_enter().min(self.blocks.total());
+            let needed = sequence.blocks_to_enter();
             if self.blocks.free() < needed.saturating_add(beside) {
                 break;
             }

@@ -202,18 +202,19 @@ impl Sequence {
     /// The ids of the next `rows` rows, which are issued with this, the position of the first, and
     /// the blocks that the stages have not been told yet.
     pub fn issue(&mut self, rows: u32, now: Instant) -> Option<Issued<'_>> {
-        self.first_step.get_or_insert(now);
         let Phase::Running(run) = &mut self.phase else { return None };
-        let first = run.issued;
-        run.issued += rows;
+        let (first, end) = (run.issued, run.issued + rows);
+        let tokens = self.request.tokens.get(first as usize..end as usize)?;
+        self.first_step.get_or_insert(now);
+        run.issued = end;
         run.in_flight += 1;
         let granted = std::mem::replace(&mut run.granted, run.blocks.len());
         Some(Issued {
             id: run.id,
             first_position: first,
-            tokens: self.request.tokens.get(first as usize..(first + rows) as usize)?,
+            tokens,
             grants: &run.blocks[granted..],
-            sample: run.issued as usize == self.request.tokens.len(),
+            sample: end as usize == self.request.tokens.len(),
         })
     }
 
@@ -278,12 +279,10 @@ impl Run {
         self.blocks.len() as u32 * BLOCK_TOKENS <= self.issued
     }
 
-    #[cfg(test)]
     pub fn issued(&self) -> u32 {
         self.issued
     }
 
-    #[cfg(test)]
     pub fn in_flight(&self) -> u32 {
         self.in_flight
     }
