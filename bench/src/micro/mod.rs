@@ -10,12 +10,14 @@ use crate::measure::{Report, Series};
 mod engine;
 mod frames;
 mod hop;
+mod planner;
 
 /// All of them, in order.
 pub fn run(report: &mut Report) -> Result<()> {
     report.sections.push(frames::run());
     report.sections.push(hop::run()?);
     report.sections.push(engine::run()?);
+    report.sections.push(planner::run()?);
     Ok(())
 }
 
