@@ -1,0 +1,297 @@
+//! Models of the tests as chains of shards in one process: what stages do, without their links.
+#![allow(dead_code)] // Each test file uses its part.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use serde::Deserialize;
+use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
+use shoal_protocol::model::{Checkpoint, ModelSpec};
+use shoal_protocol::plan::{
+    Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
+    StagePlan,
+};
+use shoal_protocol::units::LayerRange;
+use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::model::{Batch, LoadError, LoadOptions, ShardModel, Span, load_shard};
+
+/// Room for a handful of the longest sequences of the fixtures.
+pub const LIMITS: ReplicaLimits = ReplicaLimits {
+    kv_blocks: 96,
+    context_max: 512,
+    step_rows_max: 256,
+    sequences_max: 16,
+    steps_in_flight_max: 1,
+};
+
+/// One reference model and what it should say.
+#[derive(Deserialize)]
+pub struct Case {
+    #[serde(rename = "model")]
+    pub name: String,
+    pub prompts: Vec<Prompt>,
+}
+
+/// A prompt and its greedy continuation by the reference implementation.
+#[derive(Deserialize)]
+pub struct Prompt {
+    pub prompt_ids: Vec<u32>,
+    pub continuation_ids: Vec<u32>,
+    pub first_logprobs: Vec<(usize, f64)>,
+    pub chosen_logprobs: Vec<f64>,
+}
+
+impl Prompt {
+    /// Prompt and continuation without its last token: what is computed to obtain all logits.
+    pub fn inputs(&self) -> Vec<u32> {
+        let continued = &self.continuation_ids[..self.continuation_ids.len() - 1];
+        [&self.prompt_ids, continued].concat()
+    }
+
+    /// The position whose logits give the first token of the continuation.
+    pub fn first_sampled(&self) -> usize {
+        self.prompt_ids.len() - 1
+    }
+}
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+/// All cases; there are 17, and a test that finds none must not pass.
+pub fn cases() -> Vec<Case> {
+    let folder = fixtures().join("cases");
+    let mut files: Vec<_> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() >= 17, "{} holds only {} cases", folder.display(), files.len());
+    files
+        .iter()
+        .map(|file| serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap())
+        .collect()
+}
+
+impl Case {
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint::open(&fixtures().join("models").join(&self.name)).unwrap()
+    }
+}
+
+/// How a model is cut and computed.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The borders of the stages, 0 and the number of layers included.
+    pub cuts: Vec<u32>,
+    pub threads: usize,
+    pub isa: Isa,
+    pub held: Precision,
+}
+
+impl Setup {
+    /// Unsplit, on one thread, with the best instructions, as stored.
+    pub fn plain(spec: &ModelSpec) -> Self {
+        Self { cuts: vec![0, spec.layers], threads: 1, isa: Isa::best(), held: spec.stored }
+    }
+}
+
+/// What the worker of this stage would be told.
+pub fn assignment(checkpoint: &Checkpoint, setup: &Setup, stage: usize) -> Assignment {
+    let shard = |layers| ShardPlan {
+        rank: RankIndex(0),
+        node: NodeId::worker(1),
+        device: "cpu".into(),
+        memory: checkpoint.spec().shard_memory(layers, setup.held, &LIMITS),
+    };
+    let stages = setup
+        .cuts
+        .windows(2)
+        .map(|cut| LayerRange::new(cut[0], cut[1]))
+        .map(|layers| StagePlan { layers, shards: vec![shard(layers)] })
+        .collect();
+    Assignment {
+        replica: ReplicaPlan {
+            id: ReplicaId(1),
+            deployment: DeploymentName::new("test").unwrap(),
+            generation: Generation(1),
+            model: ModelRef {
+                source: ModelSource::Folder { path: checkpoint.folder().display().to_string() },
+                fingerprint: checkpoint.fingerprint(),
+            },
+            precision: setup.held,
+            numerics: Numerics::N1,
+            stages,
+            limits: LIMITS,
+        },
+        stage: StageIndex(stage as u32),
+        rank: RankIndex(0),
+        peers: Vec::new(),
+    }
+}
+
+/// Loads one stage with nobody watching.
+pub fn load(
+    checkpoint: &Checkpoint,
+    assignment: &Assignment,
+    threads: usize,
+    isa: Isa,
+) -> Result<Box<dyn ShardModel>, LoadError> {
+    let options = LoadOptions {
+        threads: NonZeroUsize::new(threads).unwrap(),
+        on_progress: &|_, _| (),
+        cancel: &AtomicBool::new(false),
+    };
+    load_shard(CpuOps::new(threads, isa).unwrap(), checkpoint, assignment, &options)
+}
+
+/// All stages of a model.
+pub struct Chain(Vec<Box<dyn ShardModel>>);
+
+/// Rows of one sequence in a step.
+pub struct Rows<'a> {
+    pub tokens: &'a [u32],
+    pub first_position: usize,
+    pub blocks: &'a [u32],
+    /// The position from which on logits are wanted.
+    pub sample_from: usize,
+}
+
+impl Chain {
+    pub fn load(checkpoint: &Checkpoint, setup: &Setup) -> Self {
+        let stages = setup.cuts.len() - 1;
+        let stage = |i| {
+            let assignment = assignment(checkpoint, setup, i);
+            load(checkpoint, &assignment, setup.threads, setup.isa).unwrap()
+        };
+        Self((0..stages).map(stage).collect())
+    }
+
+    /// Takes one batch through all stages; the logits of the sampled rows, in order.
+    pub fn step(&mut self, sequences: &[Rows<'_>]) -> Vec<Vec<f32>> {
+        let (mut spans, mut tokens, mut sample_rows) = (Vec::new(), Vec::new(), Vec::new());
+        for rows in sequences {
+            let first_row = tokens.len();
+            spans.push(Span {
+                first_row,
+                rows: rows.tokens.len(),
+                first_position: rows.first_position as u32,
+                blocks: rows.blocks,
+            });
+            let sampled = rows.sample_from.saturating_sub(rows.first_position);
+            sample_rows.extend((sampled..rows.tokens.len()).map(|row| first_row + row));
+            tokens.extend_from_slice(rows.tokens);
+        }
+        let batch = Batch { spans: &spans, rows: tokens.len(), sample_rows: &sample_rows };
+        let mut hidden = vec![f32::NAN; tokens.len() * self.0[0].hidden()];
+        let vocab = self.0.last().unwrap().vocab();
+        let mut logits = vec![f32::NAN; sample_rows.len() * vocab];
+        let last = self.0.len() - 1;
+        for (i, stage) in self.0.iter_mut().enumerate() {
+            let tokens = (i == 0).then_some(tokens.as_slice());
+            let logits = (i == last).then_some(logits.as_mut_slice());
+            stage.forward(&batch, tokens, &mut hidden, logits).unwrap();
+        }
+        logits.chunks(vocab).map(<[f32]>::to_vec).collect()
+    }
+
+    /// The logits at each position from `sample_from` on, the tokens computed in chunks.
+    pub fn transcript(
+        &mut self,
+        tokens: &[u32],
+        sample_from: usize,
+        chunk: usize,
+        blocks: &[u32],
+    ) -> Vec<Vec<f32>> {
+        let mut logits = Vec::new();
+        for (i, part) in tokens.chunks(chunk).enumerate() {
+            let rows = Rows { tokens: part, first_position: i * chunk, blocks, sample_from };
+            logits.extend(self.step(&[rows]));
+        }
+        logits
+    }
+}
+
+/// The blocks 0, 1, 2 …: enough for any one sequence.
+pub fn blocks() -> Vec<u32> {
+    (0..32).collect()
+}
+
+/// Fails at the first logit whose bits differ.
+pub fn assert_same_bits(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: rows");
+    for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let differ = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits();
+        if let Some(token) = found.iter().zip(expected).position(differ) {
+            panic!("{what}: row {row}, token {token}: {} is not {}", found[token], expected[token]);
+        }
+        assert!(found.iter().all(|logit| logit.is_finite()), "{what}: row {row}");
+    }
+}
+
+/// The token with the largest logit, the lower one of two equals.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+    best.unwrap() as u32
+}
+
+/// Natural logarithms of the softmax, in f64.
+pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
+    logits.iter().map(|&l| f64::from(l) - max - sum.ln()).collect()
+}
+
+/// A small seeded generator, so that a failure repeats.
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn below(&mut self, end: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % end
+    }
+
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Writes a model of random weights whose `config.json` is `config`.
+pub fn write_model(folder: &Path, config: &str) {
+    let spec = ModelSpec::from_config_json(config).unwrap();
+    std::fs::write(folder.join("config.json"), config).unwrap();
+    let tensors = spec.tensors(LayerRange::new(0, spec.layers));
+    let mut header = serde_json::Map::new();
+    let (mut data, mut dice) = (Vec::new(), Dice(1));
+    for tensor in tensors {
+        let start = data.len();
+        let scale = if tensor.is_matrix { (tensor.shape[1] as f32).sqrt().recip() } else { 1.0 };
+        // Random values again and again; the period is a prime, so that no two rows are equal.
+        let period: Vec<u8> = (0..8191)
+            .flat_map(|_| {
+                let value = (dice.below(2001) as f32 / 1000.0 - 1.0) * scale;
+                match spec.stored {
+                    Precision::F32 => value.to_le_bytes().to_vec(),
+                    Precision::Bf16 => half::bf16::from_f32(value).to_le_bytes().to_vec(),
+                    Precision::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+                }
+            })
+            .collect();
+        let end = start + (tensor.elements() * spec.stored.bytes()) as usize;
+        while data.len() < end {
+            data.extend_from_slice(&period[..period.len().min(end - data.len())]);
+        }
+        let info = serde_json::json!({
+            "dtype": spec.stored.as_str().to_uppercase(),
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        });
+        header.insert(tensor.name, info);
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let bytes = [&length, header.as_bytes(), &data].concat();
+    std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+}
