@@ -1,0 +1,85 @@
+//! The admin API, so that a test can wait for what a cluster becomes.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use shoal_protocol::admin::{
+    AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentPhase, MESSAGE_LEN_MAX,
+};
+use shoal_protocol::id::Role;
+use shoal_protocol::quic::{AdminContext, Alpn, Connection, Endpoint, Expect};
+use shoal_protocol::version::VersionRange;
+use tokio::runtime::Runtime;
+use tokio::time::{Instant, timeout_at};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection to a coordinator.
+#[derive(Debug)]
+pub struct Admin {
+    runtime: Runtime,
+    connection: Connection,
+    _endpoint: Endpoint,
+}
+
+impl Admin {
+    /// Connects with a context file.
+    pub fn open(context: &Path) -> Result<Self> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let context = AdminContext::load(context)?
+            .with_context(|| format!("no file {}", context.display()))?;
+        let (endpoint, connection) = runtime.block_on(async {
+            let any = ([127, 0, 0, 1], 0).into();
+            let endpoint = Endpoint::bind(any, Arc::new(context.identity), &[])?;
+            let expect = Expect::Role(Role::Coordinator);
+            let connection =
+                endpoint.connect(context.address, expect, Alpn::Admin, CONNECT_TIMEOUT).await?;
+            anyhow::Ok((endpoint, connection))
+        })?;
+        Ok(Self { runtime, connection, _endpoint: endpoint })
+    }
+
+    /// Waits until the cluster's view is as wanted, and returns that view.
+    pub fn wait_until(
+        &self,
+        what: &str,
+        within: Duration,
+        mut wanted: impl FnMut(&ClusterView) -> bool,
+    ) -> Result<ClusterView> {
+        let until = Instant::now() + within;
+        self.runtime.block_on(async {
+            let (mut sender, mut receiver) = self.connection.open_bi().await?;
+            let request = AdminRequest { versions: VersionRange::OURS, call: AdminCall::Watch };
+            sender.send_message(&request, MESSAGE_LEN_MAX).await?;
+            sender.finish();
+            let mut last = None;
+            loop {
+                let next = receiver.message::<AdminReply>(MESSAGE_LEN_MAX);
+                let reply = match timeout_at(until, next).await {
+                    Ok(reply) => reply?.context("the coordinator ended the watch")?,
+                    Err(_) => bail!("not {what} within {within:?}; the last view was {last:#?}"),
+                };
+                match reply {
+                    AdminReply::Status(view) if wanted(&view) => return Ok(*view),
+                    AdminReply::Status(view) => last = Some(view),
+                    other => bail!("{other:?} where a view was expected"),
+                }
+            }
+        })
+    }
+
+    /// Waits until a deployment is in a phase.
+    pub fn wait_for_phase(
+        &self,
+        deployment: &str,
+        phase: DeploymentPhase,
+        within: Duration,
+    ) -> Result<ClusterView> {
+        self.wait_until(&format!("{deployment} {phase:?}"), within, |view| {
+            view.deployments.iter().any(|d| d.name.as_str() == deployment && d.phase == phase)
+        })
+    }
+}

@@ -1,0 +1,12 @@
+//! Real `shoal` processes on loopback.
+
+mod admin;
+mod binary;
+mod logs;
+mod process;
+mod up;
+
+pub use admin::Admin;
+pub use binary::shoal;
+pub use process::{Finished, Process, Signal, is_running, signal, wait_until_gone};
+pub use up::{Up, UpOptions, Worker};
