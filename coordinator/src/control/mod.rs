@@ -6,5 +6,7 @@
 //! ```
 
 pub mod planner;
+pub mod reconcile;
 pub mod shape;
 pub mod state;
+pub mod store;

@@ -1,0 +1,170 @@
+//! How a replica is: the observations about its current layout, boiled down to what follows.
+
+use shoal_protocol::control::{ShardReport, ShardState};
+use shoal_protocol::error::{ErrorCode, Fault, WireError};
+use shoal_protocol::id::NodeId;
+use shoal_protocol::plan::ReplicaPlan;
+use shoal_protocol::units::{Bytes, Instant};
+
+use super::{History, LINK_SETTLE, Observed, RECONNECT_GRACE, STABLE_AFTER, place_of};
+
+/// How a replica is.
+#[derive(Debug)]
+pub(super) enum Health {
+    /// Every shard takes steps.
+    Ready {
+        /// Where.
+        reason: String,
+    },
+    /// Nothing is wrong; it takes time.
+    Loading {
+        /// What is still missing.
+        reason: String,
+    },
+    /// Something is wrong that may explain or mend itself until then.
+    Awaiting {
+        /// When to look again.
+        until: Instant,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It needs a new layout. The reason is empty where it has had none.
+    NeedsPlan {
+        /// Why.
+        reason: String,
+    },
+    /// No layout would help.
+    Hopeless {
+        /// The worker's words.
+        reason: String,
+    },
+}
+
+/// Looks at the layout's workers first, since a shard that failed because a worker died is no news,
+/// then at what the shards say. Remembers what it saw in `history`.
+pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut History) -> Health {
+    let Some(plan) = plan else { return Health::NeedsPlan { reason: String::new() } };
+    let now = observed.now;
+    if history.generation != plan.generation {
+        history.generation = plan.generation;
+        history.incarnations.clear();
+        history.unlinked_since = None;
+        history.ready_since = None;
+    }
+    if let Some(health) = of_workers(plan, observed, history) {
+        history.ready_since = None;
+        return health;
+    }
+    let shards = current_shards(plan, observed);
+    if let Some((node, error)) = failed(&shards) {
+        history.ready_since = None;
+        return of_failure(node, error, now, history);
+    }
+    history.unlinked_since = None;
+    let missing: Vec<_> =
+        shards.iter().filter_map(|(node, shard)| progress(*node, *shard)).collect();
+    if missing.is_empty() {
+        let since = *history.ready_since.get_or_insert(now);
+        if now.since(since) >= STABLE_AFTER {
+            history.failures = 0;
+        }
+        return Health::Ready { reason: format!("{} {}", plan.generation, place_of(plan)) };
+    }
+    history.ready_since = None;
+    Health::Loading { reason: format!("{}: {}", plan.generation, missing.join(", ")) }
+}
+
+/// What is wrong with the workers of a layout; `None` where all are there as they were.
+fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) -> Option<Health> {
+    let mut unheard = Vec::new();
+    let mut changed = Vec::new();
+    for node in plan.nodes() {
+        match observed.workers.get(&node) {
+            None => unheard.push(node.to_string()),
+            Some(worker) if !worker.connected => changed.push(format!("{node} was lost")),
+            Some(worker) => {
+                let then = *history.incarnations.entry(node).or_insert(worker.incarnation);
+                if then != worker.incarnation {
+                    changed.push(format!("{node} was started again"));
+                }
+            }
+        }
+    }
+    let until = observed.since + RECONNECT_GRACE;
+    if !changed.is_empty() {
+        return Some(Health::NeedsPlan { reason: changed.join(", ") });
+    }
+    if unheard.is_empty() {
+        return None;
+    }
+    if observed.now < until {
+        let reason =
+            format!("this coordinator has just started and waits for {}", unheard.join(", "));
+        return Some(Health::Awaiting { until, reason });
+    }
+    let reason = format!("{} did not come back", unheard.join(", "));
+    Some(Health::NeedsPlan { reason })
+}
+
+fn of_failure(node: NodeId, error: &WireError, now: Instant, history: &mut History) -> Health {
+    let reason = format!("{node}: {error}");
+    if cannot_be_mended(error) {
+        return Health::Hopeless { reason };
+    }
+    if error.code == ErrorCode::WorkerLost {
+        let until = *history.unlinked_since.get_or_insert(now) + LINK_SETTLE;
+        if now < until {
+            return Health::Awaiting { until, reason };
+        }
+    }
+    Health::NeedsPlan { reason }
+}
+
+/// Whether other workers would say the same: the model or the request is wrong, not the cluster.
+fn cannot_be_mended(error: &WireError) -> bool {
+    error.code == ErrorCode::VersionMismatch
+        || (error.code.fault() == Fault::Caller && error.code != ErrorCode::Cancelled)
+}
+
+type Shard<'a> = (NodeId, Option<&'a ShardReport>);
+
+/// What each worker of a layout says of its shard in this generation, in stage order.
+fn current_shards<'a>(plan: &ReplicaPlan, observed: &'a Observed) -> Vec<Shard<'a>> {
+    let report = |node: NodeId| {
+        let worker = observed.workers.get(&node)?;
+        worker
+            .report
+            .shards
+            .iter()
+            .find(|shard| shard.replica == plan.id && shard.generation == plan.generation)
+    };
+    plan.nodes().map(|node| (node, report(node))).collect()
+}
+
+/// The failure that says most: one that cannot be mended before one that can, a cause before a link
+/// that was lost in its wake.
+fn failed<'a>(shards: &[Shard<'a>]) -> Option<(NodeId, &'a WireError)> {
+    let failures = shards.iter().filter_map(|(node, shard)| match &shard.as_ref()?.state {
+        ShardState::Failed(error) => Some((*node, error)),
+        _ => None,
+    });
+    failures
+        .min_by_key(|(_, error)| (!cannot_be_mended(error), error.code == ErrorCode::WorkerLost))
+}
+
+/// What a shard still lacks; `None` where it takes steps.
+fn progress(node: NodeId, shard: Option<&ShardReport>) -> Option<String> {
+    match shard.map(|shard| &shard.state) {
+        None => Some(format!("{node} is told")),
+        Some(ShardState::Loading { total: Bytes(0), .. }) => Some(format!("{node} loads")),
+        Some(ShardState::Loading { done, total }) => {
+            let percent = done.0.saturating_mul(100) / total.0;
+            Some(format!("{node} has loaded {percent} % of {total}"))
+        }
+        Some(ShardState::Linking) => Some(format!("{node} links")),
+        Some(ShardState::Draining) => Some(format!("{node} drains")),
+        // `failed` has looked at it before.
+        Some(ShardState::Failed(error)) => Some(format!("{node} failed: {error}")),
+        Some(ShardState::Ready) => None,
+    }
+}

@@ -1,0 +1,419 @@
+//! Reconciliation as stories: what happens, and the whole list of actions that follows.
+
+use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::Role;
+use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, PretendSpec, ShardMemory};
+
+use super::*;
+use crate::control::shape::ModelShape;
+use crate::control::state::{
+    Change, Command, DeploymentCommand, KeyFingerprint, NodeCommand, PlanCommand, Timestamp,
+};
+
+const MS: u64 = 1000;
+
+/// A state, what is observed, and hands that do what a decision says.
+struct World {
+    state: ClusterState,
+    observed: Observed,
+    sequence: u64,
+}
+
+impl World {
+    /// A cluster with `n` workers that are connected, and the deployment `m` of 6 layers of 100 MiB.
+    fn new(n: u32, stages: Option<u32>) -> Self {
+        let mut world =
+            World { state: ClusterState::default(), observed: Observed::default(), sequence: 0 };
+        for number in 1..=n {
+            let key = KeyFingerprint([0; 32]);
+            world.apply(Change::Node(NodeCommand::Enrol { role: Role::Worker, key }));
+            world.connect(number, 1);
+        }
+        world.deploy("m", stages);
+        world
+    }
+
+    fn deploy(&mut self, name: &str, stages: Option<u32>) {
+        let shape = PretendSpec {
+            layers: 6,
+            hidden: 8,
+            vocab: 32,
+            max_context: 64,
+            seed: 1,
+            layer_step_ns: 0,
+            layer_row_ns: 0,
+            layer_weight_bytes: 100 << 20,
+        };
+        let spec = DeploymentSpec {
+            name: DeploymentName::new(name).unwrap(),
+            model: ModelRef {
+                source: ModelSource::Pretend(shape.clone()),
+                fingerprint: shape.fingerprint(),
+            },
+            stages,
+            precision: None,
+        };
+        let shape = ModelShape::Pretend(shape);
+        self.apply(Change::Deployment(DeploymentCommand::Create { spec, shape }));
+    }
+
+    fn apply(&mut self, change: Change) {
+        self.sequence += 1;
+        let command = Command {
+            client: NodeId::coordinator(1),
+            sequence: self.sequence,
+            at: Timestamp(0),
+            change,
+        };
+        self.state.apply(&command).unwrap();
+    }
+
+    fn connect(&mut self, number: u32, incarnation: u64) {
+        let device = DeviceInfo {
+            name: "cpu".into(),
+            description: String::new(),
+            memory: Bytes::mib(420),
+            threads: 1,
+        };
+        let port = 4000 + number as u16 + 100 * incarnation as u16;
+        let worker = ObservedWorker {
+            connected: true,
+            incarnation: Incarnation(incarnation),
+            activations: ([127, 0, 0, 1], port).into(),
+            devices: vec![device],
+            numerics: vec![Numerics::N1],
+            report: Report::default(),
+            pushed: None,
+        };
+        self.observed.workers.insert(NodeId::worker(number), worker);
+    }
+
+    fn worker(&mut self, number: u32) -> &mut ObservedWorker {
+        self.observed.workers.get_mut(&NodeId::worker(number)).unwrap()
+    }
+
+    fn lose(&mut self, number: u32) {
+        self.worker(number).connected = false;
+    }
+
+    /// The worker reports this state for all that it was told to be.
+    fn report(&mut self, number: u32, state: ShardState) {
+        let worker = self.worker(number);
+        let shards = worker.pushed.iter().flatten().map(|assignment| ShardReport {
+            replica: assignment.replica.id,
+            generation: assignment.replica.generation,
+            stage: assignment.stage,
+            state: state.clone(),
+            memory: ShardMemory::default(),
+            counters: ShardCounters::default(),
+        });
+        worker.report.shards = shards.collect();
+    }
+
+    fn fail(&mut self, number: u32, code: ErrorCode, message: &str) {
+        self.report(number, ShardState::Failed(WireError::new(code, message)));
+    }
+
+    /// One round: what it decides, which is also done.
+    fn round(&mut self) -> Decision {
+        let decision = reconcile(&self.state, &self.observed);
+        self.observed.history = decision.history.clone();
+        for action in &decision.actions {
+            match action.clone() {
+                Action::Adopt { plan, .. } => self.apply(Change::Plan(PlanCommand::Adopt { plan })),
+                Action::Assign { node, assignments, .. } => {
+                    let worker = self.observed.workers.get_mut(&node).unwrap();
+                    worker.pushed = Some(assignments);
+                }
+            }
+        }
+        decision
+    }
+
+    /// A round at this time must print as exactly these lines.
+    #[track_caller]
+    fn expect(&mut self, at_ms: u64, lines: &[&str]) {
+        self.observed.now = Instant(at_ms * MS);
+        let decision = self.round();
+        let printed = decision.to_string();
+        assert_eq!(printed.lines().collect::<Vec<_>>(), lines);
+        let again = reconcile(&self.state, &self.observed).actions;
+        let adopts = |actions: &[Action]| {
+            actions.iter().filter(|action| matches!(action, Action::Adopt { .. })).count()
+        };
+        assert_eq!(adopts(&again), 0, "a second layout for the same observation: {again:?}");
+    }
+
+    /// Brings `m` up on all workers, by `at_ms`.
+    fn ready(n: u32, stages: Option<u32>, at_ms: u64) -> Self {
+        let mut world = Self::new(n, stages);
+        world.observed.now = Instant(at_ms * MS);
+        world.round();
+        world.round();
+        for number in 1..=n {
+            world.report(number, ShardState::Ready);
+        }
+        let decision = world.round();
+        assert_eq!(decision.actions, []);
+        world
+    }
+}
+
+#[test]
+fn a_deployment_is_planned_then_told_then_ready() {
+    let mut world = World::new(3, None);
+    world.expect(
+        0,
+        &[
+            "adopt r1 g1 (3x1 on w1, w2, w3): it has no layout yet",
+            "assign w1 0 shards: it has just connected",
+            "assign w2 0 shards: it has just connected",
+            "assign w3 0 shards: it has just connected",
+            "m is Loading: g1 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+    world.expect(
+        1,
+        &[
+            "assign w1 1 shard: r1 g1: stage 0 with layers 0..2",
+            "assign w2 1 shard: r1 g1: stage 1 with layers 2..4",
+            "assign w3 1 shard: r1 g1: stage 2 with layers 4..6",
+            "m is Loading: g1: w1 is told, w2 is told, w3 is told",
+        ],
+    );
+    world.report(1, ShardState::Ready);
+    world.report(2, ShardState::Loading { done: Bytes::mib(50), total: Bytes::mib(200) });
+    world.report(3, ShardState::Linking);
+    world.expect(2, &["m is Loading: g1: w2 has loaded 25 % of 200.0 MiB, w3 links"]);
+    world.report(2, ShardState::Ready);
+    world.report(3, ShardState::Ready);
+    world.expect(3, &["m is Ready: g1 3x1 on w1, w2, w3"]);
+    let told = world.worker(2).pushed.clone().unwrap();
+    let ports: Vec<_> = told[0].peers.iter().map(|peer| peer.activations.port()).collect();
+    assert_eq!(ports, [4101, 4102, 4103]);
+}
+
+#[test]
+fn a_lost_worker_is_planned_around_at_once() {
+    let mut world = World::ready(3, None, 10_000);
+    world.lose(2);
+    world.expect(
+        10_100,
+        &[
+            "adopt r1 g2 (2x1 on w1, w3): w2 was lost",
+            "m is Loading: g2 is being made: 2x1 on w1, w3",
+        ],
+    );
+    world.expect(
+        10_101,
+        &[
+            "assign w1 1 shard: r1 g2: stage 0 with layers 0..3",
+            "assign w3 1 shard: r1 g2: stage 1 with layers 3..6",
+            "m is Loading: g2: w1 is told, w3 is told",
+        ],
+    );
+    world.report(1, ShardState::Ready);
+    world.report(3, ShardState::Ready);
+    world.expect(10_200, &["m is Ready: g2 2x1 on w1, w3"]);
+    // It comes back: told to be nothing, and what runs is left alone.
+    world.connect(2, 2);
+    world.expect(
+        10_300,
+        &["assign w2 0 shards: it has just connected", "m is Ready: g2 2x1 on w1, w3"],
+    );
+}
+
+#[test]
+fn a_worker_that_was_started_again_gets_its_layers_back_in_a_new_generation() {
+    let mut world = World::ready(3, Some(3), 10_000);
+    world.connect(2, 2);
+    world.expect(
+        10_100,
+        &[
+            "adopt r1 g2 (3x1 on w1, w2, w3): w2 was started again",
+            "assign w2 1 shard: it has just connected; r1 g1: stage 1 with layers 2..4",
+            "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+    world.expect(
+        10_101,
+        &[
+            "assign w1 1 shard: r1 g2: stage 0 with layers 0..2",
+            "assign w2 1 shard: r1 g2: stage 1 with layers 2..4",
+            "assign w3 1 shard: r1 g2: stage 2 with layers 4..6",
+            "m is Loading: g2: w1 is told, w2 is told, w3 is told",
+        ],
+    );
+}
+
+#[test]
+fn what_does_not_fit_waits_for_a_worker() {
+    let mut world = World::ready(3, Some(3), 10_000);
+    world.lose(3);
+    let refusal = "m is Waiting: w3 was lost; 3 stages were asked for, but 2 workers are connected and each takes one stage of a replica; start 1 more, or give --stages 2";
+    world.expect(10_100, &[refusal]);
+    world.fail(1, ErrorCode::WorkerLost, "the link to w3 broke");
+    world.expect(10_200, &[refusal]);
+    world.connect(3, 2);
+    world.expect(
+        60_000,
+        &[
+            "adopt r1 g2 (3x1 on w1, w2, w3): w3 was started again",
+            "assign w3 1 shard: it has just connected; r1 g1: stage 2 with layers 4..6",
+            "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+}
+
+#[test]
+fn a_broken_link_waits_for_its_cause_and_is_then_replaced() {
+    let mut world = World::ready(3, None, 10_000);
+    world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
+    world.expect(10_000, &["m is Loading: w1: the link to w2 broke"]);
+    let wake_at = world.round().wake_at;
+    assert_eq!(wake_at, Some(Instant(12_000 * MS)));
+    // Both ends are still there two seconds later: the same workers, linked anew.
+    world.expect(
+        12_000,
+        &[
+            "adopt r1 g2 (3x1 on w1, w2, w3): w1: the link to w2 broke",
+            "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+}
+
+#[test]
+fn repeated_failures_are_spaced_out_and_forgotten_after_a_while() {
+    let mut world = World::ready(2, None, 10_000);
+    world.fail(1, ErrorCode::ComputeFailed, "not finite");
+    let adopt = |generation: u64| format!("adopt r1 g{generation} (2x1 on w1, w2): w1: not finite");
+    let mut now = 10_000;
+    for (generation, wait) in [(2, 0), (3, 250), (4, 500), (5, 1000)] {
+        world.observed.now = Instant(now * MS);
+        if wait > 0 {
+            let decision = world.round();
+            assert_eq!(decision.actions, []);
+            assert_eq!(decision.wake_at, Some(Instant((now + wait) * MS)));
+        }
+        now += wait;
+        world.observed.now = Instant(now * MS);
+        let adopted = world.round();
+        assert_eq!(adopted.actions[0].to_string(), adopt(generation));
+        world.round();
+        world.fail(1, ErrorCode::ComputeFailed, "not finite");
+    }
+    now += 2000;
+    world.observed.now = Instant(now * MS);
+    assert_eq!(world.round().actions[0].to_string(), adopt(6));
+    world.round();
+    world.report(1, ShardState::Ready);
+    world.report(2, ShardState::Ready);
+    world.round();
+    now += STABLE_AFTER.as_millis() as u64;
+    world.observed.now = Instant(now * MS);
+    world.round();
+    world.fail(1, ErrorCode::ComputeFailed, "not finite");
+    assert_eq!(world.round().actions[0].to_string(), adopt(7));
+}
+
+#[test]
+fn what_no_layout_can_mend_fails_with_the_workers_words() {
+    let mut world = World::ready(2, None, 10_000);
+    world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
+    world.fail(2, ErrorCode::BadModel, "model.safetensors: truncated");
+    world.expect(20_000, &["m is Failed: w2: model.safetensors: truncated"]);
+    // A worker that was started again may have better files.
+    world.connect(2, 2);
+    let decision = world.round();
+    assert_eq!(
+        decision.actions[0].to_string(),
+        "adopt r1 g2 (2x1 on w1, w2): w2 was started again"
+    );
+}
+
+#[test]
+fn a_new_coordinator_waits_for_the_workers_and_disturbs_nothing() {
+    let mut world = World::ready(3, None, 0);
+    let before = std::mem::take(&mut world.observed);
+    world.observed.since = Instant(100_000 * MS);
+    let waits = "m is Loading: this coordinator has just started and waits for";
+    world.expect(100_000, &[&format!("{waits} w1, w2, w3")]);
+    for number in [1, 3] {
+        world.connect(number, 1);
+        let report = before.workers[&NodeId::worker(number)].report.clone();
+        world.worker(number).report = report;
+    }
+    // They are not told to drop what they have while w2 may still come.
+    world.expect(101_000, &[&format!("{waits} w2")]);
+    world.connect(2, 1);
+    world.worker(2).report = before.workers[&NodeId::worker(2)].report.clone();
+    world.expect(
+        102_000,
+        &[
+            "assign w1 1 shard: it has just connected; r1 g1: stage 0 with layers 0..2",
+            "assign w2 1 shard: it has just connected; r1 g1: stage 1 with layers 2..4",
+            "assign w3 1 shard: it has just connected; r1 g1: stage 2 with layers 4..6",
+            "m is Ready: g1 3x1 on w1, w2, w3",
+        ],
+    );
+}
+
+#[test]
+fn a_new_coordinator_goes_on_without_a_worker_that_does_not_come() {
+    let mut world = World::ready(3, None, 0);
+    world.observed = Observed { since: Instant(100_000 * MS), ..Observed::default() };
+    world.connect(1, 1);
+    world.connect(3, 1);
+    world.expect(104_999, &["m is Loading: this coordinator has just started and waits for w2"]);
+    assert_eq!(world.round().wake_at, Some(Instant(105_000 * MS)));
+    world.observed.now = Instant(105_000 * MS);
+    let decision = world.round();
+    assert_eq!(
+        decision.actions[0].to_string(),
+        "adopt r1 g2 (2x1 on w1, w3): w2 did not come back"
+    );
+}
+
+#[test]
+fn deployments_share_memory_and_leave_each_other_alone() {
+    let mut world = World::ready(2, Some(2), 10_000);
+    // 300 of 420 MiB are taken on each: a second one does not fit.
+    world.deploy("n", Some(2));
+    world.observed.now = Instant(10_000 * MS);
+    let decision = world.round();
+    assert_eq!(decision.actions, []);
+    let name = |text| DeploymentName::new(text).unwrap();
+    assert_eq!(decision.phases[&name("n")].phase, DeploymentPhase::Waiting);
+    assert_eq!(decision.phases[&name("m")].phase, DeploymentPhase::Ready);
+    let reason = &decision.phases[&name("n")].reason;
+    assert!(reason.contains("420.0 MiB, of which other models have"), "{reason}");
+    // With more workers it fits, and the first one's generation stays.
+    let key = KeyFingerprint([0; 32]);
+    for number in [3, 4] {
+        world.apply(Change::Node(NodeCommand::Enrol { role: Role::Worker, key }));
+        world.connect(number, 1);
+    }
+    let decision = world.round();
+    let printed: Vec<_> = decision.actions.iter().map(|action| action.to_string()).collect();
+    assert_eq!(
+        printed,
+        [
+            "adopt r2 g1 (2x1 on w3, w4): it has no layout yet",
+            "assign w3 0 shards: it has just connected",
+            "assign w4 0 shards: it has just connected",
+        ]
+    );
+    let remove = DeploymentCommand::Remove { name: name("m") };
+    world.apply(Change::Deployment(remove));
+    world.expect(
+        11_000,
+        &[
+            "assign w1 0 shards: no more r1 g1",
+            "assign w2 0 shards: no more r1 g1",
+            "assign w3 1 shard: r2 g1: stage 0 with layers 0..3",
+            "assign w4 1 shard: r2 g1: stage 1 with layers 3..6",
+            "n is Loading: g1: w3 is told, w4 is told",
+        ],
+    );
+}
