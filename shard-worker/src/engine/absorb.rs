@@ -5,7 +5,7 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::request::{HeadEvent, TokenHeader};
 
 use super::pipeline::{Landing, Part};
-use super::sequence::Drawn;
+use super::sequence::Pushed;
 use super::{Action, Arrival, Ending, Engine};
 
 impl Engine {
@@ -68,8 +68,8 @@ impl Engine {
         let (request, attempt, choice) = sequence.names();
         let key = sequence.key();
         match sequence.push(sample.token, self.config.context(), self.now) {
-            Drawn::Stop(ending) => self.end(arrival, Some(ending)),
-            Drawn::Token { index, first, ending } => {
+            Pushed::Stop(ending) => self.end(arrival, Some(ending)),
+            Pushed::Token { index, first, ending } => {
                 self.counters.generated_tokens += 1;
                 let header = TokenHeader {
                     request: request.0,

@@ -309,6 +309,62 @@ fn a_preempted_sequence_may_still_be_in_flight() {
 }
 
 #[test]
+fn what_comes_back_of_an_earlier_run_is_dropped() {
+    let limits = ReplicaLimits { kv_blocks: 3, ..LIMITS };
+    let mut engine = Engine::new(config(2, limits)).unwrap();
+    submit(&mut engine, 1, request(15, 50));
+    submit(&mut engine, 2, request(16, 50));
+    actions(&mut engine);
+    absorb(&mut engine, 0, &[(1, 14, 7), (2, 15, 8)]);
+    absorb(&mut engine, 1, &[(1, 15, 7)]);
+    // Preempted, and back under another name, while a step of its first run is still on its way.
+    engine.handle(Instant(6000), Event::Cancel { key: ClientKey(1) });
+    assert_eq!(actions(&mut engine), ["close s1", "open s3 16/17", "step 4: s3@0..17! +b0 +b1"]);
+    assert_eq!(absorb(&mut engine, 2, &[(2, 16, 9)]), Vec::<String>::new());
+    assert_eq!(absorb(&mut engine, 3, &[(1, 16, 9)]), Vec::<String>::new());
+    assert_eq!(absorb(&mut engine, 4, &[(3, 16, 9)]), ["c2 token 1=9", "step 5: s3@17..18!"]);
+}
+
+#[test]
+fn a_waiting_sequence_takes_no_block_that_a_running_one_needs_now() {
+    let limits = ReplicaLimits { kv_blocks: 2, ..LIMITS };
+    let mut engine = Engine::new(config(1, limits)).unwrap();
+    submit(&mut engine, 1, request(15, 50));
+    actions(&mut engine);
+    absorb(&mut engine, 0, &[(1, 14, 7)]);
+    // One block is free, and the next row of the first sequence begins it.
+    submit(&mut engine, 2, request(3, 50));
+    engine.handle(Instant(5000), Event::Samples(samples(1, &[(1, 15, 7)])));
+    assert_eq!(actions(&mut engine), ["c1 token 1=7", "step 2: s1@16..17! +b1"]);
+    assert_eq!((engine.report().preemptions, engine.report().waiting), (0, 1));
+}
+
+#[test]
+fn the_first_token_of_an_attempt_says_how_long_it_took() {
+    let limits = ReplicaLimits { sequences_max: 1, ..LIMITS };
+    let mut engine = Engine::new(config(1, limits)).unwrap();
+    let times = |engine: &mut Engine| {
+        std::iter::from_fn(|| engine.poll_action()).find_map(|action| match action {
+            Action::Emit { event: HeadEvent::Token { header, .. }, .. } => {
+                Some((header.index, header.queue_us, header.prefill_us))
+            }
+            _ => None,
+        })
+    };
+    submit(&mut engine, 1, request(3, 1));
+    submit(&mut engine, 2, Generate { prompt_len: 1, ..request(3, 9) });
+    actions(&mut engine);
+    engine.handle(Instant(1500), Event::Samples(samples(0, &[(1, 2, 7)])));
+    assert_eq!(times(&mut engine), Some((0, 0, 500)));
+    actions(&mut engine);
+    engine.handle(Instant(1700), Event::Samples(samples(1, &[(2, 2, 7)])));
+    assert_eq!(times(&mut engine), Some((2, 500, 200)));
+    actions(&mut engine);
+    engine.handle(Instant(1900), Event::Samples(samples(2, &[(2, 3, 7)])));
+    assert_eq!(times(&mut engine), Some((3, 0, 0)));
+}
+
+#[test]
 fn a_resumed_answer_goes_on_with_the_next_index() {
     let mut engine = engine(2);
     let resumed = Generate { attempt: Attempt(2), prompt_len: 3, ..request(5, 4) };
@@ -492,11 +548,16 @@ fn a_step_that_does_not_come_back_is_a_fault() {
     assert_eq!(engine.next_deadline(), None);
     submit(&mut engine, 1, request(3, 5));
     actions(&mut engine);
-    let late = Instant(1000) + Duration::from_secs(60);
+    assert_eq!(engine.next_deadline(), Some(Instant(1000) + Duration::from_secs(60)));
+    // The time runs anew for each step that becomes the oldest.
+    absorb(&mut engine, 0, &[(1, 2, 7)]);
+    let late = Instant(5000) + Duration::from_secs(60);
     assert_eq!(engine.next_deadline(), Some(late));
+    engine.handle(Instant(late.0 - 1), Event::Tick);
+    assert_eq!(actions(&mut engine), Vec::<String>::new());
     engine.handle(late, Event::Tick);
     let told = actions(&mut engine);
-    let words = "fault: step 0 with 3 rows has not come back from the stages within 60 s";
+    let words = "fault: step 1 (rows: 1) has not come back from the stages within 60 s";
     assert_eq!(told, ["c1 failed worker_lost", words]);
 }
 

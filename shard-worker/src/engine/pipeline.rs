@@ -137,7 +137,7 @@ impl Pipeline {
         }
         let rows: u32 = flight.parts.iter().map(|part| part.rows).sum();
         let (step, limit) = (flight.step, self.step_timeout.as_secs());
-        Some(format!("{step} with {rows} rows has not come back from the stages within {limit} s"))
+        Some(format!("{step} (rows: {rows}) has not come back from the stages within {limit} s"))
     }
 
     /// What the steps in flight carry, in order of issue.

@@ -6,8 +6,10 @@
 //! slot changes the tokens.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use shoal_protocol::activation::{CloseHeader, Open, Samples, Step};
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId, TokenId};
 use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
 use shoal_protocol::request::{FinishReason, Generate, HeadEvent, NO_STOP_TOKEN, SamplingRecord};
@@ -133,6 +135,7 @@ struct Client {
     request: Generate,
     expected: (Vec<TokenId>, FinishReason),
     got: Vec<TokenId>,
+    deadline: Option<Instant>,
     cancelled: bool,
     done: bool,
 }
@@ -146,6 +149,7 @@ struct World {
     dice: Dice,
     now: Instant,
     in_flight_seen: usize,
+    expired: usize,
 }
 
 impl World {
@@ -169,6 +173,7 @@ impl World {
             dice: Dice(mix(seed, 1) | 1),
             now: Instant(1),
             in_flight_seen: 0,
+            expired: 0,
         }
     }
 
@@ -214,11 +219,17 @@ impl World {
                 let stopped = header.stop_token != NO_STOP_TOKEN;
                 assert_eq!(stopped, reason == FinishReason::Stop);
             }
-            HeadEvent::Failed { message, .. } => panic!("{key:?} failed: {message}"),
+            HeadEvent::Failed { code, message, .. } => {
+                assert_eq!(code, ErrorCode::DeadlineExceeded, "{message}");
+                assert_eq!(client.deadline, Some(self.now), "a deadline is kept to the tick");
+                assert!(client.expected.0.starts_with(&client.got));
+                client.done = true;
+                self.expired += 1;
+            }
         }
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self, deadlines: bool) {
         let key = ClientKey(self.clients.len() as u64);
         let context = u64::from(self.config.context());
         let longest = if self.dice.below(4) == 0 { context - 1 } else { context.min(40) / 2 };
@@ -254,13 +265,21 @@ impl World {
             request.tokens.extend(expected.0.drain(..kept));
             request.attempt = Attempt(2);
         }
-        let client = Client {
+        if deadlines && self.dice.below(3) == 0 {
+            request.deadline_ms =
+                if self.dice.below(2) == 0 { 1 + self.dice.below(60) } else { 1 << 40 };
+        }
+        let mut client = Client {
             request: request.clone(),
             expected,
             got: Vec::new(),
+            deadline: None,
             cancelled: false,
             done: false,
         };
+        if request.deadline_ms > 0 {
+            client.deadline = Some(self.now + Duration::from_millis(request.deadline_ms));
+        }
         self.clients.insert(key, client);
         self.tell(Event::Submit { key, request: Box::new(request) });
     }
@@ -271,6 +290,18 @@ impl World {
             client.cancelled = !client.done;
             self.tell(Event::Cancel { key });
         }
+    }
+
+    /// Time goes on; the engine hears of each deadline when it has come.
+    fn pass(&mut self, micros: u64) {
+        let then = Instant(self.now.0 + micros);
+        while let Some(deadline) = self.engine.next_deadline()
+            && deadline <= then
+        {
+            self.now = deadline;
+            self.tell(Event::Tick);
+        }
+        self.now = then;
     }
 
     fn advance_stage(&mut self, i: usize) -> bool {
@@ -311,16 +342,17 @@ impl World {
     }
 
     /// Submits this many in all, then lets everything finish.
-    fn play(&mut self, submits: usize, cancels: bool) {
+    fn play(&mut self, submits: usize, interrupts: bool) {
         let mut idle = 0;
         while self.clients.len() < submits || !self.engine.is_idle() {
-            self.now.0 += 1 + self.dice.below(50);
+            let micros = 1 + self.dice.below(50);
+            self.pass(micros);
             let moved = match self.dice.below(12) {
                 0 if self.clients.len() < submits => {
-                    self.submit();
+                    self.submit(interrupts);
                     true
                 }
-                1 if cancels && self.dice.below(4) == 0 => {
+                1 if interrupts && self.dice.below(4) == 0 => {
                     self.cancel();
                     true
                 }
@@ -379,12 +411,15 @@ fn shortage_of_blocks_preempts_and_changes_no_token() {
 }
 
 #[test]
-fn cancellations_leave_nothing_behind() {
+fn cancellations_and_deadlines_leave_nothing_behind() {
+    let mut expired = 0;
     for seed in 20..26 {
         let mut world = World::new(seed, 1 + seed as u32 % 4, limits(9, 16, 4));
         world.play(60, true);
         assert!(world.clients.values().filter(|client| client.cancelled).count() > 2);
+        expired += world.expired;
     }
+    assert!(expired > 10, "only {expired} deadlines passed: the test shows nothing");
 }
 
 #[test]

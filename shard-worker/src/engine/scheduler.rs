@@ -100,7 +100,8 @@ impl Engine {
         if self.config.stages == 1 {
             return max;
         }
-        let steps_max = u64::from(self.config.stages * self.config.prefill_steps_per_stage);
+        let steps_max = u64::from(self.config.stages)
+            .saturating_mul(u64::from(self.config.prefill_steps_per_stage));
         let steps = (prefill / u64::from(self.config.prefill_rows_min)).clamp(1, steps_max);
         let rows = prefill.div_ceil(steps).next_multiple_of(u64::from(BLOCK_TOKENS));
         u32::try_from(rows).unwrap_or(u32::MAX).min(max)
@@ -233,4 +234,40 @@ impl Engine {
 fn decode_rows(demand: Demand, depth: u32, in_flight: u32) -> u32 {
     let steps_left = depth.saturating_sub(in_flight).max(1);
     demand.decoding.div_ceil(depth).min(demand.ready.div_ceil(steps_left))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The steps that are made at once where all of `decoding` are ready.
+    fn split(decoding: u32, depth: u32) -> Vec<u32> {
+        let (mut ready, mut steps) = (decoding, Vec::new());
+        while ready > 0 && (steps.len() as u32) < depth {
+            let demand = Demand { decoding, ready, without_block: 0, prefill: 0 };
+            let rows = decode_rows(demand, depth, steps.len() as u32);
+            ready -= rows;
+            steps.push(rows);
+        }
+        assert_eq!(ready, 0, "{decoding} over {depth}: {steps:?}");
+        steps
+    }
+
+    #[test]
+    fn what_is_ready_is_divided_equally() {
+        assert_eq!(split(10, 4), [3, 3, 2, 2]);
+        assert_eq!(split(5, 2), [3, 2]);
+        assert_eq!(split(2, 3), [1, 1]);
+        assert_eq!(split(7, 1), [7]);
+        assert_eq!(split(1, 4), [1]);
+    }
+
+    #[test]
+    fn a_step_takes_no_more_than_its_share() {
+        // Seven come back at once while one more is on its way: four go, so that the next four do.
+        let demand = Demand { decoding: 8, ready: 7, without_block: 0, prefill: 0 };
+        assert_eq!(decode_rows(demand, 2, 1), 4);
+        // A step of prompt rows beyond the depth takes its share along.
+        assert_eq!(decode_rows(demand, 2, 3), 4);
+    }
 }

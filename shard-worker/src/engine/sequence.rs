@@ -62,7 +62,7 @@ pub(super) struct FirstToken {
 
 /// What a drawn token means for its sequence.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Drawn {
+pub(super) enum Pushed {
     /// It is the token with this index of the answer; `ending` where it is the last.
     Token { index: u32, first: FirstToken, ending: Option<Ending> },
     /// It ends the answer and is no part of it.
@@ -226,10 +226,10 @@ impl Sequence {
     }
 
     /// Takes the token that was drawn.
-    pub fn push(&mut self, token: TokenId, context: u32, now: Instant) -> Drawn {
+    pub fn push(&mut self, token: TokenId, context: u32, now: Instant) -> Pushed {
         if self.request.stop_tokens.contains(&token) {
             let reason = FinishReason::Stop;
-            return Drawn::Stop(Ending::Done { reason, stop_token: Some(token) });
+            return Pushed::Stop(Ending::Done { reason, stop_token: Some(token) });
         }
         let index = self.generated();
         let first = if index == self.generated_before {
@@ -244,7 +244,7 @@ impl Sequence {
         self.request.tokens.push(token);
         let reason = FinishReason::Length;
         let ending = self.is_used_up(context).then_some(Ending::Done { reason, stop_token: None });
-        Drawn::Token { index, first, ending }
+        Pushed::Token { index, first, ending }
     }
 }
 

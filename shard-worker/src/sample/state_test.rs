@@ -135,6 +135,14 @@ fn choices_seeds_and_positions_differ_and_repeat() {
 }
 
 #[test]
+fn a_stream_is_fixed_for_ever() {
+    // Worked out apart from this code: an answer that began under one version goes on under the next.
+    let sampling = SamplingRecord { stream: 3, ..sampling(1.0) };
+    let tokens: Vec<u32> = (0..16).map(|p| draw_at(sampling, &LOGITS, p).token).collect();
+    assert_eq!(tokens, [1, 1, 3, 7, 1, 7, 4, 1, 4, 4, 4, 5, 2, 4, 1, 4]);
+}
+
+#[test]
 fn a_resumed_sequence_draws_what_it_would_have_drawn() {
     let sampling = SamplingRecord {
         repetition_penalty: 1.2,
