@@ -354,11 +354,11 @@ impl World {
                 }
                 1 if interrupts && self.dice.below(4) == 0 => {
                     self.cancel();
-                    true
+                    false
                 }
                 2 if self.dice.below(8) == 0 => {
                     self.compare_tables();
-                    true
+                    false
                 }
                 3..=5 => self.deliver_samples(),
                 n => self.advance_stage(n as usize % self.stages.len()),
