@@ -20,8 +20,8 @@ use super::simd::Simd;
 use crate::backend::pool::{Pool, Share};
 use crate::model::ComputeError;
 
-/// Where `k` is cut when there are several tiles of rows: 12 rows of 512 values are 24 KiB, half a
-/// first-level cache.
+/// Where `k` is cut when there are several tiles of rows: 8 rows of 512 values are 16 KiB, half
+/// of the smallest first-level cache.
 const CUT: usize = 512;
 
 /// Panels that go through the tiles together; every number of panels of a tile divides it.
@@ -63,7 +63,7 @@ impl<'a> Tiles<'a> {
             type Output = usize;
             #[inline(always)]
             unsafe fn run<S: Simd>(self) -> usize {
-                if S::WIDE { 12 } else { 6 }
+                if S::WIDE { 8 } else { 6 }
             }
         }
         // SAFETY: it computes nothing.
@@ -103,7 +103,7 @@ impl<'a> Tiles<'a> {
 
 /// `height` rows to one row per column.
 fn interleave(rows: &[f32], height: usize, tile: &mut [f32]) {
-    /// As many columns of 12 rows as fit a first-level cache with their copies.
+    /// As many columns of 8 rows as fit a first-level cache with their copies.
     const COLS: usize = 256;
     let cols = rows.len() / height;
     for k0 in (0..cols).step_by(COLS) {
@@ -247,8 +247,7 @@ impl<F: Format> Tile<F> {
     unsafe fn of_height<S: Simd>(&self, height: usize) {
         if S::WIDE {
             by_height!(self, height, S:
-                1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 4, 6 x 4,
-                7 x 2, 8 x 2, 9 x 2, 10 x 2, 11 x 2, 12 x 2)
+                1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 2, 6 x 2, 7 x 2, 8 x 2)
         } else {
             by_height!(self, height, S: 1 x 4, 2 x 2, 3 x 2, 4 x 1, 5 x 1, 6 x 1)
         }

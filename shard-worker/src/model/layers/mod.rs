@@ -16,6 +16,9 @@ mod mlp;
 mod norm;
 mod rope;
 
+#[cfg(test)]
+mod layers_test;
+
 pub use attention::Attention;
 pub use embedding::Embedding;
 pub use head::Head;
