@@ -115,16 +115,18 @@ impl Kernel for Attend<'_> {
         let last = self.position(self.queries.end - 1);
         // Each pass reads a few blocks for all queries, so that they come from the nearest cache.
         for block in (0..=last / SLOTS).step_by(BLOCKS) {
-            for (query, state) in self.queries.clone().zip(&mut state) {
-                let blocks = (self.position(query) / SLOTS + 1).saturating_sub(block);
-                // SAFETY: the caller's; the blocks are among the span's.
+            let mut query = self.queries.start;
+            while query < self.queries.end {
+                let blocks = self.blocks_from(query, block);
+                let state = &mut state[query - self.queries.start..];
+                // SAFETY: the caller's; the blocks are among the span's and the queries are ours.
                 unsafe {
-                    match blocks {
-                        0 => {}
-                        1 => self.blocks::<S, 1>(query, block, state),
-                        2 => self.blocks::<S, 2>(query, block, state),
-                        3 => self.blocks::<S, 3>(query, block, state),
-                        _ => self.blocks::<S, BLOCKS>(query, block, state),
+                    if query + 1 < self.queries.end && self.pair(query, block) {
+                        self.some_blocks::<S, 2>(query, block, blocks, state);
+                        query += 2;
+                    } else {
+                        self.some_blocks::<S, 1>(query, block, blocks, state);
+                        query += 1;
                     }
                 }
             }
@@ -152,75 +154,92 @@ impl Attend<'_> {
         (row * self.heads + head) * self.dim()
     }
 
-    /// Takes `N` blocks from `first` on into a query's state and sum; the query sees all of them,
-    /// the last perhaps in part.
+    /// How many blocks from `first` on the query sees, at most [`BLOCKS`].
+    fn blocks_from(&self, query: usize, first: usize) -> usize {
+        (self.position(query) / SLOTS + 1).saturating_sub(first).min(BLOCKS)
+    }
+
+    /// Whether a query and the next see the same positions of the blocks from `first` on.
+    fn pair(&self, query: usize, first: usize) -> bool {
+        let (this, next) = (self.position(query), self.position(query + 1));
+        this == next || this + 1 >= (first + BLOCKS) * SLOTS
+    }
+
+    /// Takes `blocks` blocks into the states and sums of `Q` queries that see the same of them.
     #[inline(always)]
-    unsafe fn blocks<S: Simd, const N: usize>(
+    unsafe fn some_blocks<S: Simd, const Q: usize>(
         &self,
         query: usize,
         first: usize,
-        state: &mut Softmax,
+        blocks: usize,
+        states: &mut [Softmax],
     ) {
-        let dim = self.dim();
-        let at = self.offset(query);
-        let ids: [u32; N] = std::array::from_fn(|n| self.span.blocks[first + n]);
-        let keys: [*const f32; N] = std::array::from_fn(|n| self.kv.keys(ids[n], self.kv_head));
-        let mut weights = [[0.0_f32; SLOTS]; N];
-        let mut decay = [1.0_f32; N];
-        let mut slots = [SLOTS; N];
-        // SAFETY: a head's keys are `dim x 16`, its query `dim` long; the caller's for the rest.
+        // SAFETY: the caller's.
         unsafe {
-            let mut scores = [S::splat(0.0); N];
-            let q = self.query.as_ptr().add(at);
-            for d in 0..dim {
-                let value = S::splat(*q.add(d));
-                for n in 0..N {
-                    scores[n] = S::fma(value, S::load(keys[n].add(d * SLOTS)), scores[n]);
-                }
-            }
-            for n in 0..N {
-                let mut score = S::mul(scores[n], S::splat(self.scale));
-                slots[n] = SLOTS.min(self.position(query) + 1 - (first + n) * SLOTS);
-                if slots[n] < SLOTS {
-                    let hidden = S::splat(f32::NEG_INFINITY);
-                    let lane = S::load(LANE.as_ptr());
-                    score = S::select_less(lane, S::splat(slots[n] as f32), score, hidden);
-                }
-                let block_max = S::fold_max(score);
-                let max = if state.max > block_max { state.max } else { block_max };
-                let weight = exp::<S>(S::sub(score, S::splat(max)));
-                S::store(weights[n].as_mut_ptr(), weight);
-                if max != state.max {
-                    let mut lanes = [0.0; LANES];
-                    S::store(lanes.as_mut_ptr(), exp::<S>(S::splat(state.max - max)));
-                    decay[n] = lanes[0];
-                }
-                state.sum = state.sum.mul_add(decay[n], S::fold_add(weight));
-                state.max = max;
+            match blocks {
+                0 => {}
+                1 => self.blocks::<S, Q, 1>(query, first, states),
+                2 => self.blocks::<S, Q, 2>(query, first, states),
+                3 => self.blocks::<S, Q, 3>(query, first, states),
+                _ => self.blocks::<S, Q, BLOCKS>(query, first, states),
             }
         }
-        let part = Part {
+    }
+
+    #[inline(always)]
+    unsafe fn blocks<S: Simd, const Q: usize, const N: usize>(
+        &self,
+        query: usize,
+        first: usize,
+        states: &mut [Softmax],
+    ) {
+        let dim = self.dim();
+        let ids: [u32; N] = std::array::from_fn(|n| self.span.blocks[first + n]);
+        let keys: [*const f32; N] = std::array::from_fn(|n| self.kv.keys(ids[n], self.kv_head));
+        let at: [usize; Q] = std::array::from_fn(|q| self.offset(query + q));
+        let mut part = Part {
             values: std::array::from_fn(|n| self.kv.values(ids[n], self.kv_head)),
-            weights: &weights,
-            decay,
-            slots,
+            weights: [[[0.0_f32; SLOTS]; N]; Q],
+            decay: [[1.0_f32; N]; Q],
+            slots: [SLOTS; N],
             dim,
             fresh: first == 0,
         };
+        for n in 0..N {
+            part.slots[n] = SLOTS.min(self.position(query) + 1 - (first + n) * SLOTS);
+        }
+        // SAFETY: a head's keys are `dim x 16`, its query `dim` long; the caller's for the rest.
+        unsafe {
+            let queries: [*const f32; Q] = std::array::from_fn(|q| self.query.as_ptr().add(at[q]));
+            let scores = scores::<S, Q, N>(&queries, &keys, dim);
+            for q in 0..Q {
+                for n in 0..N {
+                    let mut score = S::mul(scores[q][n], S::splat(self.scale));
+                    if part.slots[n] < SLOTS {
+                        let seen = S::splat(part.slots[n] as f32);
+                        let hidden = S::splat(f32::NEG_INFINITY);
+                        score = S::select_less(S::load(LANE.as_ptr()), seen, score, hidden);
+                    }
+                    let decay = states[q].take::<S>(score, &mut part.weights[q][n]);
+                    part.decay[q][n] = decay;
+                }
+            }
+        }
         let mut d = 0;
         while d < dim {
             let left = dim - d;
             // SAFETY: `d` is below `dim`; the caller's for the rest.
             unsafe {
-                let out = self.out.add(at + d);
-                if S::WIDE && left >= 8 * LANES {
-                    part.sum::<S, 8>(d, out);
-                    d += 8 * LANES;
-                } else if left >= 4 * LANES {
-                    part.sum::<S, 4>(d, out);
+                let out: [*mut f32; Q] = std::array::from_fn(|q| self.out.add(at[q] + d));
+                // As many sums as there are registers for, in whole vectors.
+                if S::WIDE && left >= 4 * LANES {
+                    part.sum::<S, 4>(d, &out);
                     d += 4 * LANES;
+                } else if left >= 2 * LANES {
+                    part.sum::<S, 2>(d, &out);
+                    d += 2 * LANES;
                 } else {
-                    part.sum::<S, 1>(d, out);
+                    part.sum::<S, 1>(d, &out);
                     d += LANES;
                 }
             }
@@ -242,12 +261,97 @@ impl Attend<'_> {
     }
 }
 
-/// The values of `N` blocks and what they weigh.
-struct Part<'a, const N: usize> {
+impl Softmax {
+    /// Takes a block's scores: their weights go to `weights`; what was gathered before is to be
+    /// multiplied with the result.
+    #[inline(always)]
+    unsafe fn take<S: Simd>(&mut self, score: S::F, weights: &mut [f32; SLOTS]) -> f32 {
+        // SAFETY: the caller's; the arrays are 16 long.
+        unsafe {
+            let block_max = S::fold_max(score);
+            let max = if self.max > block_max { self.max } else { block_max };
+            let weight = exp::<S>(S::sub(score, S::splat(max)));
+            S::store(weights.as_mut_ptr(), weight);
+            let mut decay = 1.0;
+            if max != self.max {
+                let mut lanes = [0.0; LANES];
+                S::store(lanes.as_mut_ptr(), exp::<S>(S::splat(self.max - max)));
+                decay = lanes[0];
+            }
+            self.sum = self.sum.mul_add(decay, S::fold_add(weight));
+            self.max = max;
+            decay
+        }
+    }
+}
+
+/// The products of `Q` queries with the keys of `N` blocks.
+#[inline(always)]
+unsafe fn scores<S: Simd, const Q: usize, const N: usize>(
+    queries: &[*const f32; Q],
+    keys: &[*const f32; N],
+    dim: usize,
+) -> [[S::F; N]; Q] {
+    // SAFETY: the caller's: queries are `dim` long and keys `dim x 16`.
+    unsafe {
+        let mut scores = [[S::splat(0.0); N]; Q];
+        let mut n = 0;
+        while n < N {
+            // As many chains as there are registers for.
+            if S::WIDE && n + 4 <= N {
+                chains::<S, Q, N, 4>(queries, keys, dim, n, &mut scores);
+                n += 4;
+            } else if n + 2 <= N {
+                chains::<S, Q, N, 2>(queries, keys, dim, n, &mut scores);
+                n += 2;
+            } else {
+                chains::<S, Q, N, 1>(queries, keys, dim, n, &mut scores);
+                n += 1;
+            }
+        }
+        scores
+    }
+}
+
+/// The scores of blocks `n` to `n + P`.
+#[inline(always)]
+unsafe fn chains<S: Simd, const Q: usize, const N: usize, const P: usize>(
+    queries: &[*const f32; Q],
+    keys: &[*const f32; N],
+    dim: usize,
+    n: usize,
+    scores: &mut [[S::F; N]; Q],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let keys: [*const f32; P] = std::array::from_fn(|p| keys[n + p]);
+        let mut sums = [[S::splat(0.0); P]; Q];
+        for d in 0..dim {
+            let mut key = [S::splat(0.0); P];
+            for p in 0..P {
+                key[p] = S::load(keys[p].add(d * SLOTS));
+            }
+            for q in 0..Q {
+                let value = S::splat(*queries[q].add(d));
+                for p in 0..P {
+                    sums[q][p] = S::fma(value, key[p], sums[q][p]);
+                }
+            }
+        }
+        for q in 0..Q {
+            for p in 0..P {
+                scores[q][n + p] = sums[q][p];
+            }
+        }
+    }
+}
+
+/// The values of `N` blocks and what they weigh for `Q` queries.
+struct Part<const Q: usize, const N: usize> {
     values: [*const f32; N],
-    weights: &'a [[f32; SLOTS]; N],
+    weights: [[[f32; SLOTS]; N]; Q],
     /// What the sum so far is multiplied with before each block; 1 often.
-    decay: [f32; N],
+    decay: [[f32; N]; Q],
     /// How many positions of each block count.
     slots: [usize; N],
     dim: usize,
@@ -255,37 +359,49 @@ struct Part<'a, const N: usize> {
     fresh: bool,
 }
 
-impl<const N: usize> Part<'_, N> {
-    /// Adds `16 W` dimensions from `d` on to `out`; where `W` is 1 there may be fewer.
+impl<const Q: usize, const N: usize> Part<Q, N> {
+    /// Adds `16 W` dimensions from `d` on to each `out`; where `W` is 1 there may be fewer.
     #[inline(always)]
-    unsafe fn sum<S: Simd, const W: usize>(&self, d: usize, out: *mut f32) {
+    unsafe fn sum<S: Simd, const W: usize>(&self, d: usize, out: &[*mut f32; Q]) {
         let lanes = LANES.min(self.dim - d);
-        // SAFETY: values are `16 x dim` and readable for 16 more (`PagedKv::values`); `out` is
-        // valid for `16 W` values, or `lanes`.
+        // SAFETY: values are `16 x dim` and readable for 16 more (`PagedKv::values`); each `out`
+        // is valid for `16 W` values, or `lanes`.
         unsafe {
-            let mut sums = [S::splat(0.0); W];
+            let mut sums = [[S::splat(0.0); W]; Q];
             if !self.fresh {
-                for (w, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::load_first(out.add(w * LANES), lanes);
+                for q in 0..Q {
+                    for w in 0..W {
+                        sums[q][w] = S::load_first(out[q].add(w * LANES), lanes);
+                    }
                 }
             }
             for n in 0..N {
-                if self.decay[n] != 1.0 {
-                    for sum in &mut sums {
-                        *sum = S::mul(*sum, S::splat(self.decay[n]));
+                for q in 0..Q {
+                    if self.decay[q][n] != 1.0 {
+                        for w in 0..W {
+                            sums[q][w] = S::mul(sums[q][w], S::splat(self.decay[q][n]));
+                        }
                     }
                 }
                 let mut value = self.values[n].add(d);
-                for weight in &self.weights[n][..self.slots[n]] {
-                    let weight = S::splat(*weight);
-                    for (w, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::fma(weight, S::load(value.add(w * LANES)), *sum);
+                for slot in 0..self.slots[n] {
+                    let mut values = [S::splat(0.0); W];
+                    for w in 0..W {
+                        values[w] = S::load(value.add(w * LANES));
+                    }
+                    for q in 0..Q {
+                        let weight = S::splat(self.weights[q][n][slot]);
+                        for w in 0..W {
+                            sums[q][w] = S::fma(weight, values[w], sums[q][w]);
+                        }
                     }
                     value = value.wrapping_add(self.dim);
                 }
             }
-            for (w, sum) in sums.into_iter().enumerate() {
-                S::store_first(out.add(w * LANES), sum, lanes);
+            for q in 0..Q {
+                for w in 0..W {
+                    S::store_first(out[q].add(w * LANES), sums[q][w], lanes);
+                }
             }
         }
     }
