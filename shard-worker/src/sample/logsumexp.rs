@@ -1,7 +1,13 @@
 //! `ln(sum of exp)` over a vocabulary, the same wherever the vocabulary is cut.
 
+use super::exp::exp;
+
 /// Tokens of one block. Tensor ranks cut the vocabulary at multiples of it.
 pub const BLOCK: usize = 1024;
+
+/// Token i of a block is added to sum i mod `LANES`, and those are added in order at the end: part of
+/// the definition, as another number gives other bits.
+const LANES: usize = 8;
 
 /// The sum over a part of the vocabulary: `sum * exp(max)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,15 +22,24 @@ impl Partial {
     /// The sum over nothing.
     pub const EMPTY: Self = Self { max: f64::NEG_INFINITY, sum: 0.0 };
 
-    /// The sum over one block, in order. `scale` is one over the temperature.
+    /// The sum over one block. `scale` is one over the temperature.
     pub fn of_block(logits: &[f32], scale: f64) -> Self {
         let max = logits.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
         if max == f32::NEG_INFINITY {
             return Self::EMPTY;
         }
         let max = f64::from(max) * scale;
-        let sum = logits.iter().map(|&x| libm::exp(f64::from(x) * scale - max)).sum();
-        Self { max, sum }
+        let mut lanes = [0.0; LANES];
+        let mut groups = logits.chunks_exact(LANES);
+        for group in &mut groups {
+            for (lane, &x) in lanes.iter_mut().zip(group) {
+                *lane += exp(f64::from(x) * scale - max);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(groups.remainder()) {
+            *lane += exp(f64::from(x) * scale - max);
+        }
+        Self { max, sum: lanes.iter().sum() }
     }
 
     /// The sum over this part and the blocks that follow it.
@@ -36,7 +51,7 @@ impl Partial {
             return next;
         }
         let max = if next.max > self.max { next.max } else { self.max };
-        let sum = self.sum * libm::exp(self.max - max) + next.sum * libm::exp(next.max - max);
+        let sum = self.sum * exp(self.max - max) + next.sum * exp(next.max - max);
         Self { max, sum }
     }
 

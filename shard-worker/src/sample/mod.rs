@@ -13,6 +13,7 @@
 //!
 //! What stays with a sequence between its draws is what it has seen: `SamplerState`.
 
+pub mod exp;
 pub mod greedy;
 pub mod gumbel;
 pub mod logsumexp;

@@ -1,5 +1,6 @@
 //! Top-p: the smallest set of likeliest tokens whose mass reaches p.
 
+use super::exp::exp;
 use super::top::{Ranked, select};
 
 /// How many of the best tokens are fetched first; four times as many each time that their mass does
@@ -31,7 +32,7 @@ pub fn of_row(
 pub fn of_kept(kept: &mut Vec<Ranked>, scale: f64, top_p: f32) {
     let Some(best) = kept.first() else { return };
     let max = f64::from(best.logit) * scale;
-    let total = kept.iter().map(|r| libm::exp(f64::from(r.logit) * scale - max)).sum();
+    let total = kept.iter().map(|r| exp(f64::from(r.logit) * scale - max)).sum();
     cut(kept, scale, max, total, top_p);
 }
 
@@ -40,7 +41,7 @@ fn cut(kept: &mut Vec<Ranked>, scale: f64, max: f64, total: f64, top_p: f32) -> 
     let goal = f64::from(top_p) * total;
     let mut mass = 0.0;
     for (i, ranked) in kept.iter().enumerate() {
-        mass += libm::exp(f64::from(ranked.logit) * scale - max);
+        mass += exp(f64::from(ranked.logit) * scale - max);
         if mass >= goal {
             kept.truncate(i + 1);
             return true;
