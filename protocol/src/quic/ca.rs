@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+    SanType,
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
@@ -121,6 +122,14 @@ impl CertificateAuthority {
         let mut request = CertificateSigningRequestParams::from_der(&csr)?;
         request.params = node_params(node, now)?;
         Ok(request.signed_by(&self.issuer()?)?.der().to_vec())
+    }
+
+    /// BLAKE3 of the public key (SubjectPublicKeyInfo, DER) that a signing request is for. Its
+    /// self-signature is checked: whoever asks has the key.
+    pub fn key_of_request(csr: &[u8]) -> Result<[u8; 32], CaError> {
+        let csr = CertificateSigningRequestDer::from(csr);
+        let request = CertificateSigningRequestParams::from_der(&csr)?;
+        Ok(*blake3::hash(&request.public_key.subject_public_key_info()).as_bytes())
     }
 
     /// A whole identity with a new key: for coordinators, admins and tests.

@@ -87,6 +87,13 @@ impl Identity {
         write_secret(path, &bytes).map_err(io)
     }
 
+    /// BLAKE3 of the public key (SubjectPublicKeyInfo, DER), or `None` where the certificate cannot
+    /// be read.
+    pub fn key_fingerprint(&self) -> Option<[u8; 32]> {
+        let (_, parsed) = x509_parser::parse_x509_certificate(&self.certificate).ok()?;
+        Some(*blake3::hash(parsed.tbs_certificate.subject_pki.raw).as_bytes())
+    }
+
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
         // The CA goes along so that a joiner can pin it by its fingerprint.
         vec![self.certificate.clone().into(), self.ca.clone().into()]
