@@ -6,5 +6,6 @@
 //! ```
 
 pub mod api;
+pub mod config;
 pub mod control;
 pub mod serving;

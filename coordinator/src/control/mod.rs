@@ -5,6 +5,11 @@
 //! admin, join, agents (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► executor (●) ─► agents ══shoal-ctl══► workers
 //! ```
 
+pub mod admin;
+pub mod agents;
+pub mod executor;
+pub mod join;
+pub mod models;
 pub mod planner;
 pub mod reconcile;
 pub mod shape;

@@ -1,0 +1,247 @@
+//! ● The coordinator's side of `shoal-admin`: view, or propose. One stream per call.
+//!
+//! Who gets here has an admin's certificate; the endpoint has seen to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_protocol::admin::{
+    AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX, PlanView,
+};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::{DeploymentName, NodeId, Role};
+use shoal_protocol::join::JoinToken;
+use shoal_protocol::plan::{DeploymentSpec, ModelRef};
+use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::version::VersionRange;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::agents::Agents;
+use super::models::Models;
+use super::planner::explain;
+use super::reconcile::{Observed, dry_run, inventory_for};
+use super::state::{
+    Change, Deployment, DeploymentCommand, Refusal, Timestamp, TokenCommand, TokenHash,
+};
+use super::store::ControlStore;
+
+/// How long a caller may take to say what it wants.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Calls of one operator at once; a script that wants more waits.
+const CALLS_MAX: usize = 32;
+
+/// Changes that follow each other sooner reach a watcher as one: a person cannot read faster, and
+/// counters change with every report.
+const WATCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// Answers operators.
+#[derive(Clone, Debug)]
+pub struct AdminServer {
+    /// The replicated state.
+    pub store: ControlStore,
+    /// The connected workers.
+    pub agents: Agents,
+    /// Where models come from.
+    pub models: Models,
+    /// The cluster as people see it.
+    pub view: watch::Receiver<Arc<ClusterView>>,
+    /// What join tokens pin.
+    pub ca_fingerprint: [u8; 32],
+}
+
+impl AdminServer {
+    /// Holds one operator's conversation, to its end.
+    pub async fn serve(&self, connection: Connection) {
+        let Some(operator) = connection.peer().filter(|peer| peer.role == Role::Admin) else {
+            connection.close(close_code::REFUSED, "this needs an admin's certificate");
+            return;
+        };
+        let mut calls = JoinSet::new();
+        loop {
+            tokio::select! {
+                stream = connection.accept_bi(), if calls.len() < CALLS_MAX => match stream {
+                    Ok((sender, receiver)) => {
+                        let server = self.clone();
+                        calls.spawn(async move {
+                            server.call(operator, sender, receiver).await;
+                        });
+                    }
+                    // The operator has gone; calls that change something are made all the same, by
+                    // the store, which has them already.
+                    Err(_) => return,
+                },
+                Some(_) = calls.join_next() => {}
+            }
+        }
+    }
+
+    async fn call(&self, operator: NodeId, mut sender: FrameSender, mut receiver: FrameReceiver) {
+        let request = receiver.message::<AdminRequest>(MESSAGE_LEN_MAX);
+        let request = match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
+            Ok(Ok(Some(request))) => request,
+            Ok(Ok(None)) | Err(_) => return sender.reset(close_code::PROTOCOL),
+            Ok(Err(error)) => {
+                tracing::warn!(%operator, %error, "an admin call cannot be read");
+                return sender.reset(close_code::PROTOCOL);
+            }
+        };
+        let reply = match VersionRange::OURS.negotiate(request.versions) {
+            Err(mismatch) => AdminReply::Refused(WireError::new(
+                ErrorCode::VersionMismatch,
+                mismatch.to_string(),
+            )),
+            Ok(_) if request.call == AdminCall::Watch => return self.watch(sender).await,
+            Ok(_) => self.answer(operator, request.call).await.unwrap_or_else(|refusal| {
+                tracing::info!(%operator, label = %refusal.code, "refused: {refusal}");
+                AdminReply::Refused(refusal)
+            }),
+        };
+        // Where the operator has gone there is nobody to tell.
+        if sender.send_message(&reply, MESSAGE_LEN_MAX).await.is_ok() {
+            sender.finish();
+        }
+    }
+
+    async fn watch(&self, mut sender: FrameSender) {
+        let mut view = self.view.clone();
+        loop {
+            let reply = AdminReply::Status(Box::new(ClusterView::clone(&view.borrow_and_update())));
+            if sender.send_message(&reply, MESSAGE_LEN_MAX).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(WATCH_PAUSE).await;
+            tokio::select! {
+                changed = view.changed() => if changed.is_err() { return },
+                () = sender.stopped() => return,
+            }
+        }
+    }
+
+    async fn answer(&self, operator: NodeId, call: AdminCall) -> Result<AdminReply, WireError> {
+        match call {
+            AdminCall::Status | AdminCall::Watch => {
+                Ok(AdminReply::Status(Box::new(ClusterView::clone(&self.view.borrow()))))
+            }
+            AdminCall::Deploy { name, source, stages, precision } => {
+                let free = self.store.state().deployments.get(&name).is_none();
+                if !free {
+                    return Err(Refusal::NameTaken { name }.into());
+                }
+                let (models, from) = (self.models.clone(), source.clone());
+                let opened = tokio::task::spawn_blocking(move || models.open(&from)).await;
+                let (model, shape) = opened.map_err(|error| {
+                    WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
+                })??;
+                self.check_workers(&model).await?;
+                let spec = DeploymentSpec { name, model, stages, precision };
+                self.deploy(
+                    operator,
+                    Deployment { spec, shape, created: Timestamp(0), replicas: Vec::new() },
+                )
+                .await
+            }
+            AdminCall::Undeploy { name } => {
+                tracing::info!(%operator, deployment = %name, "undeploy");
+                let remove = DeploymentCommand::Remove { name };
+                self.store.propose(Change::Deployment(remove)).await?;
+                Ok(AdminReply::Accepted)
+            }
+            AdminCall::CreateToken { role, uses, expires_s } => {
+                self.create_token(operator, role, uses, expires_s).await
+            }
+            AdminCall::ExplainPlan { name } => self.explain(&name),
+        }
+    }
+
+    /// Asks every worker whether it reads the same model under the same path, before anything is
+    /// promised.
+    async fn check_workers(&self, model: &ModelRef) -> Result<(), WireError> {
+        for (node, result) in self.agents.probe_all(&model.source).await {
+            match result {
+                Ok(fingerprint) if fingerprint == model.fingerprint => {}
+                Ok(_) => {
+                    return Err(WireError::new(
+                        ErrorCode::BadModel,
+                        format!(
+                            "{node} reads another model at {} than this coordinator does; put the \
+                             same files under that path on each worker",
+                            model.source
+                        ),
+                    ));
+                }
+                Err(error) => {
+                    return Err(WireError::new(
+                        error.code,
+                        format!("{node} cannot read {}: {error}", model.source),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn deploy(&self, operator: NodeId, wanted: Deployment) -> Result<AdminReply, WireError> {
+        let state = self.store.state();
+        let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
+        let planned = tokio::task::spawn_blocking(move || {
+            dry_run(&state, &observed, &wanted).map(|plan| (wanted, plan.mesh()))
+        });
+        let planned = planned
+            .await
+            .map_err(|error| WireError::new(ErrorCode::Internal, format!("planning: {error}")))?;
+        let (Deployment { spec, shape, .. }, mesh) = planned?;
+        tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, "deploy");
+        let create = DeploymentCommand::Create { spec, shape };
+        self.store.propose(Change::Deployment(create)).await?;
+        Ok(AdminReply::Accepted)
+    }
+
+    async fn create_token(
+        &self,
+        operator: NodeId,
+        role: Role,
+        uses: u32,
+        expires_s: u64,
+    ) -> Result<AdminReply, WireError> {
+        if role == Role::Coordinator {
+            return Err(WireError::new(
+                ErrorCode::Unsupported,
+                "this version runs one coordinator; tokens are for workers and admins",
+            ));
+        }
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|error| {
+            WireError::new(ErrorCode::Internal, format!("no randomness: {error}"))
+        })?;
+        let hash = TokenHash::of(&secret);
+        let expires = Duration::from_secs(expires_s);
+        let create = TokenCommand::Create { hash, role, uses, expires };
+        self.store.propose(Change::Token(create)).await?;
+        tracing::info!(%operator, %role, uses, expires_s, "join token made");
+        let token = JoinToken { role, ca_fingerprint: self.ca_fingerprint, secret };
+        Ok(AdminReply::Token { token: token.to_string() })
+    }
+
+    fn explain(&self, name: &DeploymentName) -> Result<AdminReply, WireError> {
+        let state = self.store.state();
+        let unknown = || Refusal::UnknownDeployment { name: name.clone() };
+        let deployment = state.deployments.get(name).ok_or_else(unknown)?;
+        let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
+        let mut view = PlanView { replicas: Vec::new(), explanation: Vec::new() };
+        for replica in &deployment.replicas {
+            if let Some(plan) = state.plans.get(*replica) {
+                let inventory = inventory_for(&state, &observed, *replica);
+                view.explanation.extend(explain(plan, &deployment.shape, &inventory));
+                view.replicas.push(plan.clone());
+            }
+        }
+        // Where it is says why there is no plan, or why the plan is not served.
+        let shown = self.view.borrow();
+        if let Some(at) = shown.deployments.iter().find(|deployment| deployment.name == *name) {
+            view.explanation.push(format!("{name} is {:?}: {}", at.phase, at.reason));
+        }
+        Ok(AdminReply::Plan(Box::new(view)))
+    }
+}

@@ -1,0 +1,424 @@
+//! ● The coordinator's side of `shoal-ctl`: who is connected, what they say, what they are told.
+//!
+//! ```text
+//! connection ─► Register ─► Welcome ─┬─► Report, Probed ─► registry ─► `changed`
+//!                                    └◄─ Assign, Probe ◄── outbox ◄─── executor, admin
+//! ```
+//!
+//! All of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
+//! number of a registration enters the log, so that a ghost stays a ghost.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shoal_protocol::control::{
+    CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, WorkerMessage,
+};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::NodeId;
+use shoal_protocol::plan::{Assignment, ModelSource};
+use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::version::VersionRange;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::reconcile::ObservedWorker;
+use super::state::{Change, NodeCommand};
+use super::store::ControlStore;
+
+/// How long a worker may take to register once it is connected.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a worker may take to look at a model's folder: headers alone are read, but a network
+/// file system may be slow to wake.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
+/// many is not slow but stuck.
+const OUTBOX_MAX: usize = 16;
+
+/// Probes of one worker at once: one per operator who deploys at this moment.
+const PROBES_MAX: usize = 64;
+
+/// The most devices and shards that a worker may name: ten times what a machine holds.
+const THINGS_MAX: usize = 1024;
+
+/// All workers that have registered at this coordinator since its start.
+#[derive(Clone, Debug)]
+pub struct Agents {
+    store: ControlStore,
+    registry: Arc<Mutex<Registry>>,
+    /// Counts changes.
+    changed: Arc<watch::Sender<u64>>,
+}
+
+/// Guards plain data; nothing is awaited under it.
+#[derive(Debug, Default)]
+struct Registry {
+    workers: BTreeMap<NodeId, Worker>,
+    /// Numbers connections and probes.
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Worker {
+    register: Register,
+    report: Report,
+    pushed: Option<Vec<Assignment>>,
+    link: Option<Link>,
+}
+
+#[derive(Debug)]
+struct Link {
+    session: u64,
+    connection: Connection,
+    outbox: mpsc::Sender<CoordinatorMessage>,
+    probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
+}
+
+/// A worker as its registration and its last report show it.
+#[derive(Clone, Debug)]
+pub struct SeenWorker {
+    /// Whether its control link is up.
+    pub connected: bool,
+    /// What it registered with.
+    pub register: Register,
+    /// What it last reported.
+    pub report: Report,
+}
+
+/// Why a conversation with a worker ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionEnd {
+    #[error("it did not register within {REGISTER_TIMEOUT:?}")]
+    NoRegistration,
+    #[error("it was refused: {0}")]
+    Refused(WireError),
+    #[error("it broke the protocol: {0}")]
+    Protocol(&'static str),
+    #[error("its link broke: {0}")]
+    Link(String),
+    #[error("it ended the conversation")]
+    Finished,
+    #[error("a newer connection of the same worker took its place")]
+    Replaced,
+}
+
+impl Agents {
+    /// Nobody is connected yet.
+    pub fn new(store: ControlStore) -> Self {
+        let changed = Arc::new(watch::Sender::new(0));
+        Self { store, registry: Arc::default(), changed }
+    }
+
+    /// Fires whenever a worker comes, goes or reports.
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// What reconciliation looks at.
+    pub fn observe(&self) -> BTreeMap<NodeId, ObservedWorker> {
+        let of = |worker: &Worker| ObservedWorker {
+            connected: worker.link.is_some(),
+            incarnation: worker.register.incarnation,
+            activations: worker.register.activations,
+            devices: worker.register.devices.clone(),
+            numerics: worker.register.numerics.clone(),
+            report: worker.report.clone(),
+            pushed: worker.pushed.clone(),
+        };
+        self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
+    }
+
+    /// All workers that have registered, with all that is known of them.
+    pub fn seen(&self) -> BTreeMap<NodeId, SeenWorker> {
+        let of = |worker: &Worker| SeenWorker {
+            connected: worker.link.is_some(),
+            register: worker.register.clone(),
+            report: worker.report.clone(),
+        };
+        self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
+    }
+
+    /// Tells a worker all that it should be. A worker that is gone is told when it is back.
+    pub fn assign(&self, node: NodeId, assignments: Vec<Assignment>) {
+        let mut registry = self.lock();
+        let Some(worker) = registry.workers.get_mut(&node) else { return };
+        let Some(link) = &worker.link else { return };
+        match link.outbox.try_send(CoordinatorMessage::Assign(assignments.clone())) {
+            Ok(()) => worker.pushed = Some(assignments),
+            Err(_) => {
+                tracing::warn!(%node, "has not read its last {OUTBOX_MAX} messages: cut off");
+                link.connection.close(close_code::PROTOCOL, "you do not read your messages");
+            }
+        }
+    }
+
+    /// Asks every connected worker for the fingerprint of a model. Each answers within a deadline.
+    pub async fn probe_all(
+        &self,
+        source: &ModelSource,
+    ) -> Vec<(NodeId, Result<[u8; 32], WireError>)> {
+        let nodes: Vec<_> = {
+            let registry = self.lock();
+            let connected = registry.workers.iter().filter(|(_, worker)| worker.link.is_some());
+            connected.map(|(node, _)| *node).collect()
+        };
+        join_all(nodes.into_iter().map(async |node| (node, self.probe(node, source).await))).await
+    }
+
+    async fn probe(&self, node: NodeId, source: &ModelSource) -> Result<[u8; 32], WireError> {
+        let lost = || WireError::new(ErrorCode::WorkerLost, format!("{node} was lost"));
+        let (reply, answer) = oneshot::channel();
+        let number = {
+            let mut registry = self.lock();
+            registry.next += 1;
+            let number = registry.next;
+            let link = registry.workers.get_mut(&node).and_then(|worker| worker.link.as_mut());
+            let link = link.ok_or_else(lost)?;
+            let message = CoordinatorMessage::Probe { probe: number, source: source.clone() };
+            if link.probes.len() >= PROBES_MAX || link.outbox.try_send(message).is_err() {
+                let text = format!("{node} is busy with other deployments; try again");
+                return Err(WireError::new(ErrorCode::Overloaded, text));
+            }
+            link.probes.insert(number, reply);
+            number
+        };
+        let result = tokio::time::timeout(PROBE_TIMEOUT, answer).await;
+        let mut registry = self.lock();
+        if let Some(link) = registry.workers.get_mut(&node).and_then(|w| w.link.as_mut()) {
+            link.probes.remove(&number);
+        }
+        match result {
+            Ok(answer) => answer.unwrap_or_else(|_| Err(lost())),
+            Err(_) => Err(WireError::new(
+                ErrorCode::DeadlineExceeded,
+                format!("{node} did not look at the model within {PROBE_TIMEOUT:?}"),
+            )),
+        }
+    }
+
+    /// Holds the conversation with one worker, to its end.
+    pub async fn serve(&self, connection: Connection) {
+        // An endpoint lets nobody begin this conversation without a certificate.
+        let Some(node) = connection.peer() else { return };
+        let end = match self.register(node, &connection).await {
+            Err(end) => end,
+            Ok((register, sender, receiver)) => {
+                self.converse(node, register, &connection, sender, receiver).await
+            }
+        };
+        let code = match end {
+            SessionEnd::Refused(_) => close_code::REFUSED,
+            SessionEnd::NoRegistration | SessionEnd::Protocol(_) => close_code::PROTOCOL,
+            SessionEnd::Link(_) | SessionEnd::Finished | SessionEnd::Replaced => close_code::DONE,
+        };
+        tracing::info!(%node, address = %connection.remote_address(), "control link ended: {end}");
+        connection.close(code, &end.to_string());
+    }
+
+    async fn register(
+        &self,
+        node: NodeId,
+        connection: &Connection,
+    ) -> Result<(Register, FrameSender, FrameReceiver), SessionEnd> {
+        let link = |error: &dyn std::fmt::Display| SessionEnd::Link(error.to_string());
+        let hello = async {
+            let (sender, mut receiver) =
+                connection.accept_bi().await.map_err(|error| link(&error))?;
+            let first = receiver.message(MESSAGE_LEN_MAX).await.map_err(|error| link(&error))?;
+            Ok((first, sender, receiver))
+        };
+        let hello = tokio::time::timeout(REGISTER_TIMEOUT, hello).await;
+        let (first, mut sender, receiver) = hello.map_err(|_| SessionEnd::NoRegistration)??;
+        let Some(WorkerMessage::Register(mut register)) = first else {
+            return Err(SessionEnd::Protocol("its first message is not its registration"));
+        };
+        match self.admit(node, &register).await {
+            Ok(version) => {
+                let welcome = CoordinatorMessage::Welcome { version };
+                let sent = sender.send_message(&welcome, MESSAGE_LEN_MAX).await;
+                sent.map_err(|error| link(&error))?;
+            }
+            Err(refusal) => {
+                let message = CoordinatorMessage::Refused(refusal.clone());
+                if sender.send_message(&message, MESSAGE_LEN_MAX).await.is_ok() {
+                    sender.finish();
+                    // The words should arrive before the connection closes.
+                    let _ = tokio::time::timeout(REGISTER_TIMEOUT, sender.stopped()).await;
+                }
+                return Err(SessionEnd::Refused(refusal));
+            }
+        }
+        let remote = connection.remote_address();
+        register.requests = reachable(register.requests, remote);
+        register.activations = reachable(register.activations, remote);
+        Ok((register, sender, receiver))
+    }
+
+    /// Whether a worker may take part; the version that both will speak.
+    async fn admit(&self, node: NodeId, register: &Register) -> Result<u16, WireError> {
+        let version = VersionRange::OURS
+            .negotiate(register.versions)
+            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+        if register.node != node {
+            let text = format!("the certificate is {node}'s, the registration {}'s", register.node);
+            return Err(WireError::new(ErrorCode::PermissionDenied, text));
+        }
+        let devices = register.devices.len();
+        if devices == 0 || devices > THINGS_MAX || register.numerics.len() > THINGS_MAX {
+            let text = format!("a worker has 1 to {THINGS_MAX} devices, not {devices}");
+            return Err(WireError::new(ErrorCode::InvalidRequest, text));
+        }
+        let start = NodeCommand::Start {
+            node,
+            incarnation: register.incarnation,
+            // It is stored for ever, so it is bounded here.
+            build: register.build.chars().take(64).collect(),
+        };
+        let recorded = self.store.state().nodes.get(node).and_then(|known| known.incarnation);
+        if recorded != Some(register.incarnation) {
+            self.store.propose(Change::Node(start)).await?;
+        }
+        Ok(version)
+    }
+
+    async fn converse(
+        &self,
+        node: NodeId,
+        register: Register,
+        connection: &Connection,
+        sender: FrameSender,
+        receiver: FrameReceiver,
+    ) -> SessionEnd {
+        let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let Some(session) = self.connected(node, register, connection, outbox) else {
+            return SessionEnd::Replaced;
+        };
+        // Both halves run until one of them ends; a message is never left half-read for the other.
+        let end = tokio::select! {
+            end = self.listen(node, session, receiver) => end,
+            end = speak(sender, messages) => end,
+            reason = connection.closed() => SessionEnd::Link(reason.to_string()),
+        };
+        self.disconnected(node, session);
+        end
+    }
+
+    async fn listen(&self, node: NodeId, session: u64, mut receiver: FrameReceiver) -> SessionEnd {
+        loop {
+            match receiver.message(MESSAGE_LEN_MAX).await {
+                Ok(Some(WorkerMessage::Report(report))) => {
+                    if report.shards.len() > THINGS_MAX || report.heads.len() > THINGS_MAX {
+                        return SessionEnd::Protocol("it reports more shards than a worker has");
+                    }
+                    self.with_link(node, session, |worker| worker.report = report);
+                    self.changed.send_modify(|n| *n += 1);
+                }
+                Ok(Some(WorkerMessage::Probed { probe, result })) => {
+                    let waiting = self.with_link(node, session, |worker| {
+                        worker.link.as_mut().and_then(|link| link.probes.remove(&probe))
+                    });
+                    // Nobody waits for an answer that comes after the deadline.
+                    if let Some(waiting) = waiting.flatten() {
+                        let _ = waiting.send(result);
+                    }
+                }
+                Ok(Some(WorkerMessage::Register(_))) => {
+                    return SessionEnd::Protocol("it registered twice");
+                }
+                Ok(None) => return SessionEnd::Finished,
+                Err(error) => return SessionEnd::Link(error.to_string()),
+            }
+        }
+    }
+
+    fn connected(
+        &self,
+        node: NodeId,
+        register: Register,
+        connection: &Connection,
+        outbox: mpsc::Sender<CoordinatorMessage>,
+    ) -> Option<u64> {
+        let mut registry = self.lock();
+        registry.next += 1;
+        let session = registry.next;
+        let mut report = Report::default();
+        if let Some(older) = registry.workers.get(&node) {
+            // Two registrations may have passed the log at the same time.
+            if older.register.incarnation > register.incarnation {
+                return None;
+            }
+            // The same process after a broken link is still what it last said.
+            if older.register.incarnation == register.incarnation {
+                report = older.report.clone();
+            }
+            if let Some(link) = &older.link {
+                link.connection.close(close_code::DONE, "a newer connection took your place");
+            }
+        }
+        tracing::info!(
+            %node,
+            incarnation = %register.incarnation,
+            address = %register.activations,
+            "worker registered"
+        );
+        let connection = connection.clone();
+        let link = Some(Link { session, connection, outbox, probes: BTreeMap::new() });
+        registry.workers.insert(node, Worker { register, report, pushed: None, link });
+        drop(registry);
+        self.changed.send_modify(|n| *n += 1);
+        Some(session)
+    }
+
+    fn disconnected(&self, node: NodeId, session: u64) {
+        self.with_link(node, session, |worker| {
+            // Those who wait for its probes see that it is gone.
+            worker.link = None;
+            worker.pushed = None;
+        });
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Does something with a worker, if this connection is still its link.
+    fn with_link<T>(
+        &self,
+        node: NodeId,
+        session: u64,
+        action: impl FnOnce(&mut Worker) -> T,
+    ) -> Option<T> {
+        let mut registry = self.lock();
+        let worker = registry.workers.get_mut(&node)?;
+        let current = worker.link.as_ref().is_some_and(|link| link.session == session);
+        current.then(|| action(worker))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registry> {
+        // A panic under the lock leaves plain data, each field of which is valid by itself.
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn speak(
+    mut sender: FrameSender,
+    mut messages: mpsc::Receiver<CoordinatorMessage>,
+) -> SessionEnd {
+    while let Some(message) = messages.recv().await {
+        if let Err(error) = sender.send_message(&message, MESSAGE_LEN_MAX).await {
+            return SessionEnd::Link(error.to_string());
+        }
+    }
+    SessionEnd::Replaced
+}
+
+/// An address that a worker listens on, as others reach it: one that listens everywhere is found
+/// where its connection came from.
+fn reachable(address: SocketAddr, remote: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        SocketAddr::new(remote.ip(), address.port())
+    } else {
+        address
+    }
+}

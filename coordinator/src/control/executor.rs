@@ -1,0 +1,300 @@
+//! ● Reconciliation's hands: on every change, look, decide, do, and show what is served.
+//!
+//! ```text
+//! state ──┐
+//! agents ─┼─► reconcile ─┬─► Adopt ─► store          ┌─► ServingTable ─► api, router
+//! time ───┘              └─► Assign ─► agents        └─► ClusterView ─► admin, `shoal up`
+//! ```
+//!
+//! It keeps nothing but what the last decision gave it for the next one. An action that fails is not
+//! repeated here: the next round sees that it is still to be done.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_protocol::admin::{
+    ClusterView, CoordinatorView, DeploymentPhase, DeploymentView, WorkerView,
+};
+use shoal_protocol::id::{DeploymentName, ReplicaId};
+use shoal_protocol::plan::ModelRef;
+use shoal_protocol::units::Instant;
+use tokio::sync::watch;
+
+use super::agents::{Agents, SeenWorker};
+use super::models::Models;
+use super::reconcile::{Action, Decision, History, Observed, Phase, reconcile};
+use super::state::{Change, ClusterState, Deployment, PlanCommand};
+use super::store::ControlStore;
+use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
+
+/// How often to look even if nothing changes: what could not be done is tried again so soon.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Changes that follow each other sooner are looked at together: reports of many workers come in
+/// bursts.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Carries decisions out until it is told to stop.
+#[derive(Debug)]
+pub struct Executor {
+    store: ControlStore,
+    agents: Agents,
+    models: Models,
+    coordinator: CoordinatorView,
+    /// When this coordinator started: the origin of the time that reconciliation is told.
+    origin: std::time::Instant,
+    history: BTreeMap<ReplicaId, History>,
+    folders: BTreeMap<DeploymentName, (ModelRef, Option<PathBuf>)>,
+    shown: Shown,
+}
+
+/// Where the executor shows what is.
+#[derive(Debug)]
+pub struct Shown {
+    /// For the request plane.
+    pub table: watch::Sender<Arc<ServingTable>>,
+    /// For people.
+    pub view: watch::Sender<Arc<ClusterView>>,
+}
+
+impl Executor {
+    /// An executor that has done nothing yet.
+    pub fn new(
+        store: ControlStore,
+        agents: Agents,
+        models: Models,
+        coordinator: CoordinatorView,
+        shown: Shown,
+    ) -> Self {
+        Self {
+            store,
+            agents,
+            models,
+            coordinator,
+            origin: std::time::Instant::now(),
+            history: BTreeMap::new(),
+            folders: BTreeMap::new(),
+            shown,
+        }
+    }
+
+    /// Looks, decides and does, on every change and once a second, until `stop` becomes true.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut state_changed = self.store.watch();
+        let mut agents_changed = self.agents.changed();
+        let mut last_words = String::new();
+        loop {
+            // Marked as seen before they are looked at, so that no change in between is lost.
+            let state = Arc::clone(&state_changed.borrow_and_update());
+            agents_changed.mark_unchanged();
+            let Some(decision) = self.decide(&state).await else { return };
+            log(&decision, &mut last_words);
+            self.show(&state, &decision);
+            self.history = decision.history;
+            for action in decision.actions {
+                self.act(action).await;
+            }
+            let wake = decision.wake_at.map_or(PERIOD, |at| at.since(self.now()).min(PERIOD));
+            tokio::select! {
+                changed = state_changed.changed() => if changed.is_err() { return },
+                changed = agents_changed.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(wake) => {}
+                _ = stop.wait_for(|stop| *stop) => return,
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    fn now(&self) -> Instant {
+        Instant(self.origin.elapsed().as_micros().min(u128::from(u64::MAX)) as u64)
+    }
+
+    /// `None` where the runtime is ending.
+    async fn decide(&mut self, state: &Arc<ClusterState>) -> Option<Decision> {
+        let observed = Observed {
+            now: self.now(),
+            since: Instant(0),
+            workers: self.agents.observe(),
+            history: std::mem::take(&mut self.history),
+        };
+        let state = Arc::clone(state);
+        // Planning a large model for many workers takes a while; the timers must not wait for it.
+        let decided = tokio::task::spawn_blocking(move || reconcile(&state, &observed)).await;
+        match decided {
+            Ok(decision) => Some(decision),
+            Err(error) if error.is_panic() => {
+                tracing::error!(%error, "reconciliation failed; it starts anew without its memory");
+                Some(Decision::default())
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn act(&self, action: Action) {
+        match action {
+            Action::Assign { node, assignments, .. } => self.agents.assign(node, assignments),
+            Action::Adopt { plan, .. } => {
+                let replica = plan.id;
+                let change = Change::Plan(PlanCommand::Adopt { plan });
+                if let Err(error) = self.store.propose(change).await {
+                    tracing::warn!(%replica, %error, "a new layout was not taken");
+                }
+            }
+        }
+    }
+
+    fn show(&mut self, state: &ClusterState, decision: &Decision) {
+        let seen = self.agents.seen();
+        let table = self.table(state, decision, &seen);
+        self.shown.table.send_replace(Arc::new(table));
+        let view = view(&self.coordinator, state, decision, &seen);
+        self.shown.view.send_if_modified(|shown| {
+            let changed = **shown != view;
+            if changed {
+                *shown = Arc::new(view);
+            }
+            changed
+        });
+    }
+
+    fn table(
+        &mut self,
+        state: &ClusterState,
+        decision: &Decision,
+        seen: &BTreeMap<shoal_protocol::id::NodeId, SeenWorker>,
+    ) -> ServingTable {
+        let connected = || seen.iter().filter(|(_, worker)| worker.connected);
+        let shards = connected()
+            .flat_map(|(node, worker)| worker.report.shards.iter().map(|s| (*node, s.clone())));
+        let mut table = ServingTable {
+            deployments: BTreeMap::new(),
+            shards: shards.collect(),
+            workers_connected: connected().count(),
+            workers_total: state.nodes.workers().count(),
+        };
+        self.folders.retain(|name, _| state.deployments.get(name).is_some());
+        for (name, deployment) in state.deployments.iter() {
+            let folder = self.folder(name, deployment);
+            let phase = phase_of(decision, name);
+            let plans: Vec<_> =
+                deployment.replicas.iter().filter_map(|id| state.plans.get(*id)).collect();
+            let context_max = plans.iter().map(|plan| plan.limits.context_max).max();
+            let replicas = plans.iter().filter_map(|plan| {
+                let head = plan.head()?;
+                let worker = seen.get(&head).filter(|worker| worker.connected);
+                let load = worker.and_then(|worker| {
+                    let mut heads = worker.report.heads.iter();
+                    heads.find(|head| head.replica == plan.id && head.generation == plan.generation)
+                });
+                Some(ServedReplica {
+                    id: plan.id,
+                    generation: plan.generation,
+                    head,
+                    requests: worker.map(|worker| worker.register.requests),
+                    ready: phase.phase == DeploymentPhase::Ready,
+                    load: load.copied(),
+                })
+            });
+            let served = ServedDeployment {
+                name: name.clone(),
+                created: deployment.created.0,
+                folder,
+                vocab: deployment.shape.vocab(),
+                context_max: context_max.unwrap_or(deployment.shape.context_max()),
+                replicas: replicas.collect(),
+                reason: phase.reason,
+            };
+            table.deployments.insert(name.clone(), Arc::new(served));
+        }
+        table
+    }
+
+    /// The folder with the deployment's tokenizer. Looked for once: unpacking touches the disk.
+    fn folder(&mut self, name: &DeploymentName, deployment: &Deployment) -> Option<PathBuf> {
+        let model = &deployment.spec.model;
+        if let Some((found_for, folder)) = self.folders.get(name)
+            && found_for == model
+        {
+            return folder.clone();
+        }
+        match self.models.folder(&model.source) {
+            Ok(folder) => {
+                self.folders.insert(name.clone(), (model.clone(), folder.clone()));
+                folder
+            }
+            Err(error) => {
+                tracing::error!(deployment = %name, %error, "its files are not here");
+                None
+            }
+        }
+    }
+}
+
+fn phase_of(decision: &Decision, name: &DeploymentName) -> Phase {
+    decision.phases.get(name).cloned().unwrap_or(Phase {
+        phase: DeploymentPhase::Waiting,
+        reason: "it has not been looked at yet".into(),
+    })
+}
+
+/// The cluster as people see it.
+pub fn view(
+    coordinator: &CoordinatorView,
+    state: &ClusterState,
+    decision: &Decision,
+    seen: &BTreeMap<shoal_protocol::id::NodeId, SeenWorker>,
+) -> ClusterView {
+    let workers = state.nodes.workers().map(|(id, node)| match seen.get(&id) {
+        Some(worker) => WorkerView {
+            id,
+            connected: worker.connected,
+            pid: worker.register.pid,
+            build: worker.register.build.clone(),
+            address: Some(worker.register.activations),
+            devices: worker.register.devices.clone(),
+            shards: worker.report.shards.clone(),
+            heads: worker.report.heads.clone(),
+        },
+        None => WorkerView {
+            id,
+            connected: false,
+            pid: 0,
+            build: node.build.clone(),
+            address: None,
+            devices: Vec::new(),
+            shards: Vec::new(),
+            heads: Vec::new(),
+        },
+    });
+    let deployments = state.deployments.iter().map(|(name, deployment)| {
+        let Phase { phase, reason } = phase_of(decision, name);
+        let source = deployment.spec.model.source.clone();
+        DeploymentView { name: name.clone(), source, phase, reason }
+    });
+    ClusterView {
+        coordinator: coordinator.clone(),
+        workers: workers.collect(),
+        deployments: deployments.collect(),
+        plan: state.plans.to_plan(),
+    }
+}
+
+/// Says what is done, and where the deployments are if that has changed.
+fn log(decision: &Decision, last_words: &mut String) {
+    for action in &decision.actions {
+        tracing::info!("{action}");
+    }
+    let words: Vec<_> = decision
+        .phases
+        .iter()
+        .map(|(name, at)| format!("{name} is {:?}: {}", at.phase, at.reason))
+        .collect();
+    let words = words.join("; ");
+    if words != *last_words {
+        // Progress changes with every report; who wants it asks for it.
+        tracing::debug!("{words}");
+        *last_words = words;
+    }
+}

@@ -1,0 +1,173 @@
+//! ● The coordinator's side of `shoal-join`: the one conversation with somebody unknown.
+//!
+//! So every step is bounded before it is taken: how often (a token bucket), how many at once, how
+//! long, how much (4 KiB). The secret is spent by a committed command before a certificate is
+//! signed; a joiner that breaks off in between has used its token up, which is the safe side.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX};
+use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
+use shoal_protocol::version::VersionRange;
+use tokio::sync::Semaphore;
+
+use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Timestamp, TokenHash};
+use super::store::ControlStore;
+
+/// How long a whole join may take on this side, the disk included.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long to wait until the joiner has its answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Joins per second, for ever: a rack that starts at once is in within seconds, and guessing 32
+/// random bytes at this rate is hopeless.
+const JOINS_PER_SECOND: f64 = 20.0;
+
+/// Joins at once before the rate counts.
+const JOINS_BURST: f64 = 40.0;
+
+/// Joins in progress: each holds 4 KiB and waits for one sync of the disk.
+const JOINS_AT_ONCE: usize = 16;
+
+/// Lets nodes in.
+#[derive(Clone, Debug)]
+pub struct JoinServer {
+    store: ControlStore,
+    ca: Arc<CertificateAuthority>,
+    bucket: Arc<Mutex<Bucket>>,
+    places: Arc<Semaphore>,
+}
+
+impl JoinServer {
+    /// A server that issues certificates of this CA.
+    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
+        let bucket = Bucket { tokens: JOINS_BURST, filled: Instant::now() };
+        Self {
+            store,
+            ca,
+            bucket: Arc::new(Mutex::new(bucket)),
+            places: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
+        }
+    }
+
+    /// Holds one conversation, to its end.
+    pub async fn serve(&self, connection: Connection) {
+        let address = connection.remote_address();
+        match tokio::time::timeout(JOIN_TIMEOUT, self.converse(&connection)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => tracing::info!(%address, "a join broke off: {why}"),
+            Err(_) => tracing::info!(%address, "a join took longer than {JOIN_TIMEOUT:?}"),
+        }
+        connection.close(close_code::DONE, "");
+    }
+
+    async fn converse(&self, connection: &Connection) -> Result<(), String> {
+        let (mut sender, mut receiver) =
+            connection.accept_bi().await.map_err(|error| error.to_string())?;
+        let reply = match self.answer(&mut receiver).await {
+            Ok(reply) => reply,
+            Err(refusal) => {
+                let address = connection.remote_address();
+                tracing::warn!(%address, label = %refusal.code, "a join was refused: {refusal}");
+                JoinReply::Refused(refusal)
+            }
+        };
+        let sent = sender.send_message(&reply, MESSAGE_LEN_MAX).await;
+        sent.map_err(|error| error.to_string())?;
+        sender.finish();
+        // The joiner closes when it has read the answer; a reset would take it from its hands.
+        let _ = tokio::time::timeout(ANSWER_TIMEOUT, connection.closed()).await;
+        Ok(())
+    }
+
+    async fn answer(&self, receiver: &mut FrameReceiver) -> Result<JoinReply, WireError> {
+        if !self.within_rate() {
+            return Err(overloaded());
+        }
+        let _place = self.places.try_acquire().map_err(|_| overloaded())?;
+        let request = receiver.message::<JoinRequest>(MESSAGE_LEN_MAX).await;
+        let request = request.ok().flatten().ok_or_else(|| {
+            WireError::new(ErrorCode::InvalidRequest, "this is not a request to join")
+        })?;
+        VersionRange::OURS
+            .negotiate(request.versions)
+            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+        let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
+            WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
+        })?;
+        let token = TokenHash::of(&request.secret);
+        // Nobody without a good token gets as far as the queue of changes.
+        if !self.store.state().tokens.is_good(&token, now()) {
+            return Err(super::state::Refusal::BadToken.into());
+        }
+        let join = NodeCommand::Join { token, key: KeyFingerprint(key) };
+        let effects = self.store.propose(Change::Node(join)).await?;
+        let node = effects.iter().find_map(|effect| match effect {
+            Effect::NodeAdded { node } => Some(*node),
+            _ => None,
+        });
+        let internal = |why: String| WireError::new(ErrorCode::Internal, why);
+        let node = node.ok_or_else(|| internal("no node came of the join".into()))?;
+        let certificate = self
+            .ca
+            .issue(&request.csr, node, SystemTime::now())
+            .map_err(|error| internal(error.to_string()))?;
+        tracing::info!(%node, "joined");
+        Ok(JoinReply::Joined { node, certificate, ca: self.ca.certificate().to_vec() })
+    }
+
+    fn within_rate(&self) -> bool {
+        // A panic under the lock leaves two valid numbers.
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now())
+    }
+}
+
+fn overloaded() -> WireError {
+    WireError::new(ErrorCode::Overloaded, "too many nodes join at once; try again in a second")
+}
+
+fn now() -> Timestamp {
+    Timestamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
+}
+
+/// A token bucket.
+#[derive(Debug)]
+struct Bucket {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.tokens = (self.tokens + passed * JOINS_PER_SECOND).min(JOINS_BURST);
+        self.filled = now;
+        let may = self.tokens >= 1.0;
+        if may {
+            self.tokens -= 1.0;
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_is_let_in_and_then_a_rate() {
+        let start = Instant::now();
+        let mut bucket = Bucket { tokens: JOINS_BURST, filled: start };
+        let let_in = |bucket: &mut Bucket, at: Duration| {
+            (0..1000).filter(|_| bucket.take(start + at)).count()
+        };
+        assert_eq!(let_in(&mut bucket, Duration::ZERO), 40);
+        assert_eq!(let_in(&mut bucket, Duration::from_millis(500)), 10);
+        assert_eq!(let_in(&mut bucket, Duration::from_millis(510)), 0);
+        assert_eq!(let_in(&mut bucket, Duration::from_secs(3600)), 40);
+    }
+}
