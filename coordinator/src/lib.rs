@@ -8,4 +8,7 @@
 pub mod api;
 pub mod config;
 pub mod control;
+pub mod dispatch;
+pub mod router;
 pub mod serving;
+pub mod telemetry;

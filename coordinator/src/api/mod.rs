@@ -1,12 +1,193 @@
 //! ● The request plane: HTTP in OpenAI's words.
+//!
+//! ```text
+//! POST ─► read ─► validate (○) ─► tokenize ─► places: router (○) ─► dispatch ══shoal-req══► heads
+//! client ◄─ sse, or one object ◄─ openai shapes ◄─ session ◄─ stream (○): text ◄───────── tokens
+//! ```
 
+pub mod error;
 mod fields;
+mod generate;
 mod generation;
+mod health;
 mod messages;
+mod openai;
 mod pieces;
+pub mod places;
+mod prepare;
+mod serve;
+pub mod session;
+mod sse;
 pub mod stream;
 mod strftime;
 mod surface;
 mod template;
 pub mod tokenize;
 pub mod validate;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio::sync::watch;
+
+use crate::dispatch::Dispatcher;
+use crate::router;
+use crate::router::admission::AdmissionLimits;
+use crate::serving::ServingTable;
+use crate::telemetry::Telemetry;
+use error::{ApiError, Reason};
+use places::Places;
+pub use serve::serve;
+use surface::Endpoint;
+use tokenize::ModelTexts;
+
+/// Every route and every layer.
+fn routes(context: Arc<ApiContext>) -> Router {
+    Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(Arc::clone(&context), count))
+        .with_state(context)
+}
+
+/// What the request plane is given, and what it keeps.
+#[derive(Debug)]
+pub struct ApiContext {
+    /// What can be served, replaced on every change.
+    pub table: watch::Receiver<Arc<ServingTable>>,
+    /// The hand that reaches the heads.
+    pub dispatcher: Dispatcher,
+    /// Where everything is counted.
+    pub telemetry: Arc<Telemetry>,
+    /// The bounds.
+    pub limits: Limits,
+    /// `true`: finish what runs, take nothing new.
+    pub draining: watch::Receiver<bool>,
+    texts: ModelTexts,
+    places: Arc<Places>,
+}
+
+/// The bounds of the request plane. Each is there against a client that asks for more than it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at a time; the next ones wait in the system's backlog.
+    pub connections_max: usize,
+    /// Bytes of a body: a prompt of half a million tokens as ids.
+    pub body_len_max: usize,
+    /// How long a request's headers may take to arrive.
+    pub header_timeout: Duration,
+    /// How long its body may take.
+    pub body_timeout: Duration,
+    /// How long an answer may take from the moment it is sent to a head.
+    pub request_deadline: Duration,
+    /// What a deployment may have open.
+    pub admission: AdmissionLimits,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 4096,
+            body_len_max: 4 << 20,
+            header_timeout: Duration::from_secs(15),
+            body_timeout: Duration::from_secs(30),
+            request_deadline: Duration::from_secs(600),
+            admission: AdmissionLimits::default(),
+        }
+    }
+}
+
+impl ApiContext {
+    /// A request plane that has served nothing yet.
+    pub fn new(
+        table: watch::Receiver<Arc<ServingTable>>,
+        dispatcher: Dispatcher,
+        telemetry: Arc<Telemetry>,
+        limits: Limits,
+        draining: watch::Receiver<bool>,
+    ) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            table,
+            dispatcher,
+            telemetry,
+            limits,
+            draining,
+            texts: ModelTexts::new(cores),
+            places: Arc::new(Places::new(limits.admission)),
+        }
+    }
+}
+
+async fn completions(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
+    generate::generate(context, Endpoint::Completions, body).await.into_response()
+}
+
+async fn chat(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
+    generate::generate(context, Endpoint::Chat, body).await.into_response()
+}
+
+async fn models(State(context): State<Arc<ApiContext>>) -> Response {
+    let table = context.table.borrow().clone();
+    json(openai::models::list(&table))
+}
+
+/// Names may contain `/`, so the rest of the path is the name.
+async fn model(
+    State(context): State<Arc<ApiContext>>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    let table = context.table.borrow().clone();
+    let deployment = router::find(&table, &name)?;
+    Ok(json(openai::models::one(deployment)))
+}
+
+fn json(text: String) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}
+
+async fn not_found(uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(128).collect();
+    ApiError::http(
+        StatusCode::NOT_FOUND,
+        format!("there is no {path}; the API is under /v1 (models, completions, chat/completions)"),
+    )
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(128).collect();
+    ApiError::http(StatusCode::METHOD_NOT_ALLOWED, format!("{path} does not take {method:.16}"))
+}
+
+/// Counts every response by route, status and reason.
+async fn count(State(context): State<Arc<ApiContext>>, request: Request, next: Next) -> Response {
+    let route = match request.uri().path() {
+        "/v1/models" => "/v1/models",
+        path if path.starts_with("/v1/models/") => "/v1/models/{name}",
+        "/v1/completions" => "/v1/completions",
+        "/v1/chat/completions" => "/v1/chat/completions",
+        "/health" => "/health",
+        "/ready" => "/ready",
+        "/metrics" => "/metrics",
+        // Not the path itself: anybody could make any number of labels.
+        _ => "other",
+    };
+    let response = next.run(request).await;
+    let reason = response.extensions().get::<Reason>().map_or("ok", |reason| reason.0);
+    context.telemetry.http(route, response.status().as_u16(), reason);
+    response
+}

@@ -1,0 +1,225 @@
+//! ● The way of a request, in order: read, check, tokenise, find a place, ask the heads, answer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::body::{Body, Bytes};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::{Attempt, RequestId};
+use shoal_protocol::request::SamplingRecord;
+
+use super::error::ApiError;
+use super::openai::chat::Chat;
+use super::openai::completions::Completions;
+use super::openai::{Shape, Whole};
+use super::places::Place;
+use super::prepare::{ModelFacts, Prepared, prepare};
+use super::session::{Facts, Session, Started};
+use super::surface::Endpoint;
+use super::validate::{ValidRequest, parse};
+use super::{ApiContext, sse};
+use crate::dispatch::{Sequence, Target};
+use crate::router;
+use crate::serving::{ServedDeployment, ServingTable};
+
+/// How long a stream waits for its first token before it begins: a failure in that time still gets a
+/// status of its own.
+const FIRST_EVENT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Serves one request of either endpoint.
+pub async fn generate(
+    context: Arc<ApiContext>,
+    endpoint: Endpoint,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    if *context.draining.borrow() {
+        let why = "this coordinator is stopping and takes no new requests; try another one";
+        let retry_after = Some(Duration::from_secs(1));
+        return Err(ApiError { retry_after, ..ApiError::new(ErrorCode::Draining, why) });
+    }
+    let request = parse(endpoint, &read(&context, body).await?)?;
+    let session = begin(&context, endpoint, &request, arrived).await?;
+    let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
+    match endpoint {
+        Endpoint::Chat => answer(session, Chat { include_usage }, &request).await,
+        Endpoint::Completions => answer(session, Completions::new(include_usage), &request).await,
+    }
+}
+
+/// The whole body, within the bounds of size and time.
+async fn read(context: &ApiContext, body: Body) -> Result<Bytes, ApiError> {
+    let limits = &context.limits;
+    let read = axum::body::to_bytes(body, limits.body_len_max);
+    match tokio::time::timeout(limits.body_timeout, read).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) => {
+            let error = error.into_inner();
+            if error.is::<http_body_util::LengthLimitError>() {
+                return Err(ApiError::http(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    format!("the body is larger than {} bytes", limits.body_len_max),
+                ));
+            }
+            let why = format!("the body could not be read: {error}");
+            Err(ApiError::new(ErrorCode::InvalidRequest, why))
+        }
+        Err(_) => Err(ApiError::http(
+            StatusCode::REQUEST_TIMEOUT,
+            format!("the body did not arrive within {:?}", limits.body_timeout),
+        )),
+    }
+}
+
+/// From a valid request to answers that are under way.
+async fn begin(
+    context: &ApiContext,
+    endpoint: Endpoint,
+    request: &ValidRequest,
+    arrived: Instant,
+) -> Result<Session, ApiError> {
+    let table = context.table.borrow().clone();
+    let deployment = router::find(&table, &request.model)?;
+    let model = model_facts(context, &table, deployment).await?;
+    let text = model.text.clone();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (id, seed) = (random()?, random()?);
+    let prepared = {
+        let request = request.clone();
+        context.texts.compute(move || prepare(&request, &model, seed, now)).await??
+    };
+    let metrics = context.telemetry.request(
+        &request.model,
+        arrived,
+        prepared.prompts.len() * usize::from(request.n),
+    );
+    // Tokenising a long prompt takes time in which the layout may have changed.
+    let table = context.table.borrow().clone();
+    let deployment = router::find(&table, &request.model)?;
+    let started = start(context, &table, deployment, request, &prepared, RequestId(id)).await?;
+    let facts = Facts {
+        id: match endpoint {
+            Endpoint::Chat => format!("chatcmpl-{id:016x}"),
+            Endpoint::Completions => format!("cmpl-{id:016x}"),
+        },
+        created: now,
+        model: request.model.clone(),
+        prompts: prepared.prompts.iter().map(|prompt| Arc::clone(&prompt.tokens)).collect(),
+        n: usize::from(request.n),
+        logprobs: request.logprobs,
+        return_token_ids: request.return_token_ids,
+    };
+    Ok(Session::new(facts, text, &request.stop, &request.stop_token_ids, started, metrics))
+}
+
+async fn model_facts(
+    context: &ApiContext,
+    table: &ServingTable,
+    deployment: &ServedDeployment,
+) -> Result<ModelFacts, ApiError> {
+    let in_use = |folder: &std::path::Path| {
+        table.deployments.values().any(|deployment| deployment.folder.as_deref() == Some(folder))
+    };
+    let text = match &deployment.folder {
+        Some(folder) => Some(context.texts.get(folder, in_use).await?),
+        None => None,
+    };
+    Ok(ModelFacts { vocab: deployment.vocab, context_max: deployment.context_max, text })
+}
+
+/// Takes places and asks the heads. The choices of one prompt go to one replica, whose blocks of the
+/// prompt they share.
+async fn start(
+    context: &ApiContext,
+    table: &ServingTable,
+    deployment: &ServedDeployment,
+    request: &ValidRequest,
+    prepared: &Prepared,
+    id: RequestId,
+) -> Result<Vec<Started>, ApiError> {
+    let n = request.n;
+    let mut places = Vec::new();
+    for _ in &prepared.prompts {
+        let dice = random()?;
+        places.extend(context.places.take(dice, table, deployment, u32::from(n))?);
+    }
+    let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
+    let mut started = Vec::with_capacity(places.len());
+    for (i, place) in places.into_iter().enumerate() {
+        let (prompt, choice) = (i / usize::from(n), i % usize::from(n));
+        let PreparedChoice { sequence, target } =
+            PreparedChoice::new(prepared, prompt, choice, i, id, &place);
+        // One after the other: the first makes the connection, the others find it.
+        match context.dispatcher.start(target, sequence, deadline).await {
+            Ok(answer) => started.push(Started { answer, place }),
+            Err(error) => {
+                place.failed();
+                return Err(error.into());
+            }
+        }
+    }
+    Ok(started)
+}
+
+struct PreparedChoice {
+    sequence: Sequence,
+    target: Target,
+}
+
+impl PreparedChoice {
+    fn new(
+        prepared: &Prepared,
+        prompt: usize,
+        choice: usize,
+        index: usize,
+        request: RequestId,
+        place: &Place,
+    ) -> Self {
+        // Both are at most `validate::CHOICES_MAX`.
+        let stream = SamplingRecord::stream_of(prompt as u16, choice as u16);
+        let sequence = Sequence {
+            request,
+            attempt: Attempt(0),
+            choice: index as u32,
+            prompt: Arc::clone(&prepared.prompts[prompt].tokens),
+            received: Vec::new(),
+            sampling: SamplingRecord { stream, ..prepared.sampling },
+            stop_tokens: Arc::clone(&prepared.stop_tokens),
+            max_tokens: prepared.prompts[prompt].max_tokens,
+        };
+        let ticket = &place.ticket;
+        let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
+        Self { sequence, target }
+    }
+}
+
+/// Streams, or waits for the end.
+async fn answer<S: Shape>(
+    mut session: Session,
+    shape: S,
+    request: &ValidRequest,
+) -> Result<Response, ApiError> {
+    if let Some(stream) = request.stream {
+        if let Ok(first) = tokio::time::timeout(FIRST_EVENT_PATIENCE, session.first()).await {
+            first?;
+        }
+        return Ok(sse::response(session, shape, stream.include_usage));
+    }
+    let mut answers = vec![Whole::default(); session.facts.prompts.len() * session.facts.n];
+    while let Some(update) = session.next().await {
+        let update = update?;
+        answers[update.choice].add(update);
+    }
+    let json = shape.whole(&session.facts, &answers, session.usage());
+    Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
+}
+
+/// 64 bits from the system.
+fn random() -> Result<u64, ApiError> {
+    getrandom::u64().map_err(|error| {
+        tracing::error!(%error, "the system gives no random numbers");
+        ApiError::new(ErrorCode::Internal, "the system gives no random numbers")
+    })
+}

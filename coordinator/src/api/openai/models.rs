@@ -1,0 +1,53 @@
+//! `/v1/models`.
+
+use serde::Serialize;
+
+use super::json;
+use crate::serving::{ServedDeployment, ServingTable};
+
+#[derive(Serialize)]
+struct List<'a> {
+    object: &'static str,
+    data: Vec<Model<'a>>,
+}
+
+#[derive(Serialize)]
+struct Model<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    root: &'a str,
+    parent: Option<()>,
+    max_model_len: u32,
+    ready: bool,
+}
+
+fn model(deployment: &ServedDeployment) -> Model<'_> {
+    Model {
+        id: deployment.name.as_str(),
+        object: "model",
+        created: deployment.created,
+        owned_by: "shoal",
+        root: deployment.name.as_str(),
+        parent: None,
+        max_model_len: deployment.context_max,
+        ready: is_ready(deployment),
+    }
+}
+
+/// Whether a request to this deployment would find a replica.
+pub fn is_ready(deployment: &ServedDeployment) -> bool {
+    deployment.replicas.iter().any(|replica| replica.ready && replica.requests.is_some())
+}
+
+/// All deployments.
+pub fn list(table: &ServingTable) -> String {
+    let data = table.deployments.values().map(|deployment| model(deployment)).collect();
+    json(&List { object: "list", data })
+}
+
+/// One deployment.
+pub fn one(deployment: &ServedDeployment) -> String {
+    json(&model(deployment))
+}

@@ -1,0 +1,306 @@
+//! ● All answers of one request, from the heads to text: streamed and whole responses both read it.
+//!
+//! Dropping a session cancels what is still under way: that is what a client's hang-up does.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use serde::Serialize;
+use shoal_protocol::id::TokenId;
+use shoal_protocol::request::FinishReason;
+
+use super::error::ApiError;
+use super::places::Place;
+use super::stream::{Delta, TextStream};
+use super::tokenize::ModelText;
+use crate::dispatch::{Answer, AnswerEvent, DispatchError, Token};
+use crate::telemetry::{Finished, Outcome, RequestMetrics};
+
+/// The answers of a request.
+pub struct Session {
+    /// What every chunk and every response repeats.
+    pub facts: Facts,
+    text: Option<Arc<ModelText>>,
+    choices: Vec<Choice>,
+    running: FuturesUnordered<BoxFuture<'static, Step>>,
+    /// Updates that were read ahead of the first chunk.
+    ahead: VecDeque<Update>,
+    metrics: RequestMetrics,
+}
+
+/// What every chunk and every response repeats, and what the client wants to see.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// `chatcmpl-…` or `cmpl-…`.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The deployment's name.
+    pub model: String,
+    /// The prompts, in the order of the request.
+    pub prompts: Vec<Arc<[TokenId]>>,
+    /// Answers per prompt.
+    pub n: usize,
+    /// Alternatives beside each token; `None`: no log-probabilities.
+    pub logprobs: Option<u32>,
+    /// Whether to report token ids.
+    pub return_token_ids: bool,
+}
+
+/// Token counts, in OpenAI's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct Usage {
+    /// Tokens of all prompts, each counted once.
+    pub prompt_tokens: usize,
+    /// Tokens of all answers.
+    pub completion_tokens: usize,
+    /// Both.
+    pub total_tokens: usize,
+}
+
+/// What became of one choice since the last update.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Update {
+    /// Which choice, counted over all prompts.
+    pub choice: usize,
+    /// New text; may be empty.
+    pub text: String,
+    /// New tokens, with what is to be said of them.
+    pub tokens: Vec<TokenOut>,
+    /// How it ended, if it did.
+    pub finish: Option<Finish>,
+}
+
+/// One token as it is reported.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenOut {
+    /// The token.
+    pub id: TokenId,
+    /// Its log-probability and the alternatives, best first; `None` where none were asked for, and
+    /// for the token that ended the answer, which is no part of its text.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// What is said of a token where log-probabilities are asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// The token's bytes: parts of a character on their own.
+    pub bytes: Vec<u8>,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The alternatives with their bytes, best first.
+    pub top: Vec<(Vec<u8>, f32)>,
+    /// Characters of the answer before it.
+    pub offset: usize,
+}
+
+/// How an answer ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// The stop string or the client's stop token that ended it.
+    pub stop: Option<StopReason>,
+}
+
+/// What ended an answer, as vLLM reports it in `stop_reason`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// A token of the request's `stop_token_ids`.
+    Token(TokenId),
+    /// A text of the request's `stop`.
+    Text(String),
+}
+
+impl Finish {
+    /// OpenAI's word.
+    pub fn word(&self) -> &'static str {
+        match self.reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        }
+    }
+}
+
+/// An answer that goes into a session, with its place at the router.
+pub struct Started {
+    /// The answer.
+    pub answer: Answer,
+    /// Gives the place back.
+    pub place: Place,
+}
+
+struct Choice {
+    text: TextStream,
+    tokens: usize,
+    stop_token_ids: Arc<[TokenId]>,
+    done: bool,
+    last: Instant,
+}
+
+struct Step {
+    choice: usize,
+    started: Started,
+    event: Result<AnswerEvent, DispatchError>,
+}
+
+async fn step(choice: usize, mut started: Started) -> Step {
+    let event = started.answer.next().await;
+    Step { choice, started, event }
+}
+
+impl Session {
+    /// Answers that have just been asked for. `stop_token_ids` are the client's own.
+    pub fn new(
+        facts: Facts,
+        text: Option<Arc<ModelText>>,
+        stops: &[String],
+        stop_token_ids: &[TokenId],
+        started: Vec<Started>,
+        metrics: RequestMetrics,
+    ) -> Self {
+        let now = Instant::now();
+        let stop_token_ids: Arc<[TokenId]> = stop_token_ids.into();
+        let choice = || Choice {
+            text: TextStream::new(stops.to_vec()),
+            tokens: 0,
+            stop_token_ids: Arc::clone(&stop_token_ids),
+            done: false,
+            last: now,
+        };
+        let choices = started.iter().map(|_| choice()).collect();
+        let running = FuturesUnordered::new();
+        for (i, started) in started.into_iter().enumerate() {
+            running.push(Box::pin(step(i, started)) as BoxFuture<'static, Step>);
+        }
+        Self { facts, text, choices, running, ahead: VecDeque::new(), metrics }
+    }
+
+    /// The next update of any choice; `None` once all are complete. After an error the session is
+    /// over. May be dropped while it waits: nothing is lost.
+    pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        match self.ahead.pop_front() {
+            Some(update) => Some(Ok(update)),
+            None => self.receive().await,
+        }
+    }
+
+    /// Waits for the first event, so that an early failure still gets a status of its own.
+    pub async fn first(&mut self) -> Result<(), ApiError> {
+        if let Some(update) = self.receive().await {
+            self.ahead.push_back(update?);
+        }
+        Ok(())
+    }
+
+    /// Tokens so far.
+    pub fn usage(&self) -> Usage {
+        let prompt_tokens = self.facts.prompts.iter().map(|prompt| prompt.len()).sum();
+        let completion_tokens = self.choices.iter().map(|choice| choice.tokens).sum();
+        Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+
+    async fn receive(&mut self) -> Option<Result<Update, ApiError>> {
+        let Step { choice, started, event } = self.running.next().await?;
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                let code = error.code();
+                if matches!(error, DispatchError::Lost { .. } | DispatchError::Connect { .. }) {
+                    started.place.failed();
+                }
+                self.metrics.failed(code);
+                self.running.clear();
+                return Some(Err(error.into()));
+            }
+        };
+        let update = self.choices[choice].take(
+            choice,
+            event,
+            self.text.as_deref(),
+            &self.facts,
+            &mut self.metrics,
+        );
+        if update.finish.is_none() {
+            self.running.push(Box::pin(step(choice, started)));
+        }
+        // Otherwise `started` drops here: an answer that ran into a stop string is cancelled.
+        Some(Ok(update))
+    }
+}
+
+impl Choice {
+    fn take(
+        &mut self,
+        choice: usize,
+        event: AnswerEvent,
+        model: Option<&ModelText>,
+        facts: &Facts,
+        metrics: &mut RequestMetrics,
+    ) -> Update {
+        let mut update = Update { choice, ..Update::default() };
+        match event {
+            AnswerEvent::Token(token) => {
+                let now = Instant::now();
+                match token.first {
+                    Some((queue_us, prefill_us)) => {
+                        let prompt = facts.prompts[choice / facts.n].len();
+                        metrics.first_token(prompt, queue_us, prefill_us);
+                    }
+                    None => metrics.next_token(now.duration_since(self.last)),
+                }
+                self.last = now;
+                self.tokens += 1;
+                let offset = self.text.chars();
+                let id = token.id;
+                let delta = model.map_or_else(Delta::default, |model| self.text.push(id, model));
+                let logprobs = facts.logprobs.map(|_| logprobs(token, model, offset));
+                update.tokens.push(TokenOut { id, logprobs });
+                self.add(&mut update, delta);
+            }
+            AnswerEvent::Done { reason, stop_token } => {
+                let delta = model.map_or_else(Delta::default, |model| self.text.finish(model));
+                // The token that ended the answer counts, but is no part of its text.
+                if let Some(id) = stop_token {
+                    self.tokens += 1;
+                    update.tokens.push(TokenOut { id, logprobs: None });
+                }
+                let own = stop_token.filter(|id| self.stop_token_ids.contains(id));
+                update.finish = Some(Finish { reason, stop: own.map(StopReason::Token) });
+                self.add(&mut update, delta);
+            }
+        }
+        if let Some(finish) = &update.finish {
+            self.done = true;
+            metrics.finished(Finished {
+                outcome: match finish.reason {
+                    FinishReason::Stop => Outcome::Stop,
+                    FinishReason::Length => Outcome::Length,
+                },
+                prompt: facts.prompts[choice / facts.n].len(),
+                generated: self.tokens,
+            });
+        }
+        update
+    }
+
+    fn add(&self, update: &mut Update, delta: Delta) {
+        update.text = delta.text;
+        if let Some(stop) = delta.stop {
+            let text = self.text.stop_text(stop).to_owned();
+            let stop = Some(StopReason::Text(text));
+            update.finish = Some(Finish { reason: FinishReason::Stop, stop });
+        }
+    }
+}
+
+fn logprobs(token: Token, model: Option<&ModelText>, offset: usize) -> Logprobs {
+    let bytes = |id| model.map(|model| model.token_bytes(id)).unwrap_or_default();
+    let top = token.candidates.iter().map(|c| (bytes(c.token), c.logprob)).collect();
+    Logprobs { bytes: bytes(token.id), logprob: token.logprob, top, offset }
+}
