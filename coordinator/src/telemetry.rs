@@ -173,6 +173,8 @@ impl Telemetry {
     ) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(reported::families(table, stale_events)?);
+        // The encoder refuses a family that nothing has a value for.
+        families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)
     }
 }

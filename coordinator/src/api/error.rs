@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use shoal_protocol::error::{ErrorCode, Fault};
 
-use super::tokenize::{EncodeError, Gone, LoadError};
+use super::tokenize::{Gone, LoadError};
 use super::validate::Refusal;
 use crate::dispatch::DispatchError;
 use crate::router::RouteError;
@@ -180,16 +180,6 @@ impl From<LoadError> for ApiError {
             "the model's tokenizer or chat template cannot be loaded; the coordinator's log names \
              the file",
         )
-    }
-}
-
-impl From<EncodeError> for ApiError {
-    fn from(error: EncodeError) -> Self {
-        let param = match &error {
-            EncodeError::NoTemplate | EncodeError::Template(_) => "messages",
-            EncodeError::Tokenizer(_) => "prompt",
-        };
-        Self::new(ErrorCode::InvalidRequest, error.to_string()).about(param)
     }
 }
 

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::{STOP_TOKENS_MAX, SamplingRecord};
 
-use super::error::ApiError;
 use super::generation::Defaults;
 use super::tokenize::{EncodeError, ModelText};
-use super::validate::{Input, Prompt, ValidRequest};
+use super::validate::{Input, Prompt, Refusal, ValidRequest};
 
 /// What the model says that this request needs to know.
 #[derive(Clone, Debug)]
@@ -49,11 +47,10 @@ pub fn prepare(
     model: &ModelFacts,
     seed: u64,
     now: u64,
-) -> Result<Prepared, ApiError> {
+) -> Result<Prepared, Refusal> {
     if model.text.is_none() && !request.stop.is_empty() {
-        let why = "this model has no tokenizer, so its answers have no text to stop at; use \
-                   stop_token_ids";
-        return Err(ApiError::new(ErrorCode::InvalidRequest, why).about("stop"));
+        let advice = "its answers have no text to stop at; use stop_token_ids";
+        return Err(Refusal::NoText { param: "stop", advice });
     }
     let prompts = tokens(request, model, now)?
         .into_iter()
@@ -67,11 +64,11 @@ pub fn prepare(
     stop_tokens.sort_unstable();
     stop_tokens.dedup();
     if stop_tokens.len() > STOP_TOKENS_MAX {
-        let why = format!(
-            "{} stop tokens, those of the model included; at most {STOP_TOKENS_MAX} are possible",
-            stop_tokens.len()
-        );
-        return Err(ApiError::new(ErrorCode::InvalidRequest, why).about("stop_token_ids"));
+        return Err(Refusal::OutOfRange {
+            param: "stop_token_ids".to_owned(),
+            expected: format!("at most {STOP_TOKENS_MAX}, those of the model included"),
+            found: stop_tokens.len().to_string(),
+        });
     }
     Ok(Prepared {
         prompts,
@@ -84,31 +81,30 @@ fn tokens(
     request: &ValidRequest,
     model: &ModelFacts,
     now: u64,
-) -> Result<Vec<Vec<TokenId>>, ApiError> {
-    let no_text = |param: &str, advice: &str| {
-        let why = format!("this model has no tokenizer: {advice}");
-        ApiError::new(ErrorCode::InvalidRequest, why).about(param)
+) -> Result<Vec<Vec<TokenId>>, Refusal> {
+    let encoded = |param, ids: Result<Vec<TokenId>, EncodeError>| {
+        ids.map_err(|error| Refusal::NotEncoded { param, why: error.to_string() })
     };
     match (&request.input, &model.text) {
         (Input::Chat { messages, add_generation_prompt }, Some(text)) => {
-            let ids = text.encode_chat(
-                messages,
-                *add_generation_prompt,
-                request.add_special_tokens,
-                now,
-            )?;
-            Ok(vec![ids])
+            let ids =
+                text.encode_chat(messages, *add_generation_prompt, request.add_special_tokens, now);
+            Ok(vec![encoded("messages", ids)?])
         }
         (Input::Chat { .. }, None) => {
-            Err(no_text("messages", "send a list of token ids as `prompt` to /v1/completions"))
+            let advice = "send a list of token ids as `prompt` to /v1/completions";
+            Err(Refusal::NoText { param: "messages", advice })
         }
         (Input::Prompts(prompts), text) => {
             let one = |prompt: &Prompt| match (prompt, text) {
                 (Prompt::Tokens(ids), _) => Ok(ids.clone()),
                 (Prompt::Text(prompt), Some(text)) => {
-                    text.encode(prompt, request.add_special_tokens).map_err(EncodeError::into)
+                    encoded("prompt", text.encode(prompt, request.add_special_tokens))
                 }
-                (Prompt::Text(_), None) => Err(no_text("prompt", "send it as a list of token ids")),
+                (Prompt::Text(_), None) => {
+                    let advice = "send it as a list of token ids";
+                    Err(Refusal::NoText { param: "prompt", advice })
+                }
             };
             prompts.iter().map(one).collect()
         }
@@ -119,31 +115,24 @@ fn check_prompt(
     request: &ValidRequest,
     model: &ModelFacts,
     tokens: Vec<TokenId>,
-) -> Result<PreparedPrompt, ApiError> {
+) -> Result<PreparedPrompt, Refusal> {
     let param = match request.input {
         Input::Chat { .. } => "messages",
         Input::Prompts(_) => "prompt",
     };
     if tokens.is_empty() {
-        let why = "the prompt has no tokens; a model needs at least one to go on from";
-        return Err(ApiError::new(ErrorCode::InvalidRequest, why).about(param));
+        return Err(Refusal::EmptyPrompt { param });
     }
-    if let Some(bad) = tokens.iter().find(|id| **id >= model.vocab) {
-        let why = format!("token id {bad} is not in the model's vocabulary of {}", model.vocab);
-        return Err(ApiError::new(ErrorCode::InvalidRequest, why).about(param));
+    if let Some(id) = tokens.iter().copied().find(|id| *id >= model.vocab) {
+        return Err(Refusal::NotInVocabulary { param, id, vocab: model.vocab });
     }
     let (prompt, context) = (tokens.len() as u64, u64::from(model.context_max));
-    let max_tokens = request.max_tokens.map_or(context.saturating_sub(prompt).max(1), u64::from);
-    if prompt + max_tokens > context {
-        let why = format!(
-            "this model's context has {context} tokens, and the request needs {} ({prompt} in the \
-             prompt, {max_tokens} for the answer); shorten the prompt or ask for fewer tokens",
-            prompt + max_tokens
-        );
-        return Err(ApiError::new(ErrorCode::ContextTooLong, why).about(param));
+    let answer = request.max_tokens.map_or(context.saturating_sub(prompt).max(1), u64::from);
+    if prompt + answer > context {
+        return Err(Refusal::ContextTooLong { param, context, prompt, answer });
     }
     // At most the context, which is a u32.
-    Ok(PreparedPrompt { tokens: tokens.into(), max_tokens: max_tokens as u32 })
+    Ok(PreparedPrompt { tokens: tokens.into(), max_tokens: answer as u32 })
 }
 
 #[cfg(test)]
@@ -151,6 +140,7 @@ mod tests {
     use std::path::Path;
 
     use serde_json::{Value, json};
+    use shoal_protocol::error::ErrorCode;
 
     use super::super::surface::Endpoint;
     use super::super::validate::parse;
@@ -166,7 +156,7 @@ mod tests {
         ModelFacts { vocab: 512, context_max: 64, text: None }
     }
 
-    fn completion(extra: Value, model: &ModelFacts) -> Result<Prepared, ApiError> {
+    fn completion(extra: Value, model: &ModelFacts) -> Result<Prepared, Refusal> {
         let mut body = json!({"model": "m", "prompt": [1, 2, 3]});
         let (Value::Object(body_map), Value::Object(extra)) = (&mut body, extra) else {
             panic!("two objects");
@@ -182,8 +172,8 @@ mod tests {
             |extra, expected: Result<u32, &str>| match (completion(extra, &demo()), expected) {
                 (Ok(found), Ok(max)) => assert_eq!(found.prompts[0].max_tokens, max),
                 (Err(error), Err(part)) => {
-                    assert!(error.message.contains(part), "{}", error.message);
-                    assert_eq!(error.code, ErrorCode::ContextTooLong);
+                    assert!(error.to_string().contains(part), "{error}");
+                    assert_eq!(error.code(), ErrorCode::ContextTooLong);
                 }
                 (found, expected) => panic!("{found:?}, expected {expected:?}"),
             };
@@ -214,7 +204,7 @@ mod tests {
         assert!(completion(json!({}), &pretend()).is_ok());
         for (extra, param) in [(json!({"prompt": "x"}), "prompt"), (json!({"stop": "x"}), "stop")] {
             let error = completion(extra, &pretend()).expect_err("no text");
-            assert_eq!(error.param.as_deref(), Some(param));
+            assert_eq!(error.param(), Some(param));
         }
     }
 
@@ -222,7 +212,7 @@ mod tests {
     fn tokens_out_of_the_vocabulary_and_empty_prompts_are_refused() {
         for extra in [json!({"prompt": [512]}), json!({"prompt": ""})] {
             let error = completion(extra.clone(), &demo()).expect_err("a bad prompt");
-            assert_eq!(error.param.as_deref(), Some("prompt"), "{extra}");
+            assert_eq!(error.param(), Some("prompt"), "{extra}");
         }
     }
 }

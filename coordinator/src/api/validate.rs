@@ -171,6 +171,54 @@ pub enum Refusal {
         /// What does not go together, and what to do.
         why: String,
     },
+    /// A prompt without tokens.
+    #[error("the prompt has no tokens; a model needs at least one to go on from")]
+    EmptyPrompt {
+        /// Where the prompt stands.
+        param: &'static str,
+    },
+    /// A token id that the model does not have.
+    #[error("token id {id} is not in the model's vocabulary of {vocab}")]
+    NotInVocabulary {
+        /// Where the prompt stands.
+        param: &'static str,
+        /// The id.
+        id: TokenId,
+        /// The vocabulary's size.
+        vocab: u32,
+    },
+    /// Prompt and answer do not fit.
+    #[error(
+        "this model's context has {context} tokens, and the request needs {} ({prompt} in the \
+         prompt, {answer} for the answer); shorten the prompt or ask for fewer tokens",
+        prompt + answer
+    )]
+    ContextTooLong {
+        /// Where the prompt stands.
+        param: &'static str,
+        /// The context's length.
+        context: u64,
+        /// Tokens of the prompt.
+        prompt: u64,
+        /// Tokens that were asked for.
+        answer: u64,
+    },
+    /// Text for a model that takes and gives token ids alone.
+    #[error("this model has no tokenizer: {advice}")]
+    NoText {
+        /// The parameter that needs text.
+        param: &'static str,
+        /// What to do instead.
+        advice: &'static str,
+    },
+    /// The tokenizer or the chat template refused.
+    #[error("{why}")]
+    NotEncoded {
+        /// Where the prompt stands.
+        param: &'static str,
+        /// What it said.
+        why: String,
+    },
 }
 
 impl Refusal {
@@ -178,7 +226,13 @@ impl Refusal {
     pub fn param(&self) -> Option<&str> {
         match self {
             Refusal::Json(_) | Refusal::NotAnObject(_) => None,
-            Refusal::Missing(param) | Refusal::Conflict { param, .. } => Some(param),
+            Refusal::Missing(param)
+            | Refusal::Conflict { param, .. }
+            | Refusal::EmptyPrompt { param }
+            | Refusal::NotInVocabulary { param, .. }
+            | Refusal::ContextTooLong { param, .. }
+            | Refusal::NoText { param, .. }
+            | Refusal::NotEncoded { param, .. } => Some(param),
             Refusal::Unknown(param)
             | Refusal::WrongType { param, .. }
             | Refusal::OutOfRange { param, .. }
@@ -190,6 +244,7 @@ impl Refusal {
     pub fn code(&self) -> ErrorCode {
         match self {
             Refusal::Unsupported { .. } => ErrorCode::Unsupported,
+            Refusal::ContextTooLong { .. } => ErrorCode::ContextTooLong,
             _ => ErrorCode::InvalidRequest,
         }
     }

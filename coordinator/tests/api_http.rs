@@ -1,0 +1,11 @@
+//! The request plane through real sockets: HTTP on one side, QUIC to a head that answers by script
+//! on the other.
+
+mod api_http {
+    mod answers;
+    mod client;
+    mod failures;
+    mod head;
+    mod refusals;
+    mod setup;
+}
