@@ -9,6 +9,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use shoal_protocol::model::PANEL_OUTPUTS;
 use shoal_protocol::plan::Precision;
 
 use super::format::{Format, with_format};
@@ -18,6 +19,7 @@ use crate::backend::{BackendError, WeightBuilder};
 
 /// Outputs of a panel.
 pub const PANEL: usize = LANES;
+const _: () = assert!(PANEL as u64 == PANEL_OUTPUTS, "plans count the padding of panels");
 
 /// Columns that are transposed at once: 16 rows of them fit the first-level cache twice over.
 const PACK_COLS: usize = 128;

@@ -53,7 +53,8 @@ pub struct Scratch<B: Ops> {
 }
 
 impl<B: Ops> Scratch<B> {
-    /// Buffers for steps of at most `rows_max` rows.
+    /// Buffers for steps of at most `rows_max` rows; they and the device's own scratch for products
+    /// with them take [`ModelSpec::scratch_bytes`].
     pub fn new(ops: &mut B, spec: &ModelSpec, rows_max: usize) -> Result<Self, BackendError> {
         let width = Widths::of(spec);
         Ok(Self {
@@ -72,19 +73,6 @@ impl<B: Ops> Scratch<B> {
     /// The most rows of a step.
     pub fn rows_max(&self) -> usize {
         self.rows_max
-    }
-
-    /// The memory that [`Scratch::new`] takes, in bytes.
-    pub fn bytes(spec: &ModelSpec, rows_max: usize) -> usize {
-        let width = Widths::of(spec);
-        let floats = width.hidden
-            + 2 * width.query
-            + 2 * width.key
-            + 2 * width.intermediate
-            + width.head
-            // The device's own copy of the widest rows, laid out for products.
-            + width.hidden.max(width.query).max(width.intermediate);
-        4 * rows_max * floats
     }
 }
 
