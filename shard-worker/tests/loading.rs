@@ -1,4 +1,5 @@
 //! Loading a shard: what it reads, what it takes of memory, and how it refuses what is damaged.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod support;
 

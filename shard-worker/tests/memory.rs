@@ -1,6 +1,7 @@
 //! What a shard really takes against what a plan says it takes. A process of its own: it looks at
 //! the memory of the whole process.
 #![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod support;
 

@@ -149,6 +149,7 @@ pub fn modelled(spec: &PretendSpec, layers: LayerRange, rows: usize) -> Duration
 fn wait_until(deadline: Instant) {
     let left = deadline.saturating_duration_since(Instant::now());
     if left > SLEEP_SLACK {
+        #[expect(clippy::disallowed_methods, reason = "the passing of time is what is modelled")]
         std::thread::sleep(left - SLEEP_SLACK);
     }
     while Instant::now() < deadline {

@@ -1,5 +1,5 @@
 //! Models of the tests as chains of shards in one process: what stages do, without their links.
-#![allow(dead_code)] // Each test file uses its part.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
