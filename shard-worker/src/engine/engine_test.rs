@@ -1,9 +1,6 @@
 //! The engine as dialogs: in this state, this event, exactly these actions.
 
-use std::time::Duration;
-
 use shoal_protocol::activation::{BlockGrant, CloseHeader, RowRecord, Sample, Samples, Step};
-use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId, StepId};
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::request::{
@@ -13,7 +10,7 @@ use shoal_protocol::units::Instant;
 
 use super::{Action, ClientKey, Engine, EngineConfig, Event};
 
-const LIMITS: ReplicaLimits = ReplicaLimits {
+pub(super) const LIMITS: ReplicaLimits = ReplicaLimits {
     kv_blocks: 64,
     context_max: 512,
     step_rows_max: 64,
@@ -21,16 +18,16 @@ const LIMITS: ReplicaLimits = ReplicaLimits {
     steps_in_flight_max: 4,
 };
 
-fn config(stages: u32, limits: ReplicaLimits) -> EngineConfig {
+pub(super) fn config(stages: u32, limits: ReplicaLimits) -> EngineConfig {
     EngineConfig::new(ReplicaId(1), Generation(2), limits, stages, 1000)
 }
 
-fn engine(stages: u32) -> Engine {
+pub(super) fn engine(stages: u32) -> Engine {
     Engine::new(config(stages, LIMITS)).unwrap()
 }
 
 /// A request whose prompt is 100, 101 … and which has no stop token and no deadline.
-fn request(prompt_len: u32, max_tokens: u32) -> Generate {
+pub(super) fn request(prompt_len: u32, max_tokens: u32) -> Generate {
     Generate {
         request: RequestId(77),
         attempt: Attempt(1),
@@ -45,17 +42,17 @@ fn request(prompt_len: u32, max_tokens: u32) -> Generate {
     }
 }
 
-fn submit(engine: &mut Engine, key: u64, request: Generate) {
+pub(super) fn submit(engine: &mut Engine, key: u64, request: Generate) {
     engine.handle(Instant(1000), Event::Submit { key: ClientKey(key), request: Box::new(request) });
 }
 
 /// All actions, in short words: `open s1 3/3`, `step 0: s1@0..3! +b0`, `close s1`, `c1 token 0=7`.
 /// `!` marks rows that sample, `+b` grants.
-fn actions(engine: &mut Engine) -> Vec<String> {
+pub(super) fn actions(engine: &mut Engine) -> Vec<String> {
     std::iter::from_fn(|| engine.poll_action()).map(|action| words(&action)).collect()
 }
 
-fn words(action: &Action) -> String {
+pub(super) fn words(action: &Action) -> String {
     match action {
         Action::Open(open) => {
             format!("open {} {}/{}", open.sequence, open.prompt_len, open.tokens.len())
@@ -88,7 +85,7 @@ fn words(action: &Action) -> String {
 }
 
 /// The last stage draws these (sequence, row position, token) in a step.
-fn samples(step: u64, drawn: &[(u64, u32, u32)]) -> Samples {
+pub(super) fn samples(step: u64, drawn: &[(u64, u32, u32)]) -> Samples {
     let sample = |&(sequence, position, token)| Sample {
         sequence: SequenceId(sequence),
         position,
@@ -100,7 +97,7 @@ fn samples(step: u64, drawn: &[(u64, u32, u32)]) -> Samples {
     Samples { generation: Generation(2), step: StepId(step), samples }
 }
 
-fn absorb(engine: &mut Engine, step: u64, drawn: &[(u64, u32, u32)]) -> Vec<String> {
+pub(super) fn absorb(engine: &mut Engine, step: u64, drawn: &[(u64, u32, u32)]) -> Vec<String> {
     engine.handle(Instant(5000), Event::Samples(samples(step, drawn)));
     let actions = actions(engine);
     assert_eq!(engine.check(), Vec::<String>::new());
@@ -391,48 +388,6 @@ fn the_context_ends_an_answer() {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused() {
-    let limits = ReplicaLimits { kv_blocks: 2, sequences_max: 1, ..LIMITS };
-    let config = EngineConfig { queue_max: 1, ..config(2, limits) };
-    let bad_sampling = SamplingRecord { temperature: -1.0, ..SamplingRecord::GREEDY };
-    let mut engine = Engine::new(config).unwrap();
-    for (request, code, words) in [
-        (request(32, 5), ErrorCode::ContextTooLong, "2 KV blocks x 16 = 32"),
-        (Generate { prompt_len: 0, ..request(4, 5) }, ErrorCode::InvalidRequest, "at least one"),
-        (Generate { prompt_len: 5, ..request(4, 5) }, ErrorCode::InvalidRequest, "out of 4"),
-        (
-            Generate { tokens: vec![1000], ..request(1, 5) },
-            ErrorCode::InvalidRequest,
-            "token id 1000",
-        ),
-        (
-            Generate { sampling: bad_sampling, ..request(1, 5) },
-            ErrorCode::InvalidRequest,
-            "temperature",
-        ),
-    ] {
-        submit(&mut engine, 9, request);
-        let Some(Action::Emit { event: HeadEvent::Failed { header, code: c, message }, .. }) =
-            engine.poll_action()
-        else {
-            panic!("not refused: {words}");
-        };
-        assert_eq!((c, header.code), (code, u32::from(code.number())));
-        assert!(message.contains(words), "{message}");
-        assert_eq!(engine.poll_action(), None);
-    }
-    submit(&mut engine, 1, request(4, 5));
-    submit(&mut engine, 2, request(4, 5));
-    submit(&mut engine, 3, request(4, 5));
-    submit(&mut engine, 2, request(4, 5));
-    let told = actions(&mut engine);
-    assert_eq!(
-        told,
-        ["c3 failed overloaded", "c2 failed internal", "open s1 4/4", "step 0: s1@0..4! +b0"]
-    );
-}
-
-#[test]
 fn sequences_wait_in_order_for_blocks() {
     let limits = ReplicaLimits { kv_blocks: 4, ..LIMITS };
     let mut engine = Engine::new(config(1, limits)).unwrap();
@@ -443,143 +398,4 @@ fn sequences_wait_in_order_for_blocks() {
     assert_eq!(actions(&mut engine), ["open s1 40/40", "step 0: s1@0..40! +b0 +b1 +b2"]);
     engine.handle(Instant(2000), Event::Cancel { key: ClientKey(2) });
     assert_eq!(actions(&mut engine), ["open s2 3/3", "step 1: s2@0..3! +b3"]);
-}
-
-#[test]
-fn a_cancelled_sequence_is_closed_and_its_samples_are_dropped() {
-    let mut engine = engine(2);
-    submit(&mut engine, 1, request(3, 5));
-    submit(&mut engine, 2, request(3, 5));
-    actions(&mut engine);
-    engine.handle(Instant(2000), Event::Cancel { key: ClientKey(1) });
-    engine.handle(Instant(2000), Event::Cancel { key: ClientKey(1) });
-    engine.handle(Instant(2000), Event::Cancel { key: ClientKey(99) });
-    assert_eq!(actions(&mut engine), ["close s1"]);
-    let next = absorb(&mut engine, 0, &[(1, 2, 7), (2, 2, 8)]);
-    assert_eq!(next, ["c2 token 0=8", "step 1: s2@3..4!"]);
-}
-
-#[test]
-fn a_deadline_ends_what_waits_and_what_runs() {
-    let limits = ReplicaLimits { sequences_max: 1, ..LIMITS };
-    let mut engine = Engine::new(config(2, limits)).unwrap();
-    submit(&mut engine, 1, Generate { deadline_ms: 9, ..request(3, 5) });
-    submit(&mut engine, 2, Generate { deadline_ms: 5, ..request(3, 5) });
-    assert_eq!(actions(&mut engine).len(), 2);
-    assert_eq!(engine.next_deadline(), Some(Instant(6000)));
-    engine.handle(Instant(5999), Event::Tick);
-    assert_eq!(actions(&mut engine), Vec::<String>::new());
-    engine.handle(Instant(6000), Event::Tick);
-    assert_eq!(actions(&mut engine), ["c2 failed deadline_exceeded"]);
-    engine.handle(Instant(10_000), Event::Tick);
-    assert_eq!(actions(&mut engine), ["c1 failed deadline_exceeded", "close s1"]);
-    assert_eq!(engine.check(), Vec::<String>::new());
-}
-
-#[test]
-fn a_fault_fails_everything_once_and_for_ever() {
-    let limits = ReplicaLimits { sequences_max: 1, ..LIMITS };
-    let mut engine = Engine::new(config(2, limits)).unwrap();
-    submit(&mut engine, 1, request(3, 5));
-    submit(&mut engine, 2, request(3, 5));
-    assert_eq!(actions(&mut engine).len(), 2);
-    let fault = || Event::Fault { reason: "the link to w2 (stage 1) is lost".to_owned() };
-    engine.handle(Instant(2000), fault());
-    let Some(Action::Emit { key: ClientKey(1), event: HeadEvent::Failed { code, message, .. } }) =
-        engine.poll_action()
-    else {
-        panic!("not failed");
-    };
-    assert_eq!(code, ErrorCode::WorkerLost);
-    assert_eq!(message, "the link to w2 (stage 1) is lost");
-    assert_eq!(actions(&mut engine), ["c2 failed worker_lost"]);
-    engine.handle(Instant(2000), fault());
-    engine.handle(Instant(2000), Event::Samples(samples(0, &[(1, 2, 7)])));
-    submit(&mut engine, 3, request(3, 5));
-    assert_eq!(actions(&mut engine), ["c3 failed worker_lost"]);
-    assert_eq!((engine.stray_samples(), engine.next_deadline()), (1, None));
-    assert_eq!(engine.check(), Vec::<String>::new());
-    assert_eq!(engine.report().blocks_used, 0);
-}
-
-#[test]
-fn frames_that_were_not_sent_go_with_their_links() {
-    let mut engine = engine(2);
-    submit(&mut engine, 1, request(3, 5));
-    // Makes the step, takes `open` alone.
-    assert_eq!(words(&engine.poll_action().unwrap()), "open s1 3/3");
-    engine.handle(Instant(2000), Event::Fault { reason: "gone".to_owned() });
-    assert_eq!(actions(&mut engine), ["c1 failed worker_lost"]);
-}
-
-#[test]
-fn samples_out_of_place_are_counted_or_a_fault() {
-    let running = || {
-        let mut engine = engine(2);
-        submit(&mut engine, 1, request(200, 5));
-        assert_eq!(actions(&mut engine).len(), 4);
-        engine
-    };
-    // Another generation, a step that is back already, one that was never issued.
-    let mut strays = running();
-    let other = Samples { generation: Generation(1), ..samples(0, &[]) };
-    strays.handle(Instant(2000), Event::Samples(other));
-    assert_eq!(absorb(&mut strays, 99, &[]), Vec::<String>::new());
-    absorb(&mut strays, 0, &[]);
-    assert_eq!(absorb(&mut strays, 0, &[]), Vec::<String>::new());
-    assert_eq!(strays.stray_samples(), 3);
-    // A step before the one that went first; tokens that nobody asked for.
-    for (step, drawn, words) in [
-        (1, vec![], "fault: step 1 came back from the stages before step 0"),
-        (
-            0,
-            vec![(1, 31, 7)],
-            "fault: the samples of step 0 are not of the rows that were asked for",
-        ),
-    ] {
-        let told = absorb(&mut running(), step, &drawn);
-        assert_eq!(told, ["c1 failed worker_lost", words]);
-    }
-}
-
-#[test]
-fn a_step_that_does_not_come_back_is_a_fault() {
-    let mut engine = engine(2);
-    assert_eq!(engine.next_deadline(), None);
-    submit(&mut engine, 1, request(64, 5));
-    assert_eq!(actions(&mut engine)[2..], ["step 1: s1@32..64!"]);
-    assert_eq!(engine.next_deadline(), Some(Instant(1000) + Duration::from_secs(60)));
-    // The time runs anew for each step that becomes the oldest.
-    absorb(&mut engine, 0, &[]);
-    let late = Instant(5000) + Duration::from_secs(60);
-    assert_eq!(engine.next_deadline(), Some(late));
-    engine.handle(Instant(late.0 - 1), Event::Tick);
-    assert_eq!(actions(&mut engine), Vec::<String>::new());
-    engine.handle(late, Event::Tick);
-    let told = actions(&mut engine);
-    let words = "fault: step 1 (rows: 32) has not come back from the stages within 60 s";
-    assert_eq!(told, ["c1 failed worker_lost", words]);
-}
-
-#[test]
-fn logits_that_are_no_numbers_fail_their_sequence() {
-    let mut engine = engine(1);
-    submit(&mut engine, 1, request(3, 5));
-    submit(&mut engine, 2, request(3, 5));
-    actions(&mut engine);
-    let next = absorb(&mut engine, 0, &[(1, 2, Sample::NO_TOKEN), (2, 2, 8)]);
-    let expected = ["c1 failed compute_failed", "close s1", "c2 token 0=8", "step 1: s2@3..4!"];
-    assert_eq!(next, expected);
-}
-
-#[test]
-fn a_config_that_can_serve_nothing_is_refused() {
-    for (config, field) in [
-        (config(0, LIMITS), "stages"),
-        (config(1, ReplicaLimits { kv_blocks: 0, ..LIMITS }), "kv_blocks"),
-        (config(1, ReplicaLimits { steps_in_flight_max: 0, ..LIMITS }), "steps_in_flight_max"),
-        (EngineConfig { vocab: 0, ..config(1, LIMITS) }, "vocab"),
-    ] {
-        assert_eq!(Engine::new(config).err().map(|e| e.field), Some(field));
-    }
 }

@@ -315,6 +315,8 @@ fn failed(error: &WireError, request: u64, attempt: u32, choice: u32) -> HeadEve
 }
 
 #[cfg(test)]
+mod ends_test;
+#[cfg(test)]
 mod engine_test;
 #[cfg(test)]
 mod random_test;
