@@ -62,8 +62,9 @@ fn alone(stages: u32, context: u32, request: &Generate) -> (Vec<TokenId>, Finish
             return (tokens.split_off(request.tokens.len()), FinishReason::Length);
         }
         let mut hidden = 0;
-        for position in caches[0].len()..tokens.len() {
-            hidden = u64::from(tokens[position]);
+        let computed = caches[0].len();
+        for &token in &tokens[computed..] {
+            hidden = u64::from(token);
             for cache in &mut caches {
                 cache.push(hidden);
                 hidden = attend(cache.iter().copied());
