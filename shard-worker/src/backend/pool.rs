@@ -124,9 +124,19 @@ impl Pool {
     /// Calls `job` once for each share, each on a thread of its own, and returns when all have
     /// returned. A panic in a share is an error once the others are done.
     pub fn run(&mut self, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
+        self.run_on(self.shared.threads, job)
+    }
+
+    /// Calls `job` for one share that is everything, on the caller's thread.
+    pub fn run_alone(&mut self, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
+        self.run_on(1, job)
+    }
+
+    /// `threads` is 1 or all.
+    fn run_on(&mut self, threads: usize, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
         let shared = &*self.shared;
-        let share = Share { index: 0, of: shared.threads };
-        if shared.threads > 1 {
+        let share = Share { index: 0, of: threads };
+        if threads > 1 {
             let erased: *const (dyn Fn(Share) + Sync + '_) = job;
             // SAFETY: the lifetime alone changes. Workers call the job only between the raise of
             // `epoch` below and their lowering of `left`, and this function does not return, by
@@ -143,7 +153,7 @@ impl Pool {
             }
         }
         shared.call(job, share);
-        if shared.threads > 1 {
+        if threads > 1 {
             wait(&shared.caller_parked, || shared.left.load(Ordering::SeqCst) == 0);
         }
         if shared.panicked.swap(false, Ordering::Relaxed) {

@@ -12,6 +12,7 @@
 //!
 //! and at the end `out / sum`. Queries, heads and threads are divided freely; several blocks are
 //! scored at once only to hide the latency of the chains.
+#![allow(clippy::needless_range_loop)] // An index names a register; iterators hide which.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,6 +22,7 @@ use super::kv::{PagedKv, SLOTS};
 use super::linear::SharedMut;
 use super::math::exp;
 use super::simd::{LANES, Simd};
+use super::{ALONE_STEPS_MAX, spread};
 use crate::backend::pool::{Pool, Share};
 use crate::model::{ComputeError, Span};
 
@@ -51,7 +53,9 @@ pub fn attend(
     let out = SharedMut(out.as_mut_ptr());
     // Tasks differ in length, so threads draw them; who computes one does not matter to its bits.
     let drawn = AtomicUsize::new(0);
-    pool.run(&|_: Share| {
+    let pairs = |span: &Span<'_>| span.rows * (span.first_position as usize + span.rows);
+    let steps = 2 * heads * dim * spans.iter().map(pairs).sum::<usize>();
+    spread(pool, steps <= ALONE_STEPS_MAX, &|_: Share| {
         let mut mine = drawn.fetch_add(1, Ordering::Relaxed);
         let mut task = 0;
         for span in spans {

@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 use shoal_protocol::plan::Precision;
 
+use super::kv::SLOTS;
 use super::*;
 use crate::backend::WeightBuilder;
 
@@ -364,6 +365,13 @@ fn check_attention(heads: Heads, lengths: [usize; 2], chunk: usize) {
             ops.threads()
         );
         let mut cache = ops.kv(shape).unwrap();
+        // What earlier sequences left behind must not matter.
+        let poison = buffer_of(&mut ops, kv * dim, &vec![f32::NAN; SLOTS * kv * dim]);
+        for block in 0..shape.blocks {
+            let blocks = [block];
+            let span = Span { first_row: 0, rows: SLOTS, first_position: 0, blocks: &blocks };
+            ops.kv_write(&[span], &poison, &poison, &mut cache).unwrap();
+        }
         let mut got: [Vec<f32>; 2] = Default::default();
         let mut done = [0; 2];
         while done != lengths {

@@ -10,6 +10,7 @@
 //!                         for each tile of rows    (sums stay in registers)
 //! tile of m rows:     [k = 0: m values][k = 1: m values] …
 //! ```
+#![allow(clippy::needless_range_loop)] // An index names a register; iterators hide which.
 
 use std::marker::PhantomData;
 
@@ -17,6 +18,7 @@ use super::format::{Format, with_format};
 use super::isa::{Isa, Kernel};
 use super::packed::{PANEL, Packed};
 use super::simd::Simd;
+use super::{ALONE_STEPS_MAX, ALONE_VALUES_MAX, spread};
 use crate::backend::pool::{Pool, Share};
 use crate::model::ComputeError;
 
@@ -86,7 +88,7 @@ impl<'a> Tiles<'a> {
         let scratch = &mut scratch[..rows * cols];
         if fresh {
             let to = SharedMut(scratch.as_mut_ptr());
-            pool.run(&|share: Share| {
+            spread(pool, rows * cols <= ALONE_VALUES_MAX, &|share: Share| {
                 for index in share.range(tiling.tiles) {
                     let (first, height) = tiling.tile(index);
                     // SAFETY: tiles are disjoint ranges of rows, and `scratch` has room for all.
@@ -145,7 +147,8 @@ pub fn product(
     assert!(out.len() >= x.tiling.rows * weight.outputs(), "checked by the caller");
     assert!(bias.is_none_or(|b| b.len() >= weight.panels() * PANEL), "checked by the caller");
     let out = SharedMut(out.as_mut_ptr());
-    pool.run(&|share: Share| {
+    let steps = x.tiling.rows.saturating_mul(weight.outputs()).saturating_mul(weight.cols());
+    spread(pool, steps <= ALONE_STEPS_MAX, &|share: Share| {
         // Shares of whole groups, so that no thread is left with the slower small ones.
         let groups = share.range(weight.panels().div_ceil(GROUP));
         let panels =

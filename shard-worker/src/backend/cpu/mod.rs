@@ -42,9 +42,12 @@ use super::pool::{Pool, Share};
 use super::{BackendError, KvShape, Linear, Norm, Ops, RowSet};
 use crate::model::{ComputeError, Span};
 
-/// Values below which an operation on rows is not worth waking threads for: it takes a few
-/// microseconds alone.
-const ALONE_MAX: usize = 16 * 1024;
+/// Values up to which an operation on rows is not worth other threads: it takes a microsecond or
+/// two, about as long as they need to notice.
+const ALONE_VALUES_MAX: usize = 16 * 1024;
+
+/// The same in fused multiply-adds, for products and attention.
+const ALONE_STEPS_MAX: usize = 64 * 1024;
 
 /// The CPU. See the module.
 pub struct CpuOps {
@@ -115,11 +118,8 @@ impl CpuOps {
         work: impl Fn(Isa, std::ops::Range<usize>) + Sync,
     ) -> Result<(), ComputeError> {
         let isa = self.isa;
-        if rows * width <= ALONE_MAX {
-            work(isa, 0..rows);
-            return Ok(());
-        }
-        self.pool.run(&|share: Share| work(isa, share.range(rows)))
+        let job = |share: Share| work(isa, share.range(rows));
+        spread(&mut self.pool, rows * width <= ALONE_VALUES_MAX, &job)
     }
 
     /// `out[r] = weight · x[r] + bias` with sizes checked.
@@ -140,6 +140,10 @@ impl CpuOps {
             return Ok(());
         }
         let fresh = self.tiles_hold != (x.contents, rows);
+        if fresh {
+            // Nothing, should this fail half-way.
+            self.tiles_hold = (Stamp(0), 0);
+        }
         let with = (self.isa, &mut self.pool);
         let scratch = (self.tiles.as_mut_slice(), fresh);
         let tiles = Tiles::of(with, x.floats.as_slice(), (rows, x.width), scratch)?;
@@ -149,6 +153,11 @@ impl CpuOps {
         let with = (self.isa, &mut self.pool);
         linear::product(with, &tiles, weight, bias.map(|b| b.floats.as_slice()), out)
     }
+}
+
+/// Runs a job on the caller's thread, or on all.
+fn spread(pool: &mut Pool, alone: bool, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
+    if alone { pool.run_alone(job) } else { pool.run(job) }
 }
 
 impl CpuBuf {
