@@ -10,8 +10,15 @@
 //! `engine`, `sample` and `stage::table` are pure: no socket, file, clock, thread or random source.
 //! `model` and `backend` compute; `head`, `stage`, `agent` are thin shells around the rest.
 
+pub mod agent;
 pub mod backend;
+pub mod config;
 pub mod engine;
+pub mod head;
 pub mod model;
+pub mod node;
 pub mod sample;
 pub mod stage;
+
+pub use config::WorkerConfig;
+pub use node::{DrainHandle, StartError, Worker};

@@ -1,0 +1,391 @@
+//! The agent's event loop: everything that can happen to a worker is in `Event`; what follows is
+//! decided by `Lifecycle` and done here.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use shoal_protocol::control::{
+    CoordinatorMessage, REPORT_INTERVAL, Register, Report, ShardCounters, WorkerMessage,
+};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::plan::{Assignment, ModelSource};
+use shoal_protocol::quic::Endpoint;
+use shoal_protocol::units::Bytes;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
+use super::models::Models;
+use super::session::Session;
+use crate::head::Heads;
+use crate::stage::{Links, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop};
+
+/// Events that wait for the loop, which never waits for those who send them.
+const EVENTS_MAX: usize = 64;
+
+/// Messages of the coordinator that wait: each `Assign` makes the one before obsolete.
+const TOLD_MAX: usize = 16;
+
+/// Probes at once: each reads the headers of a model's files.
+const PROBES_MAX: usize = 8;
+
+/// What an agent is made of.
+#[derive(Debug)]
+pub struct AgentParts {
+    /// What it registers with.
+    pub register: Register,
+    /// Where the coordinator is.
+    pub coordinator: SocketAddr,
+    /// The endpoint that reaches it.
+    pub endpoint: Endpoint,
+    /// The ring's endpoint.
+    pub links: Arc<Links>,
+    /// Where heads are found by requests.
+    pub heads: Heads,
+    /// Where models come from.
+    pub models: Models,
+    /// The memory that all shards together may take.
+    pub budget: Bytes,
+}
+
+/// What happens to a worker.
+#[derive(Debug)]
+enum Event {
+    /// A shard has news.
+    Shard(ShardNews),
+    /// A load has ended.
+    Loaded(LoadId, Result<LoadedModel, WireError>),
+    /// A shard has stopped and left its model, to be kept or not.
+    Stopped { key: ShardKey, left: Option<LoadedModel>, keep: bool },
+}
+
+/// Asks an agent to end.
+#[derive(Clone, Debug)]
+pub struct AgentHandle {
+    drain: watch::Sender<bool>,
+}
+
+impl AgentHandle {
+    /// Let out what runs, then end.
+    pub fn drain(&self) {
+        self.drain.send_replace(true);
+    }
+}
+
+/// One worker's agent.
+#[derive(Debug)]
+pub struct Agent {
+    lifecycle: Lifecycle,
+    links: Arc<Links>,
+    heads: Heads,
+    models: Models,
+    shards: HashMap<ShardKey, Shard>,
+    loads: HashMap<LoadId, Load>,
+    /// Models of stopped shards, for their heirs.
+    kept: HashMap<ShardKey, LoadedModel>,
+    /// Loads, stops and the session: none outlives the agent.
+    tasks: JoinSet<()>,
+    probes: JoinSet<()>,
+    events: mpsc::Sender<Event>,
+    inbox: mpsc::Receiver<Event>,
+    news: mpsc::Sender<ShardNews>,
+    news_inbox: mpsc::Receiver<ShardNews>,
+    told: mpsc::Receiver<CoordinatorMessage>,
+    answers: mpsc::Sender<WorkerMessage>,
+    reports: watch::Sender<Report>,
+    drain: watch::Receiver<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Load {
+    progress: Arc<Progress>,
+    /// Where it is complete and not taken yet.
+    model: Option<LoadedModel>,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancel: AtomicBool,
+}
+
+impl Agent {
+    /// An agent that begins to talk to its coordinator at once.
+    pub fn start(parts: AgentParts) -> (Self, AgentHandle) {
+        let (events, inbox) = mpsc::channel(EVENTS_MAX);
+        let (news, news_inbox) = mpsc::channel(EVENTS_MAX);
+        let (told_to, told) = mpsc::channel(TOLD_MAX);
+        let (answers, answers_inbox) = mpsc::channel(PROBES_MAX);
+        let (reports, reports_inbox) = watch::channel(Report::default());
+        let (drain_to, drain) = watch::channel(false);
+        let session = Session {
+            endpoint: parts.endpoint,
+            coordinator: parts.coordinator,
+            register: parts.register,
+            reports: reports_inbox,
+            answers: answers_inbox,
+            told: told_to,
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(session.run());
+        let agent = Self {
+            lifecycle: Lifecycle::new(parts.budget),
+            links: parts.links,
+            heads: parts.heads,
+            models: parts.models,
+            shards: HashMap::new(),
+            loads: HashMap::new(),
+            kept: HashMap::new(),
+            tasks,
+            probes: JoinSet::new(),
+            events,
+            inbox,
+            news,
+            news_inbox,
+            told,
+            answers,
+            reports,
+            drain,
+        };
+        (agent, AgentHandle { drain: drain_to })
+    }
+
+    /// Runs until it is drained.
+    pub async fn run(mut self) {
+        let mut ticks = tokio::time::interval(REPORT_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut draining = false;
+        while !(draining && self.lifecycle.is_empty()) {
+            tokio::select! {
+                Some(event) = self.inbox.recv() => self.take(event),
+                Some(news) = self.news_inbox.recv() => self.take(Event::Shard(news)),
+                Some(message) = self.told.recv() => self.take_message(message, &mut draining),
+                () = asked_to_drain(&mut self.drain), if !draining => {
+                    draining = true;
+                    self.handle(lifecycle::Event::Drain);
+                }
+                _ = ticks.tick() => {
+                    self.note_progress();
+                    self.reports.send_replace(self.report());
+                }
+                Some(done) = self.tasks.join_next() => joined(done),
+                Some(done) = self.probes.join_next() => joined(done),
+            }
+        }
+        self.tasks.shutdown().await;
+        self.probes.shutdown().await;
+    }
+
+    fn take_message(&mut self, message: CoordinatorMessage, draining: &mut bool) {
+        match message {
+            CoordinatorMessage::Assign(assignments) => {
+                self.handle(lifecycle::Event::Assigned(assignments));
+            }
+            CoordinatorMessage::Probe { probe, source } => self.probe(probe, source),
+            CoordinatorMessage::Drain => {
+                *draining = true;
+                self.handle(lifecycle::Event::Drain);
+            }
+            CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Refused(_) => {
+                tracing::warn!("the coordinator answered a registration that was not asked for");
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Shard(ShardNews { replica, generation, event }) => {
+                let key = ShardKey { replica, generation };
+                self.handle(match event {
+                    ShardEvent::Linked => {
+                        tracing::info!("{key} is linked");
+                        lifecycle::Event::Linked(key)
+                    }
+                    ShardEvent::Failed(error) => {
+                        tracing::warn!("{key} has failed: {error}");
+                        lifecycle::Event::Broken(key, error)
+                    }
+                });
+            }
+            Event::Loaded(load, Ok(model)) => {
+                if let Some(load) = self.loads.get_mut(&load) {
+                    load.model = Some(model);
+                }
+                self.handle(lifecycle::Event::Loaded(load));
+            }
+            Event::Loaded(load, Err(error)) => {
+                self.loads.remove(&load);
+                tracing::warn!("a shard was not loaded: {error}");
+                self.handle(lifecycle::Event::LoadFailed(load, error));
+            }
+            Event::Stopped { key, left, keep } => {
+                let kept = match left {
+                    Some(model) if keep => self.kept.insert(key, model).is_none(),
+                    _ => false,
+                };
+                self.handle(lifecycle::Event::Stopped { key, kept });
+            }
+        }
+    }
+
+    /// Tells the lifecycle and does what it wants, until it wants nothing more.
+    fn handle(&mut self, event: lifecycle::Event) {
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            for action in self.lifecycle.handle(event) {
+                events.extend(self.act(action));
+            }
+        }
+        let report = self.report();
+        self.reports.send_if_modified(|last| std::mem::replace(last, report) != *last);
+    }
+
+    fn act(&mut self, action: Action) -> Option<lifecycle::Event> {
+        match action {
+            Action::Load(id, assignment) => {
+                self.load(id, assignment);
+                None
+            }
+            Action::Cancel(id) => {
+                if let Some(load) = self.loads.get(&id) {
+                    load.progress.cancel.store(true, Ordering::Relaxed);
+                }
+                None
+            }
+            Action::Discard(id) => {
+                self.loads.remove(&id);
+                None
+            }
+            Action::Start(id, assignment) => {
+                let model = self.loads.remove(&id).and_then(|load| load.model);
+                self.start_shard(assignment, model)
+            }
+            Action::Adopt(from, assignment) => {
+                let model = self.kept.remove(&from);
+                self.start_shard(assignment, model)
+            }
+            Action::Forget(key) => {
+                self.kept.remove(&key);
+                None
+            }
+            Action::Stop(key, how) => self.stop(key, how),
+        }
+    }
+
+    fn load(&mut self, id: LoadId, assignment: Assignment) {
+        let load = Load::default();
+        let (progress, models) = (Arc::clone(&load.progress), self.models.clone());
+        self.loads.insert(id, load);
+        let events = self.events.clone();
+        self.tasks.spawn(async move {
+            let work = move || {
+                let note = |done: Bytes, total: Bytes| {
+                    progress.done.fetch_max(done.0, Ordering::Relaxed);
+                    progress.total.store(total.0, Ordering::Relaxed);
+                };
+                models.load(&assignment, &note, &progress.cancel)
+            };
+            let loaded = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+                Err(WireError::new(ErrorCode::Internal, format!("loading panicked: {error}")))
+            });
+            let _ = events.send(Event::Loaded(id, loaded)).await;
+        });
+    }
+
+    fn start_shard(
+        &mut self,
+        assignment: Assignment,
+        model: Option<LoadedModel>,
+    ) -> Option<lifecycle::Event> {
+        let key = ShardKey::of(&assignment);
+        let broken = |why: String| {
+            tracing::error!("{key} cannot be started: {why}");
+            Some(lifecycle::Event::Broken(key, WireError::new(ErrorCode::Internal, why)))
+        };
+        let Some(model) = model else { return broken("its weights are gone".to_owned()) };
+        match Shard::start(&assignment, model, &self.links, self.news.clone()) {
+            Ok(shard) => {
+                if let Some(head) = shard.head() {
+                    self.heads.insert(key.replica, head.clone());
+                }
+                self.shards.insert(key, shard);
+                None
+            }
+            Err(error) => broken(error.to_string()),
+        }
+    }
+
+    fn stop(&mut self, key: ShardKey, how: Stop) -> Option<lifecycle::Event> {
+        // One that could not be started has nothing to stop.
+        let Some(shard) = self.shards.remove(&key) else {
+            return Some(lifecycle::Event::Stopped { key, kept: false });
+        };
+        if let Some(head) = shard.head() {
+            self.heads.remove(key.replica, head);
+        }
+        let events = self.events.clone();
+        self.tasks.spawn(async move {
+            let left = match how {
+                Stop::Drain => shard.stop(ShardStop::Drain).await,
+                Stop::Now | Stop::Keep => shard.stop(ShardStop::Now).await,
+            };
+            let _ = events.send(Event::Stopped { key, left, keep: how == Stop::Keep }).await;
+        });
+        None
+    }
+
+    fn probe(&mut self, probe: u64, source: ModelSource) {
+        let (models, answers) = (self.models.clone(), self.answers.clone());
+        let busy = self.probes.len() >= PROBES_MAX;
+        if busy {
+            let words = format!("{PROBES_MAX} probes are at work already; try again");
+            let result = Err(WireError::new(ErrorCode::Overloaded, words));
+            // Where that queue is full too, the coordinator's deadline answers.
+            let _ = answers.try_send(WorkerMessage::Probed { probe, result });
+            return;
+        }
+        self.probes.spawn(async move {
+            let read = tokio::task::spawn_blocking(move || models.fingerprint(&source)).await;
+            let result = read.unwrap_or_else(|error| {
+                Err(WireError::new(ErrorCode::Internal, format!("the probe panicked: {error}")))
+            });
+            let _ = answers.send(WorkerMessage::Probed { probe, result }).await;
+        });
+    }
+
+    fn note_progress(&mut self) {
+        for (id, load) in &self.loads {
+            let done = Bytes(load.progress.done.load(Ordering::Relaxed));
+            let total = Bytes(load.progress.total.load(Ordering::Relaxed));
+            if total > Bytes(0) {
+                let actions = self.lifecycle.handle(lifecycle::Event::Progress(*id, done, total));
+                debug_assert!(actions.is_empty(), "progress asks for nothing");
+            }
+        }
+    }
+
+    fn report(&self) -> Report {
+        let counters = |key: ShardKey| {
+            self.shards.get(&key).map_or_else(ShardCounters::default, Shard::counters)
+        };
+        Report { shards: self.lifecycle.report(counters), heads: self.heads.reports() }
+    }
+}
+
+async fn asked_to_drain(drain: &mut watch::Receiver<bool>) {
+    if drain.wait_for(|drain| *drain).await.is_err() {
+        // Nobody is left to ask for it.
+        std::future::pending().await
+    }
+}
+
+fn joined(done: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = done
+        && error.is_panic()
+    {
+        tracing::error!("a task of the agent panicked: {error}");
+    }
+}

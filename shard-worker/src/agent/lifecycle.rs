@@ -1,0 +1,422 @@
+//! What this worker's shards are and what they should be: Empty → Loading → Linking → Ready →
+//! Draining → Empty, for each generation of each replica.
+//!
+//! Pure. The agent tells it what the coordinator wants (always all of it) and what was observed; it
+//! answers with actions. It refuses the past, keeps within the memory budget, and lets a new
+//! generation take over weights that are loaded already.
+//!
+//! ```text
+//!            Load             Start              Linked
+//!   Waiting ──────► Loading ─────────► Linking ─────────► Ready
+//!      │ Adopt: the weights of the        │  Broken          │
+//!      │ generation before are kept       └──────► Failed ◄──┘
+//!      └──────────────────────────────► Linking
+//!   not wanted any more: Stop{Drain}; replaced: Stop{Now}; the memory is free at `Stopped`
+//! ```
+
+use std::collections::BTreeMap;
+
+use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::{Generation, ReplicaId};
+use shoal_protocol::plan::{Assignment, ShardMemory};
+use shoal_protocol::units::Bytes;
+
+/// One shard of this worker: it has at most one for each generation of a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ShardKey {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its layout.
+    pub generation: Generation,
+}
+
+impl ShardKey {
+    /// The shard that an assignment describes.
+    pub fn of(assignment: &Assignment) -> Self {
+        Self { replica: assignment.replica.id, generation: assignment.replica.generation }
+    }
+}
+
+impl std::fmt::Display for ShardKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.replica, self.generation)
+    }
+}
+
+/// The number of one load, so that a load may outlive the generation that began it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LoadId(pub u64);
+
+/// What the lifecycle is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// What the coordinator wants: all of it.
+    Assigned(Vec<Assignment>),
+    /// A load has read so many bytes out of so many.
+    Progress(LoadId, Bytes, Bytes),
+    /// A load is complete.
+    Loaded(LoadId),
+    /// A load failed; what it held is free.
+    LoadFailed(LoadId, WireError),
+    /// Both links of a shard are up, or it needs none.
+    Linked(ShardKey),
+    /// A shard cannot go on. It keeps its weights until it is stopped.
+    Broken(ShardKey, WireError),
+    /// A shard has stopped; `kept`: the agent holds its weights for the next generation.
+    Stopped {
+        /// Which.
+        key: ShardKey,
+        /// Whether its weights are still there.
+        kept: bool,
+    },
+    /// The process is to end: let everything out.
+    Drain,
+}
+
+/// How a shard is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// What runs may finish, within the drain deadline; then the weights are dropped.
+    Drain,
+    /// At once, and the weights are dropped.
+    Now,
+    /// At once; the weights are kept for the next generation.
+    Keep,
+}
+
+/// What the agent is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Read the weights of an assignment.
+    Load(LoadId, Assignment),
+    /// Give a load up: nobody wants it any more. It still ends with `Loaded` or `LoadFailed`.
+    Cancel(LoadId),
+    /// Drop what a load has given: nobody wants it any more.
+    Discard(LoadId),
+    /// Run an assignment with the weights of a load.
+    Start(LoadId, Assignment),
+    /// Run an assignment with the weights that the stopped shard left.
+    Adopt(ShardKey, Assignment),
+    /// Drop the weights that the stopped shard left.
+    Forget(ShardKey),
+    /// Stop a shard that runs or has failed.
+    Stop(ShardKey, Stop),
+}
+
+/// Where a wanted shard is.
+#[derive(Clone, Debug, PartialEq)]
+enum Phase {
+    /// For the memory, or the weights, of a shard that is being stopped.
+    Waiting { adopt: Option<ShardKey> },
+    /// Reading weights.
+    Loading { load: LoadId, done: Bytes, total: Bytes },
+    /// The shard runs; its links are not all up.
+    Linking,
+    /// The shard runs.
+    Ready,
+    /// It failed before it ran: it holds nothing.
+    NotLoaded(WireError),
+    /// It ran and failed: it holds its weights.
+    Broken(WireError),
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    assignment: Assignment,
+    phase: Phase,
+}
+
+/// A shard that holds memory and is not wanted any more.
+#[derive(Clone, Debug)]
+struct Leaving {
+    assignment: Assignment,
+}
+
+/// All shards of one worker.
+#[derive(Debug)]
+pub struct Lifecycle {
+    budget: Bytes,
+    wanted: BTreeMap<ReplicaId, Slot>,
+    leaving: BTreeMap<ShardKey, Leaving>,
+    abandoned: BTreeMap<LoadId, Bytes>,
+    /// The newest generation that was ever wanted of each replica: nothing before it comes back.
+    newest: BTreeMap<ReplicaId, Generation>,
+    loads: u64,
+    draining: bool,
+    actions: Vec<Action>,
+}
+
+impl Lifecycle {
+    /// A worker without shards that may hold `budget` bytes.
+    pub fn new(budget: Bytes) -> Self {
+        Self {
+            budget,
+            wanted: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            abandoned: BTreeMap::new(),
+            newest: BTreeMap::new(),
+            loads: 0,
+            draining: false,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes an event and says what is to be done, in this order.
+    pub fn handle(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Assigned(assignments) => self.assign(assignments),
+            Event::Progress(load, done, total) => {
+                if let Some(slot) = self.loading(load) {
+                    slot.phase = Phase::Loading { load, done, total };
+                }
+            }
+            Event::Loaded(load) => self.loaded(load),
+            Event::LoadFailed(load, error) => {
+                self.abandoned.remove(&load);
+                if let Some(slot) = self.loading(load) {
+                    slot.phase = Phase::NotLoaded(error);
+                }
+            }
+            Event::Linked(key) => {
+                if let Some(slot) = self.slot(key)
+                    && slot.phase == Phase::Linking
+                {
+                    slot.phase = Phase::Ready;
+                }
+            }
+            Event::Broken(key, error) => {
+                if let Some(slot) = self.slot(key)
+                    && matches!(slot.phase, Phase::Linking | Phase::Ready)
+                {
+                    slot.phase = Phase::Broken(error);
+                }
+            }
+            Event::Stopped { key, kept } => self.stopped(key, kept),
+            Event::Drain => {
+                self.draining = true;
+                self.assign(Vec::new());
+            }
+        }
+        self.begin_waiting();
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Whether nothing runs and nothing is being let go.
+    pub fn is_empty(&self) -> bool {
+        self.wanted.is_empty() && self.leaving.is_empty() && self.abandoned.is_empty()
+    }
+
+    /// Every shard with its state; `counters` knows those that run.
+    pub fn report(&self, mut counters: impl FnMut(ShardKey) -> ShardCounters) -> Vec<ShardReport> {
+        let mut line = |assignment: &Assignment, state| ShardReport {
+            replica: assignment.replica.id,
+            generation: assignment.replica.generation,
+            stage: assignment.stage,
+            state,
+            memory: memory_of(assignment),
+            counters: counters(ShardKey::of(assignment)),
+        };
+        let leaving = self.leaving.values().map(|l| (&l.assignment, ShardState::Draining));
+        let wanted = self.wanted.values().map(|slot| (&slot.assignment, slot.state()));
+        leaving.chain(wanted).map(|(assignment, state)| line(assignment, state)).collect()
+    }
+
+    fn assign(&mut self, assignments: Vec<Assignment>) {
+        let mut assignments: BTreeMap<ReplicaId, Assignment> =
+            assignments.into_iter().map(|a| (a.replica.id, a)).collect();
+        if self.draining {
+            assignments.clear();
+        }
+        let gone: Vec<ReplicaId> =
+            self.wanted.keys().copied().filter(|id| !assignments.contains_key(id)).collect();
+        for id in gone {
+            if let Some(slot) = self.wanted.remove(&id) {
+                self.let_go(slot, Stop::Drain);
+            }
+        }
+        for (id, assignment) in assignments {
+            let newest = self.newest.get(&id).copied();
+            let generation = assignment.replica.generation;
+            if newest.is_none_or(|newest| generation > newest) {
+                self.newest.insert(id, generation);
+                self.replace(id, assignment);
+            } else if newest == Some(generation) && !self.wanted.contains_key(&id) {
+                // Withdrawn and wanted again, as after a coordinator's restart.
+                self.replace(id, assignment);
+            }
+            // What is left is the past, or what we are already.
+        }
+    }
+
+    fn replace(&mut self, id: ReplicaId, assignment: Assignment) {
+        let mut phase = Phase::Waiting { adopt: None };
+        if let Some(old) = self.wanted.remove(&id) {
+            let same = same_weights(&old.assignment, &assignment);
+            phase = match old.phase {
+                // The load goes on, for the new generation.
+                Phase::Loading { .. } if same => old.phase,
+                Phase::Waiting { adopt } if same => Phase::Waiting { adopt },
+                _ => {
+                    let runs = old.runs();
+                    let from = ShardKey::of(&old.assignment);
+                    self.let_go(old, if same { Stop::Keep } else { Stop::Now });
+                    Phase::Waiting { adopt: (runs && same).then_some(from) }
+                }
+            };
+        }
+        self.wanted.insert(id, Slot { assignment, phase });
+    }
+
+    /// Stops what is not wanted any more.
+    fn let_go(&mut self, slot: Slot, stop: Stop) {
+        let key = ShardKey::of(&slot.assignment);
+        match slot.phase {
+            // Weights that were kept for it are forgotten once their shard has stopped.
+            Phase::Waiting { .. } | Phase::NotLoaded(_) => {}
+            Phase::Loading { load, .. } => {
+                self.actions.push(Action::Cancel(load));
+                self.abandoned.insert(load, memory_of(&slot.assignment).total());
+            }
+            Phase::Linking | Phase::Ready | Phase::Broken(_) => {
+                self.actions.push(Action::Stop(key, stop));
+                self.leaving.insert(key, Leaving { assignment: slot.assignment });
+            }
+        }
+    }
+
+    fn loaded(&mut self, load: LoadId) {
+        if self.abandoned.remove(&load).is_some() {
+            self.actions.push(Action::Discard(load));
+        } else if let Some(slot) = self.loading(load) {
+            slot.phase = Phase::Linking;
+            let assignment = slot.assignment.clone();
+            self.actions.push(Action::Start(load, assignment));
+        }
+    }
+
+    fn stopped(&mut self, key: ShardKey, kept: bool) {
+        self.leaving.remove(&key);
+        let heir = self
+            .wanted
+            .get_mut(&key.replica)
+            .filter(|slot| slot.phase == Phase::Waiting { adopt: Some(key) });
+        match (heir, kept) {
+            (Some(slot), true) => {
+                slot.phase = Phase::Linking;
+                self.actions.push(Action::Adopt(key, slot.assignment.clone()));
+            }
+            (Some(slot), false) => slot.phase = Phase::Waiting { adopt: None },
+            (None, true) => self.actions.push(Action::Forget(key)),
+            (None, false) => {}
+        }
+    }
+
+    /// Starts the loads for which there is memory; refuses those for which there never will be.
+    fn begin_waiting(&mut self) {
+        let waiting: Vec<ReplicaId> = self
+            .wanted
+            .iter()
+            .filter(|(_, slot)| slot.phase == Phase::Waiting { adopt: None })
+            // The same shard may still be on its way out.
+            .filter(|(_, slot)| !self.leaving.contains_key(&ShardKey::of(&slot.assignment)))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in waiting {
+            let leaving: Bytes =
+                self.leaving.values().map(|l| memory_of(&l.assignment).total()).sum();
+            let leaving = leaving + self.abandoned.values().copied().sum();
+            let held: Bytes = self.wanted.values().map(Slot::holds).sum();
+            let Some(slot) = self.wanted.get_mut(&id) else { continue };
+            let needs = memory_of(&slot.assignment);
+            if needs.total() + held > self.budget {
+                slot.phase = Phase::NotLoaded(does_not_fit(&slot.assignment, held, self.budget));
+            } else if needs.total() + held + leaving <= self.budget {
+                let load = LoadId(self.loads);
+                self.loads += 1;
+                slot.phase = Phase::Loading { load, done: Bytes(0), total: needs.weights };
+                self.actions.push(Action::Load(load, slot.assignment.clone()));
+            }
+        }
+    }
+
+    fn slot(&mut self, key: ShardKey) -> Option<&mut Slot> {
+        let slot = self.wanted.get_mut(&key.replica);
+        slot.filter(|slot| ShardKey::of(&slot.assignment) == key)
+    }
+
+    fn loading(&mut self, load: LoadId) -> Option<&mut Slot> {
+        self.wanted
+            .values_mut()
+            .find(|slot| matches!(slot.phase, Phase::Loading { load: l, .. } if l == load))
+    }
+}
+
+impl Slot {
+    /// Whether there is a shard to stop.
+    fn runs(&self) -> bool {
+        matches!(self.phase, Phase::Linking | Phase::Ready | Phase::Broken(_))
+    }
+
+    /// What it holds, or will hold without asking again.
+    fn holds(&self) -> Bytes {
+        match self.phase {
+            // Weights that it waits for are counted with the shard that is leaving.
+            Phase::Waiting { .. } | Phase::NotLoaded(_) => Bytes(0),
+            Phase::Loading { .. } | Phase::Linking | Phase::Ready | Phase::Broken(_) => {
+                memory_of(&self.assignment).total()
+            }
+        }
+    }
+
+    fn state(&self) -> ShardState {
+        let total = memory_of(&self.assignment).weights;
+        match &self.phase {
+            Phase::Waiting { .. } => ShardState::Loading { done: Bytes(0), total },
+            Phase::Loading { done, total, .. } => {
+                ShardState::Loading { done: *done, total: *total }
+            }
+            Phase::Linking => ShardState::Linking,
+            Phase::Ready => ShardState::Ready,
+            Phase::NotLoaded(error) | Phase::Broken(error) => ShardState::Failed(error.clone()),
+        }
+    }
+}
+
+/// The memory that the plan gives this shard.
+pub fn memory_of(assignment: &Assignment) -> ShardMemory {
+    let stage = assignment.replica.stages.get(assignment.stage.0 as usize);
+    let shard = stage.and_then(|stage| stage.shards.iter().find(|s| s.rank == assignment.rank));
+    shard.map(|shard| shard.memory).unwrap_or_default()
+}
+
+/// Whether the weights and the cache of one can serve the other: the same part of the same model, in
+/// the same precision and the same bounds.
+fn same_weights(a: &Assignment, b: &Assignment) -> bool {
+    a.replica.model == b.replica.model
+        && a.replica.precision == b.replica.precision
+        && a.replica.numerics == b.replica.numerics
+        && a.replica.limits == b.replica.limits
+        && a.layers() == b.layers()
+        && a.rank == b.rank
+        && a.is_last() == b.is_last()
+        && memory_of(a) == memory_of(b)
+}
+
+fn does_not_fit(assignment: &Assignment, held: Bytes, budget: Bytes) -> WireError {
+    let ShardMemory { weights, kv, activations } = memory_of(assignment);
+    let total = memory_of(assignment).total();
+    let message = format!(
+        "layers {} of {} need {total} here (weights {weights} + KV {kv} + activations \
+         {activations}); this worker's budget is {budget}, of which other shards hold {held}: \
+         {} are missing; give it more with --memory, or add a worker",
+        assignment.layers(),
+        assignment.replica.model.source,
+        (total + held).saturating_sub(budget),
+    );
+    WireError::new(ErrorCode::DoesNotFit, message)
+}
+
+#[cfg(test)]
+#[path = "lifecycle_test.rs"]
+mod lifecycle_test;

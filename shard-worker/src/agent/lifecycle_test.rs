@@ -1,0 +1,219 @@
+//! The life of shards as dialogs: what is told, and all that follows.
+
+use shoal_protocol::control::ShardState;
+use shoal_protocol::id::{DeploymentName, NodeId, RankIndex, StageIndex};
+use shoal_protocol::plan::{
+    ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
+};
+use shoal_protocol::units::LayerRange;
+
+use super::*;
+
+/// A shard of so many bytes with layers 0..`layers`.
+fn assignment(replica: u32, generation: u64, layers: u32, bytes: u64) -> Assignment {
+    let memory = ShardMemory { weights: Bytes(bytes), ..ShardMemory::default() };
+    let device = "cpu".to_owned();
+    let shard = ShardPlan { rank: RankIndex(0), node: NodeId::worker(1), device, memory };
+    let stage = StagePlan { layers: LayerRange::new(0, layers), shards: vec![shard] };
+    let source = ModelSource::Folder { path: "/model".to_owned() };
+    let limits = ReplicaLimits {
+        kv_blocks: 1,
+        context_max: 16,
+        step_rows_max: 1,
+        sequences_max: 1,
+        steps_in_flight_max: 1,
+    };
+    let replica = ReplicaPlan {
+        id: ReplicaId(replica),
+        deployment: DeploymentName::new("d").unwrap(),
+        generation: Generation(generation),
+        model: ModelRef { source, fingerprint: [0; 32] },
+        precision: Precision::F32,
+        numerics: Numerics::N1,
+        stages: vec![stage],
+        limits,
+    };
+    Assignment { replica, stage: StageIndex(0), rank: RankIndex(0), peers: Vec::new() }
+}
+
+fn key(replica: u32, generation: u64) -> ShardKey {
+    ShardKey { replica: ReplicaId(replica), generation: Generation(generation) }
+}
+
+fn states(lifecycle: &Lifecycle) -> Vec<(u64, ShardState)> {
+    let report = lifecycle.report(|_| ShardCounters::default());
+    report.into_iter().map(|shard| (shard.generation.0, shard.state)).collect()
+}
+
+fn loading(done: u64, total: u64) -> ShardState {
+    ShardState::Loading { done: Bytes(done), total: Bytes(total) }
+}
+
+fn error() -> WireError {
+    WireError::new(ErrorCode::WorkerLost, "w2 is gone")
+}
+
+/// A worker with a budget of 100 whose shard of generation 1 is ready.
+fn ready(layers: u32, bytes: u64) -> Lifecycle {
+    let mut life = Lifecycle::new(Bytes(100));
+    let first = assignment(1, 1, layers, bytes);
+    let actions = life.handle(Event::Assigned(vec![first.clone()]));
+    assert_eq!(actions, [Action::Load(LoadId(0), first.clone())]);
+    assert_eq!(life.handle(Event::Loaded(LoadId(0))), [Action::Start(LoadId(0), first)]);
+    assert_eq!(life.handle(Event::Linked(key(1, 1))), []);
+    life
+}
+
+#[test]
+fn a_shard_lives_from_load_to_drain() {
+    let mut life = Lifecycle::new(Bytes(100));
+    let first = assignment(1, 1, 4, 60);
+    life.handle(Event::Assigned(vec![first.clone()]));
+    assert_eq!(states(&life), [(1, loading(0, 60))]);
+    assert_eq!(life.handle(Event::Progress(LoadId(0), Bytes(20), Bytes(30))), []);
+    assert_eq!(states(&life), [(1, loading(20, 30))]);
+    life.handle(Event::Loaded(LoadId(0)));
+    assert_eq!(states(&life), [(1, ShardState::Linking)]);
+    life.handle(Event::Linked(key(1, 1)));
+    assert_eq!(states(&life), [(1, ShardState::Ready)]);
+
+    assert_eq!(life.handle(Event::Assigned(vec![first])), [], "it is that already");
+    let stop = Action::Stop(key(1, 1), Stop::Drain);
+    assert_eq!(life.handle(Event::Assigned(vec![])), [stop]);
+    assert_eq!(states(&life), [(1, ShardState::Draining)]);
+    assert!(!life.is_empty());
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: false }), []);
+    assert!(life.is_empty());
+}
+
+#[test]
+fn the_past_does_not_come_back() {
+    let mut life = ready(4, 60);
+    let second = assignment(1, 2, 2, 30);
+    let stop = Action::Stop(key(1, 1), Stop::Now);
+    let load = Action::Load(LoadId(1), second.clone());
+    assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [stop, load]);
+    let old = assignment(1, 1, 4, 60);
+    assert_eq!(life.handle(Event::Assigned(vec![old.clone()])), []);
+    assert_eq!(life.handle(Event::Broken(key(1, 1), error())), [], "of the old one");
+    assert_eq!(
+        states(&life),
+        [(1, ShardState::Draining), (2, loading(0, 30))],
+        "the second generation stays what is wanted"
+    );
+    assert_eq!(
+        life.handle(Event::Assigned(vec![])),
+        [Action::Cancel(LoadId(1))],
+        "it is not wanted any more"
+    );
+    life.handle(Event::LoadFailed(LoadId(1), error()));
+    life.handle(Event::Stopped { key: key(1, 1), kept: false });
+    assert_eq!(life.handle(Event::Assigned(vec![old])), []);
+    assert!(life.is_empty());
+    // The newest one may come again: a coordinator that restarted had forgotten it.
+    let again = Action::Load(LoadId(2), second.clone());
+    assert_eq!(life.handle(Event::Assigned(vec![second])), [again]);
+}
+
+#[test]
+fn equal_weights_are_kept_for_the_next_generation() {
+    let mut life = ready(4, 60);
+    life.handle(Event::Broken(key(1, 1), error()));
+    assert_eq!(states(&life), [(1, ShardState::Failed(error()))]);
+    let second = assignment(1, 2, 4, 60);
+    let stop = Action::Stop(key(1, 1), Stop::Keep);
+    assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [stop]);
+    let adopt = Action::Adopt(key(1, 1), second);
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: true }), [adopt]);
+    assert_eq!(states(&life), [(2, ShardState::Linking)]);
+}
+
+#[test]
+fn weights_that_were_lost_are_loaded_again() {
+    let mut life = ready(4, 60);
+    let second = assignment(1, 2, 4, 60);
+    life.handle(Event::Assigned(vec![second.clone()]));
+    let load = Action::Load(LoadId(1), second);
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: false }), [load]);
+}
+
+#[test]
+fn weights_without_an_heir_are_dropped() {
+    let mut life = ready(4, 60);
+    life.handle(Event::Assigned(vec![assignment(1, 2, 4, 60)]));
+    assert_eq!(life.handle(Event::Assigned(vec![])), []);
+    let forget = Action::Forget(key(1, 1));
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: true }), [forget]);
+    assert!(life.is_empty());
+}
+
+#[test]
+fn a_load_goes_on_where_only_the_generation_changes() {
+    let mut life = Lifecycle::new(Bytes(100));
+    life.handle(Event::Assigned(vec![assignment(1, 1, 4, 60)]));
+    let second = assignment(1, 2, 4, 60);
+    assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), []);
+    let start = Action::Start(LoadId(0), second);
+    assert_eq!(life.handle(Event::Loaded(LoadId(0))), [start]);
+}
+
+#[test]
+fn a_load_that_nobody_wants_is_cancelled_and_dropped() {
+    let mut life = Lifecycle::new(Bytes(100));
+    life.handle(Event::Assigned(vec![assignment(1, 1, 4, 60)]));
+    let second = assignment(1, 2, 2, 70);
+    // Both do not fit at once: the second waits for the first to be gone.
+    assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [Action::Cancel(LoadId(0))]);
+    assert_eq!(
+        life.handle(Event::Loaded(LoadId(0))),
+        [Action::Discard(LoadId(0)), Action::Load(LoadId(1), second)]
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_arithmetic() {
+    let mut life = ready(4, 60);
+    let both = vec![assignment(1, 1, 4, 60), assignment(2, 1, 4, 50)];
+    assert_eq!(life.handle(Event::Assigned(both.clone())), []);
+    let [_, (1, ShardState::Failed(error))] = &states(&life)[..] else {
+        panic!("{:?}", states(&life))
+    };
+    assert_eq!(error.code, ErrorCode::DoesNotFit);
+    for words in ["layers 0..4 of /model", "need 50 B", "budget is 100 B", "hold 60 B", "10 B are"]
+    {
+        assert!(error.message.contains(words), "{words:?} is not in {:?}", error.message);
+    }
+    assert_eq!(life.handle(Event::Assigned(both)), [], "it stays refused");
+}
+
+#[test]
+fn memory_is_given_when_it_is_free() {
+    let mut life = ready(4, 60);
+    let next = assignment(2, 1, 4, 50);
+    let stop = Action::Stop(key(1, 1), Stop::Drain);
+    assert_eq!(life.handle(Event::Assigned(vec![next.clone()])), [stop]);
+    let load = Action::Load(LoadId(1), next);
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: false }), [load]);
+}
+
+#[test]
+fn a_draining_worker_takes_nothing_new() {
+    let mut life = ready(4, 60);
+    assert_eq!(life.handle(Event::Drain), [Action::Stop(key(1, 1), Stop::Drain)]);
+    assert_eq!(life.handle(Event::Assigned(vec![assignment(2, 1, 4, 10)])), []);
+    life.handle(Event::Stopped { key: key(1, 1), kept: false });
+    assert!(life.is_empty());
+}
+
+#[test]
+fn a_failed_load_says_why_until_there_is_a_new_layout() {
+    let mut life = Lifecycle::new(Bytes(100));
+    let first = assignment(1, 1, 4, 60);
+    life.handle(Event::Assigned(vec![first.clone()]));
+    assert_eq!(life.handle(Event::LoadFailed(LoadId(0), error())), []);
+    assert_eq!(life.handle(Event::Assigned(vec![first])), []);
+    assert_eq!(states(&life), [(1, ShardState::Failed(error()))]);
+    let second = assignment(1, 2, 4, 60);
+    let load = Action::Load(LoadId(1), second.clone());
+    assert_eq!(life.handle(Event::Assigned(vec![second])), [load]);
+}

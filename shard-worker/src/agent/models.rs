@@ -1,0 +1,131 @@
+//! Where this worker's models come from: opening, fingerprinting, loading. All of it blocks.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::model::{BuiltinModel, Checkpoint};
+use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
+use shoal_protocol::units::Bytes;
+
+use crate::backend::cpu::{CpuOps, Isa};
+use crate::model::pretend::PretendShard;
+use crate::model::{LoadOptions, load_shard};
+use crate::stage::LoadedModel;
+
+/// The models that a worker can read.
+#[derive(Clone, Debug)]
+pub struct Models {
+    /// The worker's data folder, where built-in models are unpacked.
+    pub data: PathBuf,
+    /// The models inside the binary.
+    pub builtin: Vec<BuiltinModel>,
+    /// Threads that compute, and that read weights.
+    pub threads: NonZeroUsize,
+}
+
+impl Models {
+    /// What the worker reads at a source: the fingerprint that a plan pins.
+    pub fn fingerprint(&self, source: &ModelSource) -> Result<[u8; 32], WireError> {
+        match source {
+            ModelSource::Pretend(spec) => {
+                check_pretend(spec)?;
+                Ok(spec.fingerprint())
+            }
+            ModelSource::Folder { .. } | ModelSource::Builtin { .. } => {
+                Ok(self.open(source)?.fingerprint())
+            }
+        }
+    }
+
+    /// Loads the shard of an assignment.
+    pub fn load(
+        &self,
+        assignment: &Assignment,
+        on_progress: &(dyn Fn(Bytes, Bytes) + Sync),
+        cancel: &AtomicBool,
+    ) -> Result<LoadedModel, WireError> {
+        let replica = &assignment.replica;
+        if let ModelSource::Pretend(spec) = &replica.model.source {
+            return load_pretend(spec, assignment);
+        }
+        let checkpoint = self.open(&replica.model.source)?;
+        let vocab = checkpoint.spec().vocab;
+        let bad = |error: String| WireError::new(ErrorCode::BadModel, error);
+        let isa = Isa::from_environment().map_err(|e| bad(e.to_string()))?;
+        let ops = CpuOps::new(self.threads.get(), isa).map_err(|e| bad(e.to_string()))?;
+        let options = LoadOptions { threads: self.threads, on_progress, cancel };
+        let model =
+            load_shard(ops, &checkpoint, assignment, &options).map_err(|e| bad(e.to_string()))?;
+        Ok(LoadedModel { model, vocab })
+    }
+
+    fn open(&self, source: &ModelSource) -> Result<Checkpoint, WireError> {
+        let bad = |why: String| WireError::new(ErrorCode::BadModel, why);
+        let folder = match source {
+            ModelSource::Folder { path } => {
+                let folder = Path::new(path);
+                if !folder.is_dir() {
+                    return Err(bad(format!(
+                        "there is no folder {path} on this worker; a model's folder must be \
+                         readable under the same path on each of them"
+                    )));
+                }
+                folder.to_owned()
+            }
+            ModelSource::Builtin { name } => {
+                let builtin = self.builtin.iter().find(|model| model.name == name);
+                let builtin = builtin.ok_or_else(|| {
+                    bad(format!("this worker's binary has no built-in model `{name}`"))
+                })?;
+                builtin.unpack(&self.data).map_err(|error| {
+                    let data = self.data.display();
+                    let words = format!("cannot unpack the model `{name}` into {data}: {error}");
+                    WireError::new(ErrorCode::StorageFailed, words)
+                })?
+            }
+            ModelSource::Pretend(_) => return Err(bad("a pretend model has no files".to_owned())),
+        };
+        Checkpoint::open(&folder).map_err(|error| bad(error.to_string()))
+    }
+}
+
+fn check_pretend(spec: &PretendSpec) -> Result<(), WireError> {
+    spec.check().map_err(|error| WireError::new(ErrorCode::BadModel, error.to_string()))
+}
+
+fn load_pretend(spec: &PretendSpec, assignment: &Assignment) -> Result<LoadedModel, WireError> {
+    check_pretend(spec)?;
+    let layers = assignment.layers();
+    if layers.is_empty() || layers.end > spec.layers {
+        let words = format!("layers {layers} of a pretend model of {}", spec.layers);
+        return Err(WireError::new(ErrorCode::BadModel, words));
+    }
+    let model = Box::new(PretendShard::new(spec, layers, &assignment.replica.limits));
+    Ok(LoadedModel { model, vocab: spec.vocab })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn models(data: &Path) -> Models {
+        Models { data: data.to_owned(), builtin: Vec::new(), threads: NonZeroUsize::MIN }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let data = tempfile::tempdir().unwrap();
+        let check = |source: ModelSource, expected: &str| {
+            let error = models(data.path()).fingerprint(&source).unwrap_err();
+            assert_eq!(error.code, ErrorCode::BadModel);
+            assert!(error.message.contains(expected), "{}", error.message);
+        };
+        let path = data.path().join("nothing").display().to_string();
+        check(ModelSource::Folder { path: path.clone() }, &path);
+        check(ModelSource::Builtin { name: "demo".to_owned() }, "`demo`");
+        let empty = data.path().display().to_string();
+        check(ModelSource::Folder { path: empty.clone() }, &empty);
+    }
+}

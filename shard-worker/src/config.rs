@@ -1,0 +1,29 @@
+//! What a worker is told at start.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use shoal_protocol::join::JoinToken;
+use shoal_protocol::model::BuiltinModel;
+use shoal_protocol::units::Bytes;
+
+/// The settings of one worker. There is no file: `shoal worker` has a flag for each.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// The coordinator's cluster address (UDP).
+    pub join: SocketAddr,
+    /// Needed at the first start alone: later ones find the identity in `data`.
+    pub token: Option<JoinToken>,
+    /// Where identity and unpacked models are kept. Two workers must not share it.
+    pub data: PathBuf,
+    /// The budget for weights, KV and activations of all shards together; `None`: 80 % of the
+    /// memory that is free at start. More than is free makes the system swap or kill.
+    pub memory: Option<Bytes>,
+    /// Threads that compute; `None`: one for each processor. More than processors is slower.
+    pub threads: Option<NonZeroUsize>,
+    /// What to compute on: `cpu`.
+    pub device: String,
+    /// The models inside the binary.
+    pub builtin: Vec<BuiltinModel>,
+}

@@ -1,0 +1,404 @@
+//! The event loop around the engine. Everything that can happen to a head is in `Event` and
+//! `Samples`; everything that it can do is in `engine::Action`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use shoal_protocol::activation::Samples;
+use shoal_protocol::control::HeadReport;
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::ReplicaId;
+use shoal_protocol::request::{FailedHeader, Generate, HeadEvent};
+use shoal_protocol::units::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::lateness::Lateness;
+use crate::engine::{self, Action, BadEngineConfig, ClientKey, Engine, EngineConfig};
+use crate::stage::{StageInput, StepData, records_of};
+
+/// Requests and cancels that wait for the loop, which takes microseconds for each. The engine has
+/// the queue that matters, and answers what does not fit it with `Overloaded`.
+const EVENTS_MAX: usize = 256;
+
+/// Events taken at once before steps are made, so that requests that arrive together travel together.
+const EVENTS_AT_ONCE: usize = 64;
+
+/// How long the loop may take to end: it waits for nothing but room in the stage's queue.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Tokens that wait for one client's stream. QUIC's window holds thousands more; who reads so slowly
+/// that this fills has gone away in all but name, and must not hold KV blocks.
+pub const TOKENS_WAITING_MAX: usize = 1024;
+
+/// What happens to a head besides samples.
+#[derive(Debug)]
+enum Event {
+    /// A coordinator's stream has brought a request.
+    Submit { key: ClientKey, request: Box<Generate>, tokens: mpsc::Sender<HeadEvent> },
+    /// The client or its coordinator went away.
+    Cancel { key: ClientKey },
+    /// All links are up.
+    Linked,
+    /// The generation cannot go on.
+    Fault { reason: String },
+    /// Take nothing new; finish what runs.
+    Drain,
+    /// End the loop, behind everything that was told before.
+    Stop,
+}
+
+/// What a head is made of.
+#[derive(Debug)]
+pub struct HeadParts {
+    /// Bounds and defaults.
+    pub config: EngineConfig,
+    /// Stage 0's queue.
+    pub stage: mpsc::Sender<StageInput>,
+    /// What comes back from the last stage.
+    pub samples: mpsc::Receiver<Samples>,
+    /// Told once, where the engine itself finds that the generation cannot go on.
+    pub fault: mpsc::Sender<String>,
+}
+
+/// A head that runs, as its shard sees it. Dropping it ends the loop and all its streams.
+#[derive(Debug)]
+pub struct Head {
+    client: HeadClient,
+    idle: watch::Receiver<bool>,
+    task: JoinHandle<()>,
+}
+
+/// A head, as the streams of coordinators and the reports see it.
+#[derive(Clone, Debug)]
+pub struct HeadClient {
+    events: mpsc::Sender<Event>,
+    report: watch::Receiver<HeadReport>,
+    slow_readers: Arc<AtomicU64>,
+    context_max: u32,
+}
+
+impl Head {
+    /// Starts the loop. It refuses requests until `linked`.
+    pub fn start(parts: HeadParts) -> Result<Self, BadEngineConfig> {
+        let context_max = parts.config.limits.context_max;
+        let engine = Engine::new(parts.config)?;
+        let (events, inbox) = mpsc::channel(EVENTS_MAX);
+        let (report_to, report) = watch::channel(engine.report());
+        let (idle_to, idle) = watch::channel(true);
+        let slow_readers = Arc::new(AtomicU64::new(0));
+        let driver = Driver {
+            engine,
+            origin: std::time::Instant::now(),
+            clients: HashMap::new(),
+            stage: parts.stage,
+            fault: parts.fault,
+            refuse: Some(not_ready()),
+            faulted: false,
+            lateness: Lateness::default(),
+            report: report_to,
+            idle: idle_to,
+            slow_readers: Arc::clone(&slow_readers),
+        };
+        let task = tokio::spawn(driver.run(inbox, parts.samples));
+        let client = HeadClient { events, report, slow_readers, context_max };
+        Ok(Self { client, idle, task })
+    }
+
+    /// For streams and reports.
+    pub fn client(&self) -> HeadClient {
+        self.client.clone()
+    }
+
+    /// All links are up: requests may come.
+    pub async fn linked(&self) {
+        self.client.tell(Event::Linked).await;
+    }
+
+    /// Fails everything that runs, and everything that comes later.
+    pub async fn fault(&self, reason: String) {
+        self.client.tell(Event::Fault { reason }).await;
+    }
+
+    /// Takes nothing new, and waits until what runs has finished, at most `deadline`.
+    pub async fn drain(&mut self, deadline: Duration) {
+        self.client.tell(Event::Drain).await;
+        let idle = self.idle.wait_for(|idle| *idle);
+        if tokio::time::timeout(deadline, idle).await.is_err() {
+            tracing::warn!("sequences were still running after {deadline:?}; they are failed");
+        }
+    }
+
+    /// Ends the loop, behind what it was told before: streams get their last words.
+    pub async fn stop(mut self) {
+        self.client.tell(Event::Stop).await;
+        match tokio::time::timeout(STOP_TIMEOUT, &mut self.task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!("a head panicked: {error}"),
+            Err(_) => tracing::error!("a head did not end within {STOP_TIMEOUT:?}"),
+        }
+    }
+}
+
+impl Drop for Head {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl HeadClient {
+    /// Brings a request; its events arrive on the receiver, the last of them `Done` or `Failed`. A
+    /// receiver that closes without one was cancelled for reading too slowly, or the head has ended.
+    pub async fn submit(&self, key: ClientKey, request: Generate) -> mpsc::Receiver<HeadEvent> {
+        let (tokens, receiver) = mpsc::channel(TOKENS_WAITING_MAX);
+        let request = Box::new(request);
+        self.tell(Event::Submit { key, request, tokens }).await;
+        receiver
+    }
+
+    /// The client went away.
+    pub async fn cancel(&self, key: ClientKey) {
+        self.tell(Event::Cancel { key }).await;
+    }
+
+    /// What the head reports.
+    pub fn report(&self) -> HeadReport {
+        *self.report.borrow()
+    }
+
+    /// Sequences that were cancelled because nobody read their tokens.
+    pub fn slow_readers(&self) -> u64 {
+        self.slow_readers.load(Ordering::Relaxed)
+    }
+
+    /// The longest sequence, in tokens: longer requests need not be read.
+    pub fn context_max(&self) -> u32 {
+        self.context_max
+    }
+
+    async fn tell(&self, event: Event) {
+        // It fails where the head has ended; its streams end then, too.
+        let _ = self.events.send(event).await;
+    }
+}
+
+/// The heads of one worker, by replica. Held for one look-up, never over an await.
+#[derive(Clone, Debug, Default)]
+pub struct Heads(Arc<Mutex<BTreeMap<ReplicaId, HeadClient>>>);
+
+impl Heads {
+    /// The head of a replica takes requests here now.
+    pub fn insert(&self, replica: ReplicaId, head: HeadClient) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(replica, head);
+    }
+
+    /// The replica's head has gone, unless a newer one has taken its place.
+    pub fn remove(&self, replica: ReplicaId, head: &HeadClient) {
+        let mut heads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if heads.get(&replica).is_some_and(|h| h.events.same_channel(&head.events)) {
+            heads.remove(&replica);
+        }
+    }
+
+    /// The head of a replica.
+    pub fn get(&self, replica: ReplicaId) -> Option<HeadClient> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&replica).cloned()
+    }
+
+    /// The reports of all heads.
+    pub fn reports(&self) -> Vec<HeadReport> {
+        let heads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        heads.values().map(HeadClient::report).collect()
+    }
+}
+
+struct Driver {
+    engine: Engine,
+    origin: std::time::Instant,
+    clients: HashMap<ClientKey, mpsc::Sender<HeadEvent>>,
+    stage: mpsc::Sender<StageInput>,
+    fault: mpsc::Sender<String>,
+    /// Why new requests are turned away, while they are.
+    refuse: Option<WireError>,
+    faulted: bool,
+    lateness: Lateness,
+    report: watch::Sender<HeadReport>,
+    idle: watch::Sender<bool>,
+    slow_readers: Arc<AtomicU64>,
+}
+
+impl Driver {
+    async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut samples: mpsc::Receiver<Samples>,
+    ) {
+        let (mut samples_open, mut stopping) = (true, false);
+        while !stopping {
+            let wake = self.wake_at();
+            tokio::select! {
+                drawn = samples.recv(), if samples_open => match drawn {
+                    Some(drawn) => self.absorb(drawn),
+                    // The last stage is gone; the shard says so with words.
+                    None => samples_open = false,
+                },
+                event = events.recv() => {
+                    let Some(event) = event else { return };
+                    stopping = self.take(event);
+                    for _ in 1..EVENTS_AT_ONCE {
+                        let Ok(event) = events.try_recv() else { break };
+                        stopping |= self.take(event);
+                    }
+                }
+                () = sleep_until(wake) => self.tick(),
+            }
+            self.act().await;
+            self.report.send_replace(self.engine.report());
+            self.idle.send_if_modified(|idle| {
+                std::mem::replace(idle, self.engine.is_idle()) != self.engine.is_idle()
+            });
+        }
+    }
+
+    fn now(&self) -> Instant {
+        Instant(self.origin.elapsed().as_micros() as u64)
+    }
+
+    fn wake_at(&self) -> Option<tokio::time::Instant> {
+        let engine = self.engine.next_deadline();
+        let at = engine.into_iter().chain(self.lateness.next_check()).min()?;
+        Some((self.origin + Duration::from_micros(at.0)).into())
+    }
+
+    fn tick(&mut self) {
+        let now = self.now();
+        if let Some(late) = self.lateness.check(now) {
+            tracing::warn!("{late}");
+        }
+        self.engine.handle(now, engine::Event::Tick);
+    }
+
+    fn absorb(&mut self, samples: Samples) {
+        let now = self.now();
+        self.lateness.landed(samples.step, now);
+        self.engine.handle(now, engine::Event::Samples(samples));
+    }
+
+    /// Takes an event; says whether it is the last one.
+    fn take(&mut self, event: Event) -> bool {
+        let now = self.now();
+        match event {
+            Event::Submit { key, request, tokens } => match &self.refuse {
+                Some(why) => refuse(&request, why, &tokens),
+                None => {
+                    self.clients.insert(key, tokens);
+                    self.engine.handle(now, engine::Event::Submit { key, request });
+                }
+            },
+            Event::Cancel { key } => self.cancel(key),
+            Event::Linked => {
+                if !self.faulted {
+                    self.refuse = None;
+                }
+            }
+            Event::Fault { reason } => {
+                self.faulted = true;
+                let words = format!("{reason}; a new layout is on its way, try again");
+                self.refuse = Some(WireError::new(ErrorCode::NotReady, words));
+                self.lateness.clear();
+                self.engine.handle(now, engine::Event::Fault { reason });
+            }
+            Event::Drain => {
+                let words = "the worker is letting this replica go; try again";
+                self.refuse = Some(WireError::new(ErrorCode::Draining, words));
+            }
+            Event::Stop => return true,
+        }
+        false
+    }
+
+    fn cancel(&mut self, key: ClientKey) {
+        self.clients.remove(&key);
+        let now = self.now();
+        self.engine.handle(now, engine::Event::Cancel { key });
+    }
+
+    /// Does what the engine wants, in its order.
+    ///
+    /// It may wait for room in stage 0's queue. That ends: the stages empty it without waiting for
+    /// this loop, because the queue of samples has room for every step in flight.
+    async fn act(&mut self) {
+        while let Some(action) = self.engine.poll_action() {
+            let input = match action {
+                Action::Open(open) => StageInput::Open(open),
+                Action::Close(close) => StageInput::Close(close),
+                Action::Issue { step, tokens } => {
+                    let (id, now) = (shoal_protocol::id::StepId(step.header.step), self.now());
+                    self.lateness.issued(id, now);
+                    let records = records_of(&step);
+                    StageInput::Step { step, records, data: StepData::Tokens(tokens) }
+                }
+                Action::Emit { key, event } => {
+                    self.emit(key, event);
+                    continue;
+                }
+                Action::Fault { reason } => {
+                    self.faulted = true;
+                    // One is enough: the shard stops at the first.
+                    let _ = self.fault.try_send(reason);
+                    continue;
+                }
+            };
+            // It fails where the stage has stopped; the shard says so with words.
+            let _ = self.stage.send(input).await;
+        }
+    }
+
+    fn emit(&mut self, key: ClientKey, event: HeadEvent) {
+        let last = !matches!(event, HeadEvent::Token { .. });
+        let Some(client) = self.clients.get(&key) else { return };
+        match client.try_send(event) {
+            Ok(()) if last => {
+                self.clients.remove(&key);
+            }
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Closed(_)) => self.cancel(key),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.slow_readers.fetch_add(1, Ordering::Relaxed);
+                tracing::info!("a stream was cancelled: {TOKENS_WAITING_MAX} tokens wait unread");
+                self.cancel(key);
+            }
+        }
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn not_ready() -> WireError {
+    WireError::new(ErrorCode::NotReady, "the links between the stages are not up yet; try again")
+}
+
+/// Turns a request away on its own stream.
+fn refuse(request: &Generate, why: &WireError, tokens: &mpsc::Sender<HeadEvent>) {
+    // The channel is new, so it has room.
+    let _ = tokens.try_send(failed(request, why));
+}
+
+/// The `Failed` event of a request.
+pub(super) fn failed(request: &Generate, why: &WireError) -> HeadEvent {
+    let header = FailedHeader {
+        request: request.request.0,
+        attempt: request.attempt.0,
+        choice: request.choice,
+        code: u32::from(why.code.number()),
+        reserved: 0,
+    };
+    HeadEvent::Failed { header, code: why.code, message: why.message.clone() }
+}

@@ -1,0 +1,314 @@
+//! ◇ A whole worker: identity, endpoints, agent; started in order and drained in the reverse one.
+//!
+//! ```text
+//! identity ─► shoal-act endpoint (its own thread) ─► shoal-req endpoint ─► agent ─► shoal-ctl
+//! drain:      agent lets its shards out ─► requests end ─► links end
+//! ```
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_protocol::control::Register;
+use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::plan::Numerics;
+use shoal_protocol::quic::identity::{IdentityError, write_secret};
+use shoal_protocol::quic::join::{JoinError, join};
+use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Identity, close_code};
+use shoal_protocol::version::VersionRange;
+use tokio::task::JoinSet;
+
+use crate::agent::inventory::{self, InventoryError};
+use crate::agent::{Agent, AgentHandle, AgentParts, Models};
+use crate::config::WorkerConfig;
+use crate::head::Heads;
+use crate::head::intake::Intake;
+use crate::stage::{Links, LinksError};
+
+/// How long a join may take.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long peers are given to hear of the end.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// Connections of coordinators to this worker's heads at once. A cluster has at most five
+/// coordinators; one that restarts leaves its old connection for an idle time-out.
+const COORDINATORS_MAX: usize = 32;
+
+const IDENTITY_FILE: &str = "identity";
+const INCARNATION_FILE: &str = "incarnation";
+
+/// A worker that does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There is neither an identity nor a token.
+    #[error(
+        "{} holds no identity and no token is given; make one with `shoal token create --role \
+         worker` and start again with --token",
+        data.display()
+    )]
+    NoIdentity {
+        /// The data folder.
+        data: PathBuf,
+    },
+    /// The identity is not a worker's.
+    #[error("{} holds the identity of {node}, which is no worker; use another --data", data.display())]
+    NotAWorker {
+        /// The data folder.
+        data: PathBuf,
+        /// Whose it is.
+        node: NodeId,
+    },
+    /// The token is for something else.
+    #[error("the token is for a {0}; a worker needs one made with --role worker")]
+    WrongToken(Role),
+    /// The identity file.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The join.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The incarnation could not be kept.
+    #[error("cannot keep the start count in {}: {source}", path.display())]
+    Incarnation {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No way to the coordinator.
+    #[error("cannot find the local address that leads to {coordinator}: {source}")]
+    Route {
+        /// Where the coordinator is.
+        coordinator: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The device or its memory.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The endpoint for requests.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// The endpoint for activations.
+    #[error(transparent)]
+    Links(#[from] LinksError),
+}
+
+/// A worker that runs.
+#[derive(Debug)]
+pub struct Worker {
+    id: NodeId,
+    agent: Agent,
+    handle: AgentHandle,
+    endpoint: Endpoint,
+    intake: Intake,
+    links: Arc<Links>,
+}
+
+/// Asks a worker to let out what runs and end.
+#[derive(Clone, Debug)]
+pub struct DrainHandle(AgentHandle);
+
+impl DrainHandle {
+    /// May be called more than once.
+    pub fn drain(&self) {
+        self.0.drain();
+    }
+}
+
+impl Worker {
+    /// Finds or gets an identity, opens the endpoints, and begins to talk to the coordinator. The
+    /// coordinator need not be there where the identity is.
+    pub async fn start(config: WorkerConfig) -> Result<Self, StartError> {
+        let threads = config.threads;
+        let device = inventory::device(&config.device, config.memory, threads)?;
+        let identity = Arc::new(identity_of(&config).await?);
+        let incarnation = next_incarnation(&config.data.join(INCARNATION_FILE))?;
+        let ip = local_ip_to(config.join)?;
+
+        let links = Arc::new(Links::start(SocketAddr::new(ip, 0), Arc::clone(&identity))?);
+        let any_port = SocketAddr::new(ip, 0);
+        let endpoint = Endpoint::bind(any_port, Arc::clone(&identity), &[Alpn::Requests])?;
+        let register = Register {
+            versions: VersionRange::OURS,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            node: identity.node,
+            incarnation,
+            pid: std::process::id(),
+            requests: endpoint.local_address(),
+            activations: links.address(),
+            devices: vec![device.clone()],
+            numerics: vec![Numerics::N1],
+        };
+        let heads = Heads::default();
+        let threads = std::num::NonZeroUsize::new(device.threads as usize);
+        let (agent, handle) = Agent::start(AgentParts {
+            register,
+            coordinator: config.join,
+            endpoint: endpoint.clone(),
+            links: Arc::clone(&links),
+            heads: heads.clone(),
+            models: Models {
+                data: config.data,
+                builtin: config.builtin,
+                threads: threads.unwrap_or(std::num::NonZeroUsize::MIN),
+            },
+            budget: device.memory,
+        });
+        let intake = Intake::new(identity.node, heads);
+        Ok(Self { id: identity.node, agent, handle, endpoint, intake, links })
+    }
+
+    /// Who this worker is.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// For whoever decides when it ends: a signal, a parent's pipe.
+    pub fn drain_handle(&self) -> DrainHandle {
+        DrainHandle(self.handle.clone())
+    }
+
+    /// Runs until it is drained, by its handle or by the coordinator.
+    pub async fn run_until_drained(self) {
+        let Self { id, agent, handle: _handle, endpoint, intake, links } = self;
+        let serve = serve_requests(&endpoint, &intake);
+        tokio::select! {
+            () = agent.run() => {}
+            () = serve => tracing::error!("{id}'s endpoint for requests is gone"),
+        }
+        endpoint.close(close_code::DRAINING, "the worker is stopping");
+        endpoint.drained(GOODBYE_TIMEOUT).await;
+        match Arc::try_unwrap(links) {
+            Ok(links) => links.stop().await,
+            // Its thread ends with the last of its holders.
+            Err(_) => tracing::debug!("the links are still held"),
+        }
+    }
+}
+
+/// Lets coordinators in until the endpoint is closed.
+async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepting = endpoint.accept() => {
+                let Some(accepting) = accepting else { return };
+                if connections.len() >= COORDINATORS_MAX {
+                    accepting.refuse();
+                    continue;
+                }
+                let intake = intake.clone();
+                connections.spawn(async move {
+                    match accepting.establish().await {
+                        Ok(connection) => intake.serve(connection).await,
+                        Err(error) => tracing::debug!("a connection is refused: {error}"),
+                    }
+                });
+            }
+            Some(done) = connections.join_next() => {
+                if let Err(error) = done {
+                    tracing::error!("a coordinator's connection panicked: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// The identity in the data folder, or a new one for the token.
+async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
+    let path = config.data.join(IDENTITY_FILE);
+    let data = || config.data.clone();
+    if let Some(identity) = Identity::load(&path)? {
+        return match identity.node.role {
+            Role::Worker => Ok(identity),
+            Role::Coordinator | Role::Admin => {
+                Err(StartError::NotAWorker { data: data(), node: identity.node })
+            }
+        };
+    }
+    let token = config.token.as_ref().ok_or_else(|| StartError::NoIdentity { data: data() })?;
+    if token.role != Role::Worker {
+        return Err(StartError::WrongToken(token.role));
+    }
+    let identity = join(config.join, token, JOIN_TIMEOUT).await?;
+    identity.save(&path)?;
+    Ok(identity)
+}
+
+/// The number of this start, kept on disk before anybody hears of it.
+fn next_incarnation(path: &Path) -> Result<Incarnation, StartError> {
+    let failed = |source| StartError::Incarnation { path: path.to_owned(), source };
+    let last: u64 = match std::fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().map_err(|_| {
+            let why = format!("`{}` is not a number; remove the file", text.trim());
+            failed(io::Error::new(io::ErrorKind::InvalidData, why))
+        })?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(failed(error)),
+    };
+    let next = last.saturating_add(1);
+    write_secret(path, format!("{next}\n").as_bytes()).map_err(failed)?;
+    Ok(Incarnation(next))
+}
+
+/// The local address from which packets to the coordinator leave: where its peers find this worker.
+fn local_ip_to(coordinator: SocketAddr) -> Result<IpAddr, StartError> {
+    let failed = |source| StartError::Route { coordinator, source };
+    let any: SocketAddr = match coordinator {
+        SocketAddr::V4(_) => ([0; 4], 0).into(),
+        SocketAddr::V6(_) => ([0; 16], 0).into(),
+    };
+    // Connecting a datagram socket sends nothing; it asks the routing table.
+    let socket = UdpSocket::bind(any).map_err(failed)?;
+    socket.connect(coordinator).map_err(failed)?;
+    Ok(socket.local_addr().map_err(failed)?.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_start_has_a_number_of_its_own() {
+        let data = tempfile::tempdir().unwrap();
+        let path = data.path().join("deep").join(INCARNATION_FILE);
+        assert_eq!(next_incarnation(&path).unwrap(), Incarnation(1));
+        assert_eq!(next_incarnation(&path).unwrap(), Incarnation(2));
+        std::fs::write(&path, "x").unwrap();
+        let error = next_incarnation(&path).unwrap_err().to_string();
+        assert!(error.contains("incarnation") && error.contains("not a number"), "{error}");
+    }
+
+    #[test]
+    fn a_worker_listens_where_its_coordinator_can_reach_it() {
+        let loopback = local_ip_to("127.0.0.1:9".parse().unwrap()).unwrap();
+        assert_eq!(loopback, IpAddr::from([127, 0, 0, 1]));
+    }
+
+    #[tokio::test]
+    async fn without_identity_and_token_there_is_no_worker() {
+        let data = tempfile::tempdir().unwrap();
+        let config = WorkerConfig {
+            join: "127.0.0.1:9".parse().unwrap(),
+            token: None,
+            data: data.path().to_owned(),
+            memory: Some(shoal_protocol::units::Bytes::mib(1)),
+            threads: None,
+            device: "cpu".to_owned(),
+            builtin: Vec::new(),
+        };
+        let error = Worker::start(config.clone()).await.unwrap_err().to_string();
+        assert!(error.contains("shoal token create --role worker"), "{error}");
+        let token = shoal_protocol::join::JoinToken {
+            role: Role::Admin,
+            ca_fingerprint: [0; 32],
+            secret: [0; 32],
+        };
+        let error = Worker::start(WorkerConfig { token: Some(token), ..config }).await.unwrap_err();
+        assert!(error.to_string().contains("token is for a admin"), "{error}");
+    }
+}

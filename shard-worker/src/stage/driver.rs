@@ -1,0 +1,271 @@
+//! The compute thread of one shard: takes what upstream sends in order, keeps the stage's table,
+//! computes, and hands on.
+//!
+//! ```text
+//! StageInput ─► StageTable (○) ─► ShardModel::forward, in place ─► LinkFrame to the next stage
+//!                                                            └──► draw ─► Samples to the head
+//! ```
+//!
+//! It is a thread, not a task: a step computes for milliseconds. A fault ends the thread with words
+//! and gives the model back; it never ends the process, not even by a panic.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use shoal_protocol::activation::{Samples, Step};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::StageIndex;
+use tokio::sync::{mpsc, oneshot};
+
+use super::buffer::{BufferPool, HiddenBuffer};
+use super::counters::Counters;
+use super::table::{SpanBuffer, StageFault, StageTable};
+use super::wire::{LinkFrame, StageInput, StepData};
+use crate::model::{Batch, ComputeError, ShardModel};
+
+/// Where a stage's results go.
+#[derive(Debug)]
+pub enum Outlet {
+    /// Over the link: to the next stage, or from the last stage to the head.
+    Link(mpsc::Sender<LinkFrame>),
+    /// To the head of a replica that has one stage.
+    Head(mpsc::Sender<Samples>),
+}
+
+/// A stage that cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// A frame did not fit what the stage knows.
+    #[error("a frame for {0} broke the protocol: {1}")]
+    Fault(StageIndex, StageFault),
+    /// The model could not compute.
+    #[error("{0} cannot compute: {1}")]
+    Compute(StageIndex, ComputeError),
+    /// Token ids where hidden states belong, or not one for each row.
+    #[error("{0} got a step with {1}")]
+    WrongData(StageIndex, &'static str),
+    /// A bug.
+    #[error("{0} panicked: {1}")]
+    Panic(StageIndex, String),
+}
+
+impl From<&StageError> for WireError {
+    fn from(error: &StageError) -> Self {
+        let code = match error {
+            StageError::Fault(..) | StageError::WrongData(..) => ErrorCode::ProtocolViolation,
+            StageError::Compute(..) => ErrorCode::ComputeFailed,
+            StageError::Panic(..) => ErrorCode::Internal,
+        };
+        WireError::new(code, error.to_string())
+    }
+}
+
+/// What a compute thread leaves behind.
+pub struct Ended {
+    /// The model, unless it panicked.
+    pub model: Option<Box<dyn ShardModel>>,
+    /// Why, unless it was told to.
+    pub outcome: Result<(), StageError>,
+}
+
+impl std::fmt::Debug for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ended({:?}, model left: {})", self.outcome, self.model.is_some())
+    }
+}
+
+/// A compute thread, as its owner sees it.
+#[derive(Debug)]
+pub struct ComputeThread {
+    stop: Arc<AtomicBool>,
+    /// Closed without a value where the thread could not even unwind.
+    ended: oneshot::Receiver<Ended>,
+}
+
+impl ComputeThread {
+    /// Starts the thread of `stage`.
+    pub fn start(
+        name: String,
+        mut stage: Stage,
+        mut inputs: mpsc::Receiver<StageInput>,
+    ) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let (done, ended) = oneshot::channel();
+        std::thread::Builder::new().name(name).spawn(move || {
+            let index = stage.index;
+            let body = || stage.run(&mut inputs, &stopped);
+            // The stage is not used after a panic but for dropping it.
+            let ended = match catch_unwind(AssertUnwindSafe(body)) {
+                Ok(outcome) => Ended { model: Some(stage.model), outcome },
+                Err(panic) => {
+                    let words = panic_words(panic.as_ref());
+                    Ended { model: None, outcome: Err(StageError::Panic(index, words)) }
+                }
+            };
+            // It fails where the owner is gone: then nobody wants the model.
+            let _ = done.send(ended);
+        })?;
+        Ok(Self { stop, ended })
+    }
+
+    /// Asks the thread to end behind the step that it is in. It also needs its queue to close.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for the end; `None` where the thread is gone without a word. Cancel safe.
+    pub async fn ended(&mut self) -> Option<Ended> {
+        (&mut self.ended).await.ok()
+    }
+}
+
+fn panic_words(panic: &(dyn std::any::Any + Send)) -> String {
+    let words = panic.downcast_ref::<&str>().copied();
+    let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    words.unwrap_or("no message").to_owned()
+}
+
+/// What a stage is made of.
+pub struct StageParts {
+    /// Its number.
+    pub index: StageIndex,
+    /// Whether it draws tokens.
+    pub last: bool,
+    /// What it knows of its sequences.
+    pub table: StageTable,
+    /// What it computes with.
+    pub model: Box<dyn ShardModel>,
+    /// Where the first stage's hidden states come from.
+    pub pool: BufferPool,
+    /// Where results go.
+    pub outlet: Outlet,
+    /// What it counts.
+    pub counters: Arc<Counters>,
+}
+
+/// What the thread owns.
+pub struct Stage {
+    index: StageIndex,
+    last: bool,
+    table: StageTable,
+    model: Box<dyn ShardModel>,
+    pool: BufferPool,
+    outlet: Outlet,
+    counters: Arc<Counters>,
+    /// Kept for their memory.
+    spans: SpanBuffer,
+    logits: Vec<f32>,
+}
+
+/// The other end is gone; its owner knows why.
+struct Closed;
+
+impl Stage {
+    /// A stage without steps.
+    pub fn new(parts: StageParts) -> Self {
+        let StageParts { index, last, table, model, pool, outlet, counters } = parts;
+        let (spans, logits) = (SpanBuffer::default(), Vec::new());
+        Self { index, last, table, model, pool, outlet, counters, spans, logits }
+    }
+
+    fn run(
+        &mut self,
+        inputs: &mut mpsc::Receiver<StageInput>,
+        stop: &AtomicBool,
+    ) -> Result<(), StageError> {
+        while let Some(input) = inputs.blocking_recv() {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            if let Err(Closed) = self.take(input)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, input: StageInput) -> Result<Result<(), Closed>, StageError> {
+        let index = self.index;
+        let fault = |fault| StageError::Fault(index, fault);
+        match input {
+            StageInput::Open(open) => {
+                self.table.open(&open).map_err(fault)?;
+                Ok(self.hand_on(|| LinkFrame::Open(open)))
+            }
+            StageInput::Close(close) => {
+                self.table.close(&close).map_err(fault)?;
+                Ok(self.hand_on(|| LinkFrame::Close(close)))
+            }
+            StageInput::Step { step, records, data } => {
+                let hidden = self.compute(&step, data)?;
+                let ready = Instant::now();
+                if !self.last {
+                    let (header, payload) = (step.header, hidden.into_bytes());
+                    return Ok(self.hand_on(|| LinkFrame::Step {
+                        header,
+                        records,
+                        payload,
+                        ready,
+                    }));
+                }
+                drop(hidden);
+                let vocab = self.model.vocab();
+                let samples = self.table.draw(&step, &self.logits, vocab).map_err(fault)?;
+                Ok(match &self.outlet {
+                    Outlet::Link(to) => {
+                        to.blocking_send(LinkFrame::Samples { samples, ready }).map_err(|_| Closed)
+                    }
+                    Outlet::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
+                })
+            }
+        }
+    }
+
+    /// Sends a frame to the next stage; behind the last one there is none.
+    fn hand_on(&self, frame: impl FnOnce() -> LinkFrame) -> Result<(), Closed> {
+        match &self.outlet {
+            Outlet::Link(to) if !self.last => to.blocking_send(frame()).map_err(|_| Closed),
+            Outlet::Link(_) | Outlet::Head(_) => Ok(()),
+        }
+    }
+
+    /// Takes the rows through the layers; the logits of a last stage are in `self.logits` then.
+    fn compute(&mut self, step: &Step, data: StepData) -> Result<HiddenBuffer, StageError> {
+        let index = self.index;
+        let rows = self.table.begin_step(step).map_err(|f| StageError::Fault(index, f))?;
+        let first = index.0 == 0;
+        let (mut hidden, tokens) = match data {
+            StepData::Hidden(hidden) if !first => (hidden, None),
+            StepData::Tokens(tokens) if first && tokens.len() == rows.rows() => {
+                (self.pool.take(rows.rows()), Some(tokens))
+            }
+            StepData::Hidden(_) => {
+                return Err(StageError::WrongData(index, "hidden states, not tokens"));
+            }
+            StepData::Tokens(_) => {
+                return Err(StageError::WrongData(index, "tokens that are not one for each row"));
+            }
+        };
+        let logits = self.last.then(|| {
+            self.logits.resize(rows.sample_rows().len() * self.model.vocab(), 0.0);
+            self.logits.as_mut_slice()
+        });
+        let spans = self.spans.take(&rows);
+        let batch = Batch { spans: &spans, rows: rows.rows(), sample_rows: rows.sample_rows() };
+        let begun = Instant::now();
+        let computed = self.model.forward(&batch, tokens.as_deref(), hidden.floats_mut(), logits);
+        self.counters.computed(batch.rows, begun.elapsed());
+        self.spans.give_back(spans);
+        computed.map_err(|error| StageError::Compute(index, error))?;
+        Ok(hidden)
+    }
+}
+
+/// The records of a step that begins here, as they stand on the wire.
+pub fn records_of(step: &Step) -> Bytes {
+    step.encode_records().into()
+}

@@ -1,0 +1,355 @@
+//! One shard that runs: its compute thread, its links and, on stage 0, the head beside it.
+//!
+//! ```text
+//!            upstream link ─► StageInput ─► compute thread ─► LinkFrame ─► downstream link
+//! stage 0:   head ──────────────┘                     last ─► Samples ─► link ─► head
+//! ```
+//!
+//! A shard fails as a whole: whichever part cannot go on, the supervisor tells the head, leaves the
+//! ring with words for the neighbours, and keeps the weights for the next generation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_protocol::activation::Samples;
+use shoal_protocol::control::ShardCounters;
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::{Generation, ReplicaId};
+use shoal_protocol::plan::Assignment;
+use shoal_protocol::quic::close_code;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::buffer::BufferPool;
+use super::counters::Counters;
+use super::driver::{ComputeThread, Ended, Outlet, Stage, StageParts};
+use super::link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links};
+use super::ring::{BadRing, LinkPlan};
+use super::table::StageTable;
+use super::wire::{Inlet, LinkFrame, StageInput};
+use crate::engine::{BadEngineConfig, EngineConfig};
+use crate::head::{Head, HeadClient, HeadParts};
+use crate::model::ShardModel;
+
+/// How long a compute thread may take to end the step that it is in: far more than the largest step.
+const STEP_END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long what runs may take to finish when a shard is drained. Longer than most answers; an
+/// operator who stops a cluster waits at most so long.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Weights and cache, with what the head must know of the model.
+pub struct LoadedModel {
+    /// The shard's part.
+    pub model: Box<dyn ShardModel>,
+    /// The vocabulary's size, of which only the last stage's part knows.
+    pub vocab: u32,
+}
+
+impl std::fmt::Debug for LoadedModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "LoadedModel(vocab {})", self.vocab)
+    }
+}
+
+/// What a shard tells its owner, and which one it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardNews {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its layout.
+    pub generation: Generation,
+    /// What has happened.
+    pub event: ShardEvent,
+}
+
+/// What happens to a shard: the first at most once, the second at most once and last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShardEvent {
+    /// Its links are up, or it needs none.
+    Linked,
+    /// It cannot go on.
+    Failed(WireError),
+}
+
+/// How a shard ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShardStop {
+    /// What runs may finish, within `DRAIN_TIMEOUT`.
+    Drain,
+    /// At once.
+    Now,
+}
+
+/// A shard that cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The assignment names no ring.
+    #[error("the assignment is refused: {0}")]
+    Ring(#[from] BadRing),
+    /// The plan's bounds are of no use.
+    #[error("the assignment is refused: {0}")]
+    Engine(#[from] BadEngineConfig),
+    /// No thread.
+    #[error("cannot start a compute thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A shard that runs or has failed; either way it is to be stopped.
+#[derive(Debug)]
+pub struct Shard {
+    counters: Arc<Counters>,
+    head: Option<HeadClient>,
+    stop: oneshot::Sender<ShardStop>,
+    task: JoinHandle<Option<LoadedModel>>,
+}
+
+impl Shard {
+    /// Starts the shard of an assignment.
+    pub fn start(
+        assignment: &Assignment,
+        loaded: LoadedModel,
+        links: &Links,
+        news: mpsc::Sender<ShardNews>,
+    ) -> Result<Self, StartError> {
+        let ring = LinkPlan::of(assignment)?;
+        let limits = &assignment.replica.limits;
+        let steps = limits.steps_in_flight_max as usize;
+        let hidden = loaded.model.hidden();
+        let pool = BufferPool::new(hidden, limits.step_rows_max as usize, steps);
+        let counters = Arc::new(Counters::default());
+
+        // Every step in flight, and `Open` and `Close` of every sequence: it is full only where the
+        // stage has stopped.
+        let frames_max = steps + 2 * limits.sequences_max as usize;
+        let (input, inputs) = mpsc::channel::<StageInput>(frames_max);
+        // One more than steps in flight, so that nobody ever waits to put samples in.
+        let (drawn, samples) = mpsc::channel::<Samples>(steps + 1);
+        let (frame, outlet_frames) = mpsc::channel::<LinkFrame>(frames_max);
+        let outlet = match ring {
+            Some(_) => Outlet::Link(frame),
+            None => Outlet::Head(drawn.clone()),
+        };
+        let (fault_to, fault) = mpsc::channel(1);
+        let (head, inlet) = if assignment.is_first() {
+            let config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
+            let parts = HeadParts { config, stage: input, samples, fault: fault_to };
+            (Some(Head::start(parts)?), Inlet::Head { to: drawn })
+        } else {
+            (None, Inlet::Stage { hidden, pool: pool.clone(), to: input })
+        };
+        let table =
+            StageTable::new(assignment.replica.generation, limits.clone(), assignment.is_last());
+        let stage = Stage::new(StageParts {
+            index: assignment.stage,
+            last: assignment.is_last(),
+            table,
+            model: loaded.model,
+            pool,
+            outlet,
+            counters: Arc::clone(&counters),
+        });
+        let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
+        let thread = ComputeThread::start(name, stage, inputs)?;
+        let (link_to, link_events) = mpsc::channel(LINK_EVENTS_MAX);
+        let attached = ring.map(|ring| {
+            let counters = Arc::clone(&counters);
+            links.attach(ring, LinkEnds { inlet, outlet: outlet_frames, events: link_to, counters })
+        });
+        let client = head.as_ref().map(Head::client);
+        let (stop, stopped) = oneshot::channel();
+        let supervisor = Supervisor {
+            vocab: loaded.vocab,
+            thread,
+            head,
+            attached,
+            link_events,
+            fault,
+            replica: assignment.replica.id,
+            generation: assignment.replica.generation,
+            news,
+            ended: None,
+        };
+        let task = tokio::spawn(supervisor.run(stopped));
+        Ok(Self { counters, head: client, stop, task })
+    }
+
+    /// What it has counted.
+    pub fn counters(&self) -> ShardCounters {
+        self.counters.snapshot()
+    }
+
+    /// The head, on stage 0.
+    pub fn head(&self) -> Option<&HeadClient> {
+        self.head.as_ref()
+    }
+
+    /// Ends the shard and gives its model back, unless a panic or a hang has taken it.
+    pub async fn stop(self, how: ShardStop) -> Option<LoadedModel> {
+        // It fails where the supervisor is gone, which the join says.
+        let _ = self.stop.send(how);
+        self.task.await.unwrap_or_else(|error| {
+            tracing::error!("a shard's supervisor panicked: {error}");
+            None
+        })
+    }
+}
+
+struct Supervisor {
+    vocab: u32,
+    thread: ComputeThread,
+    head: Option<Head>,
+    attached: Option<Attached>,
+    link_events: mpsc::Receiver<LinkEvent>,
+    fault: mpsc::Receiver<String>,
+    replica: ReplicaId,
+    generation: Generation,
+    news: mpsc::Sender<ShardNews>,
+    /// What the compute thread has left, once it has ended. The inner `None`: nothing.
+    ended: Option<Option<Ended>>,
+}
+
+/// Why a shard stops running.
+enum End {
+    Told(ShardStop),
+    Failed(WireError),
+}
+
+impl Supervisor {
+    async fn run(mut self, mut stop: oneshot::Receiver<ShardStop>) -> Option<LoadedModel> {
+        let mut links_down = if self.attached.is_some() { 2 } else { 0 };
+        let end = loop {
+            if links_down == 0 {
+                links_down = -1;
+                self.linked().await;
+            }
+            tokio::select! {
+                // A shard that nobody owns any more is to end.
+                how = &mut stop => break End::Told(how.unwrap_or(ShardStop::Now)),
+                end = failure(
+                    &mut self.thread, &mut self.link_events, &mut self.fault, &mut self.ended
+                ) => match end {
+                    None => links_down -= 1,
+                    Some(error) => break End::Failed(error),
+                },
+            }
+        };
+        match end {
+            End::Told(how) => {
+                if how == ShardStop::Drain {
+                    self.drain().await;
+                }
+                self.close("the shard was withdrawn").await;
+            }
+            End::Failed(error) => {
+                self.close(&error.message).await;
+                self.tell(ShardEvent::Failed(error)).await;
+                let _ = stop.await;
+            }
+        }
+        self.model().await
+    }
+
+    async fn linked(&mut self) {
+        if let Some(head) = &self.head {
+            head.linked().await;
+        }
+        self.tell(ShardEvent::Linked).await;
+    }
+
+    async fn tell(&mut self, event: ShardEvent) {
+        let news = ShardNews { replica: self.replica, generation: self.generation, event };
+        // It fails where the owner is gone; then it is told to stop, too.
+        let _ = self.news.send(news).await;
+    }
+
+    /// Lets out what runs: the head's sequences here, or those of the head that feeds this stage,
+    /// which leaves the ring when it has none.
+    async fn drain(&mut self) {
+        match &mut self.head {
+            Some(head) => head.drain(DRAIN_TIMEOUT).await,
+            None => {
+                let left = async {
+                    while let Some(event) = self.link_events.recv().await {
+                        if matches!(event, LinkEvent::Lost(_)) {
+                            return;
+                        }
+                    }
+                };
+                if tokio::time::timeout(DRAIN_TIMEOUT, left).await.is_err() {
+                    tracing::warn!("the head still fed this stage after {DRAIN_TIMEOUT:?}");
+                }
+            }
+        }
+    }
+
+    /// Fails the head's streams, leaves the ring and lets the compute thread end.
+    async fn close(&mut self, why: &str) {
+        self.thread.stop();
+        if let Some(head) = &self.head {
+            head.fault(why.to_owned()).await;
+        }
+        if let Some(attached) = self.attached.take() {
+            attached.leave(close_code::STALE, why).await;
+        }
+    }
+
+    /// Waits for the compute thread and takes the model from it.
+    async fn model(mut self) -> Option<LoadedModel> {
+        if let Some(head) = self.head.take() {
+            head.stop().await;
+        }
+        let ended = match self.ended.take() {
+            Some(ended) => ended,
+            None => tokio::time::timeout(STEP_END_TIMEOUT, self.thread.ended())
+                .await
+                .unwrap_or_else(|_| {
+                    tracing::error!("a compute thread hangs since {STEP_END_TIMEOUT:?}");
+                    None
+                }),
+        };
+        Some(LoadedModel { model: ended?.model?, vocab: self.vocab })
+    }
+}
+
+/// Waits until something happens to the shard: `None` for a link that has come up.
+async fn failure(
+    thread: &mut ComputeThread,
+    links: &mut mpsc::Receiver<LinkEvent>,
+    fault: &mut mpsc::Receiver<String>,
+    ended: &mut Option<Option<Ended>>,
+) -> Option<WireError> {
+    tokio::select! {
+        // A compute thread that has failed knows better than its links.
+        biased;
+        end = thread.ended() => {
+            let error = match &end {
+                Some(Ended { outcome: Err(error), .. }) => error.into(),
+                Some(Ended { outcome: Ok(()), .. }) => link_gone(links).await,
+                None => WireError::new(ErrorCode::Internal, "the compute thread is gone"),
+            };
+            *ended = Some(end);
+            Some(error)
+        }
+        Some(reason) = fault.recv() => Some(WireError::new(ErrorCode::WorkerLost, reason)),
+        Some(event) = links.recv() => match event {
+            LinkEvent::UpstreamUp | LinkEvent::DownstreamUp => None,
+            LinkEvent::Lost(lost) => Some(lost_error(&lost)),
+        },
+    }
+}
+
+/// A compute thread ends by itself only because a link has gone; the link says which.
+async fn link_gone(links: &mut mpsc::Receiver<LinkEvent>) -> WireError {
+    while let Some(event) = links.recv().await {
+        if let LinkEvent::Lost(lost) = event {
+            return lost_error(&lost);
+        }
+    }
+    WireError::new(ErrorCode::Internal, "the stage's queues have closed")
+}
+
+fn lost_error(lost: &LinkLost) -> WireError {
+    let code = if lost.violation { ErrorCode::ProtocolViolation } else { ErrorCode::WorkerLost };
+    WireError::new(code, lost.to_string())
+}

@@ -1,0 +1,269 @@
+//! Frames of one activation link: out of a stream and into one.
+//!
+//! What comes in is checked against the plan before anything is allocated; a payload is copied once,
+//! from QUIC's chunks into the buffer that becomes the tensor. What goes out goes by reference.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use shoal_protocol::activation::{
+    CloseHeader, Open, OpenHeader, Samples, SamplesHeader, Step, StepHeader,
+};
+use shoal_protocol::frame::{Flat, FrameError, FrameKind};
+use shoal_protocol::id::Generation;
+use shoal_protocol::plan::ReplicaLimits;
+use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, RecvError, SendError};
+use shoal_protocol::request::SamplingRecord;
+use tokio::sync::mpsc;
+
+use super::buffer::{BufferPool, HiddenBuffer};
+use super::counters::Counters;
+use super::ring::LinkPlan;
+
+/// Bytes of one number on the wire.
+const FLOAT_LEN: usize = size_of::<f32>();
+
+/// What a stage takes, in the order in which it came.
+#[derive(Debug)]
+pub enum StageInput {
+    /// A sequence begins.
+    Open(Open),
+    /// A batch.
+    Step {
+        /// Its header, rows and grants.
+        step: Step,
+        /// Rows and grants as they stand on the wire: the same at every stage.
+        records: Bytes,
+        /// What to compute with.
+        data: StepData,
+    },
+    /// A sequence ends.
+    Close(CloseHeader),
+}
+
+/// What a step computes with.
+#[derive(Debug)]
+pub enum StepData {
+    /// On the first stage: one token id for each row.
+    Tokens(Vec<u32>),
+    /// On all others: the hidden states of the stage before.
+    Hidden(HiddenBuffer),
+}
+
+/// What a stage sends to the next one, or the last one to the head.
+#[derive(Debug)]
+pub enum LinkFrame {
+    /// A sequence begins.
+    Open(Open),
+    /// A batch.
+    Step {
+        /// Its header.
+        header: StepHeader,
+        /// Its rows and grants.
+        records: Bytes,
+        /// The hidden states.
+        payload: Bytes,
+        /// When the stage had it ready.
+        ready: Instant,
+    },
+    /// A sequence ends.
+    Close(CloseHeader),
+    /// What was drawn.
+    Samples {
+        /// All of a step.
+        samples: Samples,
+        /// When the stage had it ready.
+        ready: Instant,
+    },
+}
+
+/// Where frames from upstream go.
+#[derive(Debug)]
+pub enum Inlet {
+    /// To the stage.
+    Stage {
+        /// The width of the hidden states.
+        hidden: usize,
+        /// Where their buffers come from.
+        pool: BufferPool,
+        /// The stage's queue. When it is full the stream is not read, and QUIC's credit holds back
+        /// the stage before.
+        to: mpsc::Sender<StageInput>,
+    },
+    /// From the last stage to the head.
+    Head {
+        /// The head's queue. It holds a frame for each step in flight, so it is never full.
+        to: mpsc::Sender<Samples>,
+    },
+}
+
+/// Why a link ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkEnd {
+    /// The neighbour or the way to it is gone.
+    #[error("{0}")]
+    Gone(String),
+    /// The neighbour sent what it may not.
+    #[error("it broke the protocol: {0}")]
+    Violation(String),
+}
+
+impl From<RecvError> for LinkEnd {
+    fn from(error: RecvError) -> Self {
+        match error {
+            RecvError::Stream(_) | RecvError::Truncated => LinkEnd::Gone(error.to_string()),
+            RecvError::Frame(_) | RecvError::Decode(_) => LinkEnd::Violation(error.to_string()),
+        }
+    }
+}
+
+impl From<FrameError> for LinkEnd {
+    fn from(error: FrameError) -> Self {
+        LinkEnd::Violation(error.to_string())
+    }
+}
+
+impl From<SendError> for LinkEnd {
+    fn from(error: SendError) -> Self {
+        LinkEnd::Gone(error.to_string())
+    }
+}
+
+/// Reads frames until the link ends, or, without an error, the stage takes no more.
+pub(super) async fn receive(
+    mut receiver: FrameReceiver,
+    inlet: &Inlet,
+    plan: &LinkPlan,
+) -> Result<(), LinkEnd> {
+    loop {
+        let taken = match inlet {
+            Inlet::Stage { hidden, pool, to } => {
+                let input = receive_input(&mut receiver, *hidden, pool, plan).await?;
+                to.send(input).await.is_ok()
+            }
+            Inlet::Head { to } => {
+                to.send(receive_samples(&mut receiver, plan).await?).await.is_ok()
+            }
+        };
+        if !taken {
+            return Ok(());
+        }
+    }
+}
+
+async fn receive_input(
+    receiver: &mut FrameReceiver,
+    hidden: usize,
+    pool: &BufferPool,
+    plan: &LinkPlan,
+) -> Result<StageInput, LinkEnd> {
+    let limits = &plan.limits;
+    let head = receiver.next().await?.ok_or_else(finished)?;
+    match head.kind {
+        FrameKind::Step => {
+            let row_len = hidden * FLOAT_LEN;
+            let (header, records_len, _) =
+                Step::check(head.header(), head.body_len, limits, row_len)?;
+            check_generation(header.generation, plan)?;
+            let mut records = vec![0; records_len];
+            receiver.read_into(&mut records).await?;
+            let step = Step::decode(header, &records)?;
+            let mut buffer = pool.take(header.rows as usize);
+            receiver.read_into(buffer.bytes_mut()).await?;
+            let data = StepData::Hidden(buffer);
+            Ok(StageInput::Step { step, records: records.into(), data })
+        }
+        FrameKind::Open => {
+            OpenHeader::read_from(head.header())?;
+            let body = receiver.body(&head, open_body_max(limits)).await?;
+            let open = Open::decode(head.header(), &body, limits)?;
+            check_generation(open.generation.0, plan)?;
+            Ok(StageInput::Open(open))
+        }
+        FrameKind::Close => {
+            let close = CloseHeader::read_from(head.header())?;
+            head.body_within(0)?;
+            check_generation(close.generation, plan)?;
+            Ok(StageInput::Close(close))
+        }
+        found => Err(FrameError::UnexpectedKind { found, expected: "Open, Step or Close" }.into()),
+    }
+}
+
+async fn receive_samples(
+    receiver: &mut FrameReceiver,
+    plan: &LinkPlan,
+) -> Result<Samples, LinkEnd> {
+    let head = receiver.next().await?.ok_or_else(finished)?;
+    if head.kind != FrameKind::Samples {
+        return Err(FrameError::UnexpectedKind { found: head.kind, expected: "Samples" }.into());
+    }
+    SamplesHeader::read_from(head.header())?;
+    let body = receiver.body(&head, Samples::body_len_max(&plan.limits)).await?;
+    let samples = Samples::decode(head.header(), &body, &plan.limits)?;
+    check_generation(samples.generation.0, plan)?;
+    Ok(samples)
+}
+
+fn open_body_max(limits: &ReplicaLimits) -> usize {
+    SamplingRecord::LEN + size_of::<u32>() * limits.context_max as usize
+}
+
+fn finished() -> LinkEnd {
+    LinkEnd::Gone("it ended the stream".to_owned())
+}
+
+fn check_generation(found: u64, plan: &LinkPlan) -> Result<(), LinkEnd> {
+    if found == plan.generation.0 {
+        return Ok(());
+    }
+    let (found, expected) = (Generation(found), plan.generation);
+    Err(LinkEnd::Violation(format!("a frame of {found} on a link of {expected}")))
+}
+
+/// Sends frames until the link ends, or, without an error, the stage gives no more.
+pub(super) async fn send(
+    mut sender: FrameSender,
+    connection: &Connection,
+    mut outlet: mpsc::Receiver<LinkFrame>,
+    counters: &Counters,
+) -> Result<(), LinkEnd> {
+    loop {
+        let frame = tokio::select! {
+            frame = outlet.recv() => frame,
+            // An idle link notices a loss too.
+            reason = connection.closed() => return Err(LinkEnd::Gone(reason.to_string())),
+        };
+        let Some(frame) = frame else { return Ok(()) };
+        send_frame(&mut sender, frame, counters).await?;
+    }
+}
+
+async fn send_frame(
+    sender: &mut FrameSender,
+    frame: LinkFrame,
+    counters: &Counters,
+) -> Result<(), SendError> {
+    match frame {
+        LinkFrame::Step { header, records, payload, ready } => {
+            let len = records.len() + payload.len();
+            sender.send(FrameKind::Step, &header, records, payload).await?;
+            counters.sent(len, ready.elapsed());
+            Ok(())
+        }
+        LinkFrame::Samples { samples, ready } => {
+            let (header, body) = samples.encode();
+            let len = body.len();
+            sender.send(FrameKind::Samples, &header, body.into(), Bytes::new()).await?;
+            counters.sent(len, ready.elapsed());
+            Ok(())
+        }
+        LinkFrame::Open(open) => {
+            let (header, body) = open.encode();
+            sender.send(FrameKind::Open, &header, body.into(), Bytes::new()).await
+        }
+        LinkFrame::Close(close) => {
+            sender.send(FrameKind::Close, &close, Bytes::new(), Bytes::new()).await
+        }
+    }
+}
