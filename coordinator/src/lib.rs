@@ -9,6 +9,10 @@ pub mod api;
 pub mod config;
 pub mod control;
 pub mod dispatch;
+pub mod node;
 pub mod router;
 pub mod serving;
 pub mod telemetry;
+
+pub use config::CoordinatorConfig;
+pub use node::{Coordinator, StartError};
