@@ -269,3 +269,7 @@ impl Stage {
 pub fn records_of(step: &Step) -> Bytes {
     step.encode_records().into()
 }
+
+#[cfg(test)]
+#[path = "driver_test.rs"]
+mod driver_test;

@@ -1,0 +1,194 @@
+//! The compute thread alone: what goes in, what comes out, and where it lies in memory.
+
+use std::sync::{Arc, Mutex};
+
+use shoal_protocol::activation::{BlockGrant, CloseHeader, Open, RowRecord, StepHeader};
+use shoal_protocol::id::{Attempt, Generation, RequestId, SequenceId};
+use shoal_protocol::plan::ReplicaLimits;
+use shoal_protocol::request::SamplingRecord;
+
+use super::*;
+
+const WIDTH: usize = 8;
+const VOCAB: usize = 5;
+
+const LIMITS: ReplicaLimits = ReplicaLimits {
+    kv_blocks: 4,
+    context_max: 64,
+    step_rows_max: 4,
+    sequences_max: 2,
+    steps_in_flight_max: 2,
+};
+
+/// Adds one to what it gets, and notes where that lies. Logits rise to the last token.
+#[derive(Default)]
+struct AddOne {
+    seen: Arc<Mutex<Vec<usize>>>,
+    fails_at: Option<f32>,
+    panics_at: Option<f32>,
+    last: bool,
+}
+
+impl ShardModel for AddOne {
+    fn hidden(&self) -> usize {
+        WIDTH
+    }
+
+    fn vocab(&self) -> usize {
+        if self.last { VOCAB } else { 0 }
+    }
+
+    fn forward(
+        &mut self,
+        _batch: &Batch<'_>,
+        tokens: Option<&[u32]>,
+        hidden: &mut [f32],
+        logits: Option<&mut [f32]>,
+    ) -> Result<(), ComputeError> {
+        self.seen.lock().unwrap().push(hidden.as_ptr() as usize);
+        if let Some(tokens) = tokens {
+            let rows = hidden.chunks_exact_mut(WIDTH).zip(tokens);
+            rows.for_each(|(row, &token)| row.fill(token as f32));
+        }
+        if self.fails_at == Some(hidden[0]) {
+            return Err(ComputeError::Device("it is too warm".to_owned()));
+        }
+        assert!(self.panics_at != Some(hidden[0]), "a bug in the model");
+        hidden.iter_mut().for_each(|x| *x += 1.0);
+        if let Some(logits) = logits {
+            logits.iter_mut().zip(0u32..).for_each(|(logit, i)| *logit = (i % VOCAB as u32) as f32);
+        }
+        Ok(())
+    }
+}
+
+struct Bench {
+    input: mpsc::Sender<StageInput>,
+    frames: mpsc::Receiver<LinkFrame>,
+    thread: ComputeThread,
+    pool: BufferPool,
+}
+
+fn start(index: u32, model: AddOne) -> Bench {
+    let pool = BufferPool::new(WIDTH, LIMITS.step_rows_max as usize, 2);
+    let (input, inputs) = mpsc::channel(8);
+    let (frame, frames) = mpsc::channel(8);
+    let last = model.last;
+    let stage = Stage::new(StageParts {
+        index: StageIndex(index),
+        last,
+        table: StageTable::new(Generation(1), LIMITS, last),
+        model: Box::new(model),
+        pool: pool.clone(),
+        outlet: Outlet::Link(frame),
+        counters: Arc::default(),
+    });
+    let thread = ComputeThread::start("test".to_owned(), stage, inputs).unwrap();
+    Bench { input, frames, thread, pool }
+}
+
+fn open() -> StageInput {
+    StageInput::Open(Open {
+        generation: Generation(1),
+        sequence: SequenceId(1),
+        request: RequestId(1),
+        attempt: Attempt(1),
+        choice: 0,
+        prompt_len: 1,
+        sampling: SamplingRecord::GREEDY,
+        tokens: vec![0],
+    })
+}
+
+/// The row at a position of sequence 1.
+fn step(position: u32, data: StepData) -> StageInput {
+    let flags = if position == 0 { RowRecord::SAMPLE } else { 0 };
+    let samples = u32::from(position == 0);
+    let grants = if position.is_multiple_of(16) {
+        vec![BlockGrant { sequence: 1, block: position / 16, reserved: 0 }]
+    } else {
+        vec![]
+    };
+    let header = StepHeader {
+        generation: 1,
+        step: u64::from(position),
+        rows: 1,
+        grants: grants.len() as u32,
+        samples,
+        reserved: 0,
+    };
+    let step = Step { header, rows: vec![RowRecord { sequence: 1, position, flags }], grants };
+    let records = records_of(&step);
+    StageInput::Step { step, records, data }
+}
+
+#[tokio::test]
+async fn a_middle_stage_computes_where_it_received_and_sends_from_there() {
+    let model = AddOne::default();
+    let seen = Arc::clone(&model.seen);
+    let mut bench = start(1, model);
+    bench.input.send(open()).await.unwrap();
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Open(_))));
+    for position in 0..40 {
+        let mut buffer = bench.pool.take(1);
+        buffer.floats_mut().fill(position as f32);
+        let address = buffer.floats().as_ptr() as usize;
+        bench.input.send(step(position, StepData::Hidden(buffer))).await.unwrap();
+        let Some(LinkFrame::Step { payload, .. }) = bench.frames.recv().await else {
+            panic!("no step comes out")
+        };
+        assert_eq!(payload.as_ptr() as usize, address);
+        assert_eq!(seen.lock().unwrap().last(), Some(&address));
+        assert_eq!(payload[..4], (position as f32 + 1.0).to_le_bytes());
+    }
+    assert_eq!(bench.pool.allocations(), 1, "one buffer serves all steps");
+    let close = CloseHeader { generation: 1, sequence: 1 };
+    bench.input.send(StageInput::Close(close)).await.unwrap();
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Close(c)) if c == close));
+    drop(bench.input);
+    let ended = bench.thread.ended().await.unwrap();
+    assert!(ended.outcome.is_ok() && ended.model.is_some());
+}
+
+#[tokio::test]
+async fn a_last_stage_draws_and_sends_nothing_else() {
+    let mut bench = start(1, AddOne { last: true, ..AddOne::default() });
+    bench.input.send(open()).await.unwrap();
+    let buffer = bench.pool.take(1);
+    bench.input.send(step(0, StepData::Hidden(buffer))).await.unwrap();
+    let Some(LinkFrame::Samples { samples, .. }) = bench.frames.recv().await else {
+        panic!("no samples come out")
+    };
+    assert_eq!(samples.samples.len(), 1);
+    assert_eq!(samples.samples[0].token, VOCAB as u32 - 1);
+}
+
+async fn ends_with(index: u32, model: AddOne, inputs: Vec<StageInput>, words: &str) -> bool {
+    let mut bench = start(index, model);
+    for input in inputs {
+        bench.input.send(input).await.unwrap();
+    }
+    let ended = bench.thread.ended().await.unwrap();
+    let error = ended.outcome.unwrap_err();
+    assert!(error.to_string().contains(words), "{words:?} is not in {error}");
+    ended.model.is_some()
+}
+
+#[tokio::test]
+async fn a_fault_ends_the_thread_with_words_and_gives_the_model_back() {
+    let tokens = || StepData::Tokens(vec![7]);
+    let warm = AddOne { fails_at: Some(7.0), ..AddOne::default() };
+    assert!(ends_with(0, warm, vec![open(), step(0, tokens())], "it is too warm").await);
+    let plain = AddOne::default;
+    assert!(ends_with(0, plain(), vec![step(0, tokens())], "not open").await);
+    assert!(ends_with(1, plain(), vec![open(), step(0, tokens())], "tokens").await);
+    let many = StepData::Tokens(vec![7, 8]);
+    assert!(ends_with(0, plain(), vec![open(), step(0, many)], "one for each row").await);
+}
+
+#[tokio::test]
+async fn a_panic_ends_the_thread_alone() {
+    let model = AddOne { panics_at: Some(7.0), ..AddOne::default() };
+    let inputs = vec![open(), step(0, StepData::Tokens(vec![7]))];
+    assert!(!ends_with(0, model, inputs, "a bug in the model").await, "the model is not trusted");
+}
