@@ -2,6 +2,7 @@
 //!
 //! The only test of its file: it counts the allocations of the whole process.
 #![allow(unsafe_code)] // A global allocator cannot be written without.
+#![allow(clippy::unwrap_used)] // A test's panic is its result.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};

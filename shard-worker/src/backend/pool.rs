@@ -246,7 +246,7 @@ mod tests {
                 assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == round));
                 if round % 50 == 0 {
                     // Long enough for the workers to park.
-                    std::thread::sleep(4 * SPIN);
+                    std::thread::park_timeout(4 * SPIN);
                 }
             }
         }
