@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use shoal_protocol::error::{ErrorCode, Fault};
+use shoal_protocol::error::ErrorCode;
 
 use super::tokenize::{Gone, LoadError};
 use super::validate::Refusal;
@@ -162,10 +162,6 @@ impl From<RouteError> for ApiError {
 impl From<DispatchError> for ApiError {
     fn from(error: DispatchError) -> Self {
         let code = error.code();
-        match code.fault() {
-            Fault::Caller => tracing::debug!(%error, "a head refused a request"),
-            Fault::Cluster => tracing::warn!(%error, code = code.label(), "an answer failed"),
-        }
         let retry_after = code.retryable().then_some(Duration::from_secs(1));
         Self { retry_after, ..Self::new(code, error.to_string()) }
     }
@@ -192,6 +188,8 @@ impl From<Gone> for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::error::Fault;
+
     use super::*;
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, RequestId};
@@ -16,11 +16,11 @@ use super::openai::completions::Completions;
 use super::openai::{Shape, Whole};
 use super::places::Place;
 use super::prepare::{ModelFacts, Prepared, prepare};
-use super::session::{Facts, Session, Started};
+use super::session::{Facts, Session, Started, Stops};
 use super::surface::Endpoint;
 use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
-use crate::dispatch::{Sequence, Target};
+use crate::dispatch::{DispatchError, Sequence, Target};
 use crate::router;
 use crate::serving::{ServedDeployment, ServingTable};
 
@@ -42,11 +42,17 @@ pub async fn generate(
     }
     let request = parse(endpoint, &read(&context, body).await?)?;
     let session = begin(&context, endpoint, &request, arrived).await?;
+    let id = HeaderValue::from_str(&session.facts.id);
     let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
-    match endpoint {
+    let mut response = match endpoint {
         Endpoint::Chat => answer(session, Chat { include_usage }, &request).await,
         Endpoint::Completions => answer(session, Completions::new(include_usage), &request).await,
+    }?;
+    // OpenAI's clients report it; the log of the coordinator and of the heads has the same number.
+    if let Ok(id) = id {
+        response.headers_mut().insert("x-request-id", id);
     }
+    Ok(response)
 }
 
 /// The whole body, within the bounds of size and time.
@@ -90,15 +96,14 @@ async fn begin(
         let request = request.clone();
         context.texts.compute(move || prepare(&request, &model, seed, now)).await??
     };
-    let metrics = context.telemetry.request(
-        &request.model,
-        arrived,
-        prepared.prompts.len() * usize::from(request.n),
-    );
     // Tokenising a long prompt takes time in which the layout may have changed.
     let table = context.table.borrow().clone();
     let deployment = router::find(&table, &request.model)?;
-    let started = start(context, &table, deployment, request, &prepared, RequestId(id)).await?;
+    let places = places(context, &table, deployment, request, &prepared)?;
+    let mut metrics = context.telemetry.request(&request.model, arrived, places.len());
+    let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
+    let started = start(context, places, request, &prepared, RequestId(id), deadline).await;
+    let started = started.inspect_err(|error| metrics.failed(error.code()))?;
     let facts = Facts {
         id: match endpoint {
             Endpoint::Chat => format!("chatcmpl-{id:016x}"),
@@ -111,7 +116,8 @@ async fn begin(
         logprobs: request.logprobs,
         return_token_ids: request.return_token_ids,
     };
-    Ok(Session::new(facts, text, &request.stop, &request.stop_token_ids, started, metrics))
+    let stops = Stops { texts: &request.stop, tokens: &request.stop_token_ids };
+    Ok(Session::new(facts, text, stops, started, metrics, deadline))
 }
 
 async fn model_facts(
@@ -129,69 +135,69 @@ async fn model_facts(
     Ok(ModelFacts { vocab: deployment.vocab, context_max: deployment.context_max, text })
 }
 
-/// Takes places and asks the heads. The choices of one prompt go to one replica, whose blocks of the
-/// prompt they share.
-async fn start(
+/// A place for each answer. The choices of one prompt go to one replica, whose blocks of the prompt
+/// they share.
+fn places(
     context: &ApiContext,
     table: &ServingTable,
     deployment: &ServedDeployment,
     request: &ValidRequest,
     prepared: &Prepared,
-    id: RequestId,
-) -> Result<Vec<Started>, ApiError> {
-    let n = request.n;
+) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
     for _ in &prepared.prompts {
         let dice = random()?;
-        places.extend(context.places.take(dice, table, deployment, u32::from(n))?);
+        places.extend(context.places.take(dice, table, deployment, u32::from(request.n))?);
     }
-    let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
+    Ok(places)
+}
+
+/// Asks the heads.
+async fn start(
+    context: &ApiContext,
+    places: Vec<Place>,
+    request: &ValidRequest,
+    prepared: &Prepared,
+    id: RequestId,
+    deadline: tokio::time::Instant,
+) -> Result<Vec<Started>, DispatchError> {
+    let n = usize::from(request.n);
     let mut started = Vec::with_capacity(places.len());
     for (i, place) in places.into_iter().enumerate() {
-        let (prompt, choice) = (i / usize::from(n), i % usize::from(n));
-        let PreparedChoice { sequence, target } =
-            PreparedChoice::new(prepared, prompt, choice, i, id, &place);
+        let sequence = sequence(prepared, i / n, i % n, i, id);
+        let ticket = &place.ticket;
+        let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
         // One after the other: the first makes the connection, the others find it.
         match context.dispatcher.start(target, sequence, deadline).await {
             Ok(answer) => started.push(Started { answer, place }),
             Err(error) => {
                 place.failed();
-                return Err(error.into());
+                tracing::warn!(request = %id, replica = %ticket.replica, %error, "cannot begin");
+                return Err(error);
             }
         }
     }
     Ok(started)
 }
 
-struct PreparedChoice {
-    sequence: Sequence,
-    target: Target,
-}
-
-impl PreparedChoice {
-    fn new(
-        prepared: &Prepared,
-        prompt: usize,
-        choice: usize,
-        index: usize,
-        request: RequestId,
-        place: &Place,
-    ) -> Self {
-        // Both are at most `validate::CHOICES_MAX`.
-        let stream = SamplingRecord::stream_of(prompt as u16, choice as u16);
-        let sequence = Sequence {
-            request,
-            attempt: Attempt(0),
-            choice: index as u32,
-            prompt: Arc::clone(&prepared.prompts[prompt].tokens),
-            received: Vec::new(),
-            sampling: SamplingRecord { stream, ..prepared.sampling },
-            stop_tokens: Arc::clone(&prepared.stop_tokens),
-            max_tokens: prepared.prompts[prompt].max_tokens,
-        };
-        let ticket = &place.ticket;
-        let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
-        Self { sequence, target }
+fn sequence(
+    prepared: &Prepared,
+    prompt: usize,
+    choice: usize,
+    index: usize,
+    request: RequestId,
+) -> Sequence {
+    // Both are at most `validate::CHOICES_MAX`.
+    let stream = SamplingRecord::stream_of(prompt as u16, choice as u16);
+    Sequence {
+        request,
+        attempt: Attempt(0),
+        choice: index as u32,
+        prompt: Arc::clone(&prepared.prompts[prompt].tokens),
+        received: Vec::new(),
+        sampling: SamplingRecord { stream, ..prepared.sampling },
+        stop_tokens: Arc::clone(&prepared.stop_tokens),
+        max_tokens: prepared.prompts[prompt].max_tokens,
     }
 }
 

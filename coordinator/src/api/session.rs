@@ -10,6 +10,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use serde::Serialize;
+use shoal_protocol::error::Fault;
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::FinishReason;
 
@@ -30,6 +31,17 @@ pub struct Session {
     /// Updates that were read ahead of the first chunk.
     ahead: VecDeque<Update>,
     metrics: RequestMetrics,
+    /// When the request's time is up.
+    pub deadline: tokio::time::Instant,
+}
+
+/// What ends an answer besides the model's own end tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Stops<'a> {
+    /// Texts.
+    pub texts: &'a [String],
+    /// The client's own tokens.
+    pub tokens: &'a [TokenId],
 }
 
 /// What every chunk and every response repeats, and what the client wants to see.
@@ -139,7 +151,6 @@ struct Choice {
     text: TextStream,
     tokens: usize,
     stop_token_ids: Arc<[TokenId]>,
-    done: bool,
     last: Instant,
 }
 
@@ -155,22 +166,21 @@ async fn step(choice: usize, mut started: Started) -> Step {
 }
 
 impl Session {
-    /// Answers that have just been asked for. `stop_token_ids` are the client's own.
+    /// Answers that have just been asked for.
     pub fn new(
         facts: Facts,
         text: Option<Arc<ModelText>>,
-        stops: &[String],
-        stop_token_ids: &[TokenId],
+        stops: Stops<'_>,
         started: Vec<Started>,
         metrics: RequestMetrics,
+        deadline: tokio::time::Instant,
     ) -> Self {
         let now = Instant::now();
-        let stop_token_ids: Arc<[TokenId]> = stop_token_ids.into();
+        let stop_token_ids: Arc<[TokenId]> = stops.tokens.into();
         let choice = || Choice {
-            text: TextStream::new(stops.to_vec()),
+            text: TextStream::new(stops.texts.to_vec()),
             tokens: 0,
             stop_token_ids: Arc::clone(&stop_token_ids),
-            done: false,
             last: now,
         };
         let choices = started.iter().map(|_| choice()).collect();
@@ -178,7 +188,7 @@ impl Session {
         for (i, started) in started.into_iter().enumerate() {
             running.push(Box::pin(step(i, started)) as BoxFuture<'static, Step>);
         }
-        Self { facts, text, choices, running, ahead: VecDeque::new(), metrics }
+        Self { facts, text, choices, running, ahead: VecDeque::new(), metrics, deadline }
     }
 
     /// The next update of any choice; `None` once all are complete. After an error the session is
@@ -210,7 +220,15 @@ impl Session {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
-                let code = error.code();
+                let (code, ticket) = (error.code(), &started.place.ticket);
+                let (request, replica, generation) =
+                    (&self.facts.id, ticket.replica, ticket.generation);
+                match code.fault() {
+                    Fault::Caller => tracing::debug!(request, %replica, %error, "refused"),
+                    Fault::Cluster => {
+                        tracing::warn!(request, %replica, %generation, %error, "an answer failed");
+                    }
+                }
                 if matches!(error, DispatchError::Lost { .. } | DispatchError::Connect { .. }) {
                     started.place.failed();
                 }
@@ -276,7 +294,6 @@ impl Choice {
             }
         }
         if let Some(finish) = &update.finish {
-            self.done = true;
             metrics.finished(Finished {
                 outcome: match finish.reason {
                     FinishReason::Stop => Outcome::Stop,

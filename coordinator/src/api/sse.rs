@@ -6,9 +6,10 @@
 //! : keep-alive                            where nothing came for a while
 //! ```
 //!
-//! The session lives in the body: a client that hangs up drops it, and so cancels every answer.
+//! A task of its own reads the session into a bounded queue, and the body reads the queue: the
+//! request's deadline holds also where a client has stopped reading. The body owns the task: a client
+//! that hangs up drops both, and so cancels every answer.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -16,33 +17,35 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures_util::stream;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendError;
+use tokio::task::JoinHandle;
 
-use super::error::ApiError;
 use super::openai::Shape;
-use super::session::Session;
+use super::session::{Facts, Session, Update};
 
 /// How long a stream may be silent: proxies cut connections that are, mostly after a minute.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-struct Writer<S> {
-    session: Session,
-    shape: S,
-    /// Whether the usage comes at the end.
-    include_usage: bool,
-    /// Events that are ready.
-    ready: VecDeque<Bytes>,
-    /// Nothing follows what is ready.
-    over: bool,
-}
+/// Events that wait for a slow client; beyond them its answers wait, too. Some 50 KiB.
+const EVENTS_MAX: usize = 256;
+
+/// How long the last event may wait for a slow client once the request's time is up.
+const LAST_EVENT_GRACE: Duration = Duration::from_secs(1);
 
 /// The response that streams this session.
-pub fn response<S: Shape>(session: Session, mut shape: S, include_usage: bool) -> Response {
-    let opening = shape.opening(&session.facts);
-    let ready = opening.iter().map(|chunk| event(chunk)).collect();
-    let writer = Writer { session, shape, include_usage, ready, over: false };
-    let events = stream::unfold(writer, |mut writer| async move {
-        let event = writer.next().await?;
-        Some((Ok::<_, Infallible>(event), writer))
+pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Response {
+    let (events, queue) = mpsc::channel(EVENTS_MAX);
+    let until = session.deadline + LAST_EVENT_GRACE;
+    let write = write(session, shape, include_usage, events);
+    let task = tokio::spawn(async move {
+        // Too late means that the client does not read: there is nobody to tell.
+        let _ = tokio::time::timeout_at(until, write).await;
+    });
+    let reader = Reader { queue, _task: Owned(task) };
+    let events = stream::unfold(reader, |mut reader| async move {
+        let event = reader.next().await?;
+        Some((Ok::<_, Infallible>(event), reader))
     });
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
@@ -54,47 +57,60 @@ pub fn response<S: Shape>(session: Session, mut shape: S, include_usage: bool) -
     response
 }
 
-fn event(json: &str) -> Bytes {
-    Bytes::from(format!("data: {json}\n\n"))
+struct Reader {
+    queue: mpsc::Receiver<Bytes>,
+    _task: Owned,
 }
 
-impl<S: Shape> Writer<S> {
+impl Reader {
     async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
-            }
-            if self.over {
-                return None;
-            }
-            match tokio::time::timeout(KEEP_ALIVE, self.session.next()).await {
-                Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
-                Ok(None) => self.end(),
-                Ok(Some(Err(error))) => self.fail(&error),
-                Ok(Some(Ok(update))) => {
-                    let facts = &self.session.facts;
-                    let told = facts.logprobs.is_some() || facts.return_token_ids;
-                    // A token without text yet, of which nothing else is to be said, makes no chunk.
-                    let silent = update.text.is_empty() && update.finish.is_none();
-                    if !silent || (told && !update.tokens.is_empty()) {
-                        self.ready.push_back(event(&self.shape.chunk(facts, &update)));
-                    }
-                }
-            }
+        match tokio::time::timeout(KEEP_ALIVE, self.queue.recv()).await {
+            Ok(event) => event,
+            Err(_) => Some(Bytes::from_static(b": keep-alive\n\n")),
         }
     }
+}
 
-    fn end(&mut self) {
-        if self.include_usage {
-            let usage = self.shape.usage(&self.session.facts, self.session.usage());
-            self.ready.push_back(event(&usage));
+/// A task that ends with its owner.
+struct Owned(JoinHandle<()>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Writes all events of a session, in order.
+async fn write<S: Shape>(
+    mut session: Session,
+    mut shape: S,
+    include_usage: bool,
+    events: mpsc::Sender<Bytes>,
+) -> Result<(), SendError<Bytes>> {
+    for chunk in shape.opening(&session.facts) {
+        events.send(event(&chunk)).await?;
+    }
+    while let Some(update) = session.next().await {
+        let update = match update {
+            Ok(update) => update,
+            Err(error) => return events.send(event(&error.json())).await,
+        };
+        if is_worth_a_chunk(&session.facts, &update) {
+            events.send(event(&shape.chunk(&session.facts, &update))).await?;
         }
-        self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
-        self.over = true;
     }
+    if include_usage {
+        events.send(event(&shape.usage(&session.facts, session.usage()))).await?;
+    }
+    events.send(Bytes::from_static(b"data: [DONE]\n\n")).await
+}
 
-    fn fail(&mut self, error: &ApiError) {
-        self.ready.push_back(event(&error.json()));
-        self.over = true;
-    }
+/// A token without text yet, of which nothing else is to be said, makes no chunk.
+fn is_worth_a_chunk(facts: &Facts, update: &Update) -> bool {
+    let told = facts.logprobs.is_some() || facts.return_token_ids;
+    !update.text.is_empty() || update.finish.is_some() || (told && !update.tokens.is_empty())
+}
+
+fn event(json: &str) -> Bytes {
+    Bytes::from(format!("data: {json}\n\n"))
 }

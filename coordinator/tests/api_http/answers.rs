@@ -48,7 +48,9 @@ async fn a_completion_comes_whole_or_in_pieces_and_says_the_same() {
     let prompt = setup.text.encode("1 plus 2", true).expect("plain text").len();
     let whole = post(setup.http, COMPLETIONS, &complete(json!({}))).await;
     assert_eq!(whole.status, 200, "{}", whole.body);
+    let id = whole.header("x-request-id").expect("an id").to_owned();
     let whole = whole.json();
+    assert_eq!(whole["id"], id);
     assert_eq!(whole["object"], "text_completion");
     assert_eq!(whole["model"], "demo");
     assert!(whole["id"].as_str().expect("an id").starts_with("cmpl-"));
@@ -271,8 +273,10 @@ async fn models_health_and_metrics_tell_what_is_there() {
         (&json!("demo"), &json!("org/pretend"))
     );
     assert_eq!(list["data"][0]["created"], 1_700_000_000);
-    let one = get(setup.http, "/v1/models/org/pretend").await.json();
-    assert_eq!((&one["id"], &one["object"]), (&json!("org/pretend"), &json!("model")));
+    for path in ["/v1/models/org/pretend", "/v1/models/org%2Fpretend"] {
+        let one = get(setup.http, path).await.json();
+        assert_eq!((&one["id"], &one["object"]), (&json!("org/pretend"), &json!("model")));
+    }
     assert_eq!(get(setup.http, "/health").await.status, 200);
     let ready = get(setup.http, "/ready").await;
     assert_eq!((ready.status, &ready.json()["status"]), (200, &json!("ready")));
