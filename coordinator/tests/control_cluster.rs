@@ -1,5 +1,7 @@
 //! The control plane over real sockets: joining, deploying, losing a worker, starting again.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
 mod control_support;
 
 use control_support::*;

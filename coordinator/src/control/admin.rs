@@ -21,9 +21,8 @@ use super::agents::Agents;
 use super::models::Models;
 use super::planner::explain;
 use super::reconcile::{Observed, dry_run, inventory_for};
-use super::state::{
-    Change, Deployment, DeploymentCommand, Refusal, Timestamp, TokenCommand, TokenHash,
-};
+use super::shape::ModelShape;
+use super::state::{Change, DeploymentCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
 /// How long a caller may take to say what it wants.
@@ -136,11 +135,7 @@ impl AdminServer {
                 })??;
                 self.check_workers(&model).await?;
                 let spec = DeploymentSpec { name, model, stages, precision };
-                self.deploy(
-                    operator,
-                    Deployment { spec, shape, created: Timestamp(0), replicas: Vec::new() },
-                )
-                .await
+                self.deploy(operator, spec, shape).await
             }
             AdminCall::Undeploy { name } => {
                 tracing::info!(%operator, deployment = %name, "undeploy");
@@ -182,16 +177,21 @@ impl AdminServer {
         Ok(())
     }
 
-    async fn deploy(&self, operator: NodeId, wanted: Deployment) -> Result<AdminReply, WireError> {
+    async fn deploy(
+        &self,
+        operator: NodeId,
+        spec: DeploymentSpec,
+        shape: ModelShape,
+    ) -> Result<AdminReply, WireError> {
         let state = self.store.state();
         let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
         let planned = tokio::task::spawn_blocking(move || {
-            dry_run(&state, &observed, &wanted).map(|plan| (wanted, plan.mesh()))
+            dry_run(&state, &observed, &spec, &shape).map(|plan| (spec, shape, plan.mesh()))
         });
         let planned = planned
             .await
             .map_err(|error| WireError::new(ErrorCode::Internal, format!("planning: {error}")))?;
-        let (Deployment { spec, shape, .. }, mesh) = planned?;
+        let (spec, shape, mesh) = planned?;
         tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, "deploy");
         let create = DeploymentCommand::Create { spec, shape };
         self.store.propose(Change::Deployment(create)).await?;

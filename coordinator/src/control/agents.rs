@@ -78,17 +78,6 @@ struct Link {
     probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
 }
 
-/// A worker as its registration and its last report show it.
-#[derive(Clone, Debug)]
-pub struct SeenWorker {
-    /// Whether its control link is up.
-    pub connected: bool,
-    /// What it registered with.
-    pub register: Register,
-    /// What it last reported.
-    pub report: Report,
-}
-
 /// Why a conversation with a worker ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionEnd {
@@ -118,26 +107,13 @@ impl Agents {
         self.changed.subscribe()
     }
 
-    /// What reconciliation looks at.
+    /// All workers that have registered, with all that is known of them.
     pub fn observe(&self) -> BTreeMap<NodeId, ObservedWorker> {
         let of = |worker: &Worker| ObservedWorker {
             connected: worker.link.is_some(),
-            incarnation: worker.register.incarnation,
-            activations: worker.register.activations,
-            devices: worker.register.devices.clone(),
-            numerics: worker.register.numerics.clone(),
-            report: worker.report.clone(),
-            pushed: worker.pushed.clone(),
-        };
-        self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
-    }
-
-    /// All workers that have registered, with all that is known of them.
-    pub fn seen(&self) -> BTreeMap<NodeId, SeenWorker> {
-        let of = |worker: &Worker| SeenWorker {
-            connected: worker.link.is_some(),
             register: worker.register.clone(),
             report: worker.report.clone(),
+            pushed: worker.pushed.clone(),
         };
         self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
     }

@@ -17,14 +17,14 @@ use std::time::Duration;
 use shoal_protocol::admin::{
     ClusterView, CoordinatorView, DeploymentPhase, DeploymentView, WorkerView,
 };
-use shoal_protocol::id::{DeploymentName, ReplicaId};
+use shoal_protocol::id::{DeploymentName, NodeId, ReplicaId};
 use shoal_protocol::plan::ModelRef;
 use shoal_protocol::units::Instant;
 use tokio::sync::watch;
 
-use super::agents::{Agents, SeenWorker};
+use super::agents::Agents;
 use super::models::Models;
-use super::reconcile::{Action, Decision, History, Observed, Phase, reconcile};
+use super::reconcile::{Action, Decision, History, Observed, ObservedWorker, Phase, reconcile};
 use super::state::{Change, ClusterState, Deployment, PlanCommand};
 use super::store::ControlStore;
 use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
@@ -84,13 +84,13 @@ impl Executor {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut state_changed = self.store.watch();
         let mut agents_changed = self.agents.changed();
-        let mut last_words = String::new();
+        let mut last_phases = BTreeMap::new();
         loop {
             // Marked as seen before they are looked at, so that no change in between is lost.
             let state = Arc::clone(&state_changed.borrow_and_update());
             agents_changed.mark_unchanged();
             let Some(decision) = self.decide(&state).await else { return };
-            log(&decision, &mut last_words);
+            log(&decision, &mut last_phases);
             self.show(&state, &decision);
             self.history = decision.history;
             for action in decision.actions {
@@ -146,7 +146,7 @@ impl Executor {
     }
 
     fn show(&mut self, state: &ClusterState, decision: &Decision) {
-        let seen = self.agents.seen();
+        let seen = self.agents.observe();
         let table = self.table(state, decision, &seen);
         self.shown.table.send_replace(Arc::new(table));
         let view = view(&self.coordinator, state, decision, &seen);
@@ -163,7 +163,7 @@ impl Executor {
         &mut self,
         state: &ClusterState,
         decision: &Decision,
-        seen: &BTreeMap<shoal_protocol::id::NodeId, SeenWorker>,
+        seen: &BTreeMap<NodeId, ObservedWorker>,
     ) -> ServingTable {
         let connected = || seen.iter().filter(|(_, worker)| worker.connected);
         let shards = connected()
@@ -240,11 +240,11 @@ fn phase_of(decision: &Decision, name: &DeploymentName) -> Phase {
 }
 
 /// The cluster as people see it.
-pub fn view(
+fn view(
     coordinator: &CoordinatorView,
     state: &ClusterState,
     decision: &Decision,
-    seen: &BTreeMap<shoal_protocol::id::NodeId, SeenWorker>,
+    seen: &BTreeMap<NodeId, ObservedWorker>,
 ) -> ClusterView {
     let workers = state.nodes.workers().map(|(id, node)| match seen.get(&id) {
         Some(worker) => WorkerView {
@@ -281,20 +281,21 @@ pub fn view(
     }
 }
 
-/// Says what is done, and where the deployments are if that has changed.
-fn log(decision: &Decision, last_words: &mut String) {
+/// Says what is done, and where each deployment is when that has changed.
+fn log(decision: &Decision, last: &mut BTreeMap<DeploymentName, Phase>) {
     for action in &decision.actions {
         tracing::info!("{action}");
     }
-    let words: Vec<_> = decision
-        .phases
-        .iter()
-        .map(|(name, at)| format!("{name} is {:?}: {}", at.phase, at.reason))
-        .collect();
-    let words = words.join("; ");
-    if words != *last_words {
-        // Progress changes with every report; who wants it asks for it.
-        tracing::debug!("{words}");
-        *last_words = words;
+    for (name, at) in &decision.phases {
+        let Phase { phase, reason } = at;
+        match last.get(name) {
+            Some(before) if before == at => {}
+            // Progress changes with every report; who wants it asks for it.
+            Some(before) if before.phase == *phase && *phase == DeploymentPhase::Loading => {
+                tracing::debug!(deployment = %name, "{phase:?}: {reason}");
+            }
+            _ => tracing::info!(deployment = %name, "{phase:?}: {reason}"),
+        }
     }
+    last.clone_from(&decision.phases);
 }

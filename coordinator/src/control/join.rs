@@ -5,7 +5,7 @@
 //! signed; a joiner that breaks off in between has used its token up, which is the safe side.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX};
@@ -14,7 +14,7 @@ use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 
-use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Timestamp, TokenHash};
+use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash};
 use super::store::ControlStore;
 
 /// How long a whole join may take on this side, the disk included.
@@ -101,8 +101,8 @@ impl JoinServer {
         })?;
         let token = TokenHash::of(&request.secret);
         // Nobody without a good token gets as far as the queue of changes.
-        if !self.store.state().tokens.is_good(&token, now()) {
-            return Err(super::state::Refusal::BadToken.into());
+        if !self.store.state().tokens.is_good(&token, Timestamp::of(SystemTime::now())) {
+            return Err(Refusal::BadToken.into());
         }
         let join = NodeCommand::Join { token, key: KeyFingerprint(key) };
         let effects = self.store.propose(Change::Node(join)).await?;
@@ -128,10 +128,6 @@ impl JoinServer {
 
 fn overloaded() -> WireError {
     WireError::new(ErrorCode::Overloaded, "too many nodes join at once; try again in a second")
-}
-
-fn now() -> Timestamp {
-    Timestamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
 }
 
 /// A token bucket.

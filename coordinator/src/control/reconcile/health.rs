@@ -83,8 +83,8 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
             None => unheard.push(node.to_string()),
             Some(worker) if !worker.connected => changed.push(format!("{node} was lost")),
             Some(worker) => {
-                let then = *history.incarnations.entry(node).or_insert(worker.incarnation);
-                if then != worker.incarnation {
+                let then = *history.incarnations.entry(node).or_insert(worker.register.incarnation);
+                if then != worker.register.incarnation {
                     changed.push(format!("{node} was started again"));
                 }
             }

@@ -14,18 +14,18 @@ mod health;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use shoal_protocol::admin::DeploymentPhase;
-use shoal_protocol::control::{DeviceInfo, Report};
+use shoal_protocol::control::{Register, Report};
 use shoal_protocol::id::{
     DeploymentName, Generation, Incarnation, NodeId, RankIndex, ReplicaId, StageIndex,
 };
-use shoal_protocol::plan::{Assignment, Numerics, PeerAddress, ReplicaPlan};
+use shoal_protocol::plan::{Assignment, DeploymentSpec, PeerAddress, ReplicaPlan};
 use shoal_protocol::units::{Bytes, Instant};
 
 use super::planner::{Candidate, Inventory, Job, PlanRefusal, plan};
+use super::shape::ModelShape;
 use super::state::{ClusterState, Deployment};
 use health::Health;
 
@@ -64,14 +64,8 @@ pub struct Observed {
 pub struct ObservedWorker {
     /// Whether its control link is up.
     pub connected: bool,
-    /// Its start number.
-    pub incarnation: Incarnation,
-    /// Where its stages take activations.
-    pub activations: SocketAddr,
-    /// Its devices.
-    pub devices: Vec<DeviceInfo>,
-    /// The contracts that its kernels keep.
-    pub numerics: Vec<Numerics>,
+    /// What it registered with, under addresses that others reach.
+    pub register: Register,
     /// Its last report.
     pub report: Report,
     /// What it was last told to be on its present connection; `None` before the first time.
@@ -285,7 +279,7 @@ impl Round<'_> {
     fn peers(&self, plan: &ReplicaPlan) -> Option<Vec<PeerAddress>> {
         plan.nodes()
             .map(|node| {
-                let activations = self.observed.workers.get(&node)?.activations;
+                let activations = self.observed.workers.get(&node)?.register.activations;
                 Some(PeerAddress { node, activations })
             })
             .collect()
@@ -320,7 +314,7 @@ fn inventory_without(
     let connected = observed.workers.iter().filter(|(_, worker)| worker.connected);
     let candidates = connected.filter_map(|(node, worker)| {
         // One shard per worker and replica, so the first device is the one that counts.
-        let device = worker.devices.first()?;
+        let device = worker.register.devices.first()?;
         let used: Bytes = plans
             .values()
             .filter(|plan| Some(plan.id) != without)
@@ -333,7 +327,7 @@ fn inventory_without(
             device: device.name.clone(),
             budget: device.memory,
             used,
-            numerics: worker.numerics.clone(),
+            numerics: worker.register.numerics.clone(),
         })
     });
     Inventory { workers: candidates.collect() }
@@ -410,15 +404,12 @@ impl fmt::Display for Decision {
 pub fn dry_run(
     target: &ClusterState,
     observed: &Observed,
-    deployment: &Deployment,
+    spec: &DeploymentSpec,
+    shape: &ModelShape,
 ) -> Result<ReplicaPlan, PlanRefusal> {
-    let job = Job {
-        replica: ReplicaId(0),
-        generation: Generation(1),
-        spec: &deployment.spec,
-        shape: &deployment.shape,
-        previous: None,
-    };
+    // No deployment has replica 0.
+    let replica = ReplicaId(0);
+    let job = Job { replica, generation: Generation(1), spec, shape, previous: None };
     plan(&inventory(target, observed), &job)
 }
 

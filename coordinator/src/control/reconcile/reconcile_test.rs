@@ -1,12 +1,12 @@
 //! Reconciliation as stories: what happens, and the whole list of actions that follows.
 
-use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
+use shoal_protocol::control::{DeviceInfo, ShardCounters, ShardReport, ShardState};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::Role;
-use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, PretendSpec, ShardMemory};
+use shoal_protocol::plan::{ModelRef, ModelSource, Numerics, PretendSpec, ShardMemory};
+use shoal_protocol::version::VersionRange;
 
 use super::*;
-use crate::control::shape::ModelShape;
 use crate::control::state::{
     Change, Command, DeploymentCommand, KeyFingerprint, NodeCommand, PlanCommand, Timestamp,
 };
@@ -76,16 +76,23 @@ impl World {
             memory: Bytes::mib(420),
             threads: 1,
         };
-        let port = 4000 + number as u16 + 100 * incarnation as u16;
-        let worker = ObservedWorker {
-            connected: true,
+        let address = |port: u16| {
+            let port = port + number as u16 + 100 * incarnation as u16;
+            std::net::SocketAddr::from(([127, 0, 0, 1], port))
+        };
+        let register = Register {
+            versions: VersionRange::OURS,
+            build: "test".into(),
+            node: NodeId::worker(number),
             incarnation: Incarnation(incarnation),
-            activations: ([127, 0, 0, 1], port).into(),
+            pid: number,
+            requests: address(9000),
+            activations: address(4000),
             devices: vec![device],
             numerics: vec![Numerics::N1],
-            report: Report::default(),
-            pushed: None,
         };
+        let report = Report::default();
+        let worker = ObservedWorker { connected: true, register, report, pushed: None };
         self.observed.workers.insert(NodeId::worker(number), worker);
     }
 

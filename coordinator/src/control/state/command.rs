@@ -11,7 +11,7 @@
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is the next one, the layout is whole, its workers are known |
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::error::{ErrorCode, WireError};
@@ -27,6 +27,13 @@ use super::{DeploymentCommand, NodeCommand, PlanCommand, TokenCommand};
 )]
 #[serde(transparent)]
 pub struct Timestamp(pub u64);
+
+impl Timestamp {
+    /// The stamp of a point in time that a shell has read off its clock; before 1970 counts as 1970.
+    pub fn of(time: SystemTime) -> Self {
+        Self(time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+    }
+}
 
 impl std::ops::Add<Duration> for Timestamp {
     type Output = Self;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use redb::Database;
 use shoal_protocol::id::NodeId;
@@ -127,7 +127,7 @@ impl Voter {
             }
         };
         let mut state = ClusterState::clone(&self.published.borrow());
-        self.last = self.last.max(now());
+        self.last = self.last.max(Timestamp::of(SystemTime::now()));
         let sequence = state.last_sequence(self.client) + 1;
         let command = Command { client: self.client, sequence, at: self.last, change };
         let effects = match state.apply(&command) {
@@ -147,11 +147,6 @@ impl Voter {
         }
         Ok(Ok(effects))
     }
-}
-
-fn now() -> Timestamp {
-    // Before 1970 counts as 1970.
-    Timestamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
 }
 
 #[cfg(test)]
