@@ -25,6 +25,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Files and folders that take time and randomness as arguments and return what is to be done.
 const PURE: &[&str] = &[
+    "coordinator/src/control/planner",
+    "coordinator/src/control/reconcile",
+    "coordinator/src/control/shape.rs",
+    "coordinator/src/control/state",
     "protocol/src/activation.rs",
     "protocol/src/admin.rs",
     "protocol/src/control.rs",
