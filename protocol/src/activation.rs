@@ -1,8 +1,10 @@
-//! Stage ↔ stage (`shoal-act`): one unidirectional stream per link, frames in order.
+//! Stage ↔ stage (`shoal-act`): one stream per link, frames in order. The receiver answers the hello
+//! with its own, its sides swapped, once it has let the sender in; nothing else goes back.
 //!
 //! ```text
 //! stage i ──► LinkHello, then any of Open · Step · Close ──► stage i+1
 //! last    ──► LinkHello, then Samples                   ──► stage 0 (the head)
+//!         ◄── LinkHello
 //!
 //! Step body:    StepHeader.rows    x RowRecord   (16 B)
 //!               StepHeader.grants  x BlockGrant  (16 B)

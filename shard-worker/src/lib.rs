@@ -7,7 +7,8 @@
 //!                          stage 0 (●) ══shoal-act══► stage 1 … ══► stage n: sample (○)
 //! ```
 //!
-//! `engine`, `sample` and `stage::table` are pure: no socket, file, clock, thread or random source.
+//! `engine`, `sample`, `stage::table`, `stage::ring`, `head::lateness` and `agent::lifecycle` are pure:
+//! no socket, file, clock, thread or random source.
 //! `model` and `backend` compute; `head`, `stage`, `agent` are thin shells around the rest.
 
 pub mod agent;

@@ -46,8 +46,11 @@ const PURE: &[&str] = &[
     "protocol/src/request.rs",
     "protocol/src/units.rs",
     "protocol/src/version.rs",
+    "shard-worker/src/agent/lifecycle.rs",
     "shard-worker/src/engine",
+    "shard-worker/src/head/lateness.rs",
     "shard-worker/src/sample",
+    "shard-worker/src/stage/ring.rs",
     "shard-worker/src/stage/table.rs",
 ];
 
