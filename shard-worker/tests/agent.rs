@@ -1,5 +1,7 @@
 //! What a worker answers to its coordinator, which the test plays.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod cluster;
 
 use cluster::*;

@@ -1,5 +1,7 @@
 //! Three workers, one replica: what goes right, and what happens when something dies.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod cluster;
 
 use std::time::{Duration, Instant};

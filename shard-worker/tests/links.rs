@@ -1,6 +1,8 @@
 //! Who gets into the ring, and what happens to a neighbour that sends nonsense: the test plays the
 //! stage before w2.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod cluster;
 
 use std::sync::Arc;

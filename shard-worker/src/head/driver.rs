@@ -81,8 +81,12 @@ pub struct HeadClient {
 }
 
 impl Head {
-    /// Starts the loop. It refuses requests until `linked`.
-    pub fn start(parts: HeadParts) -> Result<Self, BadEngineConfig> {
+    /// Starts the loop on `runtime`: where samples arrive, so that no token waits for another thread
+    /// to wake. It refuses requests until `linked`.
+    pub fn start(
+        parts: HeadParts,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<Self, BadEngineConfig> {
         let context_max = parts.config.limits.context_max;
         let engine = Engine::new(parts.config)?;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
@@ -102,7 +106,7 @@ impl Head {
             idle: idle_to,
             slow_readers: Arc::clone(&slow_readers),
         };
-        let task = tokio::spawn(driver.run(inbox, parts.samples));
+        let task = runtime.spawn(driver.run(inbox, parts.samples));
         let client = HeadClient { events, report, slow_readers, context_max };
         Ok(Self { client, idle, task })
     }
@@ -136,7 +140,7 @@ impl Head {
         self.client.tell(Event::Stop).await;
         match tokio::time::timeout(STOP_TIMEOUT, &mut self.task).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!("a head panicked: {error}"),
+            Ok(Err(error)) => tracing::error!("a head did not end by itself: {error}"),
             Err(_) => tracing::error!("a head did not end within {STOP_TIMEOUT:?}"),
         }
     }

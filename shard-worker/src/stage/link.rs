@@ -146,6 +146,11 @@ impl Links {
         self.endpoint.local_address()
     }
 
+    /// The runtime of the endpoint's thread: for what must not wait for another thread to wake.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
+    }
+
     /// How many links were refused: wrong generation, wrong stage, or not that stage's worker.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)

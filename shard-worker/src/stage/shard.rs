@@ -134,7 +134,7 @@ impl Shard {
         let (head, inlet) = if assignment.is_first() {
             let config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
             let parts = HeadParts { config, stage: input, samples, fault: fault_to };
-            (Some(Head::start(parts)?), Inlet::Head { to: drawn })
+            (Some(Head::start(parts, links.runtime())?), Inlet::Head { to: drawn })
         } else {
             (None, Inlet::Stage { hidden, pool: pool.clone(), to: input })
         };

@@ -2,6 +2,7 @@
 //! network.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,10 +41,10 @@ async fn relay(front: Arc<UdpSocket>, target: SocketAddr, silent: Arc<AtomicBool
     let mut packet = vec![0; 1 << 16];
     loop {
         let Ok((len, from)) = front.recv_from(&mut packet).await else { continue };
-        if !backs.contains_key(&from) {
+        if let Entry::Vacant(entry) = backs.entry(from) {
             let back = Arc::new(UdpSocket::bind(loopback()).await.unwrap());
             back.connect(target).await.unwrap();
-            backs.insert(from, Arc::clone(&back));
+            entry.insert(Arc::clone(&back));
             let (front, silent) = (Arc::clone(&front), Arc::clone(&silent));
             answers.spawn(async move {
                 let mut packet = vec![0; 1 << 16];
