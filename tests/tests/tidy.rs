@@ -25,10 +25,22 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Files and folders that take time and randomness as arguments and return what is to be done.
 const PURE: &[&str] = &[
+    "coordinator/src/api/fields.rs",
+    "coordinator/src/api/generation.rs",
+    "coordinator/src/api/messages.rs",
+    "coordinator/src/api/pieces.rs",
+    "coordinator/src/api/prepare.rs",
+    "coordinator/src/api/stream.rs",
+    "coordinator/src/api/strftime.rs",
+    "coordinator/src/api/surface.rs",
+    "coordinator/src/api/template.rs",
+    "coordinator/src/api/validate.rs",
     "coordinator/src/control/planner",
     "coordinator/src/control/reconcile",
     "coordinator/src/control/shape.rs",
     "coordinator/src/control/state",
+    "coordinator/src/dispatch/sequence.rs",
+    "coordinator/src/router",
     "protocol/src/activation.rs",
     "protocol/src/admin.rs",
     "protocol/src/control.rs",

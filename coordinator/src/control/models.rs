@@ -7,6 +7,7 @@ use shoal_protocol::model::{BuiltinModel, Checkpoint};
 use shoal_protocol::plan::{ModelRef, ModelSource};
 
 use super::shape::ModelShape;
+use crate::api::tokenize::ModelText;
 
 /// Where models come from.
 #[derive(Clone, Debug)]
@@ -52,6 +53,9 @@ impl Models {
             (_, Some(folder)) => {
                 let checkpoint = Checkpoint::open(&folder).map_err(|error| bad(&error))?;
                 checkpoint.check_tokenizer().map_err(|error| bad(&error))?;
+                // Read whole and let go: a tokenizer or a chat template that does not work is refused
+                // now, not at the first request.
+                ModelText::load(&folder).map_err(|error| bad(&error))?;
                 (checkpoint.fingerprint(), ModelShape::Checkpoint(checkpoint.spec().clone()))
             }
             (source, None) => return Err(bad(&format!("{source} has no folder"))),
@@ -73,5 +77,35 @@ impl Models {
                 format!("cannot unpack `{name}` under {}: {error}", self.data.display()),
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_whose_text_side_does_not_work_is_refused_with_the_file() {
+        let good = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures/models/llama31-rope8-bf16");
+        let folder = tempfile::tempdir().expect("a folder");
+        for entry in std::fs::read_dir(good).expect("the fixture is there") {
+            let file = entry.expect("a readable folder");
+            std::fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
+        }
+        let models = Models::new(folder.path().join("data"), Vec::new());
+        let path = folder.path().to_str().expect("UTF-8").to_owned();
+        let source = ModelSource::Folder { path };
+        models.open(&source).expect("a good model");
+        for (name, text) in [
+            ("chat_template.jinja", "{% if %}"),
+            ("generation_config.json", "{"),
+            ("tokenizer.json", "{}"),
+        ] {
+            std::fs::write(folder.path().join(name), text).expect("a writable folder");
+            let error = models.open(&source).expect_err("a broken model");
+            assert_eq!(error.code, ErrorCode::BadModel);
+            assert!(error.message.contains(name), "{error}");
+        }
     }
 }
