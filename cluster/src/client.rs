@@ -1,0 +1,171 @@
+//! The admin API from the caller's side: one stream per call, every wait with a deadline.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX};
+use shoal_protocol::id::Role;
+use shoal_protocol::quic::{
+    AdminContext, Alpn, Connection, Endpoint, Expect, FrameReceiver, close_code,
+};
+use shoal_protocol::version::VersionRange;
+
+use crate::failure::Failure;
+use crate::registry::Registry;
+
+/// How long to wait for a coordinator to let us in. It is one round trip and two signatures.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for an answer. A deployment is accepted after each worker has read the model's
+/// headers, which on a cold network file system takes a while.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long to wait until what was sent has been taken.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A connection to a coordinator.
+#[derive(Debug)]
+pub struct AdminClient {
+    endpoint: Endpoint,
+    connection: Connection,
+    address: SocketAddr,
+}
+
+impl AdminClient {
+    /// Connects with this context file, or with that of the newest `shoal up` that runs.
+    pub async fn open(context: Option<&Path>) -> Result<Self, Failure> {
+        let path = match context {
+            Some(path) => path.to_owned(),
+            None => newest_up()?,
+        };
+        let context = AdminContext::load(&path)
+            .map_err(|error| Failure::failed(format!("{:#}", anyhow::Error::new(error))))?
+            .ok_or_else(|| {
+                Failure::usage(format!(
+                    "there is no context file {}; a coordinator writes one into its data folder",
+                    path.display()
+                ))
+            })?;
+        Self::connect(context).await
+    }
+
+    /// Connects with a context that has been read.
+    pub async fn connect(context: AdminContext) -> Result<Self, Failure> {
+        let address = context.address;
+        let any: SocketAddr = match address {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let endpoint = Endpoint::bind(any, Arc::new(context.identity), &[])
+            .map_err(|error| Failure::failed(error.to_string()))?;
+        let expect = Expect::Role(Role::Coordinator);
+        let connection = endpoint
+            .connect(address, expect, Alpn::Admin, CONNECT_TIMEOUT)
+            .await
+            .map_err(|error| Failure::unreachable(format!("{error}; is the cluster running?")))?;
+        Ok(Self { endpoint, connection, address })
+    }
+
+    /// Where the coordinator takes the cluster's conversations.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// One question, one answer. A refusal is a `Failure` with the coordinator's words.
+    pub async fn call(&self, call: AdminCall) -> Result<AdminReply, Failure> {
+        let mut answers = self.ask(call).await?;
+        tokio::time::timeout(CALL_TIMEOUT, answers.next())
+            .await
+            .map_err(|_| Failure::unreachable(format!("no answer within {CALL_TIMEOUT:?}")))?
+    }
+
+    /// The whole cluster, now.
+    pub async fn status(&self) -> Result<ClusterView, Failure> {
+        match self.call(AdminCall::Status).await? {
+            AdminReply::Status(view) => Ok(*view),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The whole cluster, now and on every change.
+    pub async fn watch(&self) -> Result<Watch, Failure> {
+        Ok(Watch(self.ask(AdminCall::Watch).await?))
+    }
+
+    /// Ends the conversation.
+    pub async fn close(self) {
+        self.connection.close(close_code::DONE, "done");
+        self.endpoint.drained(CLOSE_TIMEOUT).await;
+    }
+
+    async fn ask(&self, call: AdminCall) -> Result<Answers, Failure> {
+        let gone = |why: String| Failure::unreachable(format!("the coordinator is gone: {why}"));
+        let request = AdminRequest { versions: VersionRange::OURS, call };
+        let exchange = async {
+            let (mut sender, receiver) =
+                self.connection.open_bi().await.map_err(|e| gone(e.to_string()))?;
+            sender
+                .send_message(&request, MESSAGE_LEN_MAX)
+                .await
+                .map_err(|e| gone(e.to_string()))?;
+            sender.finish();
+            Ok(Answers(receiver))
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, exchange)
+            .await
+            .map_err(|_| gone(format!("it took nothing within {CONNECT_TIMEOUT:?}")))?
+    }
+}
+
+/// The answers on one stream.
+#[derive(Debug)]
+struct Answers(FrameReceiver);
+
+impl Answers {
+    async fn next(&mut self) -> Result<AdminReply, Failure> {
+        match self.0.message::<AdminReply>(MESSAGE_LEN_MAX).await {
+            Ok(Some(AdminReply::Refused(error))) => Err(error.into()),
+            Ok(Some(reply)) => Ok(reply),
+            Ok(None) => Err(Failure::unreachable("the coordinator ended the conversation")),
+            Err(error) => Err(Failure::unreachable(format!("the coordinator is gone: {error}"))),
+        }
+    }
+}
+
+/// Views, one after each change.
+#[derive(Debug)]
+pub struct Watch(Answers);
+
+impl Watch {
+    /// The next view. It must run to its end: a future that is dropped half-way loses a view.
+    pub async fn next(&mut self) -> Result<ClusterView, Failure> {
+        match self.0.next().await? {
+            AdminReply::Status(view) => Ok(*view),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// An answer to another question than ours.
+pub fn unexpected(reply: &AdminReply) -> Failure {
+    let what = match reply {
+        AdminReply::Status(_) => "a status",
+        AdminReply::Accepted => "an acceptance",
+        AdminReply::Token { .. } => "a token",
+        AdminReply::Plan(_) => "a plan",
+        AdminReply::Refused(_) => "a refusal",
+    };
+    Failure::failed(format!("the coordinator answered another question: {what} came"))
+}
+
+fn newest_up() -> Result<PathBuf, Failure> {
+    let entries = Registry::of_user().map(|registry| registry.running()).unwrap_or_default();
+    let newest = entries.into_iter().next().ok_or_else(|| {
+        Failure::unreachable(
+            "no `shoal up` runs here; start one, or name a cluster with --context FILE or SHOAL_CONTEXT",
+        )
+    })?;
+    Ok(newest.context)
+}

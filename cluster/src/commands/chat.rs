@@ -1,0 +1,235 @@
+//! `shoal chat`: questions to the public API, answers as they are generated.
+
+use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shoal_protocol::admin::{ClusterView, DeploymentPhase};
+use shoal_protocol::id::DeploymentName;
+
+use super::sse;
+use crate::args::ChatArgs;
+use crate::client::AdminClient;
+use crate::failure::Failure;
+use crate::output::json::url;
+
+/// How long to wait for the API to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for the next token: a long prompt is computed before the first.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Talks to a deployment.
+pub async fn run(args: ChatArgs) -> Result<(), Failure> {
+    let client = AdminClient::open(args.cluster.context.as_deref()).await?;
+    let view = client.status().await?;
+    client.close().await;
+    let model = choose(args.name, &view)?;
+    let mut chat = Chat::new(&url(view.coordinator.api), model, args.max_tokens.map(|n| n.get()));
+    let stdin = std::io::stdin();
+    match args.ask {
+        Some(question) => chat.ask_alone(&question),
+        None if stdin.is_terminal() => chat.converse(&mut stdin.lock()),
+        None => {
+            for line in stdin.lock().lines() {
+                let line = line.map_err(|e| Failure::failed(format!("cannot read stdin: {e}")))?;
+                if !line.trim().is_empty() {
+                    chat.ask_alone(&line)?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The deployment that is meant: the named one, else the only one.
+fn choose(name: Option<DeploymentName>, view: &ClusterView) -> Result<DeploymentName, Failure> {
+    let deployment = match name {
+        Some(name) => {
+            let found = view.deployments.iter().find(|d| d.name == name);
+            found.ok_or_else(|| super::no_such_deployment(&name, view))?
+        }
+        None => match view.deployments.as_slice() {
+            [] => return Err(Failure::refused("nothing is deployed; `shoal deploy MODEL` first")),
+            [only] => only,
+            several => {
+                let names: Vec<&str> = several.iter().map(|d| d.name.as_str()).collect();
+                let names = names.join(", ");
+                return Err(Failure::usage(format!("which one? {names}: `shoal chat NAME`")));
+            }
+        },
+    };
+    match deployment.phase {
+        DeploymentPhase::Ready => Ok(deployment.name.clone()),
+        _ => Err(Failure::refused(format!(
+            "{} is not ready: {}",
+            deployment.name,
+            if deployment.reason.is_empty() { "it loads" } else { &deployment.reason }
+        ))),
+    }
+}
+
+/// Whom we talk to, and what has been said.
+#[derive(Debug)]
+pub struct Chat {
+    agent: ureq::Agent,
+    url: String,
+    model: DeploymentName,
+    max_tokens: Option<u32>,
+    messages: Vec<Value>,
+}
+
+impl Chat {
+    /// A conversation with a deployment, at the public API under `url`.
+    pub fn new(url: &str, model: DeploymentName, max_tokens: Option<u32>) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_per_read(Some(TOKEN_TIMEOUT))
+            .build()
+            .new_agent();
+        let url = format!("{url}/v1/chat/completions");
+        Self { agent, url, model, max_tokens, messages: Vec::new() }
+    }
+
+    /// Asks one question that knows of no other, and prints the answer.
+    pub fn ask_alone(&mut self, question: &str) -> Result<(), Failure> {
+        self.messages.clear();
+        self.ask(question, &mut std::io::stdout().lock())
+    }
+
+    /// Question after question until the end of the input; each knows of those before.
+    fn converse(&mut self, input: &mut dyn BufRead) -> Result<(), Failure> {
+        eprintln!("{} listens; /new begins anew, Ctrl-D ends", self.model);
+        loop {
+            eprint!("> ");
+            let mut line = String::new();
+            let read = input.read_line(&mut line);
+            match read.map_err(|e| Failure::failed(format!("cannot read stdin: {e}")))? {
+                0 => {
+                    eprintln!();
+                    return Ok(());
+                }
+                _ => match line.trim() {
+                    "" => {}
+                    "/new" => self.messages.clear(),
+                    question => {
+                        let before = self.messages.len();
+                        if let Err(failure) = self.ask(question, &mut std::io::stdout().lock()) {
+                            // The conversation goes on without what could not be answered.
+                            self.messages.truncate(before);
+                            eprintln!("shoal: {failure}");
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Asks, and writes the answer as it comes.
+    fn ask(&mut self, question: &str, out: &mut dyn Write) -> Result<(), Failure> {
+        self.messages.push(json!({"role": "user", "content": question}));
+        let mut body = json!({"model": self.model, "messages": self.messages, "stream": true});
+        if let Some(max_tokens) = self.max_tokens {
+            body["max_completion_tokens"] = max_tokens.into();
+        }
+        let response = self
+            .agent
+            .post(&self.url)
+            .send_json(&body)
+            .map_err(|error| Failure::unreachable(format!("{}: {error}", self.url)))?;
+        let status = response.status();
+        let mut lines = BufReader::new(response.into_body().into_reader());
+        if !status.is_success() {
+            return Err(refusal(status.as_u16(), &mut lines));
+        }
+        let answer = read_answer(&mut lines, out)?;
+        self.messages.push(json!({"role": "assistant", "content": answer}));
+        Ok(())
+    }
+}
+
+/// Copies an answer from a stream of events, and ends its line.
+fn read_answer(lines: &mut dyn BufRead, out: &mut dyn Write) -> Result<String, Failure> {
+    let mut answer = String::new();
+    let write = |out: &mut dyn Write, text: &str| {
+        let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        written.map_err(|error| Failure::failed(format!("cannot write to stdout: {error}")))
+    };
+    loop {
+        let mut line = String::new();
+        let read = lines.read_line(&mut line);
+        let ended = match read {
+            Ok(0) => Some("the server hung up in the middle of the answer".to_owned()),
+            Ok(_) => None,
+            Err(error) => Some(format!("the answer broke off: {error}")),
+        };
+        let what = match ended {
+            Some(why) => sse::Line::Error(why),
+            None => sse::read(&line),
+        };
+        match what {
+            sse::Line::Text(text) => {
+                write(out, &text)?;
+                answer.push_str(&text);
+            }
+            sse::Line::Nothing => {}
+            sse::Line::Done => {
+                write(out, "\n")?;
+                return Ok(answer);
+            }
+            sse::Line::Error(why) => {
+                if !answer.is_empty() {
+                    write(out, "\n")?;
+                }
+                return Err(Failure::failed(why));
+            }
+        }
+    }
+}
+
+/// The words of an answer that is not one. What the caller did wrong is a refusal.
+fn refusal(status: u16, body: &mut dyn BufRead) -> Failure {
+    /// More than any error of ours.
+    const BODY_LEN_MAX: u64 = 64 << 10;
+    let mut text = String::new();
+    let _ = std::io::Read::read_to_string(&mut std::io::Read::take(body, BODY_LEN_MAX), &mut text);
+    let message = serde_json::from_str(&text).ok().as_ref().and_then(sse::error_message);
+    let message = format!("{} (HTTP {status})", message.unwrap_or(text));
+    if (400..500).contains(&status) { Failure::refused(message) } else { Failure::failed(message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::Exit;
+
+    fn answer(events: &str) -> (Result<String, Failure>, String) {
+        let mut out = Vec::new();
+        let result = read_answer(&mut events.as_bytes(), &mut out);
+        (result, String::from_utf8(out).unwrap())
+    }
+
+    #[test]
+    fn an_answer_is_copied_as_it_comes() {
+        let chunk = |text: &str| {
+            format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n")
+        };
+        let (result, out) = answer(&(chunk("8") + &chunk("5.") + "data: [DONE]\n\n"));
+        assert_eq!((result.unwrap().as_str(), out.as_str()), ("85.", "85.\n"));
+        let broken = chunk("8") + "data: {\"error\":{\"message\":\"w2 was lost\"}}\n\n";
+        let (result, out) = answer(&broken);
+        assert_eq!((result.unwrap_err().message.as_str(), out.as_str()), ("w2 was lost", "8\n"));
+        let (result, _) = answer(&chunk("8"));
+        assert!(result.unwrap_err().message.contains("hung up"));
+    }
+
+    #[test]
+    fn a_refusal_keeps_the_servers_words() {
+        let body = r#"{"error":{"message":"`best_of` is not supported"}}"#;
+        let failure = refusal(400, &mut body.as_bytes());
+        assert_eq!(failure.exit, Exit::Refused);
+        assert_eq!(failure.message, "`best_of` is not supported (HTTP 400)");
+        assert_eq!(refusal(503, &mut &b"busy"[..]).exit, Exit::Failed);
+    }
+}

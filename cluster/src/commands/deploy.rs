@@ -1,0 +1,144 @@
+//! `shoal deploy MODEL`: asks for it, and waits until it is served.
+
+use std::path::Path;
+
+use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
+use shoal_protocol::id::DeploymentName;
+use shoal_protocol::plan::ModelSource;
+
+use crate::args::DeployArgs;
+use crate::builtin;
+use crate::client::{AdminClient, unexpected};
+use crate::failure::Failure;
+use crate::output::progress::{Progress, Stand, stand};
+use crate::output::table;
+
+/// Serves a model.
+pub async fn run(args: DeployArgs) -> Result<(), Failure> {
+    let (source, name) = source_of(args.model.as_deref())?;
+    let name = args.name.unwrap_or(name);
+    let client = AdminClient::open(args.cluster.context.as_deref()).await?;
+    let call = AdminCall::Deploy {
+        name: name.clone(),
+        source,
+        stages: args.stages.map(std::num::NonZeroU32::get),
+        precision: args.precision,
+    };
+    match client.call(call).await? {
+        AdminReply::Accepted => eprintln!("{name}: accepted"),
+        other => return Err(unexpected(&other)),
+    }
+    if args.no_wait {
+        client.close().await;
+        return Ok(());
+    }
+    let view = wait_until_ready(&client, &name).await?;
+    client.close().await;
+    eprintln!("{name}: ready");
+    super::print(&table::stages(&view, |d| d.name == name).to_string())
+}
+
+/// Follows a deployment, with progress on stderr, until it is served or is known not to be.
+///
+/// It waits as long as the cluster works on it: for workers that are missing, and for weights.
+pub async fn wait_until_ready(
+    client: &AdminClient,
+    name: &DeploymentName,
+) -> Result<ClusterView, Failure> {
+    let mut watch = client.watch().await?;
+    let mut progress = Progress::new(name.clone());
+    loop {
+        let view = watch.next().await?;
+        let stand = stand(&view, name);
+        progress.show(&stand);
+        match stand {
+            Stand::Ready => return Ok(view),
+            Stand::Failed(why) => return Err(Failure::refused(format!("{name}: {why}"))),
+            Stand::Absent => {
+                return Err(Failure::failed(format!("{name} was undeployed by somebody else")));
+            }
+            Stand::Waiting(_) | Stand::Loading { .. } => {}
+        }
+    }
+}
+
+/// Where a model is, and what it is called unless the operator says otherwise.
+pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), Failure> {
+    let Some(folder) = model else {
+        let name = builtin::DEMO.name;
+        return Ok((ModelSource::Builtin { name: name.to_owned() }, default_name(name)?));
+    };
+    let absolute = folder.canonicalize().map_err(|error| {
+        Failure::refused(format!("cannot read the model {}: {error}", folder.display()))
+    })?;
+    if !absolute.is_dir() {
+        return Err(Failure::refused(format!(
+            "{} is not a folder; a model is a folder with config.json, safetensors files and \
+             tokenizer.json",
+            folder.display()
+        )));
+    }
+    let path = absolute
+        .to_str()
+        .ok_or_else(|| Failure::refused(format!("the path {} is not UTF-8", absolute.display())))?;
+    let name = default_name(&absolute.file_name().unwrap_or_default().to_string_lossy())?;
+    Ok((ModelSource::Folder { path: path.to_owned() }, name))
+}
+
+/// A folder's name with a dash for each character that a deployment's name cannot have.
+fn default_name(folder: &str) -> Result<DeploymentName, Failure> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let name: String = folder
+        .chars()
+        .map(|c| if plain(c) { c } else { '-' })
+        .skip_while(|c| !c.is_ascii_alphanumeric())
+        .take(DeploymentName::LEN_MAX)
+        .collect();
+    let name = if name.is_empty() { "model".to_owned() } else { name };
+    DeploymentName::new(name).map_err(|error| Failure::usage(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::Exit;
+
+    #[test]
+    fn a_folder_is_named_by_its_absolute_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny-1.5");
+        std::fs::create_dir_all(model.join("sub")).unwrap();
+        let (source, name) = source_of(Some(&model.join("sub/.."))).unwrap();
+        let path = model.canonicalize().unwrap().to_str().unwrap().to_owned();
+        assert_eq!(source, ModelSource::Folder { path });
+        assert_eq!(name.as_str(), "tiny-1.5");
+        let (source, name) = source_of(None).unwrap();
+        assert_eq!(source, ModelSource::Builtin { name: "demo".to_owned() });
+        assert_eq!(name.as_str(), "demo");
+    }
+
+    #[test]
+    fn any_folder_gives_a_name() {
+        for (folder, expected) in [
+            ("Qwen3-0.6B", "Qwen3-0.6B"),
+            ("my model (2)", "my-model--2-"),
+            ("_x", "x"),
+            ("模型", "model"),
+            ("", "model"),
+        ] {
+            assert_eq!(default_name(folder).unwrap().as_str(), expected, "{folder:?}");
+        }
+        assert_eq!(default_name(&"x".repeat(300)).unwrap().as_str().len(), 96);
+    }
+
+    #[test]
+    fn what_is_no_folder_is_refused_here() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (path, words) in [(file.path(), "is not a folder"), (Path::new("/no/such"), "/no/such")]
+        {
+            let failure = source_of(Some(path)).unwrap_err();
+            assert_eq!(failure.exit, Exit::Refused);
+            assert!(failure.message.contains(words), "{failure}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The operator's verbs, one file each. They know the admin API and, for `chat`, the public one.
+
+pub mod chat;
+pub mod deploy;
+pub mod plan;
+pub mod sse;
+pub mod status;
+pub mod token;
+pub mod undeploy;
+
+use shoal_protocol::admin::ClusterView;
+use shoal_protocol::id::DeploymentName;
+
+use crate::failure::Failure;
+
+/// How alike two names must be (Jaro-Winkler) for one to be offered for the other.
+const ALIKE_MIN: f64 = 0.75;
+
+/// That there is no such deployment, and which one was probably meant.
+fn no_such_deployment(name: &DeploymentName, view: &ClusterView) -> Failure {
+    let names = || view.deployments.iter().map(|d| d.name.as_str());
+    let nearest = names()
+        .map(|known| (strsim::jaro_winkler(known, name.as_str()), known))
+        .filter(|(alike, _)| *alike >= ALIKE_MIN)
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    let advice = match nearest {
+        Some((_, known)) => format!("did you mean `{known}`?"),
+        None if view.deployments.is_empty() => "nothing is deployed".to_owned(),
+        None => format!("there is {}", names().collect::<Vec<_>>().join(", ")),
+    };
+    Failure::refused(format!("there is no deployment `{name}`; {advice}"))
+}
+
+/// Says no where there is no such deployment.
+fn check_exists(name: &DeploymentName, view: &ClusterView) -> Result<(), Failure> {
+    match view.deployments.iter().any(|d| d.name == *name) {
+        true => Ok(()),
+        false => Err(no_such_deployment(name, view)),
+    }
+}
+
+/// Prints data. A reader that has gone (`| head`) is no failure.
+pub fn print(text: &str) -> Result<(), Failure> {
+    use std::io::Write;
+
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed(format!("cannot write to stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

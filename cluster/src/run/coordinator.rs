@@ -1,0 +1,43 @@
+//! `shoal coordinator`: configuration → node → drain.
+
+use shoal_coordinator::{Coordinator, CoordinatorConfig};
+
+use super::announce::Announcement;
+use super::stop::Stop;
+use super::{DRAIN_TIMEOUT, explain_start};
+use crate::args::CoordinatorArgs;
+use crate::builtin;
+use crate::failure::Failure;
+
+/// Runs a coordinator until it is told to stop.
+pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
+    let mut stop = Stop::listen(args.child.lifeline)?;
+    let config = CoordinatorConfig {
+        data: args.data,
+        listen: args.listen,
+        cluster: args.cluster,
+        builtin: builtin::ALL.to_vec(),
+    };
+    let coordinator = tokio::select! {
+        started = Coordinator::start(config) => started.map_err(explain_start)?,
+        _ = stop.requested() => return Ok(()),
+    };
+    let (id, api, cluster) =
+        (coordinator.id(), coordinator.api_address(), coordinator.cluster_address());
+    let context = coordinator.admin_context();
+    tracing::info!(%id, %api, %cluster, context = %context.display(), "coordinator runs");
+    if args.child.announce {
+        Announcement::Coordinator { id, api, cluster, context: context.to_owned() }.print();
+    }
+    let why = stop.requested().await;
+    tracing::info!(%id, "{why}; draining");
+    tokio::select! {
+        drained = tokio::time::timeout(DRAIN_TIMEOUT, coordinator.drain()) => {
+            if drained.is_err() {
+                tracing::warn!(%id, "not drained within {DRAIN_TIMEOUT:?}; ending anyway");
+            }
+        }
+        why = stop.requested() => tracing::warn!(%id, "{why} again; ending at once"),
+    }
+    Ok(())
+}

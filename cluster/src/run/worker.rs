@@ -1,0 +1,53 @@
+//! `shoal worker`: configuration → node → drain.
+
+use shoal_shard_worker::{Worker, WorkerConfig};
+
+use super::announce::Announcement;
+use super::stop::Stop;
+use super::{DRAIN_TIMEOUT, explain_start};
+use crate::args::WorkerArgs;
+use crate::builtin;
+use crate::failure::Failure;
+
+/// Runs a worker until it is told to stop, by a signal or by its coordinator.
+pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
+    let mut stop = Stop::listen(args.child.lifeline)?;
+    let join = args.join;
+    let config = WorkerConfig {
+        join,
+        token: args.token,
+        data: args.data,
+        memory: args.memory,
+        threads: args.threads.and_then(|threads| threads.try_into().ok()),
+        device: args.device,
+        builtin: builtin::ALL.to_vec(),
+    };
+    let worker = tokio::select! {
+        started = Worker::start(config) => started.map_err(explain_start)?,
+        _ = stop.requested() => return Ok(()),
+    };
+    let id = worker.id();
+    if args.child.announce {
+        Announcement::Worker { id }.print();
+    }
+    tracing::info!(%id, coordinator = %join, "worker runs");
+    let handle = worker.drain_handle();
+    let mut running = std::pin::pin!(worker.run_until_drained());
+    tokio::select! {
+        () = &mut running => {
+            tracing::info!(%id, "drained by the coordinator");
+            return Ok(());
+        }
+        why = stop.requested() => tracing::info!(%id, "{why}; draining"),
+    }
+    handle.drain();
+    tokio::select! {
+        drained = tokio::time::timeout(DRAIN_TIMEOUT, &mut running) => {
+            if drained.is_err() {
+                tracing::warn!(%id, "not drained within {DRAIN_TIMEOUT:?}; ending anyway");
+            }
+        }
+        why = stop.requested() => tracing::warn!(%id, "{why} again; ending at once"),
+    }
+    Ok(())
+}
