@@ -1,7 +1,9 @@
-//! What the tests of whole clusters share: real processes on loopback, and a client of their API.
+//! What the tests of whole clusters share: real processes on loopback, a client of their API, and
+//! models to serve.
 //!
 //! Every wait is for an event and has a deadline; whatever was started is killed when its value is
 //! dropped; a log with an error that nobody expected fails the test.
 
 pub mod api;
+pub mod model;
 pub mod proc;

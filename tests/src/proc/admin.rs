@@ -8,13 +8,16 @@ use anyhow::{Context, Result, bail};
 use shoal_protocol::admin::{
     AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentPhase, MESSAGE_LEN_MAX,
 };
-use shoal_protocol::id::Role;
+use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::plan::ModelSource;
 use shoal_protocol::quic::{AdminContext, Alpn, Connection, Endpoint, Expect};
 use shoal_protocol::version::VersionRange;
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, timeout_at};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connection to a coordinator.
 #[derive(Debug)]
@@ -40,6 +43,30 @@ impl Admin {
             anyhow::Ok((endpoint, connection))
         })?;
         Ok(Self { runtime, connection, _endpoint: endpoint })
+    }
+
+    /// One call, one answer; a refusal is an error.
+    pub fn call(&self, call: AdminCall) -> Result<AdminReply> {
+        let exchange = async {
+            let (mut sender, mut receiver) = self.connection.open_bi().await?;
+            let request = AdminRequest { versions: VersionRange::OURS, call };
+            sender.send_message(&request, MESSAGE_LEN_MAX).await?;
+            sender.finish();
+            match receiver.message(MESSAGE_LEN_MAX).await?.context("no answer")? {
+                AdminReply::Refused(error) => bail!("refused: {error}"),
+                reply => Ok(reply),
+            }
+        };
+        self.runtime.block_on(async { tokio::time::timeout(CALL_TIMEOUT, exchange).await? })
+    }
+
+    /// Serves a model and waits until it is ready.
+    pub fn deploy(&self, name: &str, source: ModelSource, stages: u32) -> Result<ClusterView> {
+        let name = DeploymentName::new(name)?;
+        let phase_of = name.to_string();
+        let stages = Some(stages);
+        self.call(AdminCall::Deploy { name, source, stages, precision: None })?;
+        self.wait_for_phase(&phase_of, DeploymentPhase::Ready, CALL_TIMEOUT)
     }
 
     /// Waits until the cluster's view is as wanted, and returns that view.

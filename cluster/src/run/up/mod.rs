@@ -243,9 +243,12 @@ impl Up<'_> {
                 ended = self.family.ended() => self.mourn(ended)?,
                 () = sleep_until(respawn_at), if respawn.is_some() => {
                     self.respawns.retain(|r| Some(*r) != respawn);
-                    if let Some((_, place)) = respawn && let Err(failure) = self.family.start(place).await {
-                        // It has ended as well, and `ended` hears of it.
-                        eprintln!("{failure}");
+                    if let Some((_, place)) = respawn {
+                        match self.family.start(place).await {
+                            Ok(_) => eprintln!("{}: started again", self.family.who(place)),
+                            // It has ended as well, and `ended` hears of it.
+                            Err(failure) => eprintln!("{failure}"),
+                        }
                     }
                 }
                 () = sleep_until(watch_again_at.unwrap_or_else(Instant::now)), if watch_again_at.is_some() => {

@@ -1,0 +1,87 @@
+//! Runs tests/openai_sdk/test_openai.py, with the real `openai` package, against a real cluster.
+//!
+//! The package lives in `.venv`, made from a list with the hash of every file. Without PyPI the test
+//! fails and says how to skip it; a skip is printed.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use shoal_tests::proc::{Process, Up, UpOptions};
+
+/// Set to 1 where PyPI cannot be reached.
+const SKIP: &str = "SHOAL_SKIP_OPENAI_SDK";
+
+/// The first installation downloads some megabytes.
+const INSTALL_TIMEOUT: Duration = Duration::from_secs(240);
+
+const TESTS_TIMEOUT: Duration = Duration::from_secs(120);
+
+#[test]
+fn the_openai_sdk_passes() -> Result<()> {
+    if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
+        // Past the capture of the test runner, so that a skip is seen.
+        let line = format!("SKIPPED: the OpenAI SDK was not tested, because {SKIP}=1\n");
+        let terminal = std::fs::OpenOptions::new().append(true).open("/dev/stderr");
+        terminal.and_then(|mut out| std::io::Write::write_all(&mut out, line.as_bytes()))?;
+        return Ok(());
+    }
+    let python = sdk().with_context(|| {
+        format!(
+            "the `openai` package cannot be installed from PyPI; where that cannot be reached, set \
+             {SKIP}=1 to skip this test"
+        )
+    })?;
+    let up = Up::start(&UpOptions::default())?;
+    let mut tests = Command::new(python);
+    tests
+        .arg(folder().join("test_openai.py"))
+        .env("SHOAL_URL", format!("{}/v1", up.url()))
+        .env("SHOAL_MODEL", "demo")
+        .env("NO_PROXY", "127.0.0.1");
+    let finished = Process::spawn(tests)?.finish(TESTS_TIMEOUT)?;
+    print!("{}{}", finished.stdout, finished.stderr);
+    finished.expect_code(0);
+    up.stop(&[])?;
+    Ok(())
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("openai_sdk")
+}
+
+/// The Python of a virtual environment that holds exactly what the list names.
+fn sdk() -> Result<PathBuf> {
+    let requirements = folder().join("requirements.txt");
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv");
+    let python = venv.join("bin/python");
+    let stamp = venv.join("installed-requirements.txt");
+    let wanted = std::fs::read(&requirements)?;
+    if std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) && python.exists() {
+        return Ok(python);
+    }
+    step(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv))
+        .context("python3 with venv is needed: scripts/setup.sh test installs it")?;
+    let pip =
+        ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"];
+    step(
+        Command::new(&python)
+            .args(pip)
+            .args(["--require-hashes", "--requirement"])
+            .arg(&requirements),
+    )?;
+    std::fs::write(&stamp, wanted)?;
+    Ok(python)
+}
+
+fn step(command: &mut Command) -> Result<()> {
+    let shown = format!("{command:?}");
+    let mut owned = Command::new(command.get_program());
+    owned.args(command.get_args()).stdin(Stdio::null());
+    let finished = Process::spawn(owned)?.finish(INSTALL_TIMEOUT)?;
+    if finished.code() != Some(0) {
+        bail!("{shown}: {}", finished.stderr);
+    }
+    Ok(())
+}
