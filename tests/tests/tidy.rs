@@ -50,6 +50,7 @@ const PURE: &[&str] = &[
     "protocol/src/join.rs",
     "protocol/src/model/config.rs",
     "protocol/src/model/memory.rs",
+    "protocol/src/model/memory.rs",
     "protocol/src/model/mod.rs",
     "protocol/src/model/pretend.rs",
     "protocol/src/model/spec.rs",
