@@ -110,7 +110,7 @@ pub enum StartError {
     #[error(transparent)]
     Cluster(#[from] EndpointError),
     /// The API's address cannot be used.
-    #[error("cannot listen on {address} (TCP): {source}; port 0 picks a free one")]
+    #[error("cannot listen on {address} (TCP): {source}; `:0` as the port picks a free one")]
     Api {
         /// Which.
         address: SocketAddr,

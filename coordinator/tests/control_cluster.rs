@@ -283,10 +283,10 @@ async fn a_start_that_cannot_be_is_an_error_that_says_what_to_do() {
     check(open, "there are no API keys yet").await;
     let mut busy = config(other.path());
     busy.listen = cluster.coordinator.api_address();
-    check(busy, "port 0 picks a free one").await;
+    check(busy, "`:0` as the port picks a free one").await;
     let mut busy = config(other.path());
     busy.cluster = cluster.coordinator.cluster_address();
-    check(busy, "port 0 picks a free one").await;
+    check(busy, "`:0` as the port picks a free one").await;
     check(config(cluster.data.path()), "another coordinator is running on this data folder").await;
 
     let Cluster { coordinator, data, .. } = cluster;

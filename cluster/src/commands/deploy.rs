@@ -47,6 +47,7 @@ pub async fn wait_until_ready(
 ) -> Result<ClusterView, Failure> {
     let mut watch = client.watch().await?;
     let mut progress = Progress::new(name.clone());
+    let mut seen = false;
     loop {
         let view = watch.next().await?;
         let stand = stand(&view, name);
@@ -54,10 +55,12 @@ pub async fn wait_until_ready(
         match stand {
             Stand::Ready => return Ok(view),
             Stand::Failed(why) => return Err(Failure::refused(format!("{name}: {why}"))),
-            Stand::Absent => {
+            // The first view may be older than the acceptance.
+            Stand::Absent if seen => {
                 return Err(Failure::failed(format!("{name} was undeployed by somebody else")));
             }
-            Stand::Waiting(_) | Stand::Loading { .. } => {}
+            Stand::Absent => {}
+            Stand::Waiting(_) | Stand::Loading { .. } => seen = true,
         }
     }
 }

@@ -30,10 +30,10 @@ pub fn log_to_stderr(default: &str) {
     let _ = subscriber.try_init();
 }
 
-/// A start that failed, with all its causes. One that was refused by a cluster says so in its code.
+/// A start that failed, in words, with the code that its cause deserves.
 fn explain_start(error: impl std::error::Error + Send + Sync + 'static) -> Failure {
     let error = anyhow::Error::new(error);
-    let message = format!("{error:#}");
+    let message = words(&error);
     for cause in error.chain() {
         if let Some(refused) = cause.downcast_ref::<WireError>() {
             return Failure { message, ..Failure::from(refused.clone()) };
@@ -41,13 +41,47 @@ fn explain_start(error: impl std::error::Error + Send + Sync + 'static) -> Failu
         if cause.downcast_ref::<ConnectError>().is_some() {
             return Failure::unreachable(message);
         }
-        let taken = |io: &std::io::Error| io.kind() == std::io::ErrorKind::AddrInUse;
-        if cause.downcast_ref::<std::io::Error>().is_some_and(taken) && !message.contains("port 0")
-        {
-            return Failure::failed(format!(
-                "{message}; stop what listens there, or let `:0` as the port pick a free one"
-            ));
-        }
     }
     Failure::failed(message)
+}
+
+/// An error and its causes. Many errors quote their cause already; nothing is said twice.
+fn words(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !said.contains(&cause) {
+            let link = if said.is_empty() { "" } else { ": " };
+            said = format!("{said}{link}{cause}");
+        }
+    }
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::failure::Exit;
+
+    #[derive(Debug, thiserror::Error)]
+    enum StartError {
+        #[error("cannot listen: {0}; `:0` picks a free one")]
+        Listen(#[source] io::Error),
+        #[error("cannot join")]
+        Join(#[source] WireError),
+    }
+
+    #[test]
+    fn a_start_that_failed_is_told_once_and_with_the_right_code() {
+        use shoal_protocol::error::ErrorCode;
+
+        let failed = explain_start(StartError::Listen(io::ErrorKind::AddrInUse.into()));
+        assert_eq!(failed.message, "cannot listen: address in use; `:0` picks a free one");
+        assert_eq!(failed.exit, Exit::Failed);
+        let refused = WireError::new(ErrorCode::BadToken, "the token is used up");
+        let refused = explain_start(StartError::Join(refused));
+        assert_eq!(refused.message, "cannot join: the token is used up");
+        assert_eq!(refused.exit, Exit::Refused);
+    }
 }

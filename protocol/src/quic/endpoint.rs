@@ -110,7 +110,7 @@ impl fmt::Display for Expect {
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
     /// The address is taken or not ours.
-    #[error("cannot listen on {address} (UDP): {source}; port 0 picks a free one")]
+    #[error("cannot listen on {address} (UDP): {source}; `:0` as the port picks a free one")]
     Bind {
         /// Which address.
         address: SocketAddr,

@@ -47,11 +47,6 @@ impl Folder {
         }
     }
 
-    /// The folder itself.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The folder, where it will be removed at the end.
     pub fn scratch(&self) -> Option<&Path> {
         self.scratch.then_some(self.path.as_path())
@@ -88,8 +83,8 @@ mod tests {
     #[test]
     fn a_fresh_folder_goes_and_a_given_one_stays() {
         let fresh = Folder::prepare(None, 1).unwrap();
-        let path = fresh.path().to_owned();
-        assert!(path.is_dir() && fresh.scratch().is_some());
+        let path = fresh.scratch().unwrap().to_owned();
+        assert!(path.is_dir());
         drop(fresh);
         assert!(!path.exists());
 

@@ -293,9 +293,7 @@ impl Up<'_> {
                                 Stand::Failed(why) => {
                                     return Err(Failure::refused(format!("{}: {why}", self.name)));
                                 }
-                                Stand::Absent if last.is_some() => {
-                                    return Err(Failure::failed("undeployed by somebody else"));
-                                }
+                                // It is there, or will be in the next view.
                                 Stand::Absent | Stand::Waiting(_) | Stand::Loading { .. } => {}
                             }
                         }
