@@ -105,6 +105,13 @@ struct Load {
     model: Option<LoadedModel>,
 }
 
+impl Drop for Load {
+    /// A load that nobody waits for ends soon.
+    fn drop(&mut self) {
+        self.progress.cancel.store(true, Ordering::Relaxed);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Progress {
     done: AtomicU64,
@@ -260,7 +267,7 @@ impl Agent {
                 None
             }
             Action::Start(id, assignment) => {
-                let model = self.loads.remove(&id).and_then(|load| load.model);
+                let model = self.loads.remove(&id).and_then(|mut load| load.model.take());
                 self.start_shard(assignment, model)
             }
             Action::Adopt(from, assignment) => {

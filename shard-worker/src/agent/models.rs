@@ -11,7 +11,7 @@ use shoal_protocol::units::Bytes;
 
 use crate::backend::cpu::{CpuOps, Isa};
 use crate::model::pretend::PretendShard;
-use crate::model::{LoadOptions, load_shard};
+use crate::model::{LoadError, LoadOptions, WeightsError, load_shard};
 use crate::stage::LoadedModel;
 
 /// The models that a worker can read.
@@ -52,12 +52,12 @@ impl Models {
         }
         let checkpoint = self.open(&replica.model.source)?;
         let vocab = checkpoint.spec().vocab;
-        let bad = |error: String| WireError::new(ErrorCode::BadModel, error);
-        let isa = Isa::from_environment().map_err(|e| bad(e.to_string()))?;
-        let ops = CpuOps::new(self.threads.get(), isa).map_err(|e| bad(e.to_string()))?;
+        let isa = Isa::from_environment().map_err(|error| load_error(&error.into()))?;
+        let ops =
+            CpuOps::new(self.threads.get(), isa).map_err(|error| load_error(&error.into()))?;
         let options = LoadOptions { threads: self.threads, on_progress, cancel };
-        let model =
-            load_shard(ops, &checkpoint, assignment, &options).map_err(|e| bad(e.to_string()))?;
+        let model = load_shard(ops, &checkpoint, assignment, &options);
+        let model = model.map_err(|error| load_error(&error))?;
         Ok(LoadedModel { model, vocab })
     }
 
@@ -91,12 +91,39 @@ impl Models {
     }
 }
 
+/// Whether it is the model's fault, which no other worker can mend, or this machine's.
+fn load_error(error: &LoadError) -> WireError {
+    let code = match error {
+        LoadError::Assignment(_) => ErrorCode::Internal,
+        LoadError::OtherModel { .. } => ErrorCode::BadModel,
+        LoadError::Backend(_) => ErrorCode::ComputeFailed,
+        LoadError::Weights(error) => match error {
+            WeightsError::Cancelled => ErrorCode::Cancelled,
+            WeightsError::Read { source, .. }
+                if source.kind() != std::io::ErrorKind::UnexpectedEof =>
+            {
+                ErrorCode::StorageFailed
+            }
+            WeightsError::Thread { .. } => ErrorCode::ComputeFailed,
+            WeightsError::Read { .. }
+            | WeightsError::Device { .. }
+            | WeightsError::NotLocated { .. }
+            | WeightsError::NotInTable { .. } => ErrorCode::BadModel,
+        },
+    };
+    WireError::new(code, error.to_string())
+}
+
 fn check_pretend(spec: &PretendSpec) -> Result<(), WireError> {
     spec.check().map_err(|error| WireError::new(ErrorCode::BadModel, error.to_string()))
 }
 
 fn load_pretend(spec: &PretendSpec, assignment: &Assignment) -> Result<LoadedModel, WireError> {
     check_pretend(spec)?;
+    if spec.fingerprint() != assignment.replica.model.fingerprint {
+        let words = "the plan's fingerprint is of another pretend model";
+        return Err(WireError::new(ErrorCode::BadModel, words));
+    }
     let layers = assignment.layers();
     if layers.is_empty() || layers.end > spec.layers {
         let words = format!("layers {layers} of a pretend model of {}", spec.layers);

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use shoal_protocol::activation::{Samples, Step};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::StageIndex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
@@ -81,6 +81,7 @@ impl std::fmt::Debug for Ended {
 #[derive(Debug)]
 pub struct ComputeThread {
     stop: Arc<AtomicBool>,
+    sequences: watch::Receiver<usize>,
     /// Closed without a value where the thread could not even unwind.
     ended: oneshot::Receiver<Ended>,
 }
@@ -95,6 +96,7 @@ impl ComputeThread {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let (done, ended) = oneshot::channel();
+        let sequences = stage.sequences.subscribe();
         std::thread::Builder::new().name(name).spawn(move || {
             let index = stage.index;
             let body = || stage.run(&mut inputs, &stopped);
@@ -109,12 +111,17 @@ impl ComputeThread {
             // It fails where the owner is gone: then nobody wants the model.
             let _ = done.send(ended);
         })?;
-        Ok(Self { stop, ended })
+        Ok(Self { stop, sequences, ended })
     }
 
     /// Asks the thread to end behind the step that it is in. It also needs its queue to close.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// How many sequences are open at the stage, as it changes.
+    pub fn sequences(&self) -> watch::Receiver<usize> {
+        self.sequences.clone()
     }
 
     /// Waits for the end; `None` where the thread is gone without a word. Cancel safe.
@@ -156,6 +163,8 @@ pub struct Stage {
     pool: BufferPool,
     outlet: Outlet,
     counters: Arc<Counters>,
+    /// How many are open.
+    sequences: watch::Sender<usize>,
     /// Kept for their memory.
     spans: SpanBuffer,
     logits: Vec<f32>,
@@ -169,7 +178,8 @@ impl Stage {
     pub fn new(parts: StageParts) -> Self {
         let StageParts { index, last, table, model, pool, outlet, counters } = parts;
         let (spans, logits) = (SpanBuffer::default(), Vec::new());
-        Self { index, last, table, model, pool, outlet, counters, spans, logits }
+        let sequences = watch::Sender::new(0);
+        Self { index, last, table, model, pool, outlet, counters, sequences, spans, logits }
     }
 
     fn run(
@@ -194,10 +204,12 @@ impl Stage {
         match input {
             StageInput::Open(open) => {
                 self.table.open(&open).map_err(fault)?;
+                self.sequences.send_replace(self.table.len());
                 Ok(self.hand_on(|| LinkFrame::Open(open)))
             }
             StageInput::Close(close) => {
                 self.table.close(&close).map_err(fault)?;
+                self.sequences.send_replace(self.table.len());
                 Ok(self.hand_on(|| LinkFrame::Close(close)))
             }
             StageInput::Step { step, records, data } => {

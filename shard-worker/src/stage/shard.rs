@@ -263,23 +263,28 @@ impl Supervisor {
         let _ = self.news.send(news).await;
     }
 
-    /// Lets out what runs: the head's sequences here, or those of the head that feeds this stage,
-    /// which leaves the ring when it has none.
+    /// Lets out what runs: the head's sequences here, or those that are open at this stage.
     async fn drain(&mut self) {
-        match &mut self.head {
-            Some(head) => head.drain(DRAIN_TIMEOUT).await,
-            None => {
-                let left = async {
-                    while let Some(event) = self.link_events.recv().await {
-                        if matches!(event, LinkEvent::Lost(_)) {
-                            return;
-                        }
-                    }
-                };
-                if tokio::time::timeout(DRAIN_TIMEOUT, left).await.is_err() {
-                    tracing::warn!("the head still fed this stage after {DRAIN_TIMEOUT:?}");
+        if let Some(head) = &mut self.head {
+            return head.drain(DRAIN_TIMEOUT).await;
+        }
+        let mut sequences = self.thread.sequences();
+        let lost = async {
+            while let Some(event) = self.link_events.recv().await {
+                if matches!(event, LinkEvent::Lost(_)) {
+                    return;
                 }
             }
+        };
+        let idle_or_lost = async {
+            tokio::select! {
+                // An error means that the stage has ended.
+                _ = sequences.wait_for(|open| *open == 0) => {}
+                () = lost => {}
+            }
+        };
+        if tokio::time::timeout(DRAIN_TIMEOUT, idle_or_lost).await.is_err() {
+            tracing::warn!("sequences were still open at this stage after {DRAIN_TIMEOUT:?}");
         }
     }
 
