@@ -30,6 +30,7 @@ const PURE: &[&str] = &[
     "coordinator/src/api/messages.rs",
     "coordinator/src/api/pieces.rs",
     "coordinator/src/api/prepare.rs",
+    "coordinator/src/api/refusal.rs",
     "coordinator/src/api/stream.rs",
     "coordinator/src/api/strftime.rs",
     "coordinator/src/api/surface.rs",

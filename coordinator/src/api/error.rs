@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use shoal_protocol::error::ErrorCode;
 
+use super::refusal::Refusal;
 use super::tokenize::{Gone, LoadError};
-use super::validate::Refusal;
 use crate::dispatch::DispatchError;
 use crate::router::RouteError;
 

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value};
 use shoal_protocol::id::TokenId;
 
-use super::validate::Refusal;
+use super::refusal::Refusal;
 
 /// The most bytes of a client's value that an error message repeats.
 const ECHO_LEN_MAX: usize = 64;

@@ -3,7 +3,8 @@
 use serde_json::Value;
 
 use super::fields::{Fields, wrong_type};
-use super::validate::{Message, Refusal};
+use super::refusal::Refusal;
+use super::validate::Message;
 
 /// The roles that can be served.
 const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];

@@ -15,6 +15,7 @@ mod openai;
 mod pieces;
 pub mod places;
 mod prepare;
+pub mod refusal;
 mod serve;
 pub mod session;
 mod sse;

@@ -6,8 +6,9 @@ use shoal_protocol::id::TokenId;
 use shoal_protocol::request::{STOP_TOKENS_MAX, SamplingRecord};
 
 use super::generation::Defaults;
+use super::refusal::Refusal;
 use super::tokenize::{EncodeError, ModelText};
-use super::validate::{Input, Prompt, Refusal, ValidRequest};
+use super::validate::{Input, Prompt, ValidRequest};
 
 /// What the model says that this request needs to know.
 #[derive(Clone, Debug)]

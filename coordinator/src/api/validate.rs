@@ -4,11 +4,11 @@
 //! are checked where the model's text side is at hand ([`super::prepare`]).
 
 use serde_json::{Map, Value};
-use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::TOP_LOGPROBS_MAX;
 
 use super::fields::Fields;
+use super::refusal::Refusal;
 use super::surface::{Endpoint, Rule, rule};
 
 /// The most answers of one request, over all its prompts: each is a stream to a head.
@@ -118,136 +118,6 @@ pub struct Wanted {
 pub struct StreamOptions {
     /// Whether a last chunk carries the usage.
     pub include_usage: bool,
-}
-
-/// Why a request is refused.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum Refusal {
-    /// The body is no JSON.
-    #[error("the request's body is not valid JSON: {0}")]
-    Json(String),
-    /// The body is JSON, but no object.
-    #[error("the request's body is {0}; expected a JSON object")]
-    NotAnObject(&'static str),
-    /// A parameter that must be there is not.
-    #[error("`{0}` is missing")]
-    Missing(&'static str),
-    /// A parameter of the wrong type.
-    #[error("`{param}` is {found}; expected {expected}")]
-    WrongType {
-        /// The parameter, with its place where it is nested.
-        param: String,
-        /// What it should be.
-        expected: String,
-        /// What it is.
-        found: String,
-    },
-    /// A parameter out of its range.
-    #[error("`{param}` is {found}; it must be {expected}")]
-    OutOfRange {
-        /// The parameter.
-        param: String,
-        /// What it must be.
-        expected: String,
-        /// What it is.
-        found: String,
-    },
-    /// A parameter that is known and not supported yet.
-    #[error("`{param}` is not supported yet; leave it out, or set it to {neutral}")]
-    Unsupported {
-        /// The parameter.
-        param: String,
-        /// The value that would be taken.
-        neutral: &'static str,
-    },
-    /// A parameter that neither OpenAI nor vLLM documents.
-    #[error("`{0}` is not a known parameter; leave it out")]
-    Unknown(String),
-    /// Parameters that do not go together.
-    #[error("{why}")]
-    Conflict {
-        /// The parameter to change.
-        param: &'static str,
-        /// What does not go together, and what to do.
-        why: String,
-    },
-    /// A prompt without tokens.
-    #[error("the prompt has no tokens; a model needs at least one to go on from")]
-    EmptyPrompt {
-        /// Where the prompt stands.
-        param: &'static str,
-    },
-    /// A token id that the model does not have.
-    #[error("token id {id} is not in the model's vocabulary of {vocab}")]
-    NotInVocabulary {
-        /// Where the prompt stands.
-        param: &'static str,
-        /// The id.
-        id: TokenId,
-        /// The vocabulary's size.
-        vocab: u32,
-    },
-    /// Prompt and answer do not fit.
-    #[error(
-        "this model's context has {context} tokens, and the request needs {} ({prompt} in the \
-         prompt, {answer} for the answer); shorten the prompt or ask for fewer tokens",
-        prompt + answer
-    )]
-    ContextTooLong {
-        /// Where the prompt stands.
-        param: &'static str,
-        /// The context's length.
-        context: u64,
-        /// Tokens of the prompt.
-        prompt: u64,
-        /// Tokens that were asked for.
-        answer: u64,
-    },
-    /// Text for a model that takes and gives token ids alone.
-    #[error("this model has no tokenizer: {advice}")]
-    NoText {
-        /// The parameter that needs text.
-        param: &'static str,
-        /// What to do instead.
-        advice: &'static str,
-    },
-    /// The tokenizer or the chat template refused.
-    #[error("{why}")]
-    NotEncoded {
-        /// Where the prompt stands.
-        param: &'static str,
-        /// What it said.
-        why: String,
-    },
-}
-
-impl Refusal {
-    /// The parameter that is at fault.
-    pub fn param(&self) -> Option<&str> {
-        match self {
-            Refusal::Json(_) | Refusal::NotAnObject(_) => None,
-            Refusal::Missing(param)
-            | Refusal::Conflict { param, .. }
-            | Refusal::EmptyPrompt { param }
-            | Refusal::NotInVocabulary { param, .. }
-            | Refusal::ContextTooLong { param, .. }
-            | Refusal::NoText { param, .. }
-            | Refusal::NotEncoded { param, .. } => Some(param),
-            Refusal::Unknown(param)
-            | Refusal::WrongType { param, .. }
-            | Refusal::OutOfRange { param, .. }
-            | Refusal::Unsupported { param, .. } => Some(param),
-        }
-    }
-
-    /// Its code.
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            Refusal::Unsupported { .. } => ErrorCode::Unsupported,
-            Refusal::ContextTooLong { .. } => ErrorCode::ContextTooLong,
-            _ => ErrorCode::InvalidRequest,
-        }
-    }
 }
 
 /// Reads the body of a request.
