@@ -4,7 +4,7 @@ use std::process::{Command, Output};
 
 /// Runs the binary where no cluster can be found.
 fn shoal(args: &[&str]) -> (Option<i32>, String, String) {
-    let empty = tempfile::tempdir().unwrap();
+    let empty = tempfile::tempdir().expect("a folder");
     let Output { status, stdout, stderr } = Command::new(env!("CARGO_BIN_EXE_shoal"))
         .args(args)
         .env_remove("SHOAL_CONTEXT")
@@ -12,8 +12,8 @@ fn shoal(args: &[&str]) -> (Option<i32>, String, String) {
         .env("XDG_RUNTIME_DIR", empty.path())
         .env("TMPDIR", empty.path())
         .output()
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        .expect("the binary runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
     (status.code(), text(stdout), text(stderr))
 }
 

@@ -31,7 +31,7 @@ pub type Place = usize;
 /// How to start a child.
 #[derive(Clone, Debug)]
 pub struct Recipe {
-    /// What people call it: `coordinator`, `worker 2`.
+    /// What people call it: `coordinator`, `worker 2` until it has an identity, then `w2`.
     pub who: String,
     /// Verb and flags.
     pub arguments: Vec<String>,
@@ -74,7 +74,11 @@ impl Family {
         let place = self.members.len();
         let backoff = Backoff::default();
         self.members.push(Member { recipe, lifeline: None, started: Instant::now(), backoff });
-        Ok((place, self.start(place).await?))
+        let announcement = self.start(place).await?;
+        if let Announcement::Worker { id } = &announcement {
+            self.members[place].recipe.who = id.to_string();
+        }
+        Ok((place, announcement))
     }
 
     /// Starts a child again that has ended.
