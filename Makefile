@@ -37,7 +37,7 @@ fix: setup-build ## change what a machine can change: format, lints
 
 bench: setup-build ## measure, and write bench/RESULTS.md
 	cargo build --release --locked --package shoal --package shoal-bench
-	cargo run --release --locked --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench all --out bench/RESULTS.md
 
 doc: setup-build ## the code's own documentation
 	cargo doc --workspace --no-deps --locked --document-private-items
