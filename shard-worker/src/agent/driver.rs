@@ -278,7 +278,7 @@ impl Agent {
                 self.kept.remove(&key);
                 None
             }
-            Action::Stop(key, how) => self.stop(key, how),
+            Action::Stop(key, how, why) => self.stop(key, how, why),
         }
     }
 
@@ -325,7 +325,7 @@ impl Agent {
         }
     }
 
-    fn stop(&mut self, key: ShardKey, how: Stop) -> Option<lifecycle::Event> {
+    fn stop(&mut self, key: ShardKey, how: Stop, why: String) -> Option<lifecycle::Event> {
         // One that could not be started has nothing to stop.
         let Some(shard) = self.shards.remove(&key) else {
             return Some(lifecycle::Event::Stopped { key, kept: false });
@@ -336,8 +336,8 @@ impl Agent {
         let events = self.events.clone();
         self.tasks.spawn(async move {
             let left = match how {
-                Stop::Drain => shard.stop(ShardStop::Drain).await,
-                Stop::Now | Stop::Keep => shard.stop(ShardStop::Now).await,
+                Stop::Drain => shard.stop(ShardStop::Drain, why).await,
+                Stop::Now | Stop::Keep => shard.stop(ShardStop::Now, why).await,
             };
             let _ = events.send(Event::Stopped { key, left, keep: how == Stop::Keep }).await;
         });

@@ -100,8 +100,8 @@ pub enum Action {
     Adopt(ShardKey, Assignment),
     /// Drop the weights that the stopped shard left.
     Forget(ShardKey),
-    /// Stop a shard that runs or has failed.
-    Stop(ShardKey, Stop),
+    /// Stop a shard that runs or has failed, with words for its streams and its neighbours.
+    Stop(ShardKey, Stop, String),
 }
 
 /// Where a wanted shard is.
@@ -232,7 +232,8 @@ impl Lifecycle {
             self.wanted.keys().copied().filter(|id| !assignments.contains_key(id)).collect();
         for id in gone {
             if let Some(slot) = self.wanted.remove(&id) {
-                self.let_go(slot, Stop::Drain);
+                let why = format!("{} is not wanted on this worker any more", slot.key());
+                self.let_go(slot, Stop::Drain, why);
             }
         }
         for (id, assignment) in assignments {
@@ -259,8 +260,8 @@ impl Lifecycle {
                 Phase::Waiting { adopt } if same => Phase::Waiting { adopt },
                 _ => {
                     let runs = old.runs();
-                    let from = ShardKey::of(&old.assignment);
-                    self.let_go(old, if same { Stop::Keep } else { Stop::Now });
+                    let (from, why) = (old.key(), why_replaced(&old.assignment, &assignment));
+                    self.let_go(old, if same { Stop::Keep } else { Stop::Now }, why);
                     Phase::Waiting { adopt: (runs && same).then_some(from) }
                 }
             };
@@ -269,8 +270,8 @@ impl Lifecycle {
     }
 
     /// Stops what is not wanted any more.
-    fn let_go(&mut self, slot: Slot, stop: Stop) {
-        let key = ShardKey::of(&slot.assignment);
+    fn let_go(&mut self, slot: Slot, stop: Stop, why: String) {
+        let key = slot.key();
         match slot.phase {
             // Weights that were kept for it are forgotten once their shard has stopped.
             Phase::Waiting { .. } | Phase::NotLoaded(_) => {}
@@ -279,7 +280,7 @@ impl Lifecycle {
                 self.abandoned.insert(load, memory_of(&slot.assignment).total());
             }
             Phase::Linking | Phase::Ready | Phase::Broken(_) => {
-                self.actions.push(Action::Stop(key, stop));
+                self.actions.push(Action::Stop(key, stop, why));
                 self.leaving.insert(key, Leaving { assignment: slot.assignment });
             }
         }
@@ -319,7 +320,7 @@ impl Lifecycle {
             .iter()
             .filter(|(_, slot)| slot.phase == Phase::Waiting { adopt: None })
             // The same shard may still be on its way out.
-            .filter(|(_, slot)| !self.leaving.contains_key(&ShardKey::of(&slot.assignment)))
+            .filter(|(_, slot)| !self.leaving.contains_key(&slot.key()))
             .map(|(id, _)| *id)
             .collect();
         for id in waiting {
@@ -342,7 +343,7 @@ impl Lifecycle {
 
     fn slot(&mut self, key: ShardKey) -> Option<&mut Slot> {
         let slot = self.wanted.get_mut(&key.replica);
-        slot.filter(|slot| ShardKey::of(&slot.assignment) == key)
+        slot.filter(|slot| slot.key() == key)
     }
 
     fn loading(&mut self, load: LoadId) -> Option<&mut Slot> {
@@ -353,6 +354,10 @@ impl Lifecycle {
 }
 
 impl Slot {
+    fn key(&self) -> ShardKey {
+        ShardKey::of(&self.assignment)
+    }
+
     /// Whether there is a shard to stop.
     fn runs(&self) -> bool {
         matches!(self.phase, Phase::Linking | Phase::Ready | Phase::Broken(_))
@@ -401,6 +406,21 @@ fn same_weights(a: &Assignment, b: &Assignment) -> bool {
         && a.rank == b.rank
         && a.is_last() == b.is_last()
         && memory_of(a) == memory_of(b)
+}
+
+/// A new layout says who was lost: those who are not where they were.
+fn why_replaced(old: &Assignment, new: &Assignment) -> String {
+    let (before, after) = (ShardKey::of(old), new.replica.generation);
+    let lost: Vec<String> = old
+        .peers
+        .iter()
+        .filter(|peer| !new.peers.contains(peer))
+        .map(|peer| peer.node.to_string())
+        .collect();
+    if lost.is_empty() {
+        return format!("{after} takes the place of {before}");
+    }
+    format!("{} was lost or restarted: {after} takes the place of {before}", lost.join(", "))
 }
 
 fn does_not_fit(assignment: &Assignment, held: Bytes, budget: Bytes) -> WireError {

@@ -3,7 +3,8 @@
 use shoal_protocol::control::ShardState;
 use shoal_protocol::id::{DeploymentName, NodeId, RankIndex, StageIndex};
 use shoal_protocol::plan::{
-    ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
+    ModelRef, ModelSource, Numerics, PeerAddress, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
+    StagePlan,
 };
 use shoal_protocol::units::LayerRange;
 
@@ -35,6 +36,9 @@ fn assignment(replica: u32, generation: u64, layers: u32, bytes: u64) -> Assignm
     };
     Assignment { replica, stage: StageIndex(0), rank: RankIndex(0), peers: Vec::new() }
 }
+
+const UNWANTED: &str = "r1 g1 is not wanted on this worker any more";
+const REPLACED: &str = "g2 takes the place of r1 g1";
 
 fn key(replica: u32, generation: u64) -> ShardKey {
     ShardKey { replica: ReplicaId(replica), generation: Generation(generation) }
@@ -78,7 +82,7 @@ fn a_shard_lives_from_load_to_drain() {
     assert_eq!(states(&life), [(1, ShardState::Ready)]);
 
     assert_eq!(life.handle(Event::Assigned(vec![first])), [], "it is that already");
-    let stop = Action::Stop(key(1, 1), Stop::Drain);
+    let stop = Action::Stop(key(1, 1), Stop::Drain, UNWANTED.to_owned());
     assert_eq!(life.handle(Event::Assigned(vec![])), [stop]);
     assert_eq!(states(&life), [(1, ShardState::Draining)]);
     assert!(!life.is_empty());
@@ -90,7 +94,7 @@ fn a_shard_lives_from_load_to_drain() {
 fn the_past_does_not_come_back() {
     let mut life = ready(4, 60);
     let second = assignment(1, 2, 2, 30);
-    let stop = Action::Stop(key(1, 1), Stop::Now);
+    let stop = Action::Stop(key(1, 1), Stop::Now, REPLACED.to_owned());
     let load = Action::Load(LoadId(1), second.clone());
     assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [stop, load]);
     let old = assignment(1, 1, 4, 60);
@@ -121,7 +125,7 @@ fn equal_weights_are_kept_for_the_next_generation() {
     life.handle(Event::Broken(key(1, 1), error()));
     assert_eq!(states(&life), [(1, ShardState::Failed(error()))]);
     let second = assignment(1, 2, 4, 60);
-    let stop = Action::Stop(key(1, 1), Stop::Keep);
+    let stop = Action::Stop(key(1, 1), Stop::Keep, REPLACED.to_owned());
     assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [stop]);
     let adopt = Action::Adopt(key(1, 1), second);
     assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: true }), [adopt]);
@@ -190,7 +194,7 @@ fn what_does_not_fit_is_refused_with_the_arithmetic() {
 fn memory_is_given_when_it_is_free() {
     let mut life = ready(4, 60);
     let next = assignment(2, 1, 4, 50);
-    let stop = Action::Stop(key(1, 1), Stop::Drain);
+    let stop = Action::Stop(key(1, 1), Stop::Drain, UNWANTED.to_owned());
     assert_eq!(life.handle(Event::Assigned(vec![next.clone()])), [stop]);
     let load = Action::Load(LoadId(1), next);
     assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: false }), [load]);
@@ -199,7 +203,10 @@ fn memory_is_given_when_it_is_free() {
 #[test]
 fn a_draining_worker_takes_nothing_new() {
     let mut life = ready(4, 60);
-    assert_eq!(life.handle(Event::Drain), [Action::Stop(key(1, 1), Stop::Drain)]);
+    assert_eq!(
+        life.handle(Event::Drain),
+        [Action::Stop(key(1, 1), Stop::Drain, UNWANTED.to_owned())]
+    );
     assert_eq!(life.handle(Event::Assigned(vec![assignment(2, 1, 4, 10)])), []);
     life.handle(Event::Stopped { key: key(1, 1), kept: false });
     assert!(life.is_empty());
@@ -216,4 +223,22 @@ fn a_failed_load_says_why_until_there_is_a_new_layout() {
     let second = assignment(1, 2, 4, 60);
     let load = Action::Load(LoadId(1), second.clone());
     assert_eq!(life.handle(Event::Assigned(vec![second])), [load]);
+}
+
+#[test]
+fn a_replaced_shard_is_told_who_was_lost() {
+    let peer = |number, port| PeerAddress {
+        node: NodeId::worker(number),
+        activations: ([127, 0, 0, 1], port).into(),
+    };
+    let mut life = Lifecycle::new(Bytes(100));
+    let mut first = assignment(1, 1, 4, 60);
+    first.peers = vec![peer(1, 1), peer(2, 2), peer(3, 3)];
+    life.handle(Event::Assigned(vec![first]));
+    life.handle(Event::Loaded(LoadId(0)));
+    let mut second = assignment(1, 2, 4, 60);
+    second.peers = vec![peer(1, 1), peer(2, 9)];
+    let words = "w2, w3 was lost or restarted: g2 takes the place of r1 g1".to_owned();
+    let stop = Action::Stop(key(1, 1), Stop::Keep, words);
+    assert_eq!(life.handle(Event::Assigned(vec![second])), [stop]);
 }

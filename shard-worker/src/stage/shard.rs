@@ -100,7 +100,7 @@ pub enum StartError {
 pub struct Shard {
     counters: Arc<Counters>,
     head: Option<HeadClient>,
-    stop: oneshot::Sender<ShardStop>,
+    stop: oneshot::Sender<(ShardStop, String)>,
     task: JoinHandle<Option<LoadedModel>>,
 }
 
@@ -184,10 +184,11 @@ impl Shard {
         self.head.as_ref()
     }
 
-    /// Ends the shard and gives its model back, unless a panic or a hang has taken it.
-    pub async fn stop(self, how: ShardStop) -> Option<LoadedModel> {
+    /// Ends the shard, with words for its streams and its neighbours, and gives its model back,
+    /// unless a panic or a hang has taken it.
+    pub async fn stop(self, how: ShardStop, why: String) -> Option<LoadedModel> {
         // It fails where the supervisor is gone, which the join says.
-        let _ = self.stop.send(how);
+        let _ = self.stop.send((how, why));
         self.task.await.unwrap_or_else(|error| {
             tracing::error!("a shard's supervisor panicked: {error}");
             None
@@ -211,12 +212,15 @@ struct Supervisor {
 
 /// Why a shard stops running.
 enum End {
-    Told(ShardStop),
+    Told((ShardStop, String)),
     Failed(WireError),
 }
 
 impl Supervisor {
-    async fn run(mut self, mut stop: oneshot::Receiver<ShardStop>) -> Option<LoadedModel> {
+    async fn run(
+        mut self,
+        mut stop: oneshot::Receiver<(ShardStop, String)>,
+    ) -> Option<LoadedModel> {
         let mut links_down = if self.attached.is_some() { 2 } else { 0 };
         let end = loop {
             if links_down == 0 {
@@ -225,7 +229,9 @@ impl Supervisor {
             }
             tokio::select! {
                 // A shard that nobody owns any more is to end.
-                how = &mut stop => break End::Told(how.unwrap_or(ShardStop::Now)),
+                told = &mut stop => break End::Told(told.unwrap_or_else(|_| {
+                    (ShardStop::Now, "its worker has ended".to_owned())
+                })),
                 end = failure(
                     &mut self.thread, &mut self.link_events, &mut self.fault, &mut self.ended
                 ) => match end {
@@ -235,11 +241,11 @@ impl Supervisor {
             }
         };
         match end {
-            End::Told(how) => {
+            End::Told((how, why)) => {
                 if how == ShardStop::Drain {
                     self.drain().await;
                 }
-                self.close("the shard was withdrawn").await;
+                self.close(&why).await;
             }
             End::Failed(error) => {
                 self.close(&error.message).await;
