@@ -191,6 +191,16 @@ impl Coordinator {
         self.running.view.clone()
     }
 
+    /// Waits until a part of it has ended that should run as long as it does: the API, the reconciler
+    /// (which ends with the store), the door for peers. A coordinator like that is to be ended and
+    /// started again. Cancel safe.
+    pub async fn failed(&mut self) -> &'static str {
+        tokio::select! {
+            _ = &mut self.running.api => "the API has ended",
+            _ = self.running.tasks.join_next() => "a part of the control plane has ended",
+        }
+    }
+
     /// Stops: requests finish (for a few seconds), peers are told, the state is closed. Workers go
     /// on with what they have and look for a coordinator.
     pub async fn drain(self) {

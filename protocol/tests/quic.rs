@@ -160,6 +160,18 @@ async fn the_secret_is_not_sent_to_another_ca() {
 }
 
 #[tokio::test]
+async fn the_secret_is_not_sent_to_a_worker() {
+    let ca = authority();
+    let server = endpoint(&ca, NodeId::worker(1), &[Alpn::Join]);
+    let token = JoinToken { role: Role::Admin, ca_fingerprint: ca.fingerprint(), secret: [7; 32] };
+    let never = |_: &JoinRequest| unreachable!("the secret was sent");
+    let (request, joined) =
+        tokio::join!(serve_join(&server, never), join(server.local_address(), &token, SOON));
+    assert!(request.is_none());
+    assert!(matches!(joined, Err(JoinError::Broken { .. })), "{joined:?}");
+}
+
+#[tokio::test]
 async fn without_a_certificate_there_is_only_join() {
     let ca = authority();
     // Everything but the ALPN is a joiner's: no certificate, the right CA pinned.

@@ -18,18 +18,24 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         cluster: args.cluster,
         builtin: builtin::ALL.to_vec(),
     };
-    let coordinator = tokio::select! {
+    let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,
         _ = stop.requested() => return Ok(()),
     };
     let (id, api, cluster) =
         (coordinator.id(), coordinator.api_address(), coordinator.cluster_address());
-    let context = coordinator.admin_context();
+    let context = coordinator.admin_context().to_owned();
     tracing::info!(%id, %api, %cluster, context = %context.display(), "coordinator runs");
     if args.child.announce {
-        Announcement::Coordinator { id, api, cluster, context: context.to_owned() }.print();
+        Announcement::Coordinator { id, api, cluster, context }.print();
     }
-    let why = stop.requested().await;
+    let why = tokio::select! {
+        why = stop.requested() => why,
+        // What is left of it would serve an old picture for ever.
+        part = coordinator.failed() => {
+            return Err(Failure::failed(format!("{part}; the log above says why: start it again")));
+        }
+    };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {
         drained = tokio::time::timeout(DRAIN_TIMEOUT, coordinator.drain()) => {

@@ -14,8 +14,9 @@ use shoal_protocol::quic::ConnectError;
 
 use crate::failure::Failure;
 
-/// How long a node may take to finish what runs before it ends anyway.
-pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a node may take to finish what runs before it ends anyway: longer than a shard's own
+/// drain (5 s), so that streams that are cut off still get their last words.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Logs go to stderr: what SHOAL_LOG says (`info`, `debug`, `shoal_coordinator=trace`), else `info`.
 pub fn log_to_stderr(default: &str) {

@@ -18,6 +18,7 @@ use super::places::Place;
 use super::prepare::{ModelFacts, Prepared, prepare};
 use super::session::{Facts, Session, Started, Stops};
 use super::surface::Endpoint;
+use super::tokenize::TextKey;
 use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
 use crate::dispatch::{DispatchError, Sequence, Target};
@@ -125,11 +126,13 @@ async fn model_facts(
     table: &ServingTable,
     deployment: &ServedDeployment,
 ) -> Result<ModelFacts, ApiError> {
-    let in_use = |folder: &std::path::Path| {
-        table.deployments.values().any(|deployment| deployment.folder.as_deref() == Some(folder))
+    let key = |deployment: &ServedDeployment| -> Option<TextKey> {
+        Some((deployment.folder.clone()?, deployment.created))
     };
-    let text = match &deployment.folder {
-        Some(folder) => Some(context.texts.get(folder, in_use).await?),
+    let in_use =
+        |known: &TextKey| table.deployments.values().any(|d| key(d).as_ref() == Some(known));
+    let text = match key(deployment) {
+        Some(key) => Some(context.texts.get(&key, in_use).await?),
         None => None,
     };
     Ok(ModelFacts { vocab: deployment.vocab, context_max: deployment.context_max, text })

@@ -197,37 +197,41 @@ fn template(folder: &Path, config: &Value) -> Result<Option<ChatTemplate>, LoadE
         .map_err(|error| LoadError::Bad { file: folder.join(file), why: error.to_string() })
 }
 
-/// The text sides in use, by folder.
+/// Whose text side: the folder, and when it was deployed. Whoever deploys a folder again has perhaps
+/// changed what is in it.
+pub type TextKey = (PathBuf, u64);
+
+/// The text sides in use.
 #[derive(Debug)]
 pub struct ModelTexts {
     /// Held for a look-up, never across an await.
-    loaded: Mutex<HashMap<PathBuf, Arc<OnceCell<Arc<ModelText>>>>>,
+    loaded: Mutex<HashMap<TextKey, Arc<OnceCell<Arc<ModelText>>>>>,
     /// Tokenising is pure compute: more at once than there are cores only costs memory.
-    compute: Semaphore,
+    compute: Arc<Semaphore>,
 }
 
 impl ModelTexts {
     /// Nothing is loaded yet. At most `parallel` prompts are tokenised at a time.
     pub fn new(parallel: usize) -> Self {
-        Self { loaded: Mutex::default(), compute: Semaphore::new(parallel.max(1)) }
+        Self { loaded: Mutex::default(), compute: Arc::new(Semaphore::new(parallel.max(1))) }
     }
 
-    /// The text side of the model in `folder`; loads it once, however many ask. A failure is not
-    /// kept: the next request tries again. Folders that `in_use` refuses are forgotten.
+    /// The text side of the model in `key`'s folder; loads it once, however many ask. A failure is
+    /// not kept: the next request tries again. Those that `in_use` refuses are forgotten.
     pub async fn get(
         &self,
-        folder: &Path,
-        in_use: impl Fn(&Path) -> bool,
+        key: &TextKey,
+        in_use: impl Fn(&TextKey) -> bool,
     ) -> Result<Arc<ModelText>, LoadError> {
         let cell = {
             let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-            if !loaded.contains_key(folder) {
+            if !loaded.contains_key(key) {
                 loaded.retain(|known, _| in_use(known));
             }
-            loaded.entry(folder.to_owned()).or_default().clone()
+            loaded.entry(key.clone()).or_default().clone()
         };
         let load = || {
-            let folder = folder.to_owned();
+            let folder = key.0.clone();
             async move {
                 let file = folder.clone();
                 tokio::task::spawn_blocking(move || ModelText::load(&folder).map(Arc::new))
@@ -243,7 +247,12 @@ impl ModelTexts {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Gone> {
-        let _place = self.compute.acquire().await.map_err(|_| Gone)?;
+        let place = Arc::clone(&self.compute).acquire_owned().await.map_err(|_| Gone)?;
+        // The place goes along: a caller that gives up does not make room while its work goes on.
+        let work = move || {
+            let _place = place;
+            work()
+        };
         tokio::task::spawn_blocking(work).await.map_err(|_| Gone)
     }
 }

@@ -139,14 +139,17 @@ fn faults_name_the_file() {
 }
 
 #[tokio::test]
-async fn a_folder_is_loaded_once_and_forgotten_when_unused() {
+async fn a_deployment_is_loaded_once_and_forgotten_when_unused() {
     let texts = ModelTexts::new(1);
-    let folder = root().join("cluster/demo-model");
-    let first = texts.get(&folder, |_| true).await.expect("loads");
-    let again = texts.get(&folder, |_| true).await.expect("loads");
+    let demo = (root().join("cluster/demo-model"), 1);
+    let first = texts.get(&demo, |_| true).await.expect("loads");
+    let again = texts.get(&demo, |_| true).await.expect("loads");
     assert!(Arc::ptr_eq(&first, &again));
-    let other = root().join("tests/fixtures/models/qwen2-tied-bf16");
-    texts.get(&other, |known| known != folder).await.expect("loads");
+    let deployed_again = (demo.0.clone(), 2);
+    let anew = texts.get(&deployed_again, |known| *known != demo).await.expect("loads");
+    assert!(!Arc::ptr_eq(&first, &anew));
+    let other = (root().join("tests/fixtures/models/qwen2-tied-bf16"), 3);
+    texts.get(&other, |known| *known != deployed_again).await.expect("loads");
     assert_eq!(texts.loaded.lock().expect("no panic").len(), 1);
-    assert!(texts.get(Path::new("/nowhere"), |_| true).await.is_err());
+    assert!(texts.get(&(PathBuf::from("/nowhere"), 4), |_| true).await.is_err());
 }

@@ -10,6 +10,7 @@ use super::endpoint::{Alpn, ConnectError, Endpoint, EndpointError};
 use super::identity::Identity;
 use super::stream::{RecvError, SendError};
 use crate::error::WireError;
+use crate::id::Role;
 use crate::join::{JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX};
 use crate::version::VersionRange;
 
@@ -54,6 +55,12 @@ pub async fn join(
     let connection =
         endpoint.connect_pinned(address, token.ca_fingerprint, Alpn::Join, deadline).await?;
     let broken = |why: String| JoinError::Broken { address, why };
+    // Every node of the cluster has a certificate of this CA; the secret is for coordinators alone.
+    let peer = connection.peer();
+    if peer.is_none_or(|peer| peer.role != Role::Coordinator) {
+        connection.close(close_code::REFUSED, "a coordinator was expected");
+        return Err(broken("the node there is no coordinator".to_owned()));
+    }
 
     let key = KeyPair::generate()?;
     let csr = CertificateParams::default().serialize_request(&key)?.der().to_vec();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::model::{BuiltinModel, Checkpoint};
+use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -34,7 +34,9 @@ impl Models {
                 Ok(spec.fingerprint())
             }
             ModelSource::Folder { .. } | ModelSource::Builtin { .. } => {
-                Ok(self.open(source)?.fingerprint())
+                // Whoever asks wants to deploy it now: what cannot be read is a refusal.
+                let refused = |error: WireError| WireError::new(ErrorCode::BadModel, error.message);
+                Ok(self.open(source).map_err(refused)?.fingerprint())
             }
         }
     }
@@ -67,10 +69,12 @@ impl Models {
             ModelSource::Folder { path } => {
                 let folder = Path::new(path);
                 if !folder.is_dir() {
-                    return Err(bad(format!(
+                    // It may be mounted a little later.
+                    let words = format!(
                         "there is no folder {path} on this worker; a model's folder must be \
                          readable under the same path on each of them"
-                    )));
+                    );
+                    return Err(WireError::new(ErrorCode::StorageFailed, words));
                 }
                 folder.to_owned()
             }
@@ -87,7 +91,12 @@ impl Models {
             }
             ModelSource::Pretend(_) => return Err(bad("a pretend model has no files".to_owned())),
         };
-        Checkpoint::open(&folder).map_err(|error| bad(error.to_string()))
+        Checkpoint::open(&folder).map_err(|error| match error {
+            CheckpointError::Read { .. } => {
+                WireError::new(ErrorCode::StorageFailed, error.to_string())
+            }
+            error => bad(error.to_string()),
+        })
     }
 }
 

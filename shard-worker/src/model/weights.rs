@@ -208,7 +208,8 @@ impl Source<'_> {
             source: match source.kind() {
                 // The header was right when the checkpoint was opened.
                 io::ErrorKind::UnexpectedEof => {
-                    io::Error::other("the file has become shorter since it was opened")
+                    let words = "the file has become shorter since it was opened";
+                    io::Error::new(io::ErrorKind::UnexpectedEof, words)
                 }
                 _ => source,
             },

@@ -291,7 +291,11 @@ async fn accept_one(accepting: Accepting, waiting: &Waiting) -> Result<(), Hello
         }
     };
     let answer = LinkHello { from_stage: hello.to_stage, to_stage: hello.from_stage, ..hello };
-    send_hello(&mut sender, &answer).await?;
+    if let Err(error) = send_hello(&mut sender, &answer).await {
+        // The dialler has not heard that it is in, and will knock again.
+        expect_again(waiting, &hello, expected);
+        return Err(error.into());
+    }
     sender.finish();
     // It fails where the shard has just been withdrawn: dropping the connection tells the peer.
     let _ = expected.linked.send((connection, receiver));
@@ -319,6 +323,16 @@ fn expected_by(
         return Err((close_code::REFUSED, "that stage belongs to another worker"));
     }
     waiting.remove(&key).ok_or((close_code::STALE, "that stage waits for no link here"))
+}
+
+/// Gives a place back that was taken for a link that did not come about.
+fn expect_again(waiting: &Waiting, hello: &LinkHello, expected: Expected) {
+    let key = (ReplicaId(hello.replica), StageIndex(hello.to_stage));
+    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    // A shard that has left since is not brought back, and a newer one's place is its own.
+    if !expected.linked.is_closed() {
+        waiting.entry(key).or_insert(expected);
+    }
 }
 
 async fn read_hello(receiver: &mut FrameReceiver) -> Result<LinkHello, RecvError> {

@@ -36,7 +36,7 @@ const STEP_END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long what runs may take to finish when a shard is drained. Longer than most answers; an
 /// operator who stops a cluster waits at most so long.
-pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Weights and cache, with what the head must know of the model.
 pub struct LoadedModel {
@@ -271,25 +271,29 @@ impl Supervisor {
 
     /// Lets out what runs: the head's sequences here, or those that are open at this stage.
     async fn drain(&mut self) {
-        if let Some(head) = &mut self.head {
-            return head.drain(DRAIN_TIMEOUT).await;
-        }
         let mut sequences = self.thread.sequences();
-        let lost = async {
-            while let Some(event) = self.link_events.recv().await {
-                if matches!(event, LinkEvent::Lost(_)) {
-                    return;
-                }
-            }
+        // What is lost meanwhile ends the wait: nothing that runs can finish any more.
+        let failed = async {
+            while failure(&mut self.thread, &mut self.link_events, &mut self.fault, &mut self.ended)
+                .await
+                .is_none()
+            {}
         };
-        let idle_or_lost = async {
+        if let Some(head) = &mut self.head {
+            tokio::select! {
+                () = head.drain(DRAIN_TIMEOUT) => {}
+                () = failed => {}
+            }
+            return;
+        }
+        let idle_or_failed = async {
             tokio::select! {
                 // An error means that the stage has ended.
                 _ = sequences.wait_for(|open| *open == 0) => {}
-                () = lost => {}
+                () = failed => {}
             }
         };
-        if tokio::time::timeout(DRAIN_TIMEOUT, idle_or_lost).await.is_err() {
+        if tokio::time::timeout(DRAIN_TIMEOUT, idle_or_failed).await.is_err() {
             tracing::warn!("sequences were still open at this stage after {DRAIN_TIMEOUT:?}");
         }
     }
@@ -333,14 +337,20 @@ async fn failure(
     tokio::select! {
         // A compute thread that has failed knows better than its links.
         biased;
-        end = thread.ended() => {
+        end = thread.ended(), if ended.is_none() => {
             let error = match &end {
-                Some(Ended { outcome: Err(error), .. }) => error.into(),
-                Some(Ended { outcome: Ok(()), .. }) => link_gone(links).await,
-                None => WireError::new(ErrorCode::Internal, "the compute thread is gone"),
+                Some(Ended { outcome: Err(error), .. }) => Some(error.into()),
+                Some(Ended { outcome: Ok(()), .. }) => None,
+                None => {
+                    Some(WireError::new(ErrorCode::Internal, "the compute thread is gone"))
+                }
             };
+            // Kept before the next wait: whoever drops this future there still finds the model.
             *ended = Some(end);
-            Some(error)
+            match error {
+                Some(error) => Some(error),
+                None => Some(link_gone(links).await),
+            }
         }
         Some(reason) = fault.recv() => Some(WireError::new(ErrorCode::WorkerLost, reason)),
         Some(event) = links.recv() => match event {

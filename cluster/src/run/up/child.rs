@@ -20,7 +20,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long children may take to drain after their lifelines were closed; then they are killed. More
 /// than a child's own limit.
-const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+const STOP_TIMEOUT: Duration = Duration::from_secs(11);
 
 /// How many of a log's last lines stand in an error.
 const TAIL_LINES: usize = 8;
@@ -94,6 +94,10 @@ impl Family {
         let mut line = String::new();
         let mut stdout = BufReader::new(stdout);
         let read = tokio::time::timeout(START_TIMEOUT, stdout.read_line(&mut line)).await;
+        if !matches!(read, Ok(Ok(1..))) || serde_json::from_str::<Announcement>(&line).is_err() {
+            // It is of no use: without its lifeline it ends, and `ended` hears of it.
+            self.members[place].lifeline = None;
+        }
         let log = &self.members[place].recipe.log;
         match read {
             Err(_) => {

@@ -49,6 +49,7 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
         history.generation = plan.generation;
         history.incarnations.clear();
         history.unlinked_since = None;
+        history.alone_since = None;
         history.ready_since = None;
     }
     if let Some(health) = of_workers(plan, observed, history) {
@@ -78,9 +79,19 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
 fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) -> Option<Health> {
     let mut unheard = Vec::new();
     let mut changed = Vec::new();
+    // All of them at once: it is this coordinator that was not there for a while. Whoever comes back
+    // first must not get everything.
+    let connected = |node| observed.workers.get(&node).is_some_and(|worker| worker.connected);
+    if !plan.nodes().any(connected) && plan.nodes().all(|node| observed.workers.contains_key(&node))
+    {
+        history.alone_since.get_or_insert(observed.now);
+    }
+    let alone = history.alone_since.map(|since| since + RECONNECT_GRACE);
+    let alone = alone.filter(|until| observed.now < *until);
     for node in plan.nodes() {
         match observed.workers.get(&node) {
             None => unheard.push(node.to_string()),
+            Some(worker) if !worker.connected && alone.is_some() => unheard.push(node.to_string()),
             Some(worker) if !worker.connected => changed.push(format!("{node} was lost")),
             Some(worker) => {
                 let then = *history.incarnations.entry(node).or_insert(worker.register.incarnation);
@@ -90,13 +101,18 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
             }
         }
     }
-    let until = observed.since + RECONNECT_GRACE;
     if !changed.is_empty() {
         return Some(Health::NeedsPlan { reason: changed.join(", ") });
     }
     if unheard.is_empty() {
+        history.alone_since = None;
         return None;
     }
+    if let Some(until) = alone {
+        let reason = format!("this coordinator was alone and waits for {}", unheard.join(", "));
+        return Some(Health::Awaiting { until, reason });
+    }
+    let until = observed.since + RECONNECT_GRACE;
     if observed.now < until {
         let reason =
             format!("this coordinator has just started and waits for {}", unheard.join(", "));

@@ -81,6 +81,8 @@ pub struct History {
     incarnations: BTreeMap<NodeId, Incarnation>,
     /// Since when a shard has had no link.
     unlinked_since: Option<Instant>,
+    /// Since when the coordinator has missed all of its workers, or some that it missed then.
+    alone_since: Option<Instant>,
     /// Since when all of it has been ready.
     ready_since: Option<Instant>,
     /// New layouts in a row, none of which was ready for `STABLE_AFTER`.

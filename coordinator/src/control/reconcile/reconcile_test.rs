@@ -202,6 +202,24 @@ fn a_deployment_is_planned_then_told_then_ready() {
 }
 
 #[test]
+fn a_coordinator_that_was_away_waits_for_all_of_its_workers() {
+    let mut world = World::ready(3, None, 10_000);
+    (1..=3).for_each(|number| world.lose(number));
+    world.expect(10_100, &["m is Loading: this coordinator was alone and waits for w1, w2, w3"]);
+    // The first one back does not get all of the layers.
+    world.worker(2).connected = true;
+    world.expect(10_200, &["m is Loading: this coordinator was alone and waits for w1, w3"]);
+    world.worker(1).connected = true;
+    world.worker(3).connected = true;
+    world.expect(10_300, &["m is Ready: g1 3x1 on w1, w2, w3"]);
+    // From then on a lost worker is a lost worker again.
+    world.lose(2);
+    world.observed.now = Instant(10_400 * MS);
+    let decision = world.round();
+    assert!(decision.actions.iter().any(|action| matches!(action, Action::Adopt { .. })));
+}
+
+#[test]
 fn a_lost_worker_is_planned_around_at_once() {
     let mut world = World::ready(3, None, 10_000);
     world.lose(2);
