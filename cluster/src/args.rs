@@ -30,9 +30,9 @@ Examples:
 
 Over several machines:
   one$ shoal coordinator --data /var/lib/shoal --listen 127.0.0.1:8000 --cluster 10.0.0.1:4000
-  one$ shoal token create --role worker --context /var/lib/shoal/admin.json
+  one$ shoal token create --role worker --context /var/lib/shoal/admin.context
   two$ shoal worker --join 10.0.0.1:4000 --token shoal1.worker.… --data /var/lib/shoal
-  one$ shoal deploy /models/llama-8b --context /var/lib/shoal/admin.json
+  one$ shoal deploy /models/llama-8b --context /var/lib/shoal/admin.context
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by the cluster, 4 the cluster is unreachable.
 Data goes to stdout, everything said about it to stderr.";
