@@ -28,8 +28,7 @@ verify: setup-build ## read-only: format, lints, hygiene, docs, licences and adv
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo test --package shoal-tests --test tidy --locked
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
-	@if command -v cargo-deny > /dev/null; then cargo deny --locked check; else \
-	    echo 'verify: cargo-deny is not installed, so licences and advisories were not checked (cargo install cargo-deny --locked)' >&2; fi
+	@scripts/deny.sh
 
 fix: setup-build ## change what a machine can change: format, lints
 	cargo fmt --all

@@ -1,21 +1,31 @@
 //! What `make demo` shows once the built-in model is served.
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
+use shoal_protocol::admin::ClusterView;
 use shoal_protocol::id::DeploymentName;
 
 use crate::builtin::DEMO_QUESTION;
+use crate::client::AdminClient;
 use crate::commands::chat::Chat;
 use crate::commands::print;
 use crate::failure::Failure;
+use crate::output::table;
+
+/// How long to wait for the workers' reports of what they have just done: they come several times a
+/// second, and the demo goes on without them.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Asks the question, shows the answer, where it was computed and how to ask more. Says whether the
 /// demo ends here, as it does where nobody sits at a terminal.
-pub async fn show(url: &str, name: &DeploymentName, stages: &str) -> Result<bool, Failure> {
+pub async fn show(client: &AdminClient, url: &str, name: &DeploymentName) -> Result<bool, Failure> {
     print(&format!("\nquestion: {DEMO_QUESTION}\nanswer:   "))?;
     let mut chat = Chat::new(url, name.clone(), None);
     let asked = tokio::task::spawn_blocking(move || chat.ask_alone(DEMO_QUESTION));
     asked.await.map_err(|error| Failure::failed(format!("the question broke off: {error}")))??;
+    let view = after_the_answer(client, name).await?;
+    let stages = table::stages(&view, |d| d.name == *name);
     let curl = curl(url, name);
     print(&format!(
         "\nthe layers that it went through:\n\n{stages}\nask more at {url}/v1:\n\n  {curl}\n"
@@ -25,6 +35,34 @@ pub async fn show(url: &str, name: &DeploymentName, stages: &str) -> Result<bool
     }
     eprintln!("\nor type `shoal chat` in another terminal; Ctrl-C stops");
     Ok(false)
+}
+
+/// The view in which every stage has reported the steps of the answer, or the last one that came in
+/// time.
+async fn after_the_answer(
+    client: &AdminClient,
+    name: &DeploymentName,
+) -> Result<ClusterView, Failure> {
+    let mut watch = client.watch().await?;
+    let mut view = watch.next().await?;
+    let reported = async {
+        while !all_have_stepped(&view, name) {
+            view = watch.next().await?;
+        }
+        Ok(())
+    };
+    match tokio::time::timeout(REPORT_TIMEOUT, reported).await {
+        Ok(Err(failure)) => Err(failure),
+        Ok(Ok(())) | Err(_) => Ok(view),
+    }
+}
+
+fn all_have_stepped(view: &ClusterView, name: &DeploymentName) -> bool {
+    let replicas = || view.plan.replicas.iter().filter(|r| r.deployment == *name);
+    let shards = view.workers.iter().flat_map(|worker| &worker.shards);
+    shards
+        .filter(|shard| replicas().any(|r| r.id == shard.replica))
+        .all(|shard| shard.counters.steps > 0)
 }
 
 fn curl(url: &str, name: &DeploymentName) -> String {

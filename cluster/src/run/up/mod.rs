@@ -352,10 +352,10 @@ impl Up<'_> {
             crate::commands::print(&format!("{line}\n"))?;
             return Ok(false);
         }
-        let stages = table::stages(view, |d| d.name == self.name).to_string();
         if self.args.demo {
-            return demo::show(&ready.url, &self.name, &stages).await;
+            return demo::show(&self.client, &ready.url, &self.name).await;
         }
+        let stages = table::stages(view, |d| d.name == self.name).to_string();
         eprintln!("\n{stages}");
         crate::commands::print(&format!(
             "ready: {} ({}, generation {}) at {}/v1\n",
