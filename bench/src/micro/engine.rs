@@ -34,7 +34,10 @@ pub fn run() -> Result<Section> {
         let mut rig = Rig::new(sequences)?;
         let step = nanoseconds(|| rig.step());
         let rows = rig.rows_per_step();
-        section.seen(format!("a decode step, {sequences} sequences ({rows:.0} rows a step)"), step.to_string());
+        section.seen(
+            format!("a decode step, {sequences} sequences ({rows:.0} rows a step)"),
+            step.to_string(),
+        );
         section.seen(
             format!("the same a row, {sequences} sequences"),
             step.map(|ns| ns / rows).to_string(),
@@ -76,7 +79,10 @@ impl Rig {
                 stop_tokens: vec![],
                 tokens: vec![1; 8],
             };
-            rig.engine.handle(Instant(0), Event::Submit { key: ClientKey(key), request: Box::new(request) });
+            rig.engine.handle(
+                Instant(0),
+                Event::Submit { key: ClientKey(key), request: Box::new(request) },
+            );
         }
         // Past the prompts.
         for _ in 0..64 + sequences {

@@ -12,7 +12,8 @@ use crate::measure::report::Section;
 
 /// Runs it.
 pub fn run() -> Result<Section> {
-    let mut section = Section::new("Planner", "Milliseconds a plan, one thread, workers of unequal memory.");
+    let mut section =
+        Section::new("Planner", "Milliseconds a plan, one thread, workers of unequal memory.");
     for (layers, workers) in [(32, 8), (128, 64)] {
         let pretend = PretendSpec {
             layers,
@@ -48,7 +49,8 @@ pub fn run() -> Result<Section> {
             shape: &shape,
             previous: None,
         };
-        plan(&inventory, &job).map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;
+        plan(&inventory, &job)
+            .map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;
         let took = nanoseconds(|| plan(&inventory, &job)).map(|ns| ns / 1e6);
         section.seen(format!("{layers} layers on {workers} workers"), took.to_string());
     }
