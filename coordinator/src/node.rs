@@ -46,9 +46,9 @@ const SELF: NodeId = NodeId::coordinator(1);
 /// The admin certificate that a coordinator writes for its operator.
 const OPERATOR: NodeId = NodeId::admin(1);
 
-/// How often the operator's certificate is written anew: half of its life, so that a context file is
-/// good for as long as its coordinator runs.
-const CONTEXT_PERIOD: Duration = Duration::from_secs(12 * 3600);
+/// How often this coordinator renews its own certificate and its operator's: a third of their life,
+/// so that one failure is not the end.
+const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 
 /// Conversations at once: workers, operators, joiners, ten times what a large cluster has.
 const CONVERSATIONS_MAX: usize = 4096;
@@ -139,7 +139,7 @@ struct Running {
     draining: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
     api: JoinHandle<()>,
-    /// Executor, accept loop, context writer: all end when `stopping` becomes true.
+    /// Executor, accept loop, renewal: all end when `stopping` becomes true.
     tasks: JoinSet<()>,
 }
 
@@ -221,7 +221,7 @@ impl Running {
 
         let draining = watch::Sender::new(false);
         let stopping = watch::Sender::new(false);
-        let agents = Agents::new(store.clone());
+        let agents = Agents::new(store.clone(), Arc::clone(&ca));
         let models = Models::new(data, config.builtin);
         let shown = Shown {
             table: watch::Sender::new(Arc::new(ServingTable::default())),
@@ -257,8 +257,8 @@ impl Running {
         let mut tasks = JoinSet::new();
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
-        let address = coordinator.cluster;
-        tasks.spawn(renew_context(ca, address, context.clone(), stopping.subscribe()));
+        let stop = stopping.subscribe();
+        tasks.spawn(renew_certificates(ca, endpoint.clone(), context.clone(), stop));
         let api = api::serve(listener, api_context);
         Ok(Self { coordinator, context, view, endpoint, draining, stopping, api, tasks })
     }
@@ -395,19 +395,25 @@ fn write_context(
     Ok(AdminContext { address, identity }.save(path)?)
 }
 
-async fn renew_context(
+/// Certificates live for a day; this coordinator holds the CA, so it renews its own.
+async fn renew_certificates(
     ca: Arc<CertificateAuthority>,
-    cluster: SocketAddr,
-    path: PathBuf,
+    endpoint: Endpoint,
+    context: PathBuf,
     mut stop: watch::Receiver<bool>,
 ) {
     loop {
         tokio::select! {
-            () = tokio::time::sleep(CONTEXT_PERIOD) => {}
+            () = tokio::time::sleep(RENEW_PERIOD) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
-        if let Err(error) = write_context(&ca, cluster, &path) {
-            tracing::error!(%error, "the operator's certificate could not be renewed");
+        let renewed = ca
+            .issue_identity(SELF, SystemTime::now())
+            .map_err(StartError::from)
+            .and_then(|identity| Ok(endpoint.renew(Arc::new(identity))?))
+            .and_then(|()| write_context(&ca, endpoint.local_address(), &context));
+        if let Err(error) = renewed {
+            tracing::error!(%error, "certificates could not be renewed; trying again later");
         }
     }
 }

@@ -305,3 +305,26 @@ async fn keys_are_for_their_owner_alone() {
     assert_eq!(mode(&cluster.data.path().join("ca.key")) & 0o777, 0o600);
     assert_eq!(mode(cluster.coordinator.admin_context()) & 0o777, 0o600);
 }
+
+#[tokio::test]
+async fn a_worker_renews_its_certificate_for_its_own_key_alone() {
+    let cluster = Cluster::with_workers(2).await;
+    let [mine, other] = [&cluster.identities[0], &cluster.identities[1]];
+    let ask = async |csr| {
+        let manners = Manners { renew: Some(csr), ..Manners::default() };
+        cluster.connect(0, manners).await.unwrap()
+    };
+    let mut worker = ask(mine.renewal_request().unwrap()).await;
+    let renewed = within("the renewal", worker.renewed.wait_for(Option::is_some)).await;
+    let certificate = renewed.unwrap().clone().unwrap();
+    let renewed = mine.renewed(certificate.clone()).unwrap();
+    assert_ne!(renewed.certificate, mine.certificate);
+    assert!(other.renewed(certificate).is_err(), "w2 took the certificate of w1");
+    // It is good for the next conversation.
+    let address = cluster.coordinator.cluster_address();
+    FakeWorker::connect(address, &renewed, Manners::default()).await.unwrap();
+
+    // A key that is not on record ends the conversation.
+    let mut thief = ask(other.renewal_request().unwrap()).await;
+    assert!(within("the end", thief.renewed.wait_for(Option::is_some)).await.is_err());
+}

@@ -35,6 +35,11 @@ pub enum WorkerMessage {
         /// The fingerprint of what the worker reads at that source, or why it cannot.
         result: Result<[u8; 32], WireError>,
     },
+    /// A certificate for the key that it has, long before the one it shows expires.
+    Renew {
+        /// A certificate signing request, DER, over the key that the cluster has on record.
+        csr: Vec<u8>,
+    },
 }
 
 /// What a coordinator says.
@@ -58,6 +63,11 @@ pub enum CoordinatorMessage {
     },
     /// Finish what runs, take nothing new, then end the process.
     Drain,
+    /// The answer to `Renew`.
+    Renewed {
+        /// The certificate, DER.
+        certificate: Vec<u8>,
+    },
 }
 
 /// Who a worker is and what it has.

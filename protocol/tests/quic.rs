@@ -317,3 +317,24 @@ fn damaged_signing_requests_certify_no_other_key() {
         csr.len() * 8
     );
 }
+
+#[tokio::test]
+async fn a_renewed_certificate_is_shown_from_then_on() {
+    let ca = authority();
+    let worker = endpoint(&ca, NodeId::worker(3), &[]);
+    let coordinator = endpoint(&ca, NodeId::coordinator(1), &[Alpn::Control]);
+    let role = Expect::Role(Role::Coordinator);
+    let (before, _kept) = meet(&worker, &coordinator, role, Alpn::Control).await;
+    let renew = |endpoint: &Endpoint, node| {
+        let identity = ca.issue_identity(node, SystemTime::now()).unwrap();
+        // A clone, as the parts of a node hold them.
+        endpoint.clone().renew(Arc::new(identity)).unwrap();
+    };
+    // Other names, so that they can be told apart.
+    renew(&coordinator, NodeId::coordinator(2));
+    renew(&worker, NodeId::worker(4));
+    let (client, server) = meet(&worker, &coordinator, role, Alpn::Control).await;
+    assert_eq!(client.unwrap().peer(), Some(NodeId::coordinator(2)));
+    assert_eq!(server.unwrap().peer(), Some(NodeId::worker(4)));
+    assert!(before.unwrap().close_reason().is_none(), "a renewal broke a connection");
+}

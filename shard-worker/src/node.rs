@@ -37,7 +37,7 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 /// coordinators; one that restarts leaves its old connection for an idle time-out.
 const COORDINATORS_MAX: usize = 32;
 
-const IDENTITY_FILE: &str = "identity";
+pub(crate) const IDENTITY_FILE: &str = "identity";
 const INCARNATION_FILE: &str = "incarnation";
 
 /// A worker that does not start.

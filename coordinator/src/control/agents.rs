@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
 use shoal_protocol::control::{
@@ -20,12 +20,13 @@ use shoal_protocol::control::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource};
+use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::reconcile::ObservedWorker;
-use super::state::{Change, NodeCommand};
+use super::state::{Change, KeyFingerprint, NodeCommand};
 use super::store::ControlStore;
 
 /// How long a worker may take to register once it is connected.
@@ -49,6 +50,7 @@ const THINGS_MAX: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Agents {
     store: ControlStore,
+    ca: Arc<CertificateAuthority>,
     registry: Arc<Mutex<Registry>>,
     /// Counts changes.
     changed: Arc<watch::Sender<u64>>,
@@ -97,9 +99,9 @@ enum SessionEnd {
 
 impl Agents {
     /// Nobody is connected yet.
-    pub fn new(store: ControlStore) -> Self {
+    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
         let changed = Arc::new(watch::Sender::new(0));
-        Self { store, registry: Arc::default(), changed }
+        Self { store, ca, registry: Arc::default(), changed }
     }
 
     /// Fires whenever a worker comes, goes or reports.
@@ -302,6 +304,19 @@ impl Agents {
                         let _ = waiting.send(result);
                     }
                 }
+                Ok(Some(WorkerMessage::Renew { csr })) => match self.renew(node, &csr) {
+                    Ok(certificate) => {
+                        let renewed = CoordinatorMessage::Renewed { certificate };
+                        // A worker whose outbox is full asks again.
+                        self.with_link(node, session, |worker| {
+                            worker.link.as_ref().map(|link| link.outbox.try_send(renewed))
+                        });
+                    }
+                    Err(why) => {
+                        tracing::warn!(%node, "its certificate was not renewed: {why}");
+                        return SessionEnd::Protocol("it asked for a certificate that is not its");
+                    }
+                },
                 Ok(Some(WorkerMessage::Register(_))) => {
                     return SessionEnd::Protocol("it registered twice");
                 }
@@ -309,6 +324,16 @@ impl Agents {
                 Err(error) => return SessionEnd::Link(error.to_string()),
             }
         }
+    }
+
+    /// A new certificate for the key that is on record, and for no other.
+    fn renew(&self, node: NodeId, csr: &[u8]) -> Result<Vec<u8>, String> {
+        let key = CertificateAuthority::key_of_request(csr).map_err(|error| error.to_string())?;
+        let recorded = self.store.state().nodes.get(node).map(|node| node.key);
+        if recorded != Some(KeyFingerprint(key)) {
+            return Err("it has another key on record".into());
+        }
+        self.ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
     }
 
     fn connected(

@@ -139,6 +139,8 @@ pub struct Manners {
     pub poses_as: Option<NodeId>,
     /// What it says of every model.
     pub cannot_read: Option<WireError>,
+    /// What it asks a certificate for.
+    pub renew: Option<Vec<u8>>,
 }
 
 impl Default for Manners {
@@ -149,6 +151,7 @@ impl Default for Manners {
             versions: VersionRange::OURS,
             poses_as: None,
             cannot_read: None,
+            renew: None,
         }
     }
 }
@@ -157,6 +160,8 @@ impl Default for Manners {
 pub struct FakeWorker {
     pub node: NodeId,
     pub told: watch::Receiver<Option<Vec<Assignment>>>,
+    /// The certificate that it asked for.
+    pub renewed: watch::Receiver<Option<Vec<u8>>>,
     endpoint: Endpoint,
     task: JoinHandle<()>,
 }
@@ -172,12 +177,14 @@ impl FakeWorker {
         let expect = Expect::Role(Role::Coordinator);
         let connection = endpoint.connect(address, expect, Alpn::Control, DEADLINE).await.unwrap();
         let (told_sender, told) = watch::channel(None);
+        let (renewed_sender, renewed) = watch::channel(None);
         let (ready, welcome) = tokio::sync::oneshot::channel();
         let worker = Talk {
             register: register(identity, &endpoint, &manners),
             manners,
             connection,
             told: told_sender,
+            renewed: renewed_sender,
         };
         let ready = Mutex::new(Some(ready));
         let task = tokio::spawn(async move {
@@ -191,7 +198,7 @@ impl FakeWorker {
         });
         let node = identity.node;
         within("the welcome", welcome).await.unwrap()?;
-        Ok(Self { node, told, endpoint, task })
+        Ok(Self { node, told, renewed, endpoint, task })
     }
 
     /// Waits until it has been told something of which `is_it` holds.
@@ -230,6 +237,7 @@ struct Talk {
     manners: Manners,
     connection: Connection,
     told: watch::Sender<Option<Vec<Assignment>>>,
+    renewed: watch::Sender<Option<Vec<u8>>>,
 }
 
 impl Talk {
@@ -241,7 +249,10 @@ impl Talk {
             let answer = match message {
                 CoordinatorMessage::Welcome { .. } => {
                     welcomed(Ok(()));
-                    continue;
+                    match &self.manners.renew {
+                        Some(csr) => WorkerMessage::Renew { csr: csr.clone() },
+                        None => continue,
+                    }
                 }
                 CoordinatorMessage::Refused(error) => {
                     welcomed(Err(error));
@@ -261,6 +272,10 @@ impl Talk {
                     WorkerMessage::Probed { probe, result }
                 }
                 CoordinatorMessage::Drain => return,
+                CoordinatorMessage::Renewed { certificate } => {
+                    self.renewed.send_replace(Some(certificate));
+                    continue;
+                }
             };
             if sender.send_message(&answer, max).await.is_err() {
                 return;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
@@ -219,7 +219,9 @@ pub enum AcceptError {
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     inner: quinn::Endpoint,
-    identity: Option<Arc<Identity>>,
+    /// Shared by all clones, so that a renewed certificate reaches each of them.
+    identity: Arc<RwLock<Option<Arc<Identity>>>>,
+    accepts: Arc<[Alpn]>,
     transport: Arc<TransportConfig>,
     address: SocketAddr,
 }
@@ -232,15 +234,23 @@ impl Endpoint {
         accepts: &[Alpn],
     ) -> Result<Self, EndpointError> {
         let mut endpoint = Self::open(address)?;
-        if !accepts.is_empty() {
-            let tls = QuicServerConfig::try_from(tls::server(&identity, accepts)?)
+        endpoint.accepts = accepts.into();
+        endpoint.renew(identity)?;
+        Ok(endpoint)
+    }
+
+    /// Shows this certificate from now on; connections that are there stay as they are.
+    pub fn renew(&self, identity: Arc<Identity>) -> Result<(), EndpointError> {
+        if !self.accepts.is_empty() {
+            let tls = QuicServerConfig::try_from(tls::server(&identity, &self.accepts)?)
                 .map_err(|error| TlsError(error.to_string()))?;
             let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
-            server.transport_config(Arc::clone(&endpoint.transport));
-            endpoint.inner.set_server_config(Some(server));
+            server.transport_config(Arc::clone(&self.transport));
+            self.inner.set_server_config(Some(server));
         }
-        endpoint.identity = Some(identity);
-        Ok(endpoint)
+        // A panic under the lock leaves one identity or the other, both whole.
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+        Ok(())
     }
 
     /// Opens a socket of somebody who has no identity yet.
@@ -260,10 +270,16 @@ impl Endpoint {
         tracing::debug!(%local, granted, "socket open");
         Ok(Self {
             inner,
-            identity: None,
+            identity: Arc::default(),
+            accepts: Arc::default(),
             transport: settings::transport(granted, local),
             address: local,
         })
+    }
+
+    /// What it shows to others; `None` for a joiner that has nothing yet.
+    pub fn identity(&self) -> Option<Arc<Identity>> {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Where it listens.
@@ -279,11 +295,9 @@ impl Endpoint {
         alpn: Alpn,
         deadline: Duration,
     ) -> Result<Connection, ConnectError> {
-        let identity = self
-            .identity
-            .as_ref()
-            .ok_or_else(|| TlsError("this endpoint has no identity".to_owned()))?;
-        let config = tls::client(identity, alpn)?;
+        let identity =
+            self.identity().ok_or_else(|| TlsError("this endpoint has no identity".to_owned()))?;
+        let config = tls::client(&identity, alpn)?;
         let inner = self.handshake(address, config, &expect.to_string(), deadline).await?;
         let node = peer_node(&inner).ok_or(NoNode::NotOneName).and_then(|r| r);
         let node = match node {

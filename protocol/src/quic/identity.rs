@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
+use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +88,23 @@ impl Identity {
         write_secret(path, &bytes).map_err(io)
     }
 
+    /// A certificate signing request, DER, over the key that this identity has already.
+    pub fn renewal_request(&self) -> Result<Vec<u8>, rcgen::Error> {
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(self.key.as_slice()))?;
+        Ok(CertificateParams::default().serialize_request(&key)?.der().to_vec())
+    }
+
+    /// The same identity with another certificate, which must be over the same key and name the same
+    /// node.
+    pub fn renewed(&self, certificate: Vec<u8>) -> Result<Self, NoNode> {
+        let node = node_of(&CertificateDer::from(certificate.as_slice()))?;
+        let renewed = Self { certificate, ..self.clone() };
+        if node != self.node || renewed.key_fingerprint() != self.key_fingerprint() {
+            return Err(NoNode::SomebodyElse(node));
+        }
+        Ok(renewed)
+    }
+
     /// BLAKE3 of the public key (SubjectPublicKeyInfo, DER), or `None` where the certificate cannot
     /// be read.
     pub fn key_fingerprint(&self) -> Option<[u8; 32]> {
@@ -137,6 +155,9 @@ pub enum NoNode {
     /// It has no, or more than one, URI name of ours.
     #[error("the certificate does not name exactly one node")]
     NotOneName,
+    /// It is for another node, or for another key.
+    #[error("the certificate is for another key or node ({0})")]
+    SomebodyElse(NodeId),
     /// The name is no node id.
     #[error("the certificate names `{0}`, which is no node")]
     BadName(String),

@@ -18,8 +18,10 @@ use tokio::task::JoinSet;
 
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
 use super::models::Models;
+use super::renewal::Renewal;
 use super::session::Session;
 use crate::head::Heads;
+use crate::node::IDENTITY_FILE;
 use crate::stage::{Links, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop};
 
 /// Events that wait for the loop, which never waits for those who send them.
@@ -128,7 +130,13 @@ impl Agent {
         let (answers, answers_inbox) = mpsc::channel(PROBES_MAX);
         let (reports, reports_inbox) = watch::channel(Report::default());
         let (drain_to, drain) = watch::channel(false);
+        let renewal = Renewal {
+            endpoint: parts.endpoint.clone(),
+            links: Arc::clone(&parts.links),
+            file: parts.models.data.join(IDENTITY_FILE),
+        };
         let session = Session {
+            renewal,
             endpoint: parts.endpoint,
             coordinator: parts.coordinator,
             register: parts.register,
@@ -196,8 +204,10 @@ impl Agent {
                 *draining = true;
                 self.handle(lifecycle::Event::Drain);
             }
-            CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Refused(_) => {
-                tracing::warn!("the coordinator answered a registration that was not asked for");
+            CoordinatorMessage::Welcome { .. }
+            | CoordinatorMessage::Refused(_)
+            | CoordinatorMessage::Renewed { .. } => {
+                tracing::warn!("the coordinator answered what was not asked");
             }
         }
     }

@@ -12,6 +12,7 @@ mod driver;
 pub mod inventory;
 pub mod lifecycle;
 mod models;
+mod renewal;
 mod session;
 
 pub use driver::{Agent, AgentHandle, AgentParts};

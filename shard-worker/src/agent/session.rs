@@ -11,6 +11,8 @@ use shoal_protocol::id::Role;
 use shoal_protocol::quic::{Alpn, Endpoint, Expect, FrameReceiver, FrameSender, close_code};
 use tokio::sync::{mpsc, watch};
 
+use super::renewal::Renewal;
+
 /// How long a coordinator may take to be reached and to say `Welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -22,6 +24,10 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Reports that follow each other sooner are sent as one.
 const REPORT_PAUSE: Duration = Duration::from_millis(10);
+
+/// How often to ask for a new certificate: a third of a certificate's life, so that one failure is
+/// not the end.
+const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 
 /// What a session needs.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub(super) struct Session {
     pub answers: mpsc::Receiver<WorkerMessage>,
     /// What the coordinator says.
     pub told: mpsc::Sender<CoordinatorMessage>,
+    /// Takes new certificates.
+    pub renewal: Renewal,
 }
 
 /// Why a conversation ended.
@@ -107,8 +115,8 @@ impl Session {
             Ok((sender, receiver)) => {
                 *pause = RETRY_PAUSE_MIN;
                 tracing::info!("registered at {} as {}", self.coordinator, self.register.node);
-                let listen = listen(receiver, &self.told);
-                let report = report(sender, &mut self.reports, &mut self.answers);
+                let listen = listen(receiver, &self.told, &self.renewal);
+                let report = report(sender, &mut self.reports, &mut self.answers, &self.renewal);
                 tokio::select! {
                     end = listen => end,
                     end = report => end,
@@ -142,6 +150,7 @@ async fn register(
         Some(CoordinatorMessage::Assign(_)) => Err(SessionEnd::NoWelcome("Assign")),
         Some(CoordinatorMessage::Probe { .. }) => Err(SessionEnd::NoWelcome("Probe")),
         Some(CoordinatorMessage::Drain) => Err(SessionEnd::NoWelcome("Drain")),
+        Some(CoordinatorMessage::Renewed { .. }) => Err(SessionEnd::NoWelcome("Renewed")),
         None => Err(SessionEnd::NoWelcome("nothing")),
     }
 }
@@ -149,9 +158,11 @@ async fn register(
 async fn listen(
     mut receiver: FrameReceiver,
     told: &mpsc::Sender<CoordinatorMessage>,
+    renewal: &Renewal,
 ) -> SessionEnd {
     loop {
         match receiver.message(MESSAGE_LEN_MAX).await {
+            Ok(Some(CoordinatorMessage::Renewed { certificate })) => renewal.take(certificate),
             Ok(Some(message)) => {
                 if told.send(message).await.is_err() {
                     return SessionEnd::AgentEnded;
@@ -167,8 +178,11 @@ async fn report(
     mut sender: FrameSender,
     reports: &mut watch::Receiver<Report>,
     answers: &mut mpsc::Receiver<WorkerMessage>,
+    renewal: &Renewal,
 ) -> SessionEnd {
     reports.mark_changed();
+    // The first one at once: a worker may come back with a certificate that is almost a day old.
+    let mut renew = tokio::time::interval(RENEW_PERIOD);
     loop {
         let message = tokio::select! {
             changed = reports.changed() => match changed {
@@ -179,6 +193,10 @@ async fn report(
                 Err(_) => return SessionEnd::AgentEnded,
             },
             Some(answer) = answers.recv() => answer,
+            _ = renew.tick() => match renewal.request() {
+                Some(message) => message,
+                None => continue,
+            },
         };
         if let Err(error) = sender.send_message(&message, MESSAGE_LEN_MAX).await {
             return SessionEnd::Broken(error.to_string());

@@ -151,6 +151,11 @@ impl Links {
         &self.runtime
     }
 
+    /// Shows this certificate to neighbours from now on; links that are there stay.
+    pub fn renew(&self, identity: Arc<Identity>) -> Result<(), LinksError> {
+        Ok(self.endpoint.renew(identity)?)
+    }
+
     /// How many links were refused: wrong generation, wrong stage, or not that stage's worker.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)

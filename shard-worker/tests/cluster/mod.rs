@@ -153,6 +153,7 @@ pub async fn welcome(
                 WorkerMessage::Report(report) => said.report = report,
                 WorkerMessage::Probed { .. } => said.probed.push(message),
                 WorkerMessage::Register(_) => said.registrations += 1,
+                WorkerMessage::Renew { .. } => {}
             });
         }
     });
