@@ -74,7 +74,7 @@ impl Cluster {
             .spawn()
             .context("shoal up")?;
         let stdout = child.stdout.take().context("no stdout")?;
-        let (sender, receiver) = std::sync::mpsc::channel();
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || {
             let mut line = String::new();
             let read = BufReader::new(stdout).read_line(&mut line);
@@ -196,6 +196,7 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
+    #[expect(clippy::disallowed_methods, reason = "std gives no event for a child's end")]
     fn drop(&mut self) {
         // SIGTERM: the cluster drains and takes its children along.
         let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();

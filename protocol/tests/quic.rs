@@ -207,7 +207,7 @@ async fn frames_arrive_whole_and_payloads_are_given_back() {
         meet(&client, &server, Expect::Node(NodeId::worker(2)), Alpn::Activations).await;
     let (out, incoming) = (out.unwrap(), incoming.unwrap());
     let released = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let payload: Vec<u8> = (0..300_000u32).map(|i| (i * 31 >> 3) as u8).collect();
+    let payload: Vec<u8> = (0..300_000u32).map(|i| ((i * 31) >> 3) as u8).collect();
 
     let sending = async {
         let mut sender = out.open_uni().await.unwrap();
@@ -271,7 +271,7 @@ async fn a_silent_peer_is_lost_within_two_seconds() {
     let address = server.local_address();
     // The peer lives on a runtime of its own, which is then frozen as SIGSTOP would freeze it.
     let identity = ca.issue_identity(NodeId::worker(1), SystemTime::now()).unwrap();
-    let (freeze, frozen) = std::sync::mpsc::channel::<()>();
+    let (freeze, frozen) = std::sync::mpsc::sync_channel::<()>(1);
     let peer = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let connection = runtime.block_on(async {

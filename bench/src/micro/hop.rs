@@ -76,7 +76,7 @@ impl Link {
         let any: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
         let identity = |n| ca.issue_identity(NodeId::worker(n), SystemTime::now()).map(Arc::new);
         let (near, far) = (identity(1)?, identity(2)?);
-        let (send_address, address) = std::sync::mpsc::channel();
+        let (send_address, address) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || -> Result<()> {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
@@ -88,7 +88,7 @@ impl Link {
                 Ok(())
             })
         });
-        let (send_raw, raw_address) = std::sync::mpsc::channel();
+        let (send_raw, raw_address) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || -> Result<()> {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {

@@ -177,7 +177,7 @@ fn write_safetensors(
         let mut bytes = Vec::with_capacity(4 << 20);
         // Every width is even, so that two values at a time come out right.
         for _ in 0..elements / 2 {
-            let bits = dice.next();
+            let bits = dice.bits();
             for half in [bits as u32, (bits >> 32) as u32] {
                 let unit = (half >> 8) as f32 / (1 << 23) as f32 - 1.0;
                 let value = if scale == 0.0 { 1.0 } else { unit * scale };
