@@ -49,7 +49,7 @@ pub enum IdentityError {
     },
     /// The file is not an identity.
     #[error(
-        "the identity file {path} is damaged ({why}); remove it and join again with a new token"
+        "{path} is not what it should be, the identity or the context of a node of Shoal: {why}"
     )]
     Damaged {
         /// Which file.
