@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +24,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long an operator's verb may take.
 const VERB_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Clusters of one test process run one after the other: their deadlines are of seconds, and a small
+/// machine has two cores. (nextest gives each test a process, and runs these alone by its own rule.)
+static TURN: Mutex<()> = Mutex::new(());
 
 /// A worker, as the ready line describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,16 +73,21 @@ pub struct Up {
     /// All processes that it had when it was ready.
     pids: Vec<u32>,
     data: TempDir,
+    /// Given back when everything else is gone.
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Up {
     /// Starts one and waits until it is ready.
     pub fn start(options: &UpOptions) -> Result<Self> {
+        // Whoever panicked with it has given it back all the same.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let data = tempfile::tempdir()?;
         let mut process = Self::spawn(options, data.path())?;
         let line = process.line(READY_TIMEOUT)?;
         let ready: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-        let mut up = Self { pids: vec![process.pid()], process: Some(process), ready, data };
+        let pids = vec![process.pid()];
+        let mut up = Self { process: Some(process), ready, pids, data, _turn: turn };
         let coordinator = up.ready["coordinator"]["pid"].as_u64().context("a pid")? as u32;
         up.pids.push(coordinator);
         up.pids.extend(up.workers().iter().map(|worker| worker.pid));
