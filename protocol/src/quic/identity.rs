@@ -49,7 +49,7 @@ pub enum IdentityError {
     },
     /// The file is not an identity.
     #[error(
-        "{path} is not what it should be, the identity or the context of a node of Shoal: {why}"
+        "{path} is not an identity or context file of Shoal, or it is damaged: {why}"
     )]
     Damaged {
         /// Which file.
