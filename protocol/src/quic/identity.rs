@@ -48,9 +48,7 @@ pub enum IdentityError {
         source: io::Error,
     },
     /// The file is not an identity.
-    #[error(
-        "{path} is not an identity or context file of Shoal, or it is damaged: {why}"
-    )]
+    #[error("{path} is not an identity or context file of Shoal, or it is damaged: {why}")]
     Damaged {
         /// Which file.
         path: String,
