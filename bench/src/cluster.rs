@@ -3,10 +3,18 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
+use shoal_protocol::admin::{
+    AdminCall, AdminReply, AdminRequest, DeploymentPhase, DeploymentView, MESSAGE_LEN_MAX,
+};
+use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::quic::{AdminContext, Alpn, Endpoint, Expect};
+use shoal_protocol::version::VersionRange;
 
 /// How long a cluster may take to be ready: a model of a few GiB from a cold disk.
 const READY_TIMEOUT: Duration = Duration::from_secs(180);
@@ -14,10 +22,17 @@ const READY_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long one answer may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// How long a cluster may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long the admin API may take to answer, and a deployment without weights to be ready.
+const ADMIN_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// A running `shoal up`. Stopped when dropped.
 #[derive(Debug)]
 pub struct Cluster {
-    child: Child,
+    /// Taken when it is stopped.
+    child: Option<Child>,
     /// The one line that `shoal up --json` printed.
     pub ready: Value,
     /// What the API is called: `http://127.0.0.1:4000`.
@@ -104,7 +119,7 @@ impl Cluster {
             .max_idle_connections_per_host(256)
             .build()
             .into();
-        Ok(Self { child, ready, url, ready_after, model, agent })
+        Ok(Self { child: Some(child), ready, url, ready_after, model, agent })
     }
 
     /// The process ids of the workers.
@@ -128,6 +143,49 @@ impl Cluster {
             bail!("shoal {}: {}", verb.join(" "), String::from_utf8_lossy(&output.stderr));
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Serves a model whose time is modelled, and gives a view of the cluster that talks to it.
+    pub fn deploy_pretend(&mut self, name: &str, spec: PretendSpec, stages: u32) -> Result<()> {
+        let deployment = DeploymentName::new(name)?;
+        let call = AdminCall::Deploy {
+            name: deployment.clone(),
+            source: ModelSource::Pretend(spec),
+            stages: Some(stages),
+            precision: None,
+        };
+        let context = AdminContext::load(Path::new(&self.context()))?.context("no context file")?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let deployed = async {
+            let any = ([127, 0, 0, 1], 0).into();
+            let endpoint = Endpoint::bind(any, Arc::new(context.identity), &[])?;
+            let expect = Expect::Role(Role::Coordinator);
+            let connection =
+                endpoint.connect(context.address, expect, Alpn::Admin, ADMIN_TIMEOUT).await?;
+            for call in [call, AdminCall::Watch] {
+                let (mut sender, mut receiver) = connection.open_bi().await?;
+                let request = AdminRequest { versions: VersionRange::OURS, call };
+                sender.send_message(&request, MESSAGE_LEN_MAX).await?;
+                sender.finish();
+                while let Some(reply) = receiver.message(MESSAGE_LEN_MAX).await? {
+                    match reply {
+                        AdminReply::Refused(error) => bail!("{name} is refused: {error}"),
+                        AdminReply::Status(view) => {
+                            let mut all = view.deployments.iter();
+                            let ready = |d: &DeploymentView| d.phase == DeploymentPhase::Ready;
+                            if all.any(|d| d.name == deployment && ready(d)) {
+                                return Ok(());
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            bail!("the coordinator ended the watch before {name} was ready")
+        };
+        runtime.block_on(async { tokio::time::timeout(ADMIN_TIMEOUT, deployed).await? })?;
+        self.model = name.to_owned();
+        Ok(())
     }
 
     /// Generates exactly `tokens` tokens greedily and gives the time from request to whole answer and
@@ -196,19 +254,19 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
-    #[expect(clippy::disallowed_methods, reason = "std gives no event for a child's end")]
     fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        let pid = child.id().to_string();
         // SIGTERM: the cluster drains and takes its children along.
-        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while Instant::now() < deadline {
-            if matches!(self.child.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        let _ = Command::new("kill").args(["-TERM", &pid]).status();
+        let (ended, end) = std::sync::mpsc::sync_channel(1);
+        let waiter = std::thread::spawn(move || {
+            let _ = ended.send(child.wait());
+        });
+        if end.recv_timeout(STOP_TIMEOUT).is_err() {
+            let _ = Command::new("kill").args(["-KILL", &pid]).status();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = waiter.join();
     }
 }
 

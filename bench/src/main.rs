@@ -1,6 +1,4 @@
 //! `shoal-bench`: measures, prints what it sees, writes the report.
-//!
-//! `shoal-bench [micro|split|all] [--pairs N] [--models DIR] [--out FILE]`
 
 use std::path::PathBuf;
 
@@ -8,12 +6,25 @@ use anyhow::{Context, Result, bail};
 use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
+const USAGE: &str = "\
+usage: shoal-bench [micro|split|all] [--pairs N=7] [--models DIR] [--out FILE]
+  micro   frames, a hop, the engine, the planner
+  split   real clusters on loopback: split against unsplit, loading
+  all     both; the default
+  --pairs   pairs of runs of each comparison, taken in turn
+  --models  where random models are written and kept (2 GiB); default: the system's temporary folder
+  --out     where the report is written; default: stdout";
+
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
     let mut out: Option<PathBuf> = None;
     let mut settings =
         scenarios::Settings { pairs: 7, models: std::env::temp_dir().join("shoal-bench-models") };
-    let mut args = std::env::args().skip(1);
+    let mut args = std::env::args().skip(1).peekable();
+    if args.peek().is_some_and(|arg| arg == "--help" || arg == "-h") {
+        println!("{USAGE}");
+        return Ok(());
+    }
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -21,9 +32,7 @@ fn main() -> Result<()> {
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--out" => out = Some(value()?.into()),
-            _ => bail!(
-                "unknown argument {arg}; use [micro|split|all] [--pairs N] [--models DIR] [--out FILE]"
-            ),
+            _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
     }
     let mut report = Report::default();

@@ -97,6 +97,7 @@ impl Head {
             engine,
             origin: std::time::Instant::now(),
             clients: HashMap::new(),
+            heard: Vec::new(),
             stage: parts.stage,
             fault: parts.fault,
             refuse: Some(not_ready()),
@@ -222,6 +223,8 @@ struct Driver {
     engine: Engine,
     origin: std::time::Instant,
     clients: HashMap<ClientKey, mpsc::Sender<HeadEvent>>,
+    /// What clients are to hear, kept for its memory: empty but within `act`.
+    heard: Vec<(ClientKey, HeadEvent)>,
     stage: mpsc::Sender<StageInput>,
     fault: mpsc::Sender<String>,
     /// Why new requests are turned away, while they are.
@@ -329,35 +332,49 @@ impl Driver {
         self.engine.handle(now, engine::Event::Cancel { key });
     }
 
-    /// Does what the engine wants, in its order.
+    /// Does what the engine wants: first what the stages wait for, then what clients hear, each in
+    /// the engine's order. Waking a client's stream can cost this thread its core, and then a whole
+    /// pipeline would stand still behind one token's way out.
     ///
     /// It may wait for room in stage 0's queue. That ends: the stages empty it without waiting for
     /// this loop, because the queue of samples has room for every step in flight.
     async fn act(&mut self) {
-        while let Some(action) = self.engine.poll_action() {
-            let input = match action {
-                Action::Open(open) => StageInput::Open(open),
-                Action::Close(close) => StageInput::Close(close),
-                Action::Issue { step, tokens } => {
-                    let (id, now) = (shoal_protocol::id::StepId(step.header.step), self.now());
-                    self.lateness.issued(id, now);
-                    let records = records_of(&step);
-                    StageInput::Step { step, records, data: StepData::Tokens(tokens) }
-                }
-                Action::Emit { key, event } => {
-                    self.emit(key, event);
-                    continue;
-                }
-                Action::Fault { reason } => {
-                    self.faulted = true;
-                    // One is enough: the shard stops at the first.
-                    let _ = self.fault.try_send(reason);
-                    continue;
-                }
-            };
-            // It fails where the stage has stopped; the shard says so with words.
-            let _ = self.stage.send(input).await;
+        loop {
+            while let Some(action) = self.engine.poll_action() {
+                self.act_on(action).await;
+            }
+            if self.heard.is_empty() {
+                return;
+            }
+            let mut heard = std::mem::take(&mut self.heard);
+            for (key, event) in heard.drain(..) {
+                // A client that is gone is cancelled, which gives the engine more to do.
+                self.emit(key, event);
+            }
+            self.heard = heard;
         }
+    }
+
+    async fn act_on(&mut self, action: Action) {
+        let input = match action {
+            Action::Open(open) => StageInput::Open(open),
+            Action::Close(close) => StageInput::Close(close),
+            Action::Issue { step, tokens } => {
+                let (id, now) = (shoal_protocol::id::StepId(step.header.step), self.now());
+                self.lateness.issued(id, now);
+                let records = records_of(&step);
+                StageInput::Step { step, records, data: StepData::Tokens(tokens) }
+            }
+            Action::Emit { key, event } => return self.heard.push((key, event)),
+            Action::Fault { reason } => {
+                self.faulted = true;
+                // One is enough: the shard stops at the first.
+                let _ = self.fault.try_send(reason);
+                return;
+            }
+        };
+        // It fails where the stage has stopped; the shard says so with words.
+        let _ = self.stage.send(input).await;
     }
 
     fn emit(&mut self, key: ClientKey, event: HeadEvent) {
