@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
@@ -10,6 +10,7 @@ use quinn::{ConnectionError, TransportConfig, VarInt};
 use rustls_pki_types::CertificateDer;
 
 use super::close_code;
+use super::driver::{Driver, Runtime};
 use super::identity::{Identity, NoNode, TLS_NAME, node_of};
 use super::settings;
 use super::stream::{FrameReceiver, FrameSender};
@@ -263,7 +264,7 @@ impl Endpoint {
         let granted = settings::size_buffers(&socket).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         socket.bind(&address.into()).map_err(failed)?;
-        let runtime: Arc<dyn quinn::Runtime> = Arc::new(quinn::TokioRuntime);
+        let runtime: Arc<dyn quinn::Runtime> = Arc::new(Runtime::current());
         let config = quinn::EndpointConfig::default();
         let inner = quinn::Endpoint::new(config, None, socket.into(), runtime).map_err(failed)?;
         let local = inner.local_addr().map_err(failed)?;
@@ -298,7 +299,8 @@ impl Endpoint {
         let identity =
             self.identity().ok_or_else(|| TlsError("this endpoint has no identity".to_owned()))?;
         let config = tls::client(&identity, alpn)?;
-        let inner = self.handshake(address, config, &expect.to_string(), deadline).await?;
+        let (inner, driver) =
+            self.handshake(address, config, &expect.to_string(), deadline).await?;
         let node = peer_node(&inner).ok_or(NoNode::NotOneName).and_then(|r| r);
         let node = match node {
             Ok(node) => node,
@@ -315,7 +317,7 @@ impl Endpoint {
                 found: node,
             });
         }
-        Ok(Connection { inner, peer: Some(node), alpn })
+        Ok(Connection { inner, driver, peer: Some(node), alpn })
     }
 
     /// Connects without a certificate to a node whose CA has this fingerprint.
@@ -327,9 +329,9 @@ impl Endpoint {
         deadline: Duration,
     ) -> Result<Connection, ConnectError> {
         let config = tls::pinned_client(ca_fingerprint, alpn)?;
-        let inner = self.handshake(address, config, "a coordinator", deadline).await?;
+        let (inner, driver) = self.handshake(address, config, "a coordinator", deadline).await?;
         let peer = peer_node(&inner).and_then(Result::ok);
-        Ok(Connection { inner, peer, alpn })
+        Ok(Connection { inner, driver, peer, alpn })
     }
 
     async fn handshake(
@@ -338,7 +340,7 @@ impl Endpoint {
         tls: rustls::ClientConfig,
         expect: &str,
         deadline: Duration,
-    ) -> Result<quinn::Connection, ConnectError> {
+    ) -> Result<(quinn::Connection, Weak<Driver>), ConnectError> {
         let tls = QuicClientConfig::try_from(tls).map_err(|error| TlsError(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         config.transport_config(Arc::clone(&self.transport));
@@ -346,9 +348,10 @@ impl Endpoint {
             .inner
             .connect_with(config, address, TLS_NAME)
             .map_err(|source| ConnectError::Address { address, source })?;
+        let driver = Driver::spawned_here();
         let deadline = deadline.min(HANDSHAKE_TIMEOUT);
         match tokio::time::timeout(deadline, connecting).await {
-            Ok(Ok(connection)) => Ok(connection),
+            Ok(Ok(connection)) => Ok((connection, driver)),
             Ok(Err(source)) => {
                 Err(ConnectError::Handshake { address, expect: expect.to_owned(), source })
             }
@@ -411,7 +414,8 @@ impl Accepting {
         if let Some(node) = peer.filter(|node| !alpn.admits(node.role)) {
             return Err(refuse(AcceptError::Role { address, node, alpn }));
         }
-        Ok(Connection { inner, peer, alpn })
+        // Only who has dialled sends from threads of its own.
+        Ok(Connection { inner, driver: Weak::new(), peer, alpn })
     }
 
     /// Turns the client away.
@@ -446,6 +450,7 @@ pub struct LinkStats {
 #[derive(Clone, Debug)]
 pub struct Connection {
     inner: quinn::Connection,
+    driver: Weak<Driver>,
     peer: Option<NodeId>,
     alpn: Alpn,
 }
@@ -491,6 +496,15 @@ impl Connection {
     /// The next stream that the peer opens to us.
     pub async fn accept_uni(&self) -> Result<FrameReceiver, ConnectionError> {
         self.inner.accept_uni().await.map(FrameReceiver::new)
+    }
+
+    /// Sends what was written to its streams from the caller's thread, rather than when the runtime's
+    /// thread has woken up for it. Only where this side has dialled; else it does nothing, and what was
+    /// written is sent as ever.
+    pub fn send_here(&self) {
+        if let Some(driver) = self.driver.upgrade() {
+            driver.run_here();
+        }
     }
 
     /// Ends the connection, with a reason that the peer can log.

@@ -13,6 +13,7 @@
 
 pub mod ca;
 mod context;
+mod driver;
 mod endpoint;
 pub mod identity;
 pub mod join;
@@ -27,7 +28,7 @@ pub use endpoint::{
 };
 pub use identity::Identity;
 pub use settings::{IDLE_TIMEOUT, KEEP_ALIVE};
-pub use stream::{FrameReceiver, FrameSender, RecvError, SendError};
+pub use stream::{FrameReceiver, FrameSender, Pieces, RecvError, SendError};
 
 /// Connections ended on purpose carry one of these codes.
 pub mod close_code {
