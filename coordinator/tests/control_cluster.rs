@@ -170,6 +170,17 @@ async fn a_lost_worker_makes_a_new_generation() {
 }
 
 #[tokio::test]
+async fn workers_that_know_more_than_the_state_are_believed() {
+    let mut cluster = Cluster::with_workers(2).await;
+    let seen = Generation(7);
+    cluster.workers.remove(1).die();
+    let manners = Manners { incarnation: 2, seen, ..Manners::default() };
+    let worker = cluster.connect(1, manners).await.unwrap();
+    cluster.workers.push(worker);
+    cluster.deploy_and_wait(8).await;
+}
+
+#[tokio::test]
 async fn who_registers_wrongly_is_refused() {
     let cluster = Cluster::with_workers(1).await;
     let register = async |manners| match cluster.connect(0, manners).await {
