@@ -20,7 +20,7 @@ use shoal_protocol::quic::{
     identity::IdentityError,
 };
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::api::{self, ApiContext};
@@ -50,8 +50,12 @@ const OPERATOR: NodeId = NodeId::admin(1);
 /// so that one failure is not the end.
 const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 
-/// Conversations at once: workers, operators, joiners, ten times what a large cluster has.
-const CONVERSATIONS_MAX: usize = 4096;
+/// Conversations with members at once: workers and operators, ten times what a large cluster has.
+const MEMBERS_MAX: usize = 4096;
+
+/// Conversations with joiners at once. Nobody knows who they are, so they have places of their own: a
+/// rack that starts at once, each for the second or two that a join takes.
+const JOINERS_MAX: usize = 256;
 
 /// How long requests may take to finish when the coordinator stops; then their streams are cut.
 const DRAIN_REQUESTS: Duration = Duration::from_secs(4);
@@ -255,6 +259,8 @@ impl Running {
                 ca_fingerprint: ca.fingerprint(),
             },
             agents,
+            members: Semaphore::new(MEMBERS_MAX),
+            joiners: Semaphore::new(JOINERS_MAX),
         };
         let api_context = ApiContext::new(
             table,
@@ -303,6 +309,8 @@ struct Servers {
     agents: Agents,
     admin: AdminServer,
     join: JoinServer,
+    members: Semaphore,
+    joiners: Semaphore,
 }
 
 impl Servers {
@@ -318,11 +326,7 @@ impl Servers {
             };
             // The endpoint is closed only after this loop.
             let Some(incoming) = incoming else { return };
-            if conversations.len() >= CONVERSATIONS_MAX {
-                tracing::warn!(address = %incoming.remote_address(), "too many conversations");
-                incoming.refuse();
-                continue;
-            }
+            // Bounded by the endpoint's handshakes and the places after them.
             conversations.spawn(Arc::clone(&servers).converse(incoming));
         }
     }
@@ -331,6 +335,16 @@ impl Servers {
         let connection = match incoming.establish().await {
             Ok(connection) => connection,
             Err(error) => return tracing::info!("{error}"),
+        };
+        let places = match connection.alpn().without_client_certificate() {
+            true => &self.joiners,
+            false => &self.members,
+        };
+        let Ok(_place) = places.try_acquire() else {
+            let (address, alpn) = (connection.remote_address(), connection.alpn());
+            tracing::warn!(%address, %alpn, "too many conversations");
+            return connection
+                .close(close_code::REFUSED, "too many conversations; try again later");
         };
         match connection.alpn() {
             Alpn::Control => self.agents.serve(connection).await,

@@ -120,7 +120,8 @@ pub struct Report {
 pub struct ShardReport {
     /// The replica.
     pub replica: ReplicaId,
-    /// Its layout.
+    /// Its layout. Where the worker refuses an assignment as stale (`Failed` with
+    /// `ErrorCode::StaleGeneration`): the newest layout that it knows; only a newer one is taken.
     pub generation: Generation,
     /// The stage.
     pub stage: StageIndex,

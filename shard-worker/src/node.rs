@@ -18,6 +18,7 @@ use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join};
 use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Identity, close_code};
 use shoal_protocol::version::VersionRange;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::agent::inventory::{self, InventoryError};
@@ -192,20 +193,22 @@ impl Worker {
 
 /// Lets coordinators in until the endpoint is closed.
 async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
+    // Taken after the handshake, so that strangers, who do not get that far, take none.
+    let places = Arc::new(Semaphore::new(COORDINATORS_MAX));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepting = endpoint.accept() => {
                 let Some(accepting) = accepting else { return };
-                if connections.len() >= COORDINATORS_MAX {
-                    accepting.refuse();
-                    continue;
-                }
-                let intake = intake.clone();
+                let (intake, places) = (intake.clone(), Arc::clone(&places));
                 connections.spawn(async move {
-                    match accepting.establish().await {
-                        Ok(connection) => intake.serve(connection).await,
-                        Err(error) => tracing::debug!("a connection is refused: {error}"),
+                    let connection = match accepting.establish().await {
+                        Ok(connection) => connection,
+                        Err(error) => return tracing::debug!("a connection is refused: {error}"),
+                    };
+                    match places.try_acquire() {
+                        Ok(_place) => intake.serve(connection).await,
+                        Err(_) => connection.close(close_code::REFUSED, "too many connections"),
                     }
                 });
             }

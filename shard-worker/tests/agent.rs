@@ -72,3 +72,18 @@ async fn a_shard_that_is_not_wanted_any_more_is_freed() {
     worker.assign(vec![]).await;
     worker.until("freed", |report| report.shards.is_empty() && report.heads.is_empty()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_says_which_generation_a_forgetful_coordinator_must_go_beyond() {
+    let cluster = Cluster::new();
+    let mut workers = [cluster.worker(1).await];
+    let nodes = [workers[0].node()];
+    deploy(&layout(3, &nodes), &mut workers).await;
+    let [worker] = &mut workers;
+    let peers = [worker.peer()];
+    worker.assign(vec![assignment(&layout(1, &nodes), 0, &peers)]).await;
+    let refused = |state: &ShardState| matches!(state, ShardState::Failed(error) if error.code == ErrorCode::StaleGeneration);
+    worker.until_state(3, "refused under the newest generation", refused).await;
+    worker.assign(vec![assignment(&layout(4, &nodes), 0, &peers)]).await;
+    worker.until_ready(4).await;
+}

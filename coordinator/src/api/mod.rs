@@ -12,6 +12,7 @@ mod generation;
 mod health;
 mod messages;
 mod openai;
+mod origin;
 mod pieces;
 pub mod places;
 mod prepare;
@@ -26,6 +27,7 @@ mod template;
 pub mod tokenize;
 pub mod validate;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,8 +51,8 @@ pub use serve::serve;
 use surface::Endpoint;
 use tokenize::ModelTexts;
 
-/// Every route and every layer.
-fn routes(context: Arc<ApiContext>) -> Router {
+/// Every route and every layer, behind a listener at this address.
+fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
@@ -61,6 +63,7 @@ fn routes(context: Arc<ApiContext>) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(listener, from_here))
         .layer(from_fn_with_state(Arc::clone(&context), count))
         .with_state(context)
 }
@@ -172,6 +175,16 @@ async fn not_found(uri: Uri) -> ApiError {
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::http(StatusCode::METHOD_NOT_ALLOWED, format!("{path} does not take {method:.16}"))
+}
+
+/// Lets only this machine's own requests through to a listener that is meant for them.
+async fn from_here(
+    State(listener): State<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    origin::check(listener, request.version(), request.uri(), request.headers())?;
+    Ok(next.run(request).await)
 }
 
 /// Counts every response by route, status and reason.

@@ -23,7 +23,11 @@ pub fn serve(listener: TcpListener, context: ApiContext) -> JoinHandle<()> {
 }
 
 async fn accept(listener: TcpListener, context: Arc<ApiContext>) {
-    let service = TowerToHyperService::new(routes(Arc::clone(&context)));
+    let address = match listener.local_addr() {
+        Ok(address) => address,
+        Err(error) => return tracing::error!(%error, "the API's socket does not work"),
+    };
+    let service = TowerToHyperService::new(routes(Arc::clone(&context), address));
     // HTTP/1.1 alone: telling the versions apart would wait for the first bytes without a bound.
     let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
     server.http1().timer(TokioTimer::new()).header_read_timeout(context.limits.header_timeout);

@@ -57,11 +57,27 @@ pub struct Agents {
 }
 
 /// Guards plain data; nothing is awaited under it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Registry {
     workers: BTreeMap<NodeId, Worker>,
     /// Numbers connections and probes.
     next: u64,
+}
+
+impl Registry {
+    /// A worker may still be at work for the coordinator before this one, or before this process, and
+    /// answers whoever is there when it is done. So numbers begin at the microsecond of the start: no
+    /// coordinator gives out one every microsecond.
+    fn new(now: SystemTime) -> Self {
+        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
+        Self { workers: BTreeMap::new(), next }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
 }
 
 #[derive(Debug)]
@@ -101,7 +117,8 @@ impl Agents {
     /// Nobody is connected yet.
     pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
         let changed = Arc::new(watch::Sender::new(0));
-        Self { store, ca, registry: Arc::default(), changed }
+        let registry = Arc::new(Mutex::new(Registry::new(SystemTime::now())));
+        Self { store, ca, registry, changed }
     }
 
     /// Fires whenever a worker comes, goes or reports.
@@ -152,8 +169,7 @@ impl Agents {
         let (reply, answer) = oneshot::channel();
         let number = {
             let mut registry = self.lock();
-            registry.next += 1;
-            let number = registry.next;
+            let number = registry.number();
             let link = registry.workers.get_mut(&node).and_then(|worker| worker.link.as_mut());
             let link = link.ok_or_else(lost)?;
             let message = CoordinatorMessage::Probe { probe: number, source: source.clone() };
@@ -344,8 +360,7 @@ impl Agents {
         outbox: mpsc::Sender<CoordinatorMessage>,
     ) -> Option<u64> {
         let mut registry = self.lock();
-        registry.next += 1;
-        let session = registry.next;
+        let session = registry.number();
         let mut report = Report::default();
         if let Some(older) = registry.workers.get(&node) {
             // Two registrations may have passed the log at the same time.
@@ -421,5 +436,19 @@ fn reachable(address: SocketAddr, remote: SocketAddr) -> SocketAddr {
         SocketAddr::new(remote.ip(), address.port())
     } else {
         address
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_two_starts_are_not_the_same() {
+        let now = SystemTime::now();
+        let mut before = Registry::new(now);
+        let given: Vec<_> = (0..1000).map(|_| before.number()).collect();
+        let first = Registry::new(now + Duration::from_secs(1)).number();
+        assert!(given.iter().all(|number| *number < first));
     }
 }

@@ -10,7 +10,6 @@
 //! repeated here: the next round sees that it is still to be done.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,14 +17,14 @@ use shoal_protocol::admin::{
     ClusterView, CoordinatorView, DeploymentPhase, DeploymentView, WorkerView,
 };
 use shoal_protocol::id::{DeploymentName, NodeId, ReplicaId};
-use shoal_protocol::plan::ModelRef;
 use shoal_protocol::units::Instant;
 use tokio::sync::watch;
 
 use super::agents::Agents;
+use super::folders::Folders;
 use super::models::Models;
 use super::reconcile::{Action, Decision, History, Observed, ObservedWorker, Phase, reconcile};
-use super::state::{Change, ClusterState, Deployment, PlanCommand};
+use super::state::{Change, ClusterState, PlanCommand};
 use super::store::ControlStore;
 use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
 
@@ -41,12 +40,11 @@ const PAUSE: Duration = Duration::from_millis(5);
 pub struct Executor {
     store: ControlStore,
     agents: Agents,
-    models: Models,
     coordinator: CoordinatorView,
     /// When this coordinator started: the origin of the time that reconciliation is told.
     origin: std::time::Instant,
     history: BTreeMap<ReplicaId, History>,
-    folders: BTreeMap<DeploymentName, (ModelRef, Option<PathBuf>)>,
+    folders: Folders,
     shown: Shown,
 }
 
@@ -71,11 +69,10 @@ impl Executor {
         Self {
             store,
             agents,
-            models,
             coordinator,
             origin: std::time::Instant::now(),
             history: BTreeMap::new(),
-            folders: BTreeMap::new(),
+            folders: Folders::new(models),
             shown,
         }
     }
@@ -91,6 +88,7 @@ impl Executor {
             agents_changed.mark_unchanged();
             let Some(decision) = self.decide(&state).await else { return };
             log(&decision, &mut last_phases);
+            self.folders.look(&state).await;
             self.show(&state, &decision);
             self.history = decision.history;
             for action in decision.actions {
@@ -145,7 +143,7 @@ impl Executor {
         }
     }
 
-    fn show(&mut self, state: &ClusterState, decision: &Decision) {
+    fn show(&self, state: &ClusterState, decision: &Decision) {
         let seen = self.agents.observe();
         let table = self.table(state, decision, &seen);
         self.shown.table.send_replace(Arc::new(table));
@@ -160,7 +158,7 @@ impl Executor {
     }
 
     fn table(
-        &mut self,
+        &self,
         state: &ClusterState,
         decision: &Decision,
         seen: &BTreeMap<NodeId, ObservedWorker>,
@@ -174,10 +172,15 @@ impl Executor {
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
         };
-        self.folders.retain(|name, _| state.deployments.get(name).is_some());
         for (name, deployment) in state.deployments.iter() {
-            let folder = self.folder(name, deployment);
             let phase = phase_of(decision, name);
+            // Without the tokenizer its head could be asked, and not answered for.
+            let found = self.folders.of(name);
+            let ready = phase.phase == DeploymentPhase::Ready && found.is_ok();
+            let (folder, reason) = match found {
+                Ok(folder) => (folder, phase.reason),
+                Err(why) => (None, why),
+            };
             let plans: Vec<_> =
                 deployment.replicas.iter().filter_map(|id| state.plans.get(*id)).collect();
             let context_max = plans.iter().map(|plan| plan.limits.context_max).max();
@@ -193,7 +196,7 @@ impl Executor {
                     generation: plan.generation,
                     head,
                     requests: worker.map(|worker| worker.register.requests),
-                    ready: phase.phase == DeploymentPhase::Ready,
+                    ready,
                     load: load.copied(),
                 })
             });
@@ -204,31 +207,11 @@ impl Executor {
                 vocab: deployment.shape.vocab(),
                 context_max: context_max.unwrap_or(deployment.shape.context_max()),
                 replicas: replicas.collect(),
-                reason: phase.reason,
+                reason,
             };
             table.deployments.insert(name.clone(), Arc::new(served));
         }
         table
-    }
-
-    /// The folder with the deployment's tokenizer. Looked for once: unpacking touches the disk.
-    fn folder(&mut self, name: &DeploymentName, deployment: &Deployment) -> Option<PathBuf> {
-        let model = &deployment.spec.model;
-        if let Some((found_for, folder)) = self.folders.get(name)
-            && found_for == model
-        {
-            return folder.clone();
-        }
-        match self.models.folder(&model.source) {
-            Ok(folder) => {
-                self.folders.insert(name.clone(), (model.clone(), folder.clone()));
-                folder
-            }
-            Err(error) => {
-                tracing::error!(deployment = %name, %error, "its files are not here");
-                None
-            }
-        }
     }
 }
 

@@ -93,6 +93,10 @@ impl JoinServer {
         let request = request.ok().flatten().ok_or_else(|| {
             WireError::new(ErrorCode::InvalidRequest, "this is not a request to join")
         })?;
+        self.join(&request, SystemTime::now()).await
+    }
+
+    async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
         VersionRange::OURS
             .negotiate(request.versions)
             .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
@@ -101,7 +105,7 @@ impl JoinServer {
         })?;
         let token = TokenHash::of(&request.secret);
         // Nobody without a good token gets as far as the queue of changes.
-        if !self.store.state().tokens.is_good(&token, Timestamp::of(SystemTime::now())) {
+        if !self.store.state().tokens.is_good(&token, Timestamp::of(now)) {
             return Err(Refusal::BadToken.into());
         }
         let join = NodeCommand::Join { token, key: KeyFingerprint(key) };
@@ -112,10 +116,8 @@ impl JoinServer {
         });
         let internal = |why: String| WireError::new(ErrorCode::Internal, why);
         let node = node.ok_or_else(|| internal("no node came of the join".into()))?;
-        let certificate = self
-            .ca
-            .issue(&request.csr, node, SystemTime::now())
-            .map_err(|error| internal(error.to_string()))?;
+        let certificate =
+            self.ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
         Ok(JoinReply::Joined { node, certificate, ca: self.ca.certificate().to_vec() })
     }
@@ -152,7 +154,33 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::id::{NodeId, Role};
+
     use super::*;
+    use crate::control::state::TokenCommand;
+    use crate::control::store::local;
+
+    #[tokio::test]
+    async fn a_token_is_good_until_it_expires() {
+        let data = tempfile::tempdir().unwrap();
+        let (store, _thread) = local::open(data.path(), NodeId::coordinator(1)).unwrap();
+        let now = SystemTime::now();
+        let ca = Arc::new(CertificateAuthority::create(now).unwrap());
+        let someone = ca.issue_identity(NodeId::worker(9), now).unwrap();
+        let csr = someone.renewal_request().unwrap();
+        let request = JoinRequest { versions: VersionRange::OURS, secret: [7; 32], csr };
+        let (hash, expires) = (TokenHash::of(&request.secret), Duration::from_secs(60));
+        let token = TokenCommand::Create { hash, role: Role::Worker, uses: 2, expires };
+        store.propose(Change::Token(token)).await.unwrap();
+
+        let server = JoinServer::new(store, ca);
+        let joined = server.join(&request, now + Duration::from_secs(59)).await.unwrap();
+        let first = NodeId::worker(1);
+        assert!(matches!(joined, JoinReply::Joined { node, .. } if node == first), "{joined:?}");
+        // The disk may have taken the token a little later, and its last second counts in full.
+        let late = server.join(&request, now + Duration::from_secs(75)).await.unwrap_err();
+        assert_eq!(late.code, ErrorCode::BadToken);
+    }
 
     #[test]
     fn a_burst_is_let_in_and_then_a_rate() {

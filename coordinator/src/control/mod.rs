@@ -8,6 +8,7 @@
 pub mod admin;
 pub mod agents;
 pub mod executor;
+mod folders;
 pub mod join;
 pub mod models;
 pub mod planner;

@@ -45,7 +45,8 @@ impl Response {
 }
 
 pub async fn get(address: SocketAddr, path: &str) -> Response {
-    send(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")).await
+    send(address, &format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+        .await
 }
 
 pub async fn post(address: SocketAddr, path: &str, body: &Value) -> Response {
@@ -58,7 +59,7 @@ pub async fn post_text(address: SocketAddr, path: &str, body: &str) -> Response 
 
 fn request(path: &str, body: &str) -> String {
     format!(
-        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     )

@@ -87,6 +87,24 @@ async fn wrong_requests_are_refused_by_name() {
 }
 
 #[tokio::test]
+async fn a_web_page_is_refused_whatever_it_asks_for() {
+    let setup = Setup::new().await;
+    for path in ["/v1/models", "/health", "/nowhere"] {
+        for (headers, words) in [
+            ("host: evil.example:8000", "evil.example:8000"),
+            ("host: localhost\r\norigin: https://evil.example", "https://evil.example"),
+        ] {
+            let request = format!("GET {path} HTTP/1.1\r\n{headers}\r\nconnection: close\r\n\r\n");
+            refused(&send(setup.http, &request).await, 403, "permission_denied", None, words);
+        }
+    }
+    let old = send(setup.http, "GET /health HTTP/1.0\r\n\r\n").await;
+    assert_eq!(old.status, 200);
+    let metrics = get(setup.http, "/metrics").await.body;
+    assert!(metrics.contains("permission_denied"), "{metrics}");
+}
+
+#[tokio::test]
 async fn bodies_have_bounds_of_size_and_time() {
     let limits = Limits {
         body_len_max: 1000,
@@ -98,11 +116,11 @@ async fn bodies_have_bounds_of_size_and_time() {
     let large = json!({"model": "demo", "prompt": "x".repeat(1000)});
     let large = post(setup.http, "/v1/completions", &large).await;
     refused(&large, 413, "invalid_request", None, "1000 bytes");
-    let slow = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+    let slow = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
                 content-length: 100\r\n\r\n{";
     refused(&send(setup.http, slow).await, 408, "invalid_request", None, "did not arrive");
     // Headers that never end, and none at all: the connection is closed.
-    for start in ["GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ", ""] {
+    for start in ["GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: ", ""] {
         let mut stream = TcpStream::connect(setup.http).await.expect("it listens");
         stream.write_all(start.as_bytes()).await.expect("it reads");
         let mut rest = Vec::new();

@@ -12,8 +12,8 @@ use shoal_protocol::control::{
     CoordinatorMessage, DeviceInfo, Register, Report, ShardCounters, ShardReport, ShardState,
     WorkerMessage,
 };
-use shoal_protocol::error::WireError;
-use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, Role};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::{Assignment, ModelSource, Numerics, PretendSpec};
 use shoal_protocol::quic::join::{JoinError, join};
@@ -141,6 +141,8 @@ pub struct Manners {
     pub cannot_read: Option<WireError>,
     /// What it asks a certificate for.
     pub renew: Option<Vec<u8>>,
+    /// The newest generation that it has seen: it refuses what is not newer.
+    pub seen: Generation,
 }
 
 impl Default for Manners {
@@ -152,6 +154,7 @@ impl Default for Manners {
             poses_as: None,
             cannot_read: None,
             renew: None,
+            seen: Generation(0),
         }
     }
 }
@@ -259,7 +262,8 @@ impl Talk {
                     return;
                 }
                 CoordinatorMessage::Assign(assignments) => {
-                    let shards = assignments.iter().map(ready).collect();
+                    let answer = |assignment| answer(assignment, self.manners.seen);
+                    let shards = assignments.iter().map(answer).collect();
                     self.told.send_replace(Some(assignments));
                     WorkerMessage::Report(Report { shards, heads: Vec::new() })
                 }
@@ -284,13 +288,18 @@ impl Talk {
     }
 }
 
-fn ready(assignment: &Assignment) -> ShardReport {
+fn answer(assignment: &Assignment, seen: Generation) -> ShardReport {
+    let generation = assignment.replica.generation;
+    let state = match generation > seen {
+        true => ShardState::Ready,
+        false => ShardState::Failed(WireError::new(ErrorCode::StaleGeneration, "it is old")),
+    };
     let stage = &assignment.replica.stages[assignment.stage.0 as usize];
     ShardReport {
         replica: assignment.replica.id,
-        generation: assignment.replica.generation,
+        generation: generation.max(seen),
         stage: assignment.stage,
-        state: ShardState::Ready,
+        state,
         memory: stage.shards[0].memory,
         counters: ShardCounters::default(),
     }

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use rcgen::{CertificateParams, KeyPair};
 
+use super::alpn::Alpn;
 use super::close_code;
-use super::endpoint::{Alpn, ConnectError, Endpoint, EndpointError};
+use super::endpoint::Endpoint;
+use super::error::{ConnectError, EndpointError};
 use super::identity::Identity;
 use super::stream::{RecvError, SendError};
 use crate::error::WireError;

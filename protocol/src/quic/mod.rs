@@ -11,21 +11,26 @@
 //!
 //! There is no plaintext mode.
 
+mod accept;
+mod alpn;
 pub mod ca;
+mod connection;
 mod context;
 mod driver;
 mod endpoint;
+mod error;
 pub mod identity;
 pub mod join;
 mod settings;
 mod stream;
 mod tls;
 
+pub use accept::Accepting;
+pub use alpn::{Alpn, Expect};
+pub use connection::{Connection, LinkStats};
 pub use context::AdminContext;
-pub use endpoint::{
-    AcceptError, Accepting, Alpn, ConnectError, Connection, Endpoint, EndpointError, Expect,
-    LinkStats,
-};
+pub use endpoint::Endpoint;
+pub use error::{AcceptError, ConnectError, EndpointError};
 pub use identity::Identity;
 pub use settings::{IDLE_TIMEOUT, KEEP_ALIVE};
 pub use stream::{FrameReceiver, FrameSender, Pieces, RecvError, SendError};

@@ -142,6 +142,8 @@ pub struct Lifecycle {
     abandoned: BTreeMap<LoadId, Bytes>,
     /// The newest generation that was ever wanted of each replica: nothing before it comes back.
     newest: BTreeMap<ReplicaId, Generation>,
+    /// What the coordinator wants and cannot have: its generation is used up.
+    stale: BTreeMap<ReplicaId, Assignment>,
     loads: u64,
     draining: bool,
     actions: Vec<Action>,
@@ -156,6 +158,7 @@ impl Lifecycle {
             leaving: BTreeMap::new(),
             abandoned: BTreeMap::new(),
             newest: BTreeMap::new(),
+            stale: BTreeMap::new(),
             loads: 0,
             draining: false,
             actions: Vec::new(),
@@ -208,6 +211,10 @@ impl Lifecycle {
     }
 
     /// Every shard with its state; `counters` knows those that run.
+    ///
+    /// A refused assignment is a line of its own, under the newest generation that is known here: the
+    /// coordinator must plan one above it. A shard that has that generation is not what is wanted, so
+    /// the refusal stands in its place.
     pub fn report(&self, mut counters: impl FnMut(ShardKey) -> ShardCounters) -> Vec<ShardReport> {
         let mut line = |assignment: &Assignment, state| ShardReport {
             replica: assignment.replica.id,
@@ -218,8 +225,22 @@ impl Lifecycle {
             counters: counters(ShardKey::of(assignment)),
         };
         let leaving = self.leaving.values().map(|l| (&l.assignment, ShardState::Draining));
-        let wanted = self.wanted.values().map(|slot| (&slot.assignment, slot.state()));
-        leaving.chain(wanted).map(|(assignment, state)| line(assignment, state)).collect()
+        let wanted = self.wanted.iter().filter(|(id, _)| !self.stale.contains_key(id));
+        let wanted = wanted.map(|(_, slot)| (&slot.assignment, slot.state()));
+        let mut lines: Vec<_> =
+            leaving.chain(wanted).map(|(assignment, state)| line(assignment, state)).collect();
+        lines.extend(self.stale.iter().map(|(id, told)| {
+            let newest = self.newest.get(id).copied().unwrap_or_default();
+            let state = ShardState::Failed(is_stale(ShardKey::of(told), newest));
+            match self.wanted.get(id) {
+                Some(slot) => ShardReport { generation: newest, ..line(&slot.assignment, state) },
+                None => {
+                    let memory = ShardMemory::default();
+                    ShardReport { generation: newest, memory, ..line(told, state) }
+                }
+            }
+        }));
+        lines
     }
 
     fn assign(&mut self, assignments: Vec<Assignment>) {
@@ -228,6 +249,7 @@ impl Lifecycle {
         if self.draining {
             assignments.clear();
         }
+        self.stale.clear();
         let gone: Vec<ReplicaId> =
             self.wanted.keys().copied().filter(|id| !assignments.contains_key(id)).collect();
         for id in gone {
@@ -242,11 +264,20 @@ impl Lifecycle {
             if newest.is_none_or(|newest| generation > newest) {
                 self.newest.insert(id, generation);
                 self.replace(id, assignment);
-            } else if newest == Some(generation) && !self.wanted.contains_key(&id) {
-                // Withdrawn and wanted again, as after a coordinator's restart.
-                self.replace(id, assignment);
+                continue;
             }
-            // What is left is the past, or what we are already.
+            match self.wanted.get(&id) {
+                // Withdrawn and wanted again, as after a coordinator's restart.
+                None if newest == Some(generation) => self.replace(id, assignment),
+                // What we are already.
+                Some(slot) if slot.assignment == assignment => {}
+                // The past, or a second layout under a number that is taken: the coordinator's data
+                // is older than what this worker knows. What runs stays until there is a layout that
+                // can take its weights over.
+                _ => {
+                    self.stale.insert(id, assignment);
+                }
+            }
         }
     }
 
@@ -421,6 +452,15 @@ fn why_replaced(old: &Assignment, new: &Assignment) -> String {
         return format!("{after} takes the place of {before}");
     }
     format!("{} was lost or restarted: {after} takes the place of {before}", lost.join(", "))
+}
+
+fn is_stale(told: ShardKey, newest: Generation) -> WireError {
+    let message = format!(
+        "{told} is wanted, but {newest} of it, or another layout under that number, has been here \
+         already, so the coordinator's data is older than this worker's (was it restored from a \
+         backup?); a generation after {newest} is needed"
+    );
+    WireError::new(ErrorCode::StaleGeneration, message)
 }
 
 fn does_not_fit(assignment: &Assignment, held: Bytes, budget: Bytes) -> WireError {

@@ -57,6 +57,13 @@ fn error() -> WireError {
     WireError::new(ErrorCode::WorkerLost, "w2 is gone")
 }
 
+/// A refusal that names the newest generation.
+fn stale(newest: u64) -> ShardState {
+    let error = is_stale(key(1, 1), Generation(newest));
+    assert_eq!(error.code, ErrorCode::StaleGeneration);
+    ShardState::Failed(error)
+}
+
 /// A worker with a budget of 100 whose shard of generation 1 is ready.
 fn ready(layers: u32, bytes: u64) -> Lifecycle {
     let mut life = Lifecycle::new(Bytes(100));
@@ -100,6 +107,8 @@ fn the_past_does_not_come_back() {
     let old = assignment(1, 1, 4, 60);
     assert_eq!(life.handle(Event::Assigned(vec![old.clone()])), []);
     assert_eq!(life.handle(Event::Broken(key(1, 1), error())), [], "of the old one");
+    assert_eq!(states(&life), [(1, ShardState::Draining), (2, stale(2))]);
+    assert_eq!(life.handle(Event::Assigned(vec![second.clone()])), [], "what it is already");
     assert_eq!(
         states(&life),
         [(1, ShardState::Draining), (2, loading(0, 30))],
@@ -114,9 +123,23 @@ fn the_past_does_not_come_back() {
     life.handle(Event::Stopped { key: key(1, 1), kept: false });
     assert_eq!(life.handle(Event::Assigned(vec![old])), []);
     assert!(life.is_empty());
+    assert_eq!(states(&life), [(2, stale(2))], "nothing runs, and it says why");
     // The newest one may come again: a coordinator that restarted had forgotten it.
     let again = Action::Load(LoadId(2), second.clone());
     assert_eq!(life.handle(Event::Assigned(vec![second])), [again]);
+}
+
+#[test]
+fn another_layout_under_a_number_that_is_taken_is_refused() {
+    let mut life = ready(4, 60);
+    // A coordinator whose data were restored from a backup may have counted to 1 in another way.
+    assert_eq!(life.handle(Event::Assigned(vec![assignment(1, 1, 2, 30)])), []);
+    assert_eq!(states(&life), [(1, stale(1))]);
+    // It was told what is known, and its next layout takes the weights over.
+    let second = assignment(1, 2, 4, 60);
+    let stop = Action::Stop(key(1, 1), Stop::Keep, REPLACED.to_owned());
+    assert_eq!(life.handle(Event::Assigned(vec![second])), [stop]);
+    assert_eq!(states(&life), [(1, ShardState::Draining), (2, loading(0, 60))]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::{Bytes, Instant};
 
-use super::{History, LINK_SETTLE, Observed, RECONNECT_GRACE, STABLE_AFTER, place_of};
+use super::{History, LINK_SETTLE, Observed, RECONNECT_GRACE, STABLE_AFTER, patience, place_of};
 
 /// How a replica is.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub(super) enum Health {
     },
     /// Nothing is wrong; it takes time.
     Loading {
+        /// When it will have taken too long.
+        until: Option<Instant>,
         /// What is still missing.
         reason: String,
     },
@@ -51,9 +53,11 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
         history.unlinked_since = None;
         history.alone_since = None;
         history.ready_since = None;
+        history.standing.clear();
     }
     if let Some(health) = of_workers(plan, observed, history) {
         history.ready_since = None;
+        history.standing.clear();
         return health;
     }
     let shards = current_shards(plan, observed);
@@ -62,9 +66,8 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
         return of_failure(node, error, now, history);
     }
     history.unlinked_since = None;
-    let missing: Vec<_> =
-        shards.iter().filter_map(|(node, shard)| progress(*node, *shard)).collect();
-    if missing.is_empty() {
+    let outlook = patience::look(&shards, now, &mut history.standing);
+    if outlook.missing.is_empty() {
         let since = *history.ready_since.get_or_insert(now);
         if now.since(since) >= STABLE_AFTER {
             history.failures = 0;
@@ -72,7 +75,11 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
         return Health::Ready { reason: format!("{} {}", plan.generation, place_of(plan)) };
     }
     history.ready_since = None;
-    Health::Loading { reason: format!("{}: {}", plan.generation, missing.join(", ")) }
+    if !outlook.overdue.is_empty() {
+        return Health::NeedsPlan { reason: outlook.overdue.join(", ") };
+    }
+    let reason = format!("{}: {}", plan.generation, outlook.missing.join(", "));
+    Health::Loading { until: outlook.until, reason }
 }
 
 /// What is wrong with the workers of a layout; `None` where all are there as they were.
@@ -144,17 +151,23 @@ fn cannot_be_mended(error: &WireError) -> bool {
 
 type Shard<'a> = (NodeId, Option<&'a ShardReport>);
 
-/// What each worker of a layout says of its shard in this generation, in stage order.
+/// What each worker of a layout says of its shard in this generation, in stage order. A worker that
+/// refuses it names the newest generation that it knows instead.
 fn current_shards<'a>(plan: &ReplicaPlan, observed: &'a Observed) -> Vec<Shard<'a>> {
     let report = |node: NodeId| {
         let worker = observed.workers.get(&node)?;
-        worker
-            .report
-            .shards
-            .iter()
-            .find(|shard| shard.replica == plan.id && shard.generation == plan.generation)
+        let mut shards = worker.report.shards.iter().filter(|shard| shard.replica == plan.id);
+        shards.find(|shard| shard.generation == plan.generation || refuses(shard, plan))
     };
     plan.nodes().map(|node| (node, report(node))).collect()
+}
+
+/// Whether a worker was told this layout and knows that its number is used up. What it refused before
+/// it was told this one is no news.
+fn refuses(shard: &ShardReport, plan: &ReplicaPlan) -> bool {
+    let stale = |error: &WireError| error.code == ErrorCode::StaleGeneration;
+    shard.generation >= plan.generation
+        && matches!(&shard.state, ShardState::Failed(error) if stale(error))
 }
 
 /// The failure that says most: one that cannot be mended before one that can, a cause before a link
@@ -169,7 +182,7 @@ fn failed<'a>(shards: &[Shard<'a>]) -> Option<(NodeId, &'a WireError)> {
 }
 
 /// What a shard still lacks; `None` where it takes steps.
-fn progress(node: NodeId, shard: Option<&ShardReport>) -> Option<String> {
+pub(super) fn progress(node: NodeId, shard: Option<&ShardReport>) -> Option<String> {
     match shard.map(|shard| &shard.state) {
         None => Some(format!("{node} is told")),
         Some(ShardState::Loading { total: Bytes(0), .. }) => Some(format!("{node} loads")),

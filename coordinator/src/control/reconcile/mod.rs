@@ -11,6 +11,7 @@
 //! memory of its own. It converges from any state, and a round that changes nothing has no action.
 
 mod health;
+mod patience;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,8 +27,9 @@ use shoal_protocol::units::{Bytes, Instant};
 
 use super::planner::{Candidate, Inventory, Job, PlanRefusal, plan};
 use super::shape::ModelShape;
-use super::state::{ClusterState, Deployment};
+use super::state::{ClusterState, Deployment, GENERATIONS_SKIPPED_MAX};
 use health::Health;
+use patience::Standing;
 
 /// How long a coordinator that has just started waits for the workers of a layout before it counts
 /// them as lost. They try again every second, and their shards may still be serving.
@@ -75,10 +77,12 @@ pub struct ObservedWorker {
 /// What is remembered of one replica between rounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    /// The layout that the next two fields are about.
+    /// The layout that the next three fields are about.
     generation: Generation,
     /// The start numbers under which its workers took it.
     incarnations: BTreeMap<NodeId, Incarnation>,
+    /// Where its shards stand that are not ready.
+    standing: BTreeMap<NodeId, Standing>,
     /// Since when a shard has had no link.
     unlinked_since: Option<Instant>,
     /// Since when the coordinator has missed all of its workers, or some that it missed then.
@@ -174,7 +178,10 @@ impl Round<'_> {
         let health = health::of(plan, observed, &mut history);
         let phase = match health {
             Health::Ready { reason } => Phase { phase: DeploymentPhase::Ready, reason },
-            Health::Loading { reason } => Phase { phase: DeploymentPhase::Loading, reason },
+            Health::Loading { until, reason } => {
+                until.into_iter().for_each(|until| self.wake(until));
+                Phase { phase: DeploymentPhase::Loading, reason }
+            }
             Health::Awaiting { until, reason } => {
                 self.wake(until);
                 Phase { phase: DeploymentPhase::Loading, reason }
@@ -213,7 +220,7 @@ impl Round<'_> {
             return waiting(why);
         }
         let previous = self.target.plans.get(replica);
-        let generation = Generation(self.target.plans.generation(replica).0 + 1);
+        let generation = Generation(self.newest(replica).0 + 1);
         let job =
             Job { replica, generation, spec: &deployment.spec, shape: &deployment.shape, previous };
         match plan(&inventory, &job) {
@@ -239,6 +246,17 @@ impl Round<'_> {
                 phase
             }
         }
+    }
+
+    /// The newest layout that there has been of a replica: workers may know of newer ones than a state
+    /// that was restored from a backup.
+    fn newest(&self, replica: ReplicaId) -> Generation {
+        let taken = self.target.plans.generation(replica);
+        let shards = self.observed.workers.values().flat_map(|worker| &worker.report.shards);
+        let seen = shards.filter(|shard| shard.replica == replica).map(|shard| shard.generation);
+        // The state would refuse what is after so many more.
+        let credible = seen.filter(|seen| seen.0 < taken.0.saturating_add(GENERATIONS_SKIPPED_MAX));
+        credible.max().map_or(taken, |seen| seen.max(taken))
     }
 
     /// The connected workers, with what other replicas use of them.

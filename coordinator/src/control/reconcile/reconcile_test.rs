@@ -442,3 +442,101 @@ fn deployments_share_memory_and_leave_each_other_alone() {
         ],
     );
 }
+
+#[test]
+fn a_state_from_an_old_backup_goes_on_after_what_the_workers_have_seen() {
+    let mut world = World::ready(2, None, 10_000);
+    // The workers have seen four more layouts than the state, and w1 even one more.
+    for (number, generation) in [(1, 6), (2, 5)] {
+        world.fail(number, ErrorCode::StaleGeneration, "the coordinator's data is older");
+        world.worker(number).report.shards[0].generation = Generation(generation);
+    }
+    world.expect(
+        10_000,
+        &[
+            "adopt r1 g7 (2x1 on w1, w2): w1: the coordinator's data is older",
+            "m is Loading: g7 is being made: 2x1 on w1, w2",
+        ],
+    );
+    // What they say until they have read of it is no news.
+    world.expect(
+        10_001,
+        &[
+            "assign w1 1 shard: r1 g7: stage 0 with layers 0..3",
+            "assign w2 1 shard: r1 g7: stage 1 with layers 3..6",
+            "m is Loading: g7: w1 is told, w2 is told",
+        ],
+    );
+    world.report(1, ShardState::Ready);
+    world.report(2, ShardState::Ready);
+    world.expect(10_002, &["m is Ready: g7 2x1 on w1, w2"]);
+}
+
+#[test]
+fn another_layout_under_the_same_number_is_made_anew_and_nonsense_is_not_believed() {
+    let mut world = World::ready(2, None, 10_000);
+    world.fail(1, ErrorCode::StaleGeneration, "taken");
+    world.worker(2).report.shards[0].generation = Generation(u64::MAX);
+    world.expect(
+        10_000,
+        &[
+            "adopt r1 g2 (2x1 on w1, w2): w1: taken",
+            "m is Loading: g2 is being made: 2x1 on w1, w2",
+        ],
+    );
+}
+
+#[test]
+fn a_worker_that_is_silent_about_what_it_was_told_ends_the_generation() {
+    let mut world = World::ready(2, None, 10_000);
+    world.worker(1).report.shards.clear();
+    world.expect(10_000, &["m is Loading: g1: w1 is told"]);
+    assert_eq!(world.round().wake_at, Some(Instant(20_000 * MS)));
+    world.expect(19_999, &["m is Loading: g1: w1 is told"]);
+    let silent = "w1 was told its shard and has not begun to load it for 10s";
+    world.expect(
+        20_000,
+        &[
+            &format!("adopt r1 g2 (2x1 on w1, w2): {silent}"),
+            "m is Loading: g2 is being made: 2x1 on w1, w2",
+        ],
+    );
+    // The next one has all of its time.
+    world.observed.now = Instant(20_001 * MS);
+    world.round();
+    world.report(2, ShardState::Ready);
+    world.expect(30_000, &["m is Loading: g2: w1 is told"]);
+}
+
+#[test]
+fn a_load_may_take_as_long_as_it_goes_on() {
+    let mut world = World::ready(2, None, 0);
+    let loaded = |done| ShardState::Loading { done: Bytes::mib(done), total: Bytes::mib(300) };
+    let mut now = 0;
+    for done in 0..10 {
+        world.report(1, loaded(done));
+        world.report(2, ShardState::Linking);
+        world.observed.now = Instant(now * MS);
+        assert_eq!(world.round().actions, []);
+        now += 119_000;
+    }
+    world.observed.now = Instant(now * MS);
+    assert_eq!(world.round().actions, [], "w2 waits for w1, whose time has not passed");
+    world.observed.now = Instant((now + 1000) * MS);
+    let action = world.round().actions[0].to_string();
+    let words = "w1 has loaded 9.0 MiB and nothing more for 120s";
+    assert_eq!(action, format!("adopt r1 g2 (2x1 on w1, w2): {words}"));
+}
+
+#[test]
+fn a_link_that_does_not_come_up_ends_the_generation() {
+    let mut world = World::ready(3, None, 10_000);
+    world.report(1, ShardState::Linking);
+    world.report(2, ShardState::Linking);
+    world.expect(50_000, &["m is Loading: g1: w1 links, w2 links"]);
+    world.report(2, ShardState::Ready);
+    world.observed.now = Instant(65_000 * MS);
+    let action = world.round().actions[0].to_string();
+    let words = "w1 has loaded its shard and has not linked it for 15s";
+    assert_eq!(action, format!("adopt r1 g2 (3x1 on w1, w2, w3): {words}"));
+}

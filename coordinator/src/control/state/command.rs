@@ -8,7 +8,7 @@
 //! | [`TokenCommand::Create`] | an admin | uses and expiry within bounds |
 //! | [`DeploymentCommand::Create`] | an admin | the name is free |
 //! | [`DeploymentCommand::Remove`] | an admin | the name is taken |
-//! | [`PlanCommand::Adopt`] | the reconciler | the generation is the next one, the layout is whole, its workers are known |
+//! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

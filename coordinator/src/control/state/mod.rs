@@ -25,7 +25,7 @@ use shoal_protocol::id::NodeId;
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use deployments::{Deployment, DeploymentCommand, Deployments};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
-pub use plans::{PlanCommand, Plans};
+pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
 
 /// Everything that all coordinators agree on.

@@ -12,11 +12,16 @@ use super::command::{Effect, Refusal};
 use super::deployments::Deployments;
 use super::nodes::Nodes;
 
+/// The most generations that a new layout may leave out. A state that was restored from a backup goes
+/// on behind what the workers have seen since; there is a layout every 30 s at most where nothing
+/// works, so this is a year. One number that makes no sense must not use up all others.
+pub const GENERATIONS_SKIPPED_MAX: u64 = 1 << 20;
+
 /// Changes of where a replica is served.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum PlanCommand {
-    /// Take this layout for its replica. Its generation must be the next one, so of two layouts that
-    /// were made from the same view only the first is taken.
+    /// Take this layout for its replica. Its generation must be newer than the last one: mostly by one,
+    /// so of two layouts that were made from the same view only the first is taken.
     Adopt {
         /// The whole layout.
         plan: Box<ReplicaPlan>,
@@ -65,8 +70,12 @@ impl Plans {
             .filter(|deployment| deployment.replicas.contains(&replica))
             .ok_or_else(|| Refusal::UnknownDeployment { name: name.clone() })?;
         let current = self.generation(replica);
-        if plan.generation.0 != current.0 + 1 {
-            return Err(Refusal::StalePlan { replica, current, offered: plan.generation });
+        let offered = plan.generation;
+        if offered <= current {
+            return Err(Refusal::StalePlan { replica, current, offered });
+        }
+        if offered.0 - current.0 > GENERATIONS_SKIPPED_MAX {
+            return Err(bad(format!("it jumps from {current} to {offered}")));
         }
         if plan.model != deployment.spec.model {
             return Err(bad("it names another model than its deployment".into()));

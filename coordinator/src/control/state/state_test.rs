@@ -216,7 +216,7 @@ fn generations_belong_to_one_replica_and_never_go_back() {
     dialog.say(0, adopt("y", 2, 1, &[(0, 4, 3)]), adopted(2, 2, 1));
     dialog.say(0, adopt("x", 1, 2, &[(0, 1, 2), (1, 4, 1)]), adopted(3, 1, 2));
     assert_eq!(dialog.state.plans.generation(ReplicaId(2)), Generation(1));
-    for offered in [1, 2, 4] {
+    for offered in [1, 2] {
         let stale = Refusal::StalePlan {
             replica: ReplicaId(1),
             current: Generation(2),
@@ -224,10 +224,18 @@ fn generations_belong_to_one_replica_and_never_go_back() {
         };
         dialog.say(0, adopt("x", 1, offered, &[(0, 4, 1)]), Err(stale));
     }
+    // After a restore from a backup the numbers go on behind what the workers have seen.
+    dialog.say(0, adopt("x", 1, 5, &[(0, 4, 1)]), adopted(4, 1, 5));
+    let offered = 6 + GENERATIONS_SKIPPED_MAX;
+    let refusal = Refusal::BadPlan {
+        replica: ReplicaId(1),
+        fault: format!("it jumps from g5 to g{offered}"),
+    };
+    dialog.say(0, adopt("x", 1, offered, &[(0, 4, 1)]), Err(refusal));
     let remove = |text| Change::Deployment(DeploymentCommand::Remove { name: name(text) });
     let removed = vec![
         Effect::DeploymentRemoved { name: name("x") },
-        Effect::PlanRemoved { revision: PlanRevision(4), replica: ReplicaId(1) },
+        Effect::PlanRemoved { revision: PlanRevision(5), replica: ReplicaId(1) },
     ];
     dialog.say(0, remove("x"), Ok(removed));
     dialog.say(0, remove("x"), Err(Refusal::UnknownDeployment { name: name("x") }));

@@ -12,7 +12,9 @@
 
 use std::sync::Arc;
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use redb::{
+    Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction,
+};
 
 use crate::control::state::{ClusterState, Command, snapshot};
 
@@ -77,15 +79,24 @@ pub(super) struct Disk {
 impl Disk {
     /// Opens the file and replays what is in it.
     pub fn open(opener: &Opener) -> Result<(Self, ClusterState), DiskError> {
-        // A damaged page can make redb panic; that must be an error like any other.
-        let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        guarded(|| {
             let database = opener().map_err(|error| match error {
                 redb::DatabaseError::DatabaseAlreadyOpen => DiskError::InUse,
                 error => DiskError::Open(error),
             })?;
             Self::replay(database)
-        }));
-        opened.unwrap_or_else(|panic| Err(DiskError::Panicked(message_of(&*panic))))
+        })
+    }
+
+    /// Closes the file. redb writes then too, and after an error it may panic on what it has in memory.
+    pub fn close(self) {
+        let closed = guarded(|| {
+            drop(self);
+            Ok(())
+        });
+        if let Err(error) = closed {
+            tracing::debug!(%error, "the file was not closed well; it is checked when it is opened");
+        }
     }
 
     fn replay(database: Database) -> Result<(Self, ClusterState), DiskError> {
@@ -132,12 +143,11 @@ impl Disk {
         let index = self.last + 1;
         let bytes =
             encode(command).map_err(|error| DiskError::Entry { index, why: error.to_string() })?;
-        let transaction = self.database.begin_write().map_err(io)?;
-        {
+        self.write(|transaction| {
             let mut log = transaction.open_table(LOG).map_err(io)?;
             log.insert(index, bytes.as_slice()).map_err(io)?;
-        }
-        transaction.commit().map_err(io)?;
+            Ok(())
+        })?;
         self.last = index;
         self.entries += 1;
         Ok(())
@@ -147,18 +157,36 @@ impl Disk {
     pub fn compact(&mut self, state: &ClusterState) -> Result<(), DiskError> {
         let bytes = snapshot::encode(state)?;
         let last = self.last;
-        let transaction = self.database.begin_write().map_err(io)?;
-        {
+        self.write(|transaction| {
             let mut snapshots = transaction.open_table(SNAPSHOT).map_err(io)?;
             snapshots.retain(|_, _| false).map_err(io)?;
             snapshots.insert(last, bytes.as_slice()).map_err(io)?;
             let mut log = transaction.open_table(LOG).map_err(io)?;
             log.retain(|index, _| index > last).map_err(io)?;
-        }
-        transaction.commit().map_err(io)?;
+            Ok(())
+        })?;
         self.entries = 0;
         Ok(())
     }
+
+    /// One transaction, on the disk when this returns.
+    fn write(
+        &self,
+        changes: impl FnOnce(&WriteTransaction) -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        guarded(|| {
+            let transaction = self.database.begin_write().map_err(io)?;
+            changes(&transaction)?;
+            transaction.commit().map_err(io)
+        })
+    }
+}
+
+/// Makes a panic an error like any other: a damaged page can make redb panic wherever it reads one,
+/// and the thread that owns the state must outlive that. A database that has panicked is given up.
+fn guarded<T>(work: impl FnOnce() -> Result<T, DiskError>) -> Result<T, DiskError> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    done.unwrap_or_else(|panic| Err(DiskError::Panicked(message_of(&*panic))))
 }
 
 fn message_of(panic: &(dyn std::any::Any + Send)) -> String {

@@ -102,13 +102,14 @@ impl Voter {
             // The proposer may have given up; the change is made all the same.
             let _ = reply.send(self.propose(change));
         }
+        self.close();
     }
 
     fn propose(&mut self, change: Change) -> Result<Vec<Effect>, ProposeError> {
         let result = self.try_propose(change);
         result.unwrap_or_else(|error| {
             tracing::error!(%error, "the control state cannot be written");
-            self.disk = None;
+            self.close();
             Err(ProposeError::Storage { why: error.to_string() })
         })
     }
@@ -143,9 +144,15 @@ impl Voter {
         {
             // The command itself is safe; the file is opened anew for the next one.
             tracing::error!(%error, "the control state cannot be compacted");
-            self.disk = None;
+            self.close();
         }
         Ok(Ok(effects))
+    }
+
+    fn close(&mut self) {
+        if let Some(disk) = self.disk.take() {
+            disk.close();
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use redb::StorageBackend;
 use shoal_protocol::id::Role;
@@ -19,6 +19,8 @@ struct Platter {
     bytes: Mutex<Bytes>,
     /// Operations until every further one fails; `u64::MAX` is never.
     left: AtomicU64,
+    /// Whether a failure is a panic, as redb's are where a page makes no sense.
+    panics: AtomicBool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -32,7 +34,11 @@ struct Bytes {
 impl Platter {
     fn new(bytes: Vec<u8>, left: u64) -> Arc<Self> {
         let bytes = Bytes { current: bytes.clone(), synced: bytes, loose: Vec::new() };
-        Arc::new(Self { bytes: Mutex::new(bytes), left: AtomicU64::new(left) })
+        Arc::new(Self {
+            bytes: Mutex::new(bytes),
+            left: AtomicU64::new(left),
+            panics: AtomicBool::new(false),
+        })
     }
 
     fn operation(&self) -> io::Result<()> {
@@ -42,6 +48,7 @@ impl Platter {
         };
         match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, step) {
             Ok(_) => Ok(()),
+            Err(_) if self.panics.load(Ordering::SeqCst) => panic!("a page that makes no sense"),
             Err(_) => Err(io::Error::from(io::ErrorKind::StorageFull)),
         }
     }
@@ -250,6 +257,37 @@ fn a_full_disk_refuses_changes_and_heals() {
     owner.close();
     let (again, _) = Disk::open(&platter.opener()).map(|(disk, state)| (state, disk)).unwrap();
     assert_eq!(again.nodes.workers().count(), count);
+}
+
+/// At each operation of a change, and of a change with a compaction behind it.
+#[test]
+fn a_panic_of_the_library_is_an_error_and_heals() {
+    for before in [1, COMPACT_EVERY as usize - 1] {
+        for left in 0..16 {
+            let platter = Platter::new(Vec::new(), u64::MAX);
+            let (store, owner) = open_with(platter.opener(), C1).unwrap();
+            runtime().block_on(async {
+                for _ in 0..before {
+                    store.propose(enrol()).await.unwrap();
+                }
+                platter.panics.store(true, Ordering::SeqCst);
+                platter.left.store(left, Ordering::SeqCst);
+                match store.propose(enrol()).await {
+                    // It took fewer operations than that, or the compaction behind it failed.
+                    Ok(_) => {}
+                    Err(ProposeError::Storage { why }) => {
+                        assert!(why.contains("makes no sense"), "{why}");
+                    }
+                    Err(error) => panic!("after {left} operations: {error}"),
+                }
+                platter.left.store(u64::MAX, Ordering::SeqCst);
+                store.propose(enrol()).await.unwrap();
+            });
+            let found = workers(&store);
+            assert!(found == before + 1 || found == before + 2, "{found} after {left} operations");
+            owner.close();
+        }
+    }
 }
 
 struct WireErrorCode;

@@ -1,0 +1,92 @@
+//! The conversations, who may begin each, and whom a client insists on.
+
+use std::fmt;
+
+use crate::id::{NodeId, Role};
+
+/// The conversations, one ALPN each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Alpn {
+    /// Coordinator → head.
+    Requests,
+    /// Stage → stage.
+    Activations,
+    /// Worker → coordinator.
+    Control,
+    /// CLI → coordinator.
+    Admin,
+    /// Joiner → coordinator, without a client certificate.
+    Join,
+}
+
+impl Alpn {
+    const ALL: [Alpn; 5] =
+        [Alpn::Requests, Alpn::Activations, Alpn::Control, Alpn::Admin, Alpn::Join];
+
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Alpn::Requests => "shoal-req",
+            Alpn::Activations => "shoal-act",
+            Alpn::Control => "shoal-ctl",
+            Alpn::Admin => "shoal-admin",
+            Alpn::Join => "shoal-join",
+        }
+    }
+
+    pub(super) fn as_bytes(self) -> &'static [u8] {
+        self.as_str().as_bytes()
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        Self::ALL.into_iter().find(|alpn| alpn.as_bytes() == bytes)
+    }
+
+    /// Whether the client has no certificate yet.
+    pub fn without_client_certificate(self) -> bool {
+        self == Alpn::Join
+    }
+
+    /// Whether a client of this role may begin the conversation.
+    pub(super) fn admits(self, client: Role) -> bool {
+        match self {
+            Alpn::Requests => client == Role::Coordinator,
+            Alpn::Activations | Alpn::Control => client == Role::Worker,
+            Alpn::Admin => client == Role::Admin,
+            Alpn::Join => true,
+        }
+    }
+}
+
+impl fmt::Display for Alpn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Whom a client insists on finding at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// This node.
+    Node(NodeId),
+    /// Any node of this role.
+    Role(Role),
+}
+
+impl Expect {
+    pub(super) fn admits(self, node: NodeId) -> bool {
+        match self {
+            Expect::Node(expected) => node == expected,
+            Expect::Role(role) => node.role == role,
+        }
+    }
+}
+
+impl fmt::Display for Expect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Expect::Node(node) => node.fmt(f),
+            Expect::Role(role) => write!(f, "a {role}"),
+        }
+    }
+}

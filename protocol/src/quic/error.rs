@@ -1,0 +1,120 @@
+//! What can go wrong before there is a connection.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use quinn::ConnectionError;
+
+use super::alpn::Alpn;
+use super::identity::NoNode;
+use super::tls::TlsError;
+use crate::id::NodeId;
+
+/// An endpoint that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address} (UDP): {source}; `:0` as the port picks a free one")]
+    Bind {
+        /// Which address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The identity does not work.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// A connection that did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The identity does not work.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The address cannot be used.
+    #[error("cannot connect to {address}: {source}")]
+    Address {
+        /// Which address.
+        address: SocketAddr,
+        /// Why.
+        source: quinn::ConnectError,
+    },
+    /// The handshake failed.
+    #[error("cannot reach {expect} at {address}: {source}")]
+    Handshake {
+        /// Which address.
+        address: SocketAddr,
+        /// Who should be there.
+        expect: String,
+        /// Why.
+        source: ConnectionError,
+    },
+    /// No answer in time.
+    #[error("no answer from {expect} at {address} within {deadline:?}")]
+    Timeout {
+        /// Which address.
+        address: SocketAddr,
+        /// Who should be there.
+        expect: String,
+        /// How long we waited.
+        deadline: Duration,
+    },
+    /// Somebody else is at the address.
+    #[error("{found} is at {address} where {expect} was expected")]
+    WrongPeer {
+        /// Which address.
+        address: SocketAddr,
+        /// Who should be there.
+        expect: String,
+        /// Who is there.
+        found: NodeId,
+    },
+    /// The peer's certificate names nobody.
+    #[error("the node at {address} cannot be told: {source}")]
+    NoNode {
+        /// Which address.
+        address: SocketAddr,
+        /// Why.
+        source: NoNode,
+    },
+}
+
+/// A connection that was not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// The handshake failed or took too long.
+    #[error("the handshake with {address} failed: {why}")]
+    Handshake {
+        /// Who tried.
+        address: SocketAddr,
+        /// Why it failed.
+        why: String,
+    },
+    /// The client has no certificate and needs one.
+    #[error("{address} began {alpn} without a certificate")]
+    NoCertificate {
+        /// Who tried.
+        address: SocketAddr,
+        /// What they wanted.
+        alpn: Alpn,
+    },
+    /// The certificate names nobody.
+    #[error("{address} cannot be told: {source}")]
+    NoNode {
+        /// Who tried.
+        address: SocketAddr,
+        /// Why.
+        source: NoNode,
+    },
+    /// The certificate's role may not have this conversation.
+    #[error("{node} at {address} may not begin {alpn}")]
+    Role {
+        /// Who tried.
+        address: SocketAddr,
+        /// What their certificate says.
+        node: NodeId,
+        /// What they wanted.
+        alpn: Alpn,
+    },
+}
