@@ -53,8 +53,9 @@ const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 /// Conversations at once: workers, operators, joiners, ten times what a large cluster has.
 const CONVERSATIONS_MAX: usize = 4096;
 
-/// How long requests may take to finish when the coordinator stops; then their streams are cut.
-const DRAIN_REQUESTS: Duration = Duration::from_secs(4);
+/// How long requests may take to end when the coordinator stops: `api::Limits::drain`, and a moment
+/// for the error that ends what is not complete by then. Then their connections are cut.
+const DRAIN_REQUESTS: Duration = Duration::from_millis(4500);
 
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);
