@@ -101,6 +101,12 @@ fn break_each_stage(how: Signal, mend: Option<Signal>) -> Result<()> {
         if let Some(mend) = mend {
             signal(pid, mend)?;
         }
+        // The client may hear of it before the coordinator does; where that has seen it and mended it
+        // by now, there is nothing to wait for.
+        let _ = admin.wait_until("noticed", NEWS_TIMEOUT, |seen| {
+            seen.workers.iter().any(|w| !w.connected)
+                || seen.deployments.iter().any(|d| d.phase != DeploymentPhase::Ready)
+        });
         // Another generation of both deployments, or the same one, but served.
         admin.wait_until("served again", RECOVERY_TIMEOUT, |view| {
             view.workers.iter().all(|w| w.connected)
