@@ -56,7 +56,7 @@ impl FolderLock {
         }
         // For whoever finds it locked.
         let pid = std::process::id();
-        file.set_len(0).and_then(|()| write!(file, "{pid}\n")).map_err(failed)?;
+        file.set_len(0).and_then(|()| writeln!(file, "{pid}")).map_err(failed)?;
         Ok(Self { _file: file })
     }
 }
