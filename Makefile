@@ -13,7 +13,7 @@ RUN_TESTS = $(if $(NEXTEST),cargo nextest run --workspace --locked,cargo test --
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup-build ## a coordinator and 3 workers on this machine, a question asked and answered
+demo: setup-build ## a coordinator and 3 workers on this machine, a question asked and answered (PORT=8001: where 8000 is busy)
 	cargo build --release --locked --package shoal
 	$$(scripts/target-dir)/release/shoal up --demo --listen 127.0.0.1:$${PORT:-8000}
 

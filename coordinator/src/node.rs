@@ -57,8 +57,9 @@ const MEMBERS_MAX: usize = 4096;
 /// rack that starts at once, each for the second or two that a join takes.
 const JOINERS_MAX: usize = 256;
 
-/// How long requests may take to finish when the coordinator stops; then their streams are cut.
-const DRAIN_REQUESTS: Duration = Duration::from_secs(4);
+/// How long requests may take to end when the coordinator stops: `api::Limits::drain`, and a moment
+/// for the error that ends what is not complete by then. Then their connections are cut.
+const DRAIN_REQUESTS: Duration = Duration::from_millis(4500);
 
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);

@@ -14,6 +14,10 @@ use shoal_tests::proc::{Admin, Process, Signal, Up, UpOptions, signal, wait_unti
 /// How long a client may wait for the news that a worker is lost.
 const NEWS_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a deployment that is ready may turn requests away: until the coordinator has found the
+/// new links.
+const SETTLE_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// How long a cluster of three may take to serve again.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -49,10 +53,11 @@ fn holder(view: &ClusterView, deployment: &str, stage: usize) -> Result<u32> {
     Ok(view.workers.iter().find(|w| w.id == node).context("its worker")?.pid)
 }
 
-/// Asks again, as a client does, where a link turns out to be gone that nobody had used meanwhile.
-fn served<T>(admin: &Admin, ask: impl Fn() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + RECOVERY_TIMEOUT;
-    loop {
+/// Asks again, as a client does, where a link turns out to be gone that nobody had used meanwhile: for
+/// a moment, and never again once it is served.
+fn served<T: PartialEq + std::fmt::Debug>(admin: &Admin, ask: impl Fn() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + SETTLE_TIMEOUT;
+    let answer = loop {
         match ask() {
             Err(error) if error.to_string().contains("HTTP 503") && Instant::now() < until => {
                 let mut views = 0;
@@ -61,11 +66,15 @@ fn served<T>(admin: &Admin, ask: impl Fn() -> Result<T>) -> Result<T> {
                     views > 1
                 };
                 // Whether the view changes or not, it is time to ask again.
-                let _ = admin.wait_until("different", Duration::from_millis(300), another);
+                let _ = admin.wait_until("different", Duration::from_millis(50), another);
             }
-            outcome => return outcome,
+            outcome => break outcome?,
         }
+    };
+    for _ in 0..5 {
+        assert_eq!(ask().context("it was served a moment ago")?, answer);
     }
+    Ok(answer)
 }
 
 /// Breaks the worker of each stage in the middle of a stream.
@@ -92,6 +101,12 @@ fn break_each_stage(how: Signal, mend: Option<Signal>) -> Result<()> {
         if let Some(mend) = mend {
             signal(pid, mend)?;
         }
+        // The client may hear of it before the coordinator does; where that has seen it and mended it
+        // by now, there is nothing to wait for.
+        let _ = admin.wait_until("noticed", NEWS_TIMEOUT, |seen| {
+            seen.workers.iter().any(|w| !w.connected)
+                || seen.deployments.iter().any(|d| d.phase != DeploymentPhase::Ready)
+        });
         // Another generation of both deployments, or the same one, but served.
         admin.wait_until("served again", RECOVERY_TIMEOUT, |view| {
             view.workers.iter().all(|w| w.connected)
@@ -135,6 +150,28 @@ fn a_client_that_hangs_up_is_cancelled() -> Result<()> {
 }
 
 #[test]
+fn a_stop_lets_streams_finish_or_ends_them_with_words() -> Result<()> {
+    let mut up = Up::start(&UpOptions::default())?;
+    let admin = up.admin()?;
+    admin.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
+    let api = Api::new(up.url(), "slow");
+    let mut long = slow_stream(&api)?;
+    let mut short = api.stream(vec![10, 11], json!({"max_tokens": 200, "ignore_eos": true}))?;
+    for stream in [&mut long, &mut short] {
+        assert!(matches!(stream.event()?, Event::Chunk(_)));
+    }
+    up.process().signal(Signal::TERM)?;
+    assert_eq!(short.rest()?.1, Event::Done);
+    let (_, end) = long.rest()?;
+    let Event::Error(error) = end else { panic!("it was not complete: {end:?}") };
+    assert_eq!(error["error"]["code"], "draining", "{error}");
+    let message = error["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("the cluster is stopping"), "{error}");
+    up.ended(&[])?;
+    Ok(())
+}
+
+#[test]
 fn nothing_outlives_a_killed_up() -> Result<()> {
     let up = Up::start(&UpOptions::default())?;
     let (pids, _data) = up.kill()?;
@@ -142,6 +179,57 @@ fn nothing_outlives_a_killed_up() -> Result<()> {
     for pid in pids {
         assert!(wait_until_gone(pid, Duration::from_secs(8))?, "{pid} is still there");
     }
+    Ok(())
+}
+
+#[test]
+fn a_killed_up_is_started_again_on_its_folder_at_once() -> Result<()> {
+    let up = Up::start(&UpOptions::flags("--workers 2"))?;
+    up.admin()?.deploy("slow", ModelSource::Pretend(SLOW), 2)?;
+    // The children drain for as long as this stream may take.
+    let mut stream = slow_stream(&Api::new(up.url(), "slow"))?;
+    assert!(matches!(stream.event()?, Event::Chunk(_)));
+    let (_, data) = up.kill()?;
+    let mut again = Up::spawn(&UpOptions::flags("--workers 2"), data.path())?;
+    again.wait_for_words("waiting up to", Duration::from_secs(5))?;
+    let said = again.wait_for_words("also served", Duration::from_secs(30))?;
+    assert!(said.contains("slow") && said.contains("`shoal undeploy slow`"), "{said}");
+    let ready: Value = serde_json::from_str(&again.line(Duration::from_secs(60))?)?;
+    assert_eq!(ready["model"], "demo");
+    again.signal(Signal::TERM)?;
+    again.finish(Duration::from_secs(15))?.expect_code(0);
+    Ok(())
+}
+
+#[test]
+fn a_data_folder_is_for_one_process() -> Result<()> {
+    let up = Up::start(&UpOptions::flags("--workers 1"))?;
+    let folder =
+        |child: &str| up.runtime_dir().join("up").join(child).to_string_lossy().into_owned();
+    let (worker, coordinator) = (folder("worker-1"), folder("coordinator"));
+    let any = "127.0.0.1:0";
+    let seconds = [
+        (&worker, Process::shoal(["worker", "--join", "127.0.0.1:9", "--data", &worker])?),
+        (
+            &coordinator,
+            Process::shoal([
+                "coordinator",
+                "--listen",
+                any,
+                "--cluster",
+                any,
+                "--data",
+                &coordinator,
+            ])?,
+        ),
+    ];
+    for (folder, second) in seconds {
+        let refused = second.finish(Duration::from_secs(20))?.expect_code(1);
+        for words in [folder, "another process (pid ", "stop it", "--data"] {
+            assert!(refused.stderr.contains(words), "{words:?} is not in {}", refused.stderr);
+        }
+    }
+    up.stop(&[])?;
     Ok(())
 }
 

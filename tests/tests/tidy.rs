@@ -1,8 +1,8 @@
 //! What the architecture promises and the compiler cannot hold: who depends on whom, which folders
 //! are pure, where `unsafe` and `cfg(feature)` may stand, how long a file may grow.
 //!
-//! It reads sources as text, with comments and unit tests taken out. What it finds it names with file
-//! and line.
+//! It reads sources as text, with comments, what stands between quotes and unit tests taken out. What
+//! it finds it names with file and line.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,6 @@ const PURE: &[&str] = &[
     "protocol/src/id.rs",
     "protocol/src/join.rs",
     "protocol/src/model/config.rs",
-    "protocol/src/model/memory.rs",
     "protocol/src/model/memory.rs",
     "protocol/src/model/mod.rs",
     "protocol/src/model/pretend.rs",
@@ -117,9 +116,9 @@ fn cargo(args: &[&str]) -> String {
 struct Source {
     /// Relative to the repository, with `/`.
     path: String,
-    /// Lines before the unit tests.
+    /// Lines that are no unit test.
     lines: usize,
-    /// Line number and text of what is neither comment nor unit test.
+    /// Line number and text of what is neither comment, text nor unit test.
     code: Vec<(usize, String)>,
 }
 
@@ -127,13 +126,7 @@ impl Source {
     fn read(path: &Path) -> Self {
         let text = std::fs::read_to_string(path).expect("a source file");
         let relative = path.strip_prefix(root()).expect("inside the repository");
-        let code = text
-            .lines()
-            .zip(1..)
-            .take_while(|(line, _)| !line.starts_with("#[cfg(test)]"))
-            .map(|(line, number)| (number, line.split("//").next().unwrap_or("").to_owned()))
-            .collect();
-        let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).count();
+        let (code, lines) = product_code(&text);
         Self { path: relative.to_string_lossy().into_owned(), lines, code }
     }
 
@@ -141,6 +134,141 @@ impl Source {
     fn places(&self, word: &str) -> impl Iterator<Item = String> {
         let found = self.code.iter().filter(move |(_, line)| has_word(line, word));
         found.map(|(number, _)| format!("{}:{number}", self.path)).collect::<Vec<_>>().into_iter()
+    }
+}
+
+/// What marks an item as a unit test.
+const TEST_MARK: &str = "#[cfg(test)]";
+
+/// The lines of a source with their numbers, without what does not count, and how many of them are
+/// outside of unit tests.
+fn product_code(text: &str) -> (Vec<(usize, String)>, usize) {
+    let mut code = blank(text);
+    let mut tests = Vec::new();
+    let mut from = 0;
+    while let Some(at) = code[from..].find(TEST_MARK).map(|at| from + at) {
+        let end = item_end(&code, at + TEST_MARK.len());
+        tests.push(at..end);
+        from = end;
+    }
+    let mut in_tests = 0;
+    for test in tests.into_iter().rev() {
+        let gone: String = code[test.clone()].chars().filter(|c| *c == '\n').collect();
+        in_tests += gone.len() + 1;
+        code.replace_range(test, &gone);
+    }
+    let lines: Vec<(usize, String)> = (1..).zip(code.lines().map(str::to_owned)).collect();
+    let count = text.lines().count() - in_tests;
+    (lines, count)
+}
+
+/// Where the item behind an attribute ends: at its `;`, or with the braces that it opens.
+fn item_end(code: &str, from: usize) -> usize {
+    let mut depth = 0;
+    for (at, c) in code[from..].char_indices() {
+        match c {
+            '(' | '[' | '{' => depth += 1,
+            ')' | ']' => depth -= 1,
+            '}' => {
+                depth -= 1;
+                if depth <= 0 {
+                    return from + at + 1;
+                }
+            }
+            ';' if depth == 0 => return from + at + 1,
+            _ => {}
+        }
+    }
+    code.len()
+}
+
+/// The source with nothing in its comments and between its quotes; lines stay where they are.
+fn blank(text: &str) -> String {
+    let mut code = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let word_before = code.chars().next_back().is_some_and(|c| c.is_alphanumeric() || c == '_');
+        let (len, quoted) = match first {
+            '/' if rest.starts_with("//") => (rest.find('\n').unwrap_or(rest.len()), false),
+            '/' if rest.starts_with("/*") => (comment_len(rest), false),
+            '"' => (string_len(rest), true),
+            'r' | 'b' | 'c' if !word_before => match raw_string_len(rest) {
+                Some(len) => (len, true),
+                None => (0, false),
+            },
+            '\'' => (char_len(rest), true),
+            _ => (0, false),
+        };
+        if len == 0 {
+            code.push(first);
+            rest = &rest[first.len_utf8()..];
+            continue;
+        }
+        let (gone, behind) = rest.split_at(len);
+        if quoted {
+            code.push_str("\"\"");
+        }
+        code.extend(gone.chars().filter(|c| *c == '\n'));
+        rest = behind;
+    }
+    code
+}
+
+/// The length of a block comment, with those inside of it.
+fn comment_len(text: &str) -> usize {
+    let (mut depth, mut at) = (0, 0);
+    while at < text.len() {
+        let rest = &text[at..];
+        if rest.starts_with("/*") {
+            depth += 1;
+            at += 2;
+        } else if rest.starts_with("*/") {
+            depth -= 1;
+            at += 2;
+            if depth == 0 {
+                return at;
+            }
+        } else {
+            at += rest.chars().next().map_or(1, char::len_utf8);
+        }
+    }
+    text.len()
+}
+
+/// The length of a string with its quotes; a backslash takes the next character with it.
+fn string_len(text: &str) -> usize {
+    let mut chars = text.char_indices().skip(1);
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => drop(chars.next()),
+            '"' => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// The length of `r"…"`, `r#"…"#`, `br"…"` and the like; `None` where it is something else.
+fn raw_string_len(text: &str) -> Option<usize> {
+    let marks = text.trim_start_matches(['b', 'c']);
+    let hashes = marks.strip_prefix('r')?;
+    let body = hashes.trim_start_matches('#');
+    let closing = format!("\"{}", &hashes[..hashes.len() - body.len()]);
+    let inside = body.strip_prefix('"')?;
+    let end = inside.find(&closing).map_or(inside.len(), |at| at + closing.len());
+    Some(text.len() - inside.len() + end)
+}
+
+/// The length of a character with its quotes; 0 where the quote begins a lifetime.
+fn char_len(text: &str) -> usize {
+    let mut chars = text.char_indices().skip(1);
+    match chars.next() {
+        Some((_, '\\')) => {
+            chars.next();
+            chars.find(|(_, c)| *c == '\'').map_or(0, |(at, _)| at + 1)
+        }
+        Some(_) => chars.next().filter(|(_, c)| *c == '\'').map_or(0, |(at, _)| at + 1),
+        None => 0,
     }
 }
 
@@ -319,4 +447,41 @@ fn the_scanner_sees_what_it_should() {
     ] {
         assert_eq!(has_word(line, word), expected, "{word:?} in {line:?}");
     }
+}
+
+#[test]
+fn comments_texts_and_unit_tests_do_not_count_and_the_rest_does() {
+    let text = r##"use a; // unsafe
+let url = "shoal://x"; unsafe_here();
+/* one /* two */ unsafe */ after();
+let (quote, life): (char, &'static str) = ('"', r#"unsafe " "#);
+#[cfg(test)]
+mod tests {
+    const X: [u8; 2] = [b'}', b'\''];
+    fn f() { unsafe_test(); }
+}
+fn behind() { "a \" b"; tokio(); }
+#[cfg(test)]
+#[path = "x_test.rs"]
+mod more;
+last();
+"##;
+    let (code, lines) = product_code(text);
+    let code: Vec<(usize, &str)> = code
+        .iter()
+        .map(|(number, line)| (*number, line.trim()))
+        .filter(|(_, line)| !line.is_empty())
+        .collect();
+    assert_eq!(
+        code,
+        [
+            (1, "use a;"),
+            (2, r#"let url = ""; unsafe_here();"#),
+            (3, "after();"),
+            (4, r#"let (quote, life): (char, &'static str) = ("", "");"#),
+            (10, r#"fn behind() { ""; tokio(); }"#),
+            (14, "last();"),
+        ]
+    );
+    assert_eq!(lines, 14 - 5 - 3);
 }

@@ -67,12 +67,17 @@ pub async fn wait_until_ready(
 
 /// Where a model is, and what it is called unless the operator says otherwise.
 pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), Failure> {
-    let Some(folder) = model else {
-        let name = builtin::DEMO.name;
-        return Ok((ModelSource::Builtin { name: name.to_owned() }, default_name(name)?));
+    let builtin = builtin::DEMO.name;
+    // Its name is taken for it where there is no such folder.
+    let Some(folder) = model.filter(|m| *m != Path::new(builtin) || m.exists()) else {
+        return Ok((ModelSource::Builtin { name: builtin.to_owned() }, default_name(builtin)?));
     };
     let absolute = folder.canonicalize().map_err(|error| {
-        Failure::refused(format!("cannot read the model {}: {error}", folder.display()))
+        Failure::refused(format!(
+            "cannot read the model {}: {error}; name a folder in the Hugging Face layout, or none \
+             for the built-in model `{builtin}`",
+            folder.display()
+        ))
     })?;
     if !absolute.is_dir() {
         return Err(Failure::refused(format!(
@@ -115,9 +120,18 @@ mod tests {
         let path = model.canonicalize().unwrap().to_str().unwrap().to_owned();
         assert_eq!(source, ModelSource::Folder { path });
         assert_eq!(name.as_str(), "tiny-1.5");
-        let (source, name) = source_of(None).unwrap();
-        assert_eq!(source, ModelSource::Builtin { name: "demo".to_owned() });
-        assert_eq!(name.as_str(), "demo");
+    }
+
+    #[test]
+    fn the_built_in_model_needs_no_name_and_has_one() {
+        for model in [None, Some(Path::new("demo"))] {
+            let (source, name) = source_of(model).unwrap();
+            assert_eq!(source, ModelSource::Builtin { name: "demo".to_owned() });
+            assert_eq!(name.as_str(), "demo");
+        }
+        // That is a path, and there is nothing under it.
+        let failure = source_of(Some(Path::new("./demo/x"))).unwrap_err();
+        assert!(failure.message.contains("built-in model `demo`"), "{failure}");
     }
 
     #[test]

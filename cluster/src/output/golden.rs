@@ -202,5 +202,27 @@ fn a_failed_shard_says_why() {
     let error = WireError::new(ErrorCode::BadModel, "model.safetensors is truncated");
     view.workers[1].shards[0].state = ShardState::Failed(error);
     let text = table::stages(&view, |_| true).to_string();
-    assert!(text.contains("failed: model.safetensors is truncated"), "{text}");
+    assert!(text.contains("r1 on w2: model.safetensors is truncated"), "{text}");
+}
+
+#[test]
+fn a_long_reason_makes_no_wide_table() {
+    let mut view = cluster();
+    view.deployments[2].reason = "word ".repeat(100) + "\nand more";
+    let error = WireError::new(ErrorCode::BadModel, "word ".repeat(100));
+    view.workers[1].shards[0].state = ShardState::Failed(error);
+    let text = table::status(&view);
+    let rows = text.lines().filter(|line| !line.contains("word"));
+    assert!(rows.clone().all(|line| line.chars().count() < 100), "{text}");
+    assert!(text.contains("\n  odd: word ") && text.contains("\n    and more\n"), "{text}");
+}
+
+#[test]
+fn who_left_for_good_is_no_row() {
+    let mut view = cluster();
+    view.workers[0].connected = false;
+    let text = table::status(&view);
+    // A stage waits for the first, nothing for the fifth.
+    assert!(text.contains("\nw1      down"), "{text}");
+    assert!(text.contains("nothing is placed on them: w5\n") && !text.contains("\nw5"), "{text}");
 }

@@ -13,22 +13,32 @@ const GAP: usize = 2;
 /// What stands in a cell that has nothing to say.
 const NOTHING: &str = "-";
 
-/// Rows under a head, each column as wide as its widest cell.
+/// Rows under a head, each column as wide as its widest cell; below them what is too long for a cell.
 #[derive(Clone, Debug)]
 pub struct Table {
     head: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    notes: Vec<String>,
 }
 
 impl Table {
     /// A table with these columns.
     pub fn new(head: &[&'static str]) -> Self {
-        Self { head: head.to_vec(), rows: Vec::new() }
+        Self { head: head.to_vec(), rows: Vec::new(), notes: Vec::new() }
     }
 
     /// Adds a row; cells beyond the head's columns are dropped, missing ones stay empty.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.rows.push(cells.into_iter().take(self.head.len()).collect());
+    }
+
+    /// Says something about `what` below the rows; an empty text says nothing.
+    pub fn note(&mut self, what: &str, text: &str) {
+        let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+        if let Some(first) = lines.next() {
+            self.notes.push(format!("{what}: {first}"));
+            self.notes.extend(lines.map(|line| format!("  {line}")));
+        }
     }
 }
 
@@ -50,7 +60,8 @@ impl fmt::Display for Table {
             writeln!(f, "{}", text.trim_end())
         };
         line(&mut self.head.iter().copied())?;
-        self.rows.iter().try_for_each(|row| line(&mut row.iter().map(String::as_str)))
+        self.rows.iter().try_for_each(|row| line(&mut row.iter().map(String::as_str)))?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "  {note}"))
     }
 }
 
@@ -70,7 +81,7 @@ pub fn status(view: &ClusterView) -> String {
             "no worker has joined; `shoal token create --role worker` makes a token for one\n",
         );
     } else {
-        out.push_str(&workers(&view.workers).to_string());
+        out.push_str(&workers(view).to_string());
     }
     out.push('\n');
     if view.deployments.is_empty() {
@@ -86,10 +97,17 @@ pub fn status(view: &ClusterView) -> String {
     out
 }
 
-fn workers(workers: &[WorkerView]) -> Table {
+fn workers(view: &ClusterView) -> Table {
     let mut table =
         Table::new(&["WORKER", "LINK", "PID", "ADDRESS", "DEVICE", "MEMORY", "THREADS", "SHARDS"]);
-    for worker in workers {
+    // The cluster keeps every identity that it gave; who left for good is no row for ever.
+    let (here, gone): (Vec<&WorkerView>, Vec<&WorkerView>) =
+        view.workers.iter().partition(|worker| worker.connected || is_needed(view, worker.id));
+    let names: Vec<String> = gone.iter().map(|worker| worker.id.to_string()).collect();
+    if !names.is_empty() {
+        table.note("not connected, and nothing is placed on them", &names.join(", "));
+    }
+    for worker in here {
         let device = worker.devices.first();
         let or_nothing = |text: Option<String>| text.unwrap_or_else(|| NOTHING.to_owned());
         table.row([
@@ -108,7 +126,7 @@ fn workers(workers: &[WorkerView]) -> Table {
 
 fn deployments(view: &ClusterView) -> Table {
     let mut table =
-        Table::new(&["DEPLOYMENT", "PHASE", "MESH", "PRECISION", "NUMERICS", "GENERATION", "WHY"]);
+        Table::new(&["DEPLOYMENT", "PHASE", "MESH", "PRECISION", "NUMERICS", "GENERATION"]);
     for deployment in &view.deployments {
         let replica = replicas(view, deployment).next();
         let of = |text: fn(&ReplicaPlan) -> String| replica.map_or(NOTHING.to_owned(), text);
@@ -119,8 +137,8 @@ fn deployments(view: &ClusterView) -> Table {
             of(|r| r.precision.to_string()),
             of(|r| r.numerics.to_string()),
             of(|r| r.generation.to_string()),
-            deployment.reason.replace('\n', "; "),
         ]);
+        table.note(deployment.name.as_str(), &deployment.reason);
     }
     table
 }
@@ -146,6 +164,9 @@ pub fn stages(view: &ClusterView, wanted: impl Fn(&DeploymentView) -> bool) -> T
                         report.map_or(NOTHING.to_owned(), |r| r.counters.steps.to_string()),
                         format!("{} {}", deployment.name, replica.id),
                     ]);
+                    if let Some(ShardState::Failed(error)) = report.map(|r| &r.state) {
+                        table.note(&format!("{} on {}", replica.id, shard.node), &error.message);
+                    }
                 }
             }
         }
@@ -223,6 +244,12 @@ pub fn replicas<'a>(
     view.plan.replicas.iter().filter(|r| r.deployment == deployment.name)
 }
 
+/// Whether a stage of any plan is on a worker.
+fn is_needed(view: &ClusterView, node: NodeId) -> bool {
+    let stages = view.plan.replicas.iter().flat_map(|replica| &replica.stages);
+    stages.flat_map(|stage| &stage.shards).any(|shard| shard.node == node)
+}
+
 /// What a worker says of one shard of a replica's current layout.
 pub fn report_of<'a>(
     view: &'a ClusterView,
@@ -253,7 +280,7 @@ fn state(state: &ShardState) -> String {
         ShardState::Linking => "linking".to_owned(),
         ShardState::Ready => "ready".to_owned(),
         ShardState::Draining => "draining".to_owned(),
-        ShardState::Failed(error) => format!("failed: {}", error.message.replace('\n', "; ")),
+        ShardState::Failed(_) => "failed".to_owned(),
     }
 }
 

@@ -3,6 +3,7 @@
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
+use super::lock::FolderLock;
 use super::stop::Stop;
 use super::{DRAIN_TIMEOUT, explain_start};
 use crate::args::CoordinatorArgs;
@@ -12,6 +13,10 @@ use crate::failure::Failure;
 /// Runs a coordinator until it is told to stop.
 pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
+    let _lock = tokio::select! {
+        locked = FolderLock::of_node(&args.data) => locked?,
+        _ = stop.requested() => return Ok(()),
+    };
     let config = CoordinatorConfig {
         data: args.data,
         listen: args.listen,

@@ -3,6 +3,7 @@
 
 pub mod announce;
 pub mod coordinator;
+pub mod lock;
 pub mod stop;
 pub mod up;
 pub mod worker;

@@ -3,6 +3,7 @@
 use shoal_shard_worker::{Worker, WorkerConfig};
 
 use super::announce::Announcement;
+use super::lock::FolderLock;
 use super::stop::Stop;
 use super::{DRAIN_TIMEOUT, explain_start};
 use crate::args::WorkerArgs;
@@ -13,6 +14,10 @@ use crate::failure::Failure;
 pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
     let join = args.join;
+    let _lock = tokio::select! {
+        locked = FolderLock::of_node(&args.data) => locked?,
+        _ = stop.requested() => return Ok(()),
+    };
     let config = WorkerConfig {
         join,
         token: args.token,

@@ -118,7 +118,8 @@ async fn begin(
         return_token_ids: request.return_token_ids,
     };
     let stops = Stops { texts: &request.stop, tokens: &request.stop_token_ids };
-    Ok(Session::new(facts, text, stops, started, metrics, deadline))
+    let session = Session::new(facts, text, stops, started, metrics, deadline);
+    Ok(session.cut_off_when(context.stopped()))
 }
 
 async fn model_facts(

@@ -98,6 +98,8 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// How long an answer may take from the moment it is sent to a head.
     pub request_deadline: Duration,
+    /// How long answers may take to finish once the coordinator stops; then they end with an error.
+    pub drain: Duration,
     /// What a deployment may have open.
     pub admission: AdmissionLimits,
 }
@@ -110,6 +112,7 @@ impl Default for Limits {
             header_timeout: Duration::from_secs(15),
             body_timeout: Duration::from_secs(30),
             request_deadline: Duration::from_secs(600),
+            drain: Duration::from_secs(4),
             admission: AdmissionLimits::default(),
         }
     }
@@ -133,6 +136,16 @@ impl ApiContext {
             draining,
             texts: ModelTexts::new(cores),
             places: Arc::new(Places::new(limits.admission)),
+        }
+    }
+
+    /// Resolves when the coordinator has been stopping for as long as answers may take to finish.
+    pub fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (mut draining, grace) = (self.draining.clone(), self.limits.drain);
+        async move {
+            // A sender that is gone means that the coordinator is gone.
+            let _ = draining.wait_for(|draining| *draining).await;
+            tokio::time::sleep(grace).await;
         }
     }
 }

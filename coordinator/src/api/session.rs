@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use serde::Serialize;
-use shoal_protocol::error::Fault;
+use shoal_protocol::error::{ErrorCode, Fault};
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::FinishReason;
 
@@ -31,6 +31,8 @@ pub struct Session {
     /// Updates that were read ahead of the first chunk.
     ahead: VecDeque<Update>,
     metrics: RequestMetrics,
+    /// Resolves when the coordinator can wait for the answers no longer.
+    cut_off: BoxFuture<'static, ()>,
     /// When the request's time is up.
     pub deadline: tokio::time::Instant,
 }
@@ -188,7 +190,13 @@ impl Session {
         for (i, started) in started.into_iter().enumerate() {
             running.push(Box::pin(step(i, started)) as BoxFuture<'static, Step>);
         }
-        Self { facts, text, choices, running, ahead: VecDeque::new(), metrics, deadline }
+        let (ahead, cut_off) = (VecDeque::new(), Box::pin(std::future::pending()));
+        Self { facts, text, choices, running, ahead, metrics, cut_off, deadline }
+    }
+
+    /// The same answers; those that are under way when `stopped` resolves end with an error.
+    pub fn cut_off_when(self, stopped: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self { cut_off: Box::pin(stopped), ..self }
     }
 
     /// The next update of any choice; `None` once all are complete. After an error the session is
@@ -216,7 +224,18 @@ impl Session {
     }
 
     async fn receive(&mut self) -> Option<Result<Update, ApiError>> {
-        let Step { choice, started, event } = self.running.next().await?;
+        let Step { choice, started, event } = tokio::select! {
+            // What is complete is given out, whatever else happens.
+            biased;
+            step = self.running.next() => step?,
+            () = &mut self.cut_off => {
+                let why = "the cluster is stopping, and this answer was not complete in time; \
+                           ask again when it is back";
+                self.metrics.failed(ErrorCode::Draining);
+                self.running.clear();
+                return Some(Err(ApiError::new(ErrorCode::Draining, why)));
+            }
+        };
         let event = match event {
             Ok(event) => event,
             Err(error) => {

@@ -140,3 +140,21 @@ async fn an_answer_that_takes_too_long_is_ended() {
     assert!(!done);
     assert_eq!(events.last().expect("events")["error"]["code"], "deadline_exceeded");
 }
+
+#[tokio::test]
+async fn a_stop_ends_with_words_what_does_not_finish_in_time() {
+    let limits = Limits { drain: Duration::from_millis(100), ..Limits::default() };
+    let setup = Setup::with(limits).await;
+    setup.head.set(script(vec![40], End::Silence));
+    let http = setup.http;
+    let streamed = tokio::spawn(async move { post(http, COMPLETIONS, &body(true)).await });
+    let whole = tokio::spawn(async move { post(http, COMPLETIONS, &body(false)).await });
+    setup.head.sees(|seen| seen.requests.len() == 2).await;
+    setup.draining.send_replace(true);
+    let (events, done) = streamed.await.expect("no panic").events();
+    assert!(!done);
+    assert_eq!(events.last().expect("events")["error"]["code"], "draining");
+    let whole = whole.await.expect("no panic");
+    assert_eq!((whole.status, &whole.json()["error"]["code"]), (503, &json!("draining")));
+    setup.head.sees(|seen| seen.cancelled == 2).await;
+}

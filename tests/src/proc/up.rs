@@ -162,8 +162,13 @@ impl Up {
     /// Stops it as a person would, and checks that it says it ended well, that no process is left and
     /// that no log has an error in it but those `expected`.
     pub fn stop(mut self, expected: &[&str]) -> Result<Finished> {
+        self.process().signal(Signal::TERM)?;
+        self.ended(expected)
+    }
+
+    /// Waits for the end of one that was told to stop, and checks the same.
+    pub fn ended(mut self, expected: &[&str]) -> Result<Finished> {
         let process = self.process.take().context("it runs")?;
-        process.signal(Signal::TERM)?;
         let finished = process.finish(STOP_TIMEOUT)?;
         for &pid in &self.pids {
             if !wait_until_gone(pid, Duration::ZERO)? {

@@ -19,14 +19,17 @@ use crate::run::announce::{Announcement, failure_of};
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long children may take to drain after their lifelines were closed; then they are killed. More
-/// than a child's own limit.
+/// than a child's own limit, and more than the coordinator and then the workers take that are well.
 const STOP_TIMEOUT: Duration = Duration::from_secs(11);
 
 /// How many of a log's last lines stand in an error.
 const TAIL_LINES: usize = 8;
 
-/// A child's place in the family; 0 is the coordinator.
+/// A child's place in the family.
 pub type Place = usize;
+
+/// The first child of the family.
+pub const COORDINATOR: Place = 0;
 
 /// How to start a child.
 #[derive(Clone, Debug)]
@@ -146,16 +149,16 @@ impl Family {
     }
 
     /// Lets go of all lifelines, waits until all children have drained, and kills those that take too
-    /// long or as soon as `hurry` resolves. Workers first: they report to the coordinator to the end.
+    /// long or as soon as `hurry` resolves. The coordinator first: its streams finish, or end with
+    /// words, while the workers are there; then these have nothing left to finish.
     pub async fn stop(&mut self, hurry: impl Future<Output = &'static str>) {
         let drained = async {
-            for member in self.members.iter_mut().skip(1) {
-                member.lifeline = None;
-            }
-            let coordinator =
-                usize::from(self.members.first().is_some_and(|m| m.lifeline.is_some()));
-            while self.running.len() > coordinator {
-                self.running.join_next().await;
+            let coordinator = self.members.first_mut().and_then(|member| member.lifeline.take());
+            let mut runs = coordinator.is_some();
+            drop(coordinator);
+            while runs {
+                let ended = self.running.join_next().await;
+                runs = ended.is_some_and(|ended| !matches!(ended, Ok((COORDINATOR, _))));
             }
             self.members.clear();
             while self.running.join_next().await.is_some() {}

@@ -26,15 +26,26 @@ pub async fn show(client: &AdminClient, url: &str, name: &DeploymentName) -> Res
     asked.await.map_err(|error| Failure::failed(format!("the question broke off: {error}")))??;
     let view = after_the_answer(client, name).await?;
     let stages = table::stages(&view, |d| d.name == *name);
-    let curl = curl(url, name);
-    print(&format!(
-        "\nthe layers that it went through:\n\n{stages}\nask more at {url}/v1:\n\n  {curl}\n"
-    ))?;
-    if !std::io::stdin().is_terminal() {
-        return Ok(true);
+    let stays = std::io::stdin().is_terminal();
+    let next = how_to_go_on(url, name, stays);
+    print(&format!("\nthe layers that it went through:\n\n{stages}\n{next}"))?;
+    if stays {
+        eprintln!("\nor type `shoal chat` in another terminal; Ctrl-C stops");
     }
-    eprintln!("\nor type `shoal chat` in another terminal; Ctrl-C stops");
-    Ok(false)
+    Ok(!stays)
+}
+
+/// Where to ask more; where the server ends in this moment, how to get one that stays.
+fn how_to_go_on(url: &str, name: &DeploymentName, stays: bool) -> String {
+    let curl = curl(url, name);
+    match stays {
+        true => format!("ask more at {url}/v1:\n\n  {curl}\n"),
+        false => format!(
+            "stdin is no terminal, so the demo ends here, and {url}/v1 with it; to ask more type \
+             `shoal up`, which serves until it is stopped, or `make demo` at a terminal, then\n\n  \
+             {curl}\n"
+        ),
+    }
 }
 
 /// The view in which every stage has reported the steps of the answer, or the last one that came in
@@ -71,4 +82,19 @@ fn curl(url: &str, name: &DeploymentName) -> String {
         "messages": [{"role": "user", "content": DEMO_QUESTION}],
     });
     format!("curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_sent_to_a_server_that_ends() {
+        let name = DeploymentName::new("demo").unwrap();
+        let url = "http://127.0.0.1:8000";
+        assert!(how_to_go_on(url, &name, true).starts_with("ask more at http://127.0.0.1:8000/v1"));
+        let ends = how_to_go_on(url, &name, false);
+        assert!(!ends.contains("ask more at") && ends.contains("`shoal up`"), "{ends}");
+        assert!(ends.contains("curl http://127.0.0.1:8000/v1/chat/completions"), "{ends}");
+    }
 }

@@ -1,3 +1,5 @@
+use clap::CommandFactory;
+
 use super::*;
 
 fn parse(line: &str) -> Result<Args, clap::Error> {
@@ -101,5 +103,14 @@ fn times_have_a_unit() {
     }
     for text in ["", "1", "h", "0s", "1.5h", "-1s", "1 h", "1w", "99999999999999999999s"] {
         assert!(duration(text).is_err(), "{text:?} was taken");
+    }
+}
+
+#[test]
+fn a_damaged_token_is_not_repeated() {
+    let secret = "c0ffee".repeat(8);
+    for token in [format!("shoal1.worker.{}.{secret}", "ab".repeat(32)), secret.clone()] {
+        let said = mistake(&format!("shoal worker --join 127.0.0.1:1 --data d --token {token}"));
+        assert!(!said.contains("c0ffee") && said.contains("--token"), "{said}");
     }
 }

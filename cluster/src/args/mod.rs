@@ -1,7 +1,10 @@
-//! Exactly what was typed: every verb, flag and default, and how each value is read.
+//! Exactly what was typed: every verb, flag and default.
 //!
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
+
+mod nearest;
+mod values;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -10,14 +13,14 @@ use std::time::Duration;
 
 use clap::builder::styling::Styles;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
-/// How alike two flags must be (Jaro-Winkler) for one to be offered for the other.
-const ALIKE_MIN: f64 = 0.7;
+use self::nearest::name_the_nearest_flag;
+use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 
@@ -100,7 +103,7 @@ Examples:
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UpArgs {
     /// A folder in the Hugging Face layout (config.json, safetensors, tokenizer.json …); without
-    /// one the built-in model is served
+    /// one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// How many workers to start
     #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]
@@ -269,7 +272,7 @@ Each worker must be able to read the folder under the same path.";
 /// `shoal deploy`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DeployArgs {
-    /// A folder in the Hugging Face layout; without one the built-in model is served
+    /// A folder in the Hugging Face layout; without one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// What clients will call it [default: the folder's name]
     #[arg(long, value_name = "N", value_parser = name)]
@@ -363,135 +366,21 @@ impl Args {
     where
         I: IntoIterator<Item = std::ffi::OsString> + Clone,
     {
-        Self::try_parse_from(line.clone()).map_err(|error| name_the_nearest_flag(error, line))
+        Self::try_parse_from(line.clone())
+            .map_err(|error| name_the_nearest_flag(hide_secrets(error), line))
     }
 }
 
-/// Where clap finds no flag like the unknown one under this verb, looks at all verbs.
-fn name_the_nearest_flag(
-    mut error: clap::Error,
-    line: impl IntoIterator<Item = std::ffi::OsString>,
-) -> clap::Error {
-    if error.kind() != ErrorKind::UnknownArgument || error.get(ContextKind::SuggestedArg).is_some()
+/// A token that cannot be read is as secret as one that can: the error does not repeat it.
+fn hide_secrets(mut error: clap::Error) -> clap::Error {
+    let token = |context: &ContextValue| matches!(context, ContextValue::String(flag) if flag.starts_with("--token"));
+    if error.kind() == ErrorKind::ValueValidation
+        && error.get(ContextKind::InvalidArg).is_some_and(token)
     {
-        return error;
-    }
-    let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg) else {
-        return error;
-    };
-    let unknown = unknown.trim_start_matches('-').to_owned();
-    let root = Args::command();
-    let verb = line.into_iter().skip(1).find_map(|word| {
-        root.get_subcommands().find(|c| word.to_str() == Some(c.get_name())).map(|c| c.get_name())
-    });
-    let nearest = |verb: &clap::Command| -> Option<(f64, String)> {
-        verb.get_arguments()
-            .filter(|flag| !flag.is_hide_set())
-            .filter_map(|flag| flag.get_long())
-            .map(|long| (alike(&unknown, long), long.to_owned()))
-            .filter(|(alike, _)| *alike >= ALIKE_MIN)
-            .max_by(|a, b| a.0.total_cmp(&b.0))
-    };
-    let own = verb.and_then(|verb| root.find_subcommand(verb)).and_then(nearest);
-    if let Some((_, long)) = own {
-        error.insert(ContextKind::SuggestedArg, ContextValue::String(format!("--{long}")));
-        return error;
-    }
-    let elsewhere = root
-        .get_subcommands()
-        .filter_map(|c| nearest(c).map(|(alike, long)| (alike, long, c.get_name())))
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    if let Some((_, long, verb)) = elsewhere {
-        let tip = format!("`shoal {verb}` has a flag '--{long}'");
-        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+        let hidden = ContextValue::String("(not shown)".to_owned());
+        error.insert(ContextKind::InvalidValue, hidden);
     }
     error
-}
-
-/// From 0 to 1. A flag that ends with the whole word (`--memory`, `--worker-memory`) is very alike.
-fn alike(unknown: &str, long: &str) -> f64 {
-    match long.strip_suffix(unknown) {
-        Some(front) if front.ends_with('-') => 0.99,
-        _ => strsim::jaro_winkler(unknown, long),
-    }
-}
-
-const fn nonzero(n: u32) -> NonZeroU32 {
-    match NonZeroU32::new(n) {
-        Some(n) => n,
-        None => NonZeroU32::MIN,
-    }
-}
-
-fn count(text: &str) -> Result<NonZeroU32, String> {
-    text.parse().map_err(|_| format!("`{text}` is not a whole number from 1 up"))
-}
-
-fn address(text: &str) -> Result<SocketAddr, String> {
-    let missing_port =
-        || format!("`{text}` has no port; write {text}:8000, or {text}:0 for any free one");
-    match text.parse() {
-        Ok(address) => Ok(address),
-        Err(_) if text.parse::<std::net::IpAddr>().is_ok() => Err(missing_port()),
-        Err(_) => resolve(text).ok_or_else(|| {
-            format!(
-                "`{text}` is not an address; write IP:PORT, such as 127.0.0.1:8000 or [::1]:8000"
-            )
-        }),
-    }
-}
-
-/// `localhost:PORT` and `:PORT`, the two names that people type and that need no resolver.
-fn resolve(text: &str) -> Option<SocketAddr> {
-    let port = text.strip_prefix("localhost:").or_else(|| text.strip_prefix(':'))?;
-    Some(SocketAddr::from(([127, 0, 0, 1], port.parse().ok()?)))
-}
-
-fn size(text: &str) -> Result<Bytes, String> {
-    match text.parse::<Bytes>() {
-        Ok(Bytes(0)) => {
-            Err("a budget of nothing holds nothing; write a size such as 600MiB".into())
-        }
-        Ok(bytes) => Ok(bytes),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-fn precision(text: &str) -> Result<Precision, String> {
-    text.parse()
-}
-
-fn name(text: &str) -> Result<DeploymentName, String> {
-    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
-}
-
-fn token(text: &str) -> Result<JoinToken, String> {
-    text.parse().map_err(|error: shoal_protocol::join::BadJoinToken| error.to_string())
-}
-
-fn device(text: &str) -> Result<String, String> {
-    match text {
-        "cpu" => Ok(text.to_owned()),
-        _ => Err(format!("`{text}` is not a device that this build has; it has cpu")),
-    }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("`{text}` is not a time; write 90s, 30m, 1h or 7d");
-    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
-    let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| bad())?;
-    let unit_s = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3_600,
-        "d" => 86_400,
-        _ => return Err(bad()),
-    };
-    match number.checked_mul(unit_s) {
-        Some(0) | None => Err(bad()),
-        Some(seconds) => Ok(Duration::from_secs(seconds)),
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,97 @@
+//! How each value is read, and what is said of one that cannot be.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use shoal_protocol::id::DeploymentName;
+use shoal_protocol::join::JoinToken;
+use shoal_protocol::plan::Precision;
+use shoal_protocol::units::Bytes;
+
+/// For defaults, which are from 1 up.
+pub const fn nonzero(n: u32) -> NonZeroU32 {
+    match NonZeroU32::new(n) {
+        Some(n) => n,
+        None => NonZeroU32::MIN,
+    }
+}
+
+/// A whole number from 1 up.
+pub fn count(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| format!("`{text}` is not a whole number from 1 up"))
+}
+
+/// `IP:PORT`, `localhost:PORT` or `:PORT`.
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    let missing_port =
+        || format!("`{text}` has no port; write {text}:8000, or {text}:0 for any free one");
+    match text.parse() {
+        Ok(address) => Ok(address),
+        Err(_) if text.parse::<std::net::IpAddr>().is_ok() => Err(missing_port()),
+        Err(_) => resolve(text).ok_or_else(|| {
+            format!(
+                "`{text}` is not an address; write IP:PORT, such as 127.0.0.1:8000 or [::1]:8000"
+            )
+        }),
+    }
+}
+
+/// `localhost:PORT` and `:PORT`, the two names that people type and that need no resolver.
+fn resolve(text: &str) -> Option<SocketAddr> {
+    let port = text.strip_prefix("localhost:").or_else(|| text.strip_prefix(':'))?;
+    Some(SocketAddr::from(([127, 0, 0, 1], port.parse().ok()?)))
+}
+
+/// A number of bytes, not 0.
+pub fn size(text: &str) -> Result<Bytes, String> {
+    match text.parse::<Bytes>() {
+        Ok(Bytes(0)) => {
+            Err("a budget of nothing holds nothing; write a size such as 600MiB".into())
+        }
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// How weights are held.
+pub fn precision(text: &str) -> Result<Precision, String> {
+    text.parse()
+}
+
+/// A deployment's name.
+pub fn name(text: &str) -> Result<DeploymentName, String> {
+    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
+}
+
+/// What `shoal token create` printed.
+pub fn token(text: &str) -> Result<JoinToken, String> {
+    text.parse().map_err(|error: shoal_protocol::join::BadJoinToken| error.to_string())
+}
+
+/// What this build can compute on.
+pub fn device(text: &str) -> Result<String, String> {
+    match text {
+        "cpu" => Ok(text.to_owned()),
+        _ => Err(format!("`{text}` is not a device that this build has; it has cpu")),
+    }
+}
+
+/// A time with its unit.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("`{text}` is not a time; write 90s, 30m, 1h or 7d");
+    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let unit_s = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err(bad()),
+    };
+    match number.checked_mul(unit_s) {
+        Some(0) | None => Err(bad()),
+        Some(seconds) => Ok(Duration::from_secs(seconds)),
+    }
+}
