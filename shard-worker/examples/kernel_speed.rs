@@ -60,7 +60,7 @@ fn matrix(ops: &CpuOps, held: Precision, outputs: usize) -> anyhow::Result<Linea
     let rows: Vec<u8> = (0..64 * COLS)
         .flat_map(|k| half::bf16::from_f32((k % 13) as f32 - 6.0).to_le_bytes())
         .collect();
-    let builder = ops.weight_builder(held, outputs, COLS)?;
+    let builder = ops.weight_builders(held, &[(outputs, COLS)])?.remove(0);
     for first in (0..outputs).step_by(64) {
         builder.pack_rows(first, Precision::Bf16, &rows)?;
     }

@@ -13,7 +13,7 @@ use shoal_protocol::units::Bytes;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::model::{LoadError, LoadOptions, WeightsError, load_shard};
 
-use support::{Setup, assignment, fixtures, load, write_model};
+use support::{Setup, assignment, fixtures, load, random_model};
 
 /// A copy of a fixture, to damage.
 fn copy(name: &str) -> tempfile::TempDir {
@@ -119,16 +119,14 @@ fn assignments_that_no_shard_can_be_are_refused() {
 
 /// The model of the tests below: 3 layers and 60 MiB in bf16, of which a middle stage has 11.
 fn large() -> (tempfile::TempDir, Checkpoint) {
-    let folder = tempfile::tempdir().unwrap();
-    let config = r#"{
+    random_model(
+        r#"{
         "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 1000,
         "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 3,
         "vocab_size": 6001, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
         "torch_dtype": "bfloat16", "tie_word_embeddings": false
-    }"#;
-    write_model(folder.path(), config);
-    let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    (folder, checkpoint)
+    }"#,
+    )
 }
 
 #[test]

@@ -36,7 +36,7 @@ unsafe impl GlobalAlloc for Counting {
 static COUNTING: Counting = Counting;
 
 fn linear(ops: &CpuOps, outputs: usize, cols: usize) -> Linear<CpuOps> {
-    let builder = ops.weight_builder(Precision::Bf16, outputs, cols).unwrap();
+    let builder = ops.weight_builders(Precision::Bf16, &[(outputs, cols)]).unwrap().remove(0);
     builder.pack_rows(0, Precision::Bf16, &vec![0x3C; 2 * outputs * cols]).unwrap();
     Linear { weight: builder.finish().unwrap(), bias: None }
 }

@@ -9,7 +9,7 @@ use shoal_shard_worker::backend::cpu::Isa;
 
 use support::{
     Case, Chain, Dice, Prompt, Rows, Setup, argmax, assert_same_bits, blocks, cases, log_softmax,
-    write_model,
+    random_model,
 };
 
 /// How far a log-probability may be from the reference's.
@@ -214,9 +214,7 @@ fn a_wider_model_gives_the_same_bits_in_every_way() {
         "num_hidden_layers": 2, "vocab_size": 2001, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6, "dtype": "bfloat16", "tie_word_embeddings": true
     }"#;
-    let folder = tempfile::tempdir().unwrap();
-    write_model(folder.path(), config);
-    let checkpoint = shoal_protocol::model::Checkpoint::open(folder.path()).unwrap();
+    let (_folder, checkpoint) = random_model(config);
     let mut dice = Dice(3);
     let tokens: Vec<u32> = (0..60).map(|_| dice.below(2001) as u32).collect();
     let sample_from = tokens.len() - 4;

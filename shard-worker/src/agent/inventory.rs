@@ -5,9 +5,7 @@ use std::num::NonZeroUsize;
 use shoal_protocol::control::DeviceInfo;
 use shoal_protocol::units::Bytes;
 
-/// The share of the memory that is free at start, in percent, that a worker takes where nobody says
-/// otherwise: the rest is for the page cache that loads go through, and for everybody else.
-const MEMORY_SHARE_PERCENT: u64 = 80;
+use crate::agent::memory;
 
 /// The only device of this version.
 pub const CPU: &str = "cpu";
@@ -20,22 +18,22 @@ pub enum InventoryError {
     Device(String),
     /// The system does not say how much memory is free.
     #[error("cannot read the free memory from /proc/meminfo ({0}); give the budget with --memory")]
-    Memory(String),
+    Memory(std::io::Error),
 }
 
 /// The device, with what the operator said or what the system has.
 pub fn device(
     name: &str,
-    memory: Option<Bytes>,
+    budget: Option<Bytes>,
     threads: Option<NonZeroUsize>,
 ) -> Result<DeviceInfo, InventoryError> {
     if name != CPU {
         return Err(InventoryError::Device(name.to_owned()));
     }
     let threads = threads.map_or_else(threads_of_machine, NonZeroUsize::get);
-    let memory = match memory {
-        Some(memory) => memory,
-        None => Bytes(memory_available()?.0 / 100 * MEMORY_SHARE_PERCENT),
+    let memory = match budget {
+        Some(budget) => budget,
+        None => memory::for_workers(memory::free().map_err(InventoryError::Memory)?),
     };
     Ok(DeviceInfo {
         name: CPU.to_owned(),
@@ -47,19 +45,6 @@ pub fn device(
 
 fn threads_of_machine() -> usize {
     std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
-}
-
-fn memory_available() -> Result<Bytes, InventoryError> {
-    let text = std::fs::read_to_string("/proc/meminfo")
-        .map_err(|error| InventoryError::Memory(error.to_string()))?;
-    parse_available(&text)
-        .ok_or_else(|| InventoryError::Memory("it has no line `MemAvailable: … kB`".to_owned()))
-}
-
-fn parse_available(meminfo: &str) -> Option<Bytes> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(Bytes(kib.checked_mul(1024)?))
 }
 
 /// The widest instructions that the kernels use here, as people call them.
@@ -79,15 +64,6 @@ fn instruction_set() -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn free_memory_is_read_as_the_system_writes_it() {
-        let text = "MemTotal:       16 kB\nMemFree:        2 kB\nMemAvailable:   12345 kB\n";
-        assert_eq!(parse_available(text), Some(Bytes(12345 * 1024)));
-        for text in ["", "MemAvailable: 12", "MemAvailable: x kB"] {
-            assert_eq!(parse_available(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn what_the_operator_says_wins() {

@@ -11,6 +11,7 @@
 mod driver;
 pub mod inventory;
 pub mod lifecycle;
+pub mod memory;
 mod models;
 mod renewal;
 mod session;

@@ -113,7 +113,7 @@ fn load_error(error: &LoadError) -> WireError {
             {
                 ErrorCode::StorageFailed
             }
-            WeightsError::Thread { .. } => ErrorCode::ComputeFailed,
+            WeightsError::Thread { .. } | WeightsError::Memory { .. } => ErrorCode::ComputeFailed,
             WeightsError::Read { .. }
             | WeightsError::Device { .. }
             | WeightsError::NotLocated { .. }

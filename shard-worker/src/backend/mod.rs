@@ -1,7 +1,7 @@
 //! The seam between layers and devices: layers are written once against [`Ops`].
 //!
 //! ```text
-//! loader ─► Ops::weight_builder ─► pack_rows (any thread, any order) ─► finish ─► Weight
+//! loader ─► Ops::weight_builders ─► pack_rows (any thread, any order) ─► finish ─► Weight
 //! step:    caller's &mut [f32] ─► enter ─► Stream ─► layers: Stream ⇄ Buf, Weight, Vector, Kv ─► leave
 //! ```
 //!
@@ -42,13 +42,13 @@ pub trait Ops: Send + Sized + 'static {
 
     // --- Construction: may allocate.
 
-    /// Memory for a matrix of `outputs x cols` that is held as `held`.
-    fn weight_builder(
+    /// Memory for matrices of `(outputs, cols)` that are held as `held`, in this order. A shard asks
+    /// for all of its matrices at once, so that a device can put them into one piece of memory.
+    fn weight_builders(
         &self,
         held: Precision,
-        outputs: usize,
-        cols: usize,
-    ) -> Result<Self::WeightBuilder, BackendError>;
+        shapes: &[(usize, usize)],
+    ) -> Result<Vec<Self::WeightBuilder>, BackendError>;
 
     /// Copies a vector to the device.
     fn vector(&self, values: &[f32]) -> Result<Self::Vector, BackendError>;

@@ -237,14 +237,16 @@ mod tests {
         for threads in 1..=4 {
             let mut pool = Pool::new(threads).unwrap();
             let calls: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-            for round in 1..=200 {
+            // An interpreter is a thousand times slower.
+            let (rounds, park_every) = if cfg!(miri) { (8, 4) } else { (200, 50) };
+            for round in 1..=rounds {
                 pool.run(&|share| {
                     assert_eq!(share.of, threads);
                     calls[share.index].fetch_add(1, Ordering::Relaxed);
                 })
                 .unwrap();
                 assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == round));
-                if round % 50 == 0 {
+                if round % park_every == 0 {
                     // Long enough for the workers to park.
                     std::thread::park_timeout(4 * SPIN);
                 }

@@ -64,6 +64,12 @@ pub enum WeightsError {
         /// What it says.
         source: BackendError,
     },
+    /// The device has no room for the matrices of the stage.
+    #[error("the matrices of this stage: {source}")]
+    Memory {
+        /// What it says.
+        source: BackendError,
+    },
     /// The checkpoint has no place for a tensor; it was opened for another model.
     #[error("tensor `{tensor}` is not in the checkpoint {}", folder.display())]
     NotLocated {
@@ -108,7 +114,7 @@ impl<B: Ops> Weights<B> {
     ) -> Result<Self, WeightsError> {
         let mut files = Files::default();
         let mut vectors = BTreeMap::new();
-        let mut matrices = Vec::new();
+        let mut sources = Vec::new();
         for spec in checkpoint.spec().tensors(layers) {
             let location =
                 checkpoint.locate(&spec.name).ok_or_else(|| WeightsError::NotLocated {
@@ -117,13 +123,14 @@ impl<B: Ops> Weights<B> {
                 })?;
             let source = Source { file: files.open(location, &spec)?, location, spec };
             if source.spec.is_matrix {
-                matrices.push(Matrix::<B>::new(ops, source, held)?);
+                sources.push(source);
             } else {
                 let vector =
                     ops.vector(&source.read_vector()?).map_err(|error| source.device(error))?;
                 vectors.insert((source.spec.layer, source.spec.role), vector);
             }
         }
+        let matrices = Matrix::<B>::all(ops, sources, held)?;
         read_all(&matrices, options)?;
         let matrices = matrices
             .into_iter()
@@ -242,11 +249,16 @@ struct Matrix<'a, B: Ops> {
 }
 
 impl<'a, B: Ops> Matrix<'a, B> {
-    fn new(ops: &B, source: Source<'a>, held: Precision) -> Result<Self, WeightsError> {
-        let builder = ops
-            .weight_builder(held, source.spec.shape[0] as usize, source.spec.shape[1] as usize)
-            .map_err(|error| source.device(error))?;
-        Ok(Self { source, builder })
+    fn all(ops: &B, sources: Vec<Source<'a>>, held: Precision) -> Result<Vec<Self>, WeightsError> {
+        let shape = |source: &Source<'_>| {
+            let shape = &source.spec.shape;
+            (shape[0] as usize, shape[1] as usize)
+        };
+        let shapes: Vec<_> = sources.iter().map(shape).collect();
+        let builders =
+            ops.weight_builders(held, &shapes).map_err(|source| WeightsError::Memory { source })?;
+        let with = sources.into_iter().zip(builders);
+        Ok(with.map(|(source, builder)| Self { source, builder }).collect())
     }
 
     /// Bytes of one row in the file.

@@ -258,8 +258,15 @@ impl Dice {
     }
 }
 
-/// Writes a model of random weights whose `config.json` is `config`.
-pub fn write_model(folder: &Path, config: &str) {
+/// A model of random weights whose `config.json` is `config`. It goes with the folder.
+pub fn random_model(config: &str) -> (tempfile::TempDir, Checkpoint) {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path(), config);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    (folder, checkpoint)
+}
+
+fn write_model(folder: &Path, config: &str) {
     let spec = ModelSpec::from_config_json(config).unwrap();
     std::fs::write(folder.join("config.json"), config).unwrap();
     let tensors = spec.tensors(LayerRange::new(0, spec.layers));

@@ -54,7 +54,7 @@ fn rounded(held: Precision, value: f32) -> f32 {
 }
 
 pub(super) fn pack(ops: &CpuOps, held: Precision, cols: usize, values: &[f32]) -> Packed {
-    let builder = ops.weight_builder(held, values.len() / cols, cols).unwrap();
+    let builder = ops.weight_builders(held, &[(values.len() / cols, cols)]).unwrap().remove(0);
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     builder.pack_rows(0, Precision::F32, &bytes).unwrap();
     builder.finish().unwrap()

@@ -1,42 +1,69 @@
 //! Memory for matrices, caches and scratch: zeroed, aligned to a cache line.
 
-use memmap2::{Advice, MmapMut};
+#[cfg(all(target_os = "linux", not(miri)))]
+use memmap2::Advice;
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::backend::BackendError;
 use crate::backend::cpu::simd::LANES;
 
+/// A huge page of the machines that have them.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Anonymous memory of the system: zero, and free until a page is touched.
+///
+/// The mapping is raw, so that it can be written through a shared reference: no Rust reference to
+/// its bytes exists but those that somebody makes out of its pointers, and who does says who else
+/// writes there.
 pub struct Mapped {
-    map: MmapMut,
+    map: MmapRaw,
+    /// Where in the mapping the first byte is.
+    start: usize,
 }
 
 impl Mapped {
     /// At least `bytes`, page-aligned.
     pub fn new(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
-        let map = MmapMut::map_anon(bytes.max(1)).map_err(|error| BackendError::OutOfMemory {
-            what,
-            bytes,
-            why: error.to_string(),
-        })?;
-        Ok(Self { map })
+        Ok(Self { map: map(what, bytes)?, start: 0 })
     }
 
-    /// Asks for huge pages: what is streamed from end to end needs fewer address translations.
-    pub fn prefer_huge_pages(&self) {
+    /// The same on huge pages, as far as it fills them: what is streamed from end to end needs
+    /// fewer address translations. What is left at the end takes small pages, so that no memory is
+    /// taken that nobody asked for.
+    pub fn on_huge_pages(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
+        let huge = bytes / HUGE_PAGE * HUGE_PAGE;
+        if huge == 0 {
+            return Self::new(what, bytes);
+        }
+        // The system places a mapping at any page; what is before the first huge page is not used.
+        let map = map(what, bytes.saturating_add(HUGE_PAGE))?;
+        let address = map.as_ptr().addr();
+        let start = address.next_multiple_of(HUGE_PAGE) - address;
         // Where the kernel has none, small pages do.
-        #[cfg(target_os = "linux")]
-        let _ = self.map.advise(Advice::HugePage);
+        #[cfg(all(target_os = "linux", not(miri)))]
+        let _ = map.advise_range(Advice::HugePage, start, huge);
+        Ok(Self { map, start })
     }
 
     /// The first byte.
     pub fn as_ptr<T>(&self) -> *const T {
-        self.map.as_ptr().cast()
+        self.as_mut_ptr::<T>().cast_const()
     }
 
     /// The first byte, to write.
-    pub fn as_mut_ptr<T>(&mut self) -> *mut T {
-        self.map.as_mut_ptr().cast()
+    pub fn as_mut_ptr<T>(&self) -> *mut T {
+        // In bounds: see the constructors; `wrapping_add` leaves the proof to the access.
+        self.map.as_mut_ptr().wrapping_add(self.start).cast()
     }
+}
+
+fn map(what: &'static str, bytes: usize) -> Result<MmapRaw, BackendError> {
+    let map = MmapMut::map_anon(bytes.max(1)).map_err(|error| BackendError::OutOfMemory {
+        what,
+        bytes,
+        why: error.to_string(),
+    })?;
+    Ok(map.into())
 }
 
 /// One cache line.
@@ -86,5 +113,34 @@ impl Floats {
         let len = self.len();
         // SAFETY: a `Line` is 16 `f32` and nothing else (`repr(C)`, size equals alignment).
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_memory_starts_with_a_huge_page_and_can_be_written_to_its_end() {
+        for bytes in [1, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 1] {
+            let memory = Mapped::on_huge_pages("a test", bytes).unwrap();
+            let first = memory.as_mut_ptr::<u8>();
+            assert!(bytes < HUGE_PAGE || first.addr().is_multiple_of(HUGE_PAGE), "{bytes}");
+            // SAFETY: `bytes` were asked for, and nobody else has this memory.
+            unsafe {
+                let last = first.add(bytes - 1);
+                assert_eq!(last.read(), 0);
+                last.write(7);
+                assert_eq!(memory.as_ptr::<u8>().add(bytes - 1).read(), 7);
+            }
+        }
+    }
+
+    #[test]
+    fn memory_that_no_system_has_is_refused() {
+        for bytes in [usize::MAX, isize::MAX as usize] {
+            let error = Mapped::on_huge_pages("a test", bytes).err();
+            assert!(matches!(error, Some(BackendError::OutOfMemory { .. })), "{error:?}");
+        }
     }
 }

@@ -222,13 +222,12 @@ impl Ops for CpuOps {
     type Kv = PagedKv;
     type Stream<'a> = CpuStream<'a>;
 
-    fn weight_builder(
+    fn weight_builders(
         &self,
         held: Precision,
-        outputs: usize,
-        cols: usize,
-    ) -> Result<PackedBuilder, BackendError> {
-        PackedBuilder::new(held, outputs, cols)
+        shapes: &[(usize, usize)],
+    ) -> Result<Vec<PackedBuilder>, BackendError> {
+        PackedBuilder::all(held, shapes)
     }
 
     fn vector(&self, values: &[f32]) -> Result<CpuVector, BackendError> {

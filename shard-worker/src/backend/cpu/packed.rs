@@ -6,7 +6,11 @@
 //!
 //! One vector load gives the weights of 16 outputs for one `k`, and a thread that owns panels
 //! streams through memory once. The outputs of the last panel that do not exist are zeros.
+//!
+//! Matrices that are asked for together lie side by side in one memory, which is freed with the last
+//! of them: huge pages then hold all of them but the end of the last.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use shoal_protocol::model::PANEL_OUTPUTS;
@@ -24,9 +28,16 @@ const _: () = assert!(PANEL as u64 == PANEL_OUTPUTS, "plans count the padding of
 /// Columns that are transposed at once: 16 rows of them fit the first-level cache twice over.
 const PACK_COLS: usize = 128;
 
+/// Matrices begin at multiples of so many bytes: at a cache line.
+const ALIGN: usize = 64;
+
 /// A matrix `[outputs, cols]` in panels. See the module.
 pub struct Packed {
-    memory: Mapped,
+    /// What it shares with the matrices beside it.
+    memory: Arc<Mapped>,
+    /// The first byte of it in `memory`: its `panels * PANEL * cols` elements from here on are its
+    /// alone.
+    start: usize,
     held: Precision,
     outputs: usize,
     cols: usize,
@@ -55,7 +66,14 @@ impl Packed {
 
     /// The first weight; `Element` is that of `held`.
     pub(super) fn as_ptr<E>(&self) -> *const E {
-        self.memory.as_ptr()
+        // In bounds: see `start`; `wrapping_add` leaves the proof to the access.
+        self.memory.as_ptr::<u8>().wrapping_add(self.start).cast()
+    }
+
+    /// The same, to write while a builder has it.
+    fn as_mut_ptr<E>(&self) -> *mut E {
+        // As above.
+        self.memory.as_mut_ptr::<u8>().wrapping_add(self.start).cast()
     }
 
     /// Writes the exact values of row `row` to `to`, which is `cols` long; `row` is below
@@ -66,7 +84,8 @@ impl Packed {
             let panel = row / PANEL * PANEL * self.cols;
             for (k, to) in to.iter_mut().enumerate() {
                 // SAFETY: `row` is below `outputs` and `k` below `cols`, so the index is below
-                // `panels * PANEL * cols`, the number of elements that were allocated.
+                // `panels * PANEL * cols`, the number of elements that are this matrix's. Nobody
+                // writes them: the builder is gone.
                 let element = unsafe {
                     *self.as_ptr::<<F as Format>::Element>().add(panel + k * PANEL + row % PANEL)
                 };
@@ -77,32 +96,39 @@ impl Packed {
 }
 
 /// Packs a [`Packed`] while its rows arrive.
+///
+/// Threads share it and write through what they share. They never meet: a row is written by the one
+/// call that claimed it, and the elements of different rows, as those of different matrices, are
+/// different memory. Nobody reads before [`WeightBuilder::finish`], which owns the builder: all calls
+/// have returned by then, and whoever ended the sharing has ordered their writes before it.
 pub struct PackedBuilder {
     packed: Packed,
     /// One bit a row: packed, or about to be.
     claimed: Vec<AtomicU64>,
 }
 
-// SAFETY: `pack_rows` writes through a shared reference, but only to rows whose claim this call
-// made; a claim is made once, and the elements of different rows are different memory.
-unsafe impl Sync for PackedBuilder {}
-
 impl PackedBuilder {
-    /// Memory for `outputs x cols`, all zeros; pages are taken as they are written.
-    pub fn new(held: Precision, outputs: usize, cols: usize) -> Result<Self, BackendError> {
-        let bytes = outputs
-            .checked_next_multiple_of(PANEL)
-            .and_then(|rows| rows.checked_mul(cols))
-            .and_then(|elements| elements.checked_mul(held.bytes() as usize))
-            .filter(|bytes| *bytes > 0)
-            .ok_or_else(|| BackendError::BadShape {
-                what: "matrix",
-                why: format!("{outputs} x {cols} is empty or larger than any memory"),
-            })?;
-        let memory = Mapped::new("weights", bytes)?;
-        memory.prefer_huge_pages();
-        let claimed = (0..outputs.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { packed: Packed { memory, held, outputs, cols }, claimed })
+    /// Memory for matrices of `outputs x cols`, side by side, all zeros; pages are taken as they are
+    /// written.
+    pub fn all(held: Precision, shapes: &[(usize, usize)]) -> Result<Vec<Self>, BackendError> {
+        let mut starts = Vec::with_capacity(shapes.len());
+        let mut bytes = 0_usize;
+        for &(outputs, cols) in shapes {
+            starts.push(bytes);
+            bytes = bytes_of(held, outputs, cols)
+                .and_then(|own| bytes.checked_add(own))
+                .and_then(|end| end.checked_next_multiple_of(ALIGN))
+                .ok_or_else(|| BackendError::BadShape {
+                    what: "matrix",
+                    why: format!("{outputs} x {cols} is empty or larger than any memory"),
+                })?;
+        }
+        let memory = Arc::new(Mapped::on_huge_pages("weights", bytes)?);
+        let builder = |(&(outputs, cols), start)| Self {
+            packed: Packed { memory: Arc::clone(&memory), start, held, outputs, cols },
+            claimed: (0..outputs.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        };
+        Ok(shapes.iter().zip(starts).map(builder).collect())
     }
 
     fn bad_row(&self, row: usize, how: &'static str) -> BackendError {
@@ -113,7 +139,7 @@ impl PackedBuilder {
     fn transpose<S: Format, H: Format>(&self, first_row: usize, rows: usize, bytes: &[u8]) {
         let cols = self.packed.cols;
         let size = size_of::<S::Element>();
-        let base = self.packed.as_ptr::<H::Element>().cast_mut();
+        let base = self.packed.as_mut_ptr::<H::Element>();
         let mut row = first_row;
         while row < first_row + rows {
             let until = (row / PANEL + 1) * PANEL;
@@ -126,7 +152,8 @@ impl PackedBuilder {
                     for (k, stored) in from.chunks_exact(size).enumerate() {
                         let element = H::encode(S::decode(S::read(stored)));
                         // SAFETY: `r` is below `outputs` and `k0 + k` below `cols`, so the element
-                        // is inside the allocation; row `r` was claimed by this call alone.
+                        // is this matrix's; `start` and so `base` are aligned to a cache line, the
+                        // pointer may write, and row `r` was claimed by this call alone.
                         unsafe { base.add(to + k * PANEL).write(element) };
                     }
                 }
@@ -134,6 +161,12 @@ impl PackedBuilder {
             row = until;
         }
     }
+}
+
+/// The bytes of a matrix in whole panels; `None` where there are none, or too many to count.
+fn bytes_of(held: Precision, outputs: usize, cols: usize) -> Option<usize> {
+    let elements = outputs.checked_next_multiple_of(PANEL)?.checked_mul(cols)?;
+    elements.checked_mul(held.bytes() as usize).filter(|bytes| *bytes > 0)
 }
 
 impl WeightBuilder for PackedBuilder {
@@ -183,15 +216,19 @@ impl WeightBuilder for PackedBuilder {
 mod tests {
     use super::*;
 
-    fn bytes_of(values: &[f32]) -> Vec<u8> {
+    fn le_bytes(values: &[f32]) -> Vec<u8> {
         values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn builder(held: Precision, outputs: usize, cols: usize) -> PackedBuilder {
+        PackedBuilder::all(held, &[(outputs, cols)]).unwrap().remove(0)
     }
 
     #[test]
     fn pieces_in_any_order_from_threads_give_the_matrix() {
         let (outputs, cols) = (37, 201);
         let value = |row: usize, col: usize| (row * cols + col) as f32;
-        let builder = PackedBuilder::new(Precision::F32, outputs, cols).unwrap();
+        let builder = builder(Precision::F32, outputs, cols);
         std::thread::scope(|scope| {
             for (first, rows) in [(20, 17), (3, 1), (0, 3), (4, 16)] {
                 let builder = &builder;
@@ -199,7 +236,7 @@ mod tests {
                     .flat_map(|row| (0..cols).map(move |col| value(row, col)))
                     .collect();
                 scope.spawn(move || {
-                    builder.pack_rows(first, Precision::F32, &bytes_of(&piece)).unwrap();
+                    builder.pack_rows(first, Precision::F32, &le_bytes(&piece)).unwrap();
                 });
             }
         });
@@ -212,11 +249,39 @@ mod tests {
     }
 
     #[test]
+    fn matrices_side_by_side_leave_each_other_alone_and_outlive_each_other() {
+        for held in [Precision::F32, Precision::Bf16] {
+            let shapes = [(1, 1), (17, 3), (16, 5), (33, 2)];
+            let builders = PackedBuilder::all(held, &shapes).unwrap();
+            std::thread::scope(|scope| {
+                for (i, builder) in builders.iter().enumerate() {
+                    let (outputs, cols) = shapes[i];
+                    let all = le_bytes(&vec![1.0 + i as f32; outputs * cols]);
+                    scope.spawn(move || builder.pack_rows(0, Precision::F32, &all).unwrap());
+                }
+            });
+            for (i, builder) in builders.into_iter().enumerate() {
+                // Those before it are gone.
+                let packed = builder.finish().unwrap();
+                assert_eq!(packed.as_ptr::<u8>().addr() % ALIGN, 0, "matrix {i}");
+                let mut row = vec![0.0; packed.cols()];
+                for r in 0..packed.outputs() {
+                    packed.copy_row(r, &mut row);
+                    assert!(
+                        row.iter().all(|v| *v == 1.0 + i as f32),
+                        "matrix {i}, row {r}: {row:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
     fn stored_and_held_types_are_converted() {
         let values = [1.0_f32, -0.333_333_34, 65_504.0, 1e-7];
         for held in [Precision::F32, Precision::Bf16, Precision::F16] {
-            let builder = PackedBuilder::new(held, 1, 4).unwrap();
-            builder.pack_rows(0, Precision::F32, &bytes_of(&values)).unwrap();
+            let builder = builder(held, 1, 4);
+            builder.pack_rows(0, Precision::F32, &le_bytes(&values)).unwrap();
             let mut row = [0.0; 4];
             builder.finish().unwrap().copy_row(0, &mut row);
             let expected = values.map(|v| with_format!(held, H => H::decode(H::encode(v))));
@@ -226,8 +291,8 @@ mod tests {
 
     #[test]
     fn rows_that_do_not_fit_are_refused_by_number() {
-        let builder = PackedBuilder::new(Precision::Bf16, 2, 3).unwrap();
-        let row = bytes_of(&[1.0, 2.0, 3.0]);
+        let builder = builder(Precision::Bf16, 2, 3);
+        let row = le_bytes(&[1.0, 2.0, 3.0]);
         let pack = |first, bytes: &[u8]| builder.pack_rows(first, Precision::F32, bytes);
         assert_eq!(pack(0, &row), Ok(()));
         let twice = Err(BackendError::BadRow { row: 0, rows: 2, how: "packed twice" });
@@ -242,7 +307,7 @@ mod tests {
     #[test]
     fn impossible_shapes_are_refused() {
         for (outputs, cols) in [(0, 4), (4, 0), (usize::MAX, 2), (usize::MAX / 64, 64)] {
-            let result = PackedBuilder::new(Precision::F32, outputs, cols);
+            let result = PackedBuilder::all(Precision::F32, &[(1, 1), (outputs, cols)]);
             assert!(matches!(result.err(), Some(BackendError::BadShape { .. })));
         }
     }

@@ -46,7 +46,7 @@ fn values(seed: u32, len: usize, size: f32) -> Vec<f32> {
 }
 
 fn weight_of(ops: &CpuOps, seed: u32, outputs: usize, cols: usize) -> <CpuOps as Ops>::Weight {
-    let builder = ops.weight_builder(Precision::F32, outputs, cols).unwrap();
+    let builder = ops.weight_builders(Precision::F32, &[(outputs, cols)]).unwrap().remove(0);
     let bytes: Vec<u8> =
         values(seed, outputs * cols, 0.3).iter().flat_map(|v| v.to_le_bytes()).collect();
     builder.pack_rows(0, Precision::F32, &bytes).unwrap();
