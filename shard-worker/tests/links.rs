@@ -20,8 +20,8 @@ use shoal_protocol::plan::PeerAddress;
 use shoal_protocol::quic::{Alpn, Connection, Endpoint, Expect, FrameReceiver, FrameSender};
 use shoal_protocol::request::SamplingRecord;
 use shoal_shard_worker::stage::{
-    ALIGNMENT, Attached, BufferPool, Counters, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan,
-    Links, Outlet, StageInput, StepData, outlet, records_of,
+    ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links,
+    StageInput, StepData, records_of,
 };
 use tokio::sync::mpsc;
 
@@ -229,7 +229,7 @@ async fn nonsense_fails_the_shard_with_words_and_never_the_process() {
 struct End {
     _links: Links,
     _attached: Attached,
-    frames: Outlet,
+    frames: mpsc::Sender<LinkFrame>,
     inputs: mpsc::Receiver<StageInput>,
     events: mpsc::Receiver<LinkEvent>,
     received_into: BufferPool,
@@ -247,10 +247,10 @@ fn ends(cluster: &Cluster) -> [End; 2] {
         let hidden = SPEC.hidden as usize;
         let pool = BufferPool::new(hidden, LIMITS.step_rows_max as usize, 4);
         let (to, inputs) = mpsc::channel(4);
+        let (frames, outlet) = mpsc::channel(4);
         let (events_to, events) = mpsc::channel(4);
         let inlet = Inlet::Stage { hidden, pool: pool.clone(), to };
-        let counters = Arc::<Counters>::default();
-        let (frames, outlet) = outlet(4, Arc::clone(&counters));
+        let counters = Default::default();
         let ends = LinkEnds { inlet, outlet, events: events_to, counters };
         let ring = LinkPlan::of(&assignment).unwrap().unwrap();
         let attached = links.attach(ring, ends);
@@ -277,9 +277,7 @@ async fn hidden_states_travel_in_buffers_that_are_used_again() {
         let (header, records) = (step.header, records_of(&step));
         let payload = buffer.into_bytes();
         let ready = std::time::Instant::now();
-        let frame = LinkFrame::Step { header, records, payload, ready };
-        // As a compute thread does that has nothing else to do, and as one that has.
-        tokio::task::block_in_place(|| first.frames.send(frame, round % 2 == 0)).unwrap();
+        first.frames.send(LinkFrame::Step { header, records, payload, ready }).await.unwrap();
         let StageInput::Step { step: received, data: StepData::Hidden(hidden), .. } =
             within(second.inputs.recv()).await.unwrap()
         else {
@@ -294,34 +292,6 @@ async fn hidden_states_travel_in_buffers_that_are_used_again() {
     for pool in [&pool, &second.received_into] {
         assert!(pool.allocations() <= 8, "{} buffers for {ROUNDS} steps", pool.allocations());
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn frames_arrive_in_order_whoever_sends_them() {
-    let cluster = Cluster::new();
-    let [mut first, mut second] = ends(&cluster);
-    for end in [&mut first, &mut second] {
-        for _ in 0..2 {
-            assert!(!matches!(within(end.events.recv()).await.unwrap(), LinkEvent::Lost(_)));
-        }
-    }
-    const FRAMES: u32 = 2000;
-    let sender = std::thread::spawn(move || {
-        for position in 0..FRAMES {
-            let close = CloseHeader { generation: 1, sequence: u64::from(position) };
-            // In runs of either way, of all lengths up to 7.
-            let idle = (position / (1 + position % 7)) % 2 == 0;
-            first.frames.send(LinkFrame::Close(close), idle).unwrap();
-        }
-        first
-    });
-    for expected in 0..FRAMES {
-        let StageInput::Close(close) = within(second.inputs.recv()).await.unwrap() else {
-            panic!("not a close")
-        };
-        assert_eq!(close.sequence, u64::from(expected));
-    }
-    sender.join().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,14 +1,12 @@
 //! A connection whose peer is known.
 
 use std::net::SocketAddr;
-use std::sync::Weak;
 use std::time::Duration;
 
 use quinn::{ConnectionError, VarInt};
 use rustls_pki_types::CertificateDer;
 
 use super::alpn::Alpn;
-use super::driver::Driver;
 use super::identity::{NoNode, node_of};
 use super::stream::{FrameReceiver, FrameSender};
 use crate::id::NodeId;
@@ -34,19 +32,13 @@ pub struct LinkStats {
 #[derive(Clone, Debug)]
 pub struct Connection {
     inner: quinn::Connection,
-    driver: Weak<Driver>,
     peer: Option<NodeId>,
     alpn: Alpn,
 }
 
 impl Connection {
     pub(super) fn new(inner: quinn::Connection, peer: Option<NodeId>, alpn: Alpn) -> Self {
-        Self { inner, driver: Weak::new(), peer, alpn }
-    }
-
-    /// The same, with its driver: only who has dialled sends from threads of its own.
-    pub(super) fn driven_by(self, driver: Weak<Driver>) -> Self {
-        Self { driver, ..self }
+        Self { inner, peer, alpn }
     }
 
     /// Who is at the other end; `None` in the conversations without a client certificate.
@@ -89,15 +81,6 @@ impl Connection {
     /// The next stream that the peer opens to us.
     pub async fn accept_uni(&self) -> Result<FrameReceiver, ConnectionError> {
         self.inner.accept_uni().await.map(FrameReceiver::new)
-    }
-
-    /// Sends what was written to its streams from the caller's thread, rather than when the runtime's
-    /// thread has woken up for it. Only where this side has dialled; else it does nothing, and what was
-    /// written is sent as ever.
-    pub fn send_here(&self) {
-        if let Some(driver) = self.driver.upgrade() {
-            driver.run_here();
-        }
     }
 
     /// Ends the connection, with a reason that the peer can log.

@@ -1,7 +1,7 @@
 //! A UDP socket, and who listens on it.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -11,7 +11,6 @@ use super::accept::{Accepting, Handshakes};
 use super::alpn::{Alpn, Expect};
 use super::close_code;
 use super::connection::{Connection, peer_node};
-use super::driver::{Driver, Runtime};
 use super::error::{ConnectError, EndpointError};
 use super::identity::{Identity, NoNode, TLS_NAME};
 use super::settings;
@@ -70,7 +69,7 @@ impl Endpoint {
         let granted = settings::size_buffers(&socket).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         socket.bind(&address.into()).map_err(failed)?;
-        let runtime: Arc<dyn quinn::Runtime> = Arc::new(Runtime::current());
+        let runtime: Arc<dyn quinn::Runtime> = Arc::new(quinn::TokioRuntime);
         let config = quinn::EndpointConfig::default();
         let inner = quinn::Endpoint::new(config, None, socket.into(), runtime).map_err(failed)?;
         let local = inner.local_addr().map_err(failed)?;
@@ -106,8 +105,7 @@ impl Endpoint {
         let identity =
             self.identity().ok_or_else(|| TlsError("this endpoint has no identity".to_owned()))?;
         let config = tls::client(&identity, alpn)?;
-        let (inner, driver) =
-            self.handshake(address, config, &expect.to_string(), deadline).await?;
+        let inner = self.handshake(address, config, &expect.to_string(), deadline).await?;
         let node = peer_node(&inner).ok_or(NoNode::NotOneName).and_then(|r| r);
         let node = match node {
             Ok(node) => node,
@@ -124,7 +122,7 @@ impl Endpoint {
                 found: node,
             });
         }
-        Ok(Connection::new(inner, Some(node), alpn).driven_by(driver))
+        Ok(Connection::new(inner, Some(node), alpn))
     }
 
     /// Connects without a certificate to a node whose CA has this fingerprint.
@@ -136,9 +134,9 @@ impl Endpoint {
         deadline: Duration,
     ) -> Result<Connection, ConnectError> {
         let config = tls::pinned_client(ca_fingerprint, alpn)?;
-        let (inner, driver) = self.handshake(address, config, "a coordinator", deadline).await?;
+        let inner = self.handshake(address, config, "a coordinator", deadline).await?;
         let peer = peer_node(&inner).and_then(Result::ok);
-        Ok(Connection::new(inner, peer, alpn).driven_by(driver))
+        Ok(Connection::new(inner, peer, alpn))
     }
 
     async fn handshake(
@@ -147,7 +145,7 @@ impl Endpoint {
         tls: rustls::ClientConfig,
         expect: &str,
         deadline: Duration,
-    ) -> Result<(quinn::Connection, Weak<Driver>), ConnectError> {
+    ) -> Result<quinn::Connection, ConnectError> {
         let tls = QuicClientConfig::try_from(tls).map_err(|error| TlsError(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         config.transport_config(Arc::clone(&self.transport));
@@ -155,10 +153,9 @@ impl Endpoint {
             .inner
             .connect_with(config, address, TLS_NAME)
             .map_err(|source| ConnectError::Address { address, source })?;
-        let driver = Driver::spawned_here();
         let deadline = deadline.min(HANDSHAKE_TIMEOUT);
         match tokio::time::timeout(deadline, connecting).await {
-            Ok(Ok(connection)) => Ok((connection, driver)),
+            Ok(Ok(connection)) => Ok(connection),
             Ok(Err(source)) => {
                 Err(ConnectError::Handshake { address, expect: expect.to_owned(), source })
             }

@@ -16,7 +16,6 @@ mod alpn;
 pub mod ca;
 mod connection;
 mod context;
-mod driver;
 mod endpoint;
 mod error;
 pub mod identity;
@@ -33,7 +32,7 @@ pub use endpoint::Endpoint;
 pub use error::{AcceptError, ConnectError, EndpointError};
 pub use identity::Identity;
 pub use settings::{IDLE_TIMEOUT, KEEP_ALIVE};
-pub use stream::{FrameReceiver, FrameSender, Pieces, RecvError, SendError};
+pub use stream::{FrameReceiver, FrameSender, RecvError, SendError};
 
 /// Connections ended on purpose carry one of these codes.
 pub mod close_code {

@@ -1,8 +1,5 @@
 //! Frames on a QUIC stream: no copy on send, one on receive.
 
-use std::future::Future;
-use std::task::{Context, Poll, Waker};
-
 use bytes::{Bytes, BytesMut};
 use quinn::{ReadError, ReadExactError, VarInt, WriteError};
 use serde::Serialize;
@@ -14,27 +11,6 @@ use crate::frame::{Flat, FrameError, FrameKind, HEADER_LEN_MAX, PRELUDE_LEN, Pre
 #[derive(Debug)]
 pub struct FrameSender {
     inner: quinn::SendStream,
-}
-
-/// A frame on its way out: its head, its records, its payload. What was sent is no longer in it.
-#[derive(Debug)]
-pub struct Pieces([Bytes; 3]);
-
-impl Pieces {
-    /// A frame that has not been sent yet.
-    pub fn of<H: Flat>(kind: FrameKind, header: &H, records: Bytes, payload: Bytes) -> Self {
-        const { assert!(H::LEN <= HEADER_LEN_MAX) };
-        let mut head = BytesMut::zeroed(PRELUDE_LEN + H::LEN);
-        let prelude = Prelude { kind, header_len: H::LEN, body_len: records.len() + payload.len() };
-        head[..PRELUDE_LEN].copy_from_slice(&prelude.encode());
-        header.write_to(&mut head[PRELUDE_LEN..]);
-        Self([head.freeze(), records, payload])
-    }
-
-    /// What is left of head, records and payload.
-    pub fn parts(&self) -> &[Bytes; 3] {
-        &self.0
-    }
 }
 
 /// A frame that was not sent.
@@ -65,22 +41,13 @@ impl FrameSender {
         records: Bytes,
         payload: Bytes,
     ) -> Result<(), SendError> {
-        self.write(&mut Pieces::of(kind, header, records, payload)).await
-    }
-
-    /// Sends what is left of a frame.
-    pub async fn write(&mut self, pieces: &mut Pieces) -> Result<(), SendError> {
-        Ok(self.inner.write_all_chunks(&mut pieces.0).await?)
-    }
-
-    /// Sends as much of a frame as there is credit for, without waiting, and says whether that is all
-    /// of it. What is left stays in `pieces`, for `write`.
-    pub fn write_now(&mut self, pieces: &mut Pieces) -> Result<bool, SendError> {
-        let write = std::pin::pin!(self.inner.write_all_chunks(&mut pieces.0));
-        match write.poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(written) => written.map(|()| true).map_err(SendError::from),
-            Poll::Pending => Ok(false),
-        }
+        const { assert!(H::LEN <= HEADER_LEN_MAX) };
+        let mut head = BytesMut::zeroed(PRELUDE_LEN + H::LEN);
+        let prelude = Prelude { kind, header_len: H::LEN, body_len: records.len() + payload.len() };
+        head[..PRELUDE_LEN].copy_from_slice(&prelude.encode());
+        header.write_to(&mut head[PRELUDE_LEN..]);
+        self.inner.write_all_chunks(&mut [head.freeze(), records, payload]).await?;
+        Ok(())
     }
 
     /// Sends one frame whose header is already bytes.

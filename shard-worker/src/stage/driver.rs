@@ -22,16 +22,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
-use super::outlet::{Closed, Outlet};
 use super::table::{SpanBuffer, StageFault, StageTable};
 use super::wire::{LinkFrame, StageInput, StepData};
 use crate::model::{Batch, ComputeError, ShardModel};
 
 /// Where a stage's results go.
 #[derive(Debug)]
-pub enum Results {
+pub enum Outlet {
     /// Over the link: to the next stage, or from the last stage to the head.
-    Link(Outlet),
+    Link(mpsc::Sender<LinkFrame>),
     /// To the head of a replica that has one stage.
     Head(mpsc::Sender<Samples>),
 }
@@ -150,7 +149,7 @@ pub struct StageParts {
     /// Where the first stage's hidden states come from.
     pub pool: BufferPool,
     /// Where results go.
-    pub results: Results,
+    pub outlet: Outlet,
     /// What it counts.
     pub counters: Arc<Counters>,
 }
@@ -162,7 +161,7 @@ pub struct Stage {
     table: StageTable,
     model: Box<dyn ShardModel>,
     pool: BufferPool,
-    results: Results,
+    outlet: Outlet,
     counters: Arc<Counters>,
     /// How many are open.
     sequences: watch::Sender<usize>,
@@ -171,13 +170,16 @@ pub struct Stage {
     logits: Vec<f32>,
 }
 
+/// The other end is gone; its owner knows why.
+struct Closed;
+
 impl Stage {
     /// A stage without steps.
     pub fn new(parts: StageParts) -> Self {
-        let StageParts { index, last, table, model, pool, results, counters } = parts;
+        let StageParts { index, last, table, model, pool, outlet, counters } = parts;
         let (spans, logits) = (SpanBuffer::default(), Vec::new());
         let sequences = watch::Sender::new(0);
-        Self { index, last, table, model, pool, results, counters, sequences, spans, logits }
+        Self { index, last, table, model, pool, outlet, counters, sequences, spans, logits }
     }
 
     fn run(
@@ -189,35 +191,33 @@ impl Stage {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
-            let idle = inputs.is_empty();
-            if let Err(Closed) = self.take(input, idle)? {
+            if let Err(Closed) = self.take(input)? {
                 break;
             }
         }
         Ok(())
     }
 
-    /// `idle`: nothing else waits for this thread.
-    fn take(&mut self, input: StageInput, idle: bool) -> Result<Result<(), Closed>, StageError> {
+    fn take(&mut self, input: StageInput) -> Result<Result<(), Closed>, StageError> {
         let index = self.index;
         let fault = |fault| StageError::Fault(index, fault);
         match input {
             StageInput::Open(open) => {
                 self.table.open(&open).map_err(fault)?;
                 self.sequences.send_replace(self.table.len());
-                Ok(self.hand_on(idle, || LinkFrame::Open(open)))
+                Ok(self.hand_on(|| LinkFrame::Open(open)))
             }
             StageInput::Close(close) => {
                 self.table.close(&close).map_err(fault)?;
                 self.sequences.send_replace(self.table.len());
-                Ok(self.hand_on(idle, || LinkFrame::Close(close)))
+                Ok(self.hand_on(|| LinkFrame::Close(close)))
             }
             StageInput::Step { step, records, data } => {
                 let hidden = self.compute(&step, data)?;
                 let ready = Instant::now();
                 if !self.last {
                     let (header, payload) = (step.header, hidden.into_bytes());
-                    return Ok(self.hand_on(idle, || LinkFrame::Step {
+                    return Ok(self.hand_on(|| LinkFrame::Step {
                         header,
                         records,
                         payload,
@@ -227,19 +227,21 @@ impl Stage {
                 drop(hidden);
                 let vocab = self.model.vocab();
                 let samples = self.table.draw(&step, &self.logits, vocab).map_err(fault)?;
-                Ok(match &self.results {
-                    Results::Link(to) => to.send(LinkFrame::Samples { samples, ready }, idle),
-                    Results::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
+                Ok(match &self.outlet {
+                    Outlet::Link(to) => {
+                        to.blocking_send(LinkFrame::Samples { samples, ready }).map_err(|_| Closed)
+                    }
+                    Outlet::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
                 })
             }
         }
     }
 
     /// Sends a frame to the next stage; behind the last one there is none.
-    fn hand_on(&self, idle: bool, frame: impl FnOnce() -> LinkFrame) -> Result<(), Closed> {
-        match &self.results {
-            Results::Link(to) if !self.last => to.send(frame(), idle),
-            Results::Link(_) | Results::Head(_) => Ok(()),
+    fn hand_on(&self, frame: impl FnOnce() -> LinkFrame) -> Result<(), Closed> {
+        match &self.outlet {
+            Outlet::Link(to) if !self.last => to.blocking_send(frame()).map_err(|_| Closed),
+            Outlet::Link(_) | Outlet::Head(_) => Ok(()),
         }
     }
 

@@ -2,16 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use shoal_protocol::activation::{
-    BlockGrant, CloseHeader, Open, RowRecord, SamplesHeader, StepHeader,
-};
-use shoal_protocol::frame::{Flat, FrameKind, PRELUDE_LEN, Prelude};
+use shoal_protocol::activation::{BlockGrant, CloseHeader, Open, RowRecord, StepHeader};
 use shoal_protocol::id::{Attempt, Generation, RequestId, SequenceId};
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::request::SamplingRecord;
 
 use super::*;
-use crate::stage::{OutletEnd, outlet};
 
 const WIDTH: usize = 8;
 const VOCAB: usize = 5;
@@ -66,18 +62,9 @@ impl ShardModel for AddOne {
     }
 }
 
-/// What kind of frame comes out next, and its payload.
-async fn next(frames: &mut OutletEnd) -> Option<(FrameKind, Bytes, Bytes)> {
-    let frame = frames.recv().await?;
-    let [head, records, payload] = frame.pieces.parts().clone();
-    let prelude = head[..PRELUDE_LEN].try_into().unwrap();
-    let kind = Prelude::decode(&prelude).unwrap().kind;
-    Some((kind, [head.slice(PRELUDE_LEN..), records].concat().into(), payload))
-}
-
 struct Bench {
     input: mpsc::Sender<StageInput>,
-    frames: OutletEnd,
+    frames: mpsc::Receiver<LinkFrame>,
     thread: ComputeThread,
     pool: BufferPool,
 }
@@ -85,7 +72,7 @@ struct Bench {
 fn start(index: u32, model: AddOne) -> Bench {
     let pool = BufferPool::new(WIDTH, LIMITS.step_rows_max as usize, 2);
     let (input, inputs) = mpsc::channel(8);
-    let (outlet, frames) = outlet(8, Arc::default());
+    let (frame, frames) = mpsc::channel(8);
     let last = model.last;
     let stage = Stage::new(StageParts {
         index: StageIndex(index),
@@ -93,7 +80,7 @@ fn start(index: u32, model: AddOne) -> Bench {
         table: StageTable::new(Generation(1), LIMITS, last),
         model: Box::new(model),
         pool: pool.clone(),
-        results: Results::Link(outlet),
+        outlet: Outlet::Link(frame),
         counters: Arc::default(),
     });
     let thread = ComputeThread::start("test".to_owned(), stage, inputs).unwrap();
@@ -141,13 +128,13 @@ async fn a_middle_stage_computes_where_it_received_and_sends_from_there() {
     let seen = Arc::clone(&model.seen);
     let mut bench = start(1, model);
     bench.input.send(open()).await.unwrap();
-    assert!(matches!(next(&mut bench.frames).await, Some((FrameKind::Open, ..))));
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Open(_))));
     for position in 0..40 {
         let mut buffer = bench.pool.take(1);
         buffer.floats_mut().fill(position as f32);
         let address = buffer.floats().as_ptr() as usize;
         bench.input.send(step(position, StepData::Hidden(buffer))).await.unwrap();
-        let Some((FrameKind::Step, _, payload)) = next(&mut bench.frames).await else {
+        let Some(LinkFrame::Step { payload, .. }) = bench.frames.recv().await else {
             panic!("no step comes out")
         };
         assert_eq!(payload.as_ptr() as usize, address);
@@ -157,10 +144,7 @@ async fn a_middle_stage_computes_where_it_received_and_sends_from_there() {
     assert_eq!(bench.pool.allocations(), 1, "one buffer serves all steps");
     let close = CloseHeader { generation: 1, sequence: 1 };
     bench.input.send(StageInput::Close(close)).await.unwrap();
-    let Some((FrameKind::Close, header, _)) = next(&mut bench.frames).await else {
-        panic!("the close does not go on")
-    };
-    assert_eq!(CloseHeader::read_from(&header).unwrap(), close);
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Close(c)) if c == close));
     drop(bench.input);
     let ended = bench.thread.ended().await.unwrap();
     assert!(ended.outcome.is_ok() && ended.model.is_some());
@@ -172,11 +156,9 @@ async fn a_last_stage_draws_and_sends_nothing_else() {
     bench.input.send(open()).await.unwrap();
     let buffer = bench.pool.take(1);
     bench.input.send(step(0, StepData::Hidden(buffer))).await.unwrap();
-    let Some((FrameKind::Samples, bytes, _)) = next(&mut bench.frames).await else {
+    let Some(LinkFrame::Samples { samples, .. }) = bench.frames.recv().await else {
         panic!("no samples come out")
     };
-    let (header, body) = bytes.split_at(SamplesHeader::LEN);
-    let samples = Samples::decode(header, body, &LIMITS).unwrap();
     assert_eq!(samples.samples.len(), 1);
     assert_eq!(samples.samples[0].token, VOCAB as u32 - 1);
 }

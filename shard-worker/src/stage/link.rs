@@ -30,9 +30,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::counters::Counters;
-use super::outlet::OutletEnd;
 use super::ring::{LinkPlan, Neighbour};
-use super::wire::{self, Inlet, LinkEnd};
+use super::wire::{self, Inlet, LinkEnd, LinkFrame};
 
 /// How long a peer may take to say which link it is, and to answer. Beyond the handshake this is one
 /// round trip.
@@ -83,7 +82,7 @@ pub struct LinkEnds {
     /// Where frames from upstream go.
     pub inlet: Inlet,
     /// Frames for downstream.
-    pub outlet: OutletEnd,
+    pub outlet: mpsc::Receiver<LinkFrame>,
     /// Where events go.
     pub events: mpsc::Sender<LinkEvent>,
     /// What the downstream link counts.
@@ -388,7 +387,7 @@ async fn link_shard(
         let connection = downstream_open.insert(connection);
         counters.linked(connection.clone());
         let _ = events.send(LinkEvent::DownstreamUp).await;
-        match outlet.run(sender, connection).await {
+        match wire::send(sender, connection, outlet, &counters).await {
             Ok(()) => std::future::pending().await,
             Err(end) => plan.downstream.lost(end, connection),
         }

@@ -1,13 +1,12 @@
 //! A stage: what it knows of its sequences, and how steps reach it and leave it.
 //!
 //! `table` and `ring` are pure; the rest are shells: `shard` puts one together out of `driver` (the compute
-//! thread), `outlet` (its way out) and `link` (the ring of streams), whose frames `wire` reads and writes.
+//! thread) and `link` (the ring of streams), whose frames `wire` reads and writes.
 
 mod buffer;
 mod counters;
 mod driver;
 mod link;
-mod outlet;
 mod ring;
 mod shard;
 pub mod table;
@@ -15,9 +14,8 @@ mod wire;
 
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
-pub use driver::{ComputeThread, Ended, Results, Stage, StageError, StageParts, records_of};
+pub use driver::{ComputeThread, Ended, Outlet, Stage, StageError, StageParts, records_of};
 pub use link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links, LinksError};
-pub use outlet::{Closed, Outlet, OutletEnd, outlet};
 pub use ring::{BadRing, LinkPlan, Neighbour};
 pub use shard::{DRAIN_TIMEOUT, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop, StartError};
-pub use wire::{Encoded, Inlet, LinkFrame, StageInput, StepData};
+pub use wire::{Inlet, LinkFrame, StageInput, StepData};

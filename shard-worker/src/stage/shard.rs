@@ -22,12 +22,11 @@ use tokio::task::JoinHandle;
 
 use super::buffer::BufferPool;
 use super::counters::Counters;
-use super::driver::{ComputeThread, Ended, Results, Stage, StageParts};
+use super::driver::{ComputeThread, Ended, Outlet, Stage, StageParts};
 use super::link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links};
-use super::outlet::outlet;
 use super::ring::{BadRing, LinkPlan};
 use super::table::StageTable;
-use super::wire::{Inlet, StageInput};
+use super::wire::{Inlet, LinkFrame, StageInput};
 use crate::engine::{BadEngineConfig, EngineConfig};
 use crate::head::{Head, HeadClient, HeadParts};
 use crate::model::ShardModel;
@@ -126,10 +125,10 @@ impl Shard {
         let (input, inputs) = mpsc::channel::<StageInput>(frames_max);
         // One more than steps in flight, so that nobody ever waits to put samples in.
         let (drawn, samples) = mpsc::channel::<Samples>(steps + 1);
-        let (outlet, outlet_end) = outlet(frames_max, Arc::clone(&counters));
-        let results = match ring {
-            Some(_) => Results::Link(outlet),
-            None => Results::Head(drawn.clone()),
+        let (frame, outlet_frames) = mpsc::channel::<LinkFrame>(frames_max);
+        let outlet = match ring {
+            Some(_) => Outlet::Link(frame),
+            None => Outlet::Head(drawn.clone()),
         };
         let (fault_to, fault) = mpsc::channel(1);
         let (head, inlet) = if assignment.is_first() {
@@ -147,7 +146,7 @@ impl Shard {
             table,
             model: loaded.model,
             pool,
-            results,
+            outlet,
             counters: Arc::clone(&counters),
         });
         let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
@@ -155,7 +154,7 @@ impl Shard {
         let (link_to, link_events) = mpsc::channel(LINK_EVENTS_MAX);
         let attached = ring.map(|ring| {
             let counters = Arc::clone(&counters);
-            links.attach(ring, LinkEnds { inlet, outlet: outlet_end, events: link_to, counters })
+            links.attach(ring, LinkEnds { inlet, outlet: outlet_frames, events: link_to, counters })
         });
         let client = head.as_ref().map(Head::client);
         let (stop, stopped) = oneshot::channel();

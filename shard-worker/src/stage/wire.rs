@@ -12,11 +12,12 @@ use shoal_protocol::activation::{
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::Generation;
 use shoal_protocol::plan::ReplicaLimits;
-use shoal_protocol::quic::{FrameReceiver, Pieces, RecvError, SendError};
+use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, RecvError, SendError};
 use shoal_protocol::request::SamplingRecord;
 use tokio::sync::mpsc;
 
 use super::buffer::{BufferPool, HiddenBuffer};
+use super::counters::Counters;
 use super::ring::LinkPlan;
 
 /// Bytes of one number on the wire.
@@ -220,40 +221,49 @@ fn check_generation(found: u64, plan: &LinkPlan) -> Result<(), LinkEnd> {
     Err(LinkEnd::Violation(format!("a frame of {found} on a link of {expected}")))
 }
 
-/// A frame as it leaves.
-#[derive(Debug)]
-pub struct Encoded {
-    /// What is to be written.
-    pub pieces: Pieces,
-    /// Of a step and of samples: the length of its body, and when the stage had it ready.
-    pub step: Option<(usize, Instant)>,
+/// Sends frames until the link ends, or, without an error, the stage gives no more.
+pub(super) async fn send(
+    mut sender: FrameSender,
+    connection: &Connection,
+    mut outlet: mpsc::Receiver<LinkFrame>,
+    counters: &Counters,
+) -> Result<(), LinkEnd> {
+    loop {
+        let frame = tokio::select! {
+            frame = outlet.recv() => frame,
+            // An idle link notices a loss too.
+            reason = connection.closed() => return Err(LinkEnd::Gone(reason.to_string())),
+        };
+        let Some(frame) = frame else { return Ok(()) };
+        send_frame(&mut sender, frame, counters).await?;
+    }
 }
 
-impl LinkFrame {
-    /// The frame's bytes; those of a payload are not copied.
-    pub fn encode(self) -> Encoded {
-        let none = Bytes::new;
-        match self {
-            LinkFrame::Step { header, records, payload, ready } => {
-                let len = records.len() + payload.len();
-                let pieces = Pieces::of(FrameKind::Step, &header, records, payload);
-                Encoded { pieces, step: Some((len, ready)) }
-            }
-            LinkFrame::Samples { samples, ready } => {
-                let (header, body) = samples.encode();
-                let len = body.len();
-                let pieces = Pieces::of(FrameKind::Samples, &header, body.into(), none());
-                Encoded { pieces, step: Some((len, ready)) }
-            }
-            LinkFrame::Open(open) => {
-                let (header, body) = open.encode();
-                let pieces = Pieces::of(FrameKind::Open, &header, body.into(), none());
-                Encoded { pieces, step: None }
-            }
-            LinkFrame::Close(close) => {
-                let pieces = Pieces::of(FrameKind::Close, &close, none(), none());
-                Encoded { pieces, step: None }
-            }
+async fn send_frame(
+    sender: &mut FrameSender,
+    frame: LinkFrame,
+    counters: &Counters,
+) -> Result<(), SendError> {
+    match frame {
+        LinkFrame::Step { header, records, payload, ready } => {
+            let len = records.len() + payload.len();
+            sender.send(FrameKind::Step, &header, records, payload).await?;
+            counters.sent(len, ready.elapsed());
+            Ok(())
+        }
+        LinkFrame::Samples { samples, ready } => {
+            let (header, body) = samples.encode();
+            let len = body.len();
+            sender.send(FrameKind::Samples, &header, body.into(), Bytes::new()).await?;
+            counters.sent(len, ready.elapsed());
+            Ok(())
+        }
+        LinkFrame::Open(open) => {
+            let (header, body) = open.encode();
+            sender.send(FrameKind::Open, &header, body.into(), Bytes::new()).await
+        }
+        LinkFrame::Close(close) => {
+            sender.send(FrameKind::Close, &close, Bytes::new(), Bytes::new()).await
         }
     }
 }
