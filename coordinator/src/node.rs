@@ -71,7 +71,7 @@ pub enum StartError {
     #[error(
         "the API cannot listen on {address}: there are no API keys yet, so whoever reaches it could \
          use it; listen on a loopback address such as 127.0.0.1:{}, and put a proxy that knows \
-         your users before it", address.port()
+         your users before it and sets `Host` to that address", address.port()
     )]
     NotLoopback {
         /// The address.

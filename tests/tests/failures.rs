@@ -16,7 +16,7 @@ const NEWS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a deployment that is ready may turn requests away: until the coordinator has found the
 /// new links.
-const SETTLE_TIMEOUT: Duration = Duration::from_millis(500);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a cluster of three may take to serve again.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(20);

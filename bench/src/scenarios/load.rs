@@ -49,12 +49,13 @@ pub fn run(settings: &Settings) -> Result<Section> {
             reads.push(read_all(&model)?.as_secs_f64());
             prepare(&model, cold)?;
             if loads.is_empty() && !cold {
-                let (seconds, peaks) = watch_memory(&cluster.worker_pids(), &deploy)?;
-                loads.push(seconds);
+                // Not timed: looking takes time, too.
+                let (_, peaks) = watch_memory(&cluster.worker_pids(), deploy)?;
                 memory(&cluster, &peaks, &mut section)?;
-            } else {
-                loads.push(deploy()?);
+                cluster.operate(&["undeploy", "large"])?;
+                prepare(&model, cold)?;
             }
+            loads.push(deploy()?);
             cluster.operate(&["undeploy", "large"])?;
         }
         let state = if cold { "cold" } else { "warm" };
@@ -77,7 +78,7 @@ fn watch_memory<T>(
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, BTreeMap<u32, u64>)> {
     let mut peaks: BTreeMap<u32, u64> = pids.iter().map(|pid| (*pid, 0)).collect();
-    let (done, ended) = std::sync::mpsc::channel::<()>();
+    let (done, ended) = std::sync::mpsc::sync_channel::<()>(0);
     let seen = &mut peaks;
     std::thread::scope(|scope| {
         let watcher = scope.spawn(move || {
@@ -106,6 +107,7 @@ fn memory(cluster: &Cluster, peaks: &BTreeMap<u32, u64>, section: &mut Section) 
         let held = |key: &str| shards.iter().filter_map(|s| s["memory"][key].as_u64()).sum::<u64>();
         let (weights, kv) = (held("weights"), held("kv"));
         let anonymous = *peaks.get(&pid).context("a worker that was not there before")?;
+        anyhow::ensure!(anonymous > 0, "the memory of process {pid} could not be read");
         let bound = 1.05 * (weights + kv) as f64 + f64::from(80 << 20);
         let id = worker["id"].as_str().unwrap_or("?");
         section.at_most(

@@ -54,9 +54,9 @@ impl FolderLock {
                     .map_err(failed)?;
             }
         }
-        // For whoever finds it locked.
+        // For whoever finds it locked. A full disk is no reason not to start.
         let pid = std::process::id();
-        file.set_len(0).and_then(|()| writeln!(file, "{pid}")).map_err(failed)?;
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{pid}"));
         Ok(Self { _file: file })
     }
 }

@@ -36,12 +36,10 @@ pub async fn generate(
     body: Body,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    if *context.draining.borrow() {
-        let why = "this coordinator is stopping and takes no new requests; try another one";
-        let retry_after = Some(Duration::from_secs(1));
-        return Err(ApiError { retry_after, ..ApiError::new(ErrorCode::Draining, why) });
-    }
+    not_draining(&context)?;
     let request = parse(endpoint, &read(&context, body).await?)?;
+    // The body may have taken its time.
+    not_draining(&context)?;
     let session = begin(&context, endpoint, &request, arrived).await?;
     let id = HeaderValue::from_str(&session.facts.id);
     let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
@@ -54,6 +52,15 @@ pub async fn generate(
         response.headers_mut().insert("x-request-id", id);
     }
     Ok(response)
+}
+
+fn not_draining(context: &ApiContext) -> Result<(), ApiError> {
+    if !*context.draining.borrow() {
+        return Ok(());
+    }
+    let why = "this coordinator is stopping and takes no new requests; try another one";
+    let retry_after = Some(Duration::from_secs(1));
+    Err(ApiError { retry_after, ..ApiError::new(ErrorCode::Draining, why) })
 }
 
 /// The whole body, within the bounds of size and time.

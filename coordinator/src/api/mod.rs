@@ -81,6 +81,8 @@ pub struct ApiContext {
     pub limits: Limits,
     /// `true`: finish what runs, take nothing new.
     pub draining: watch::Receiver<bool>,
+    /// `true`: what is not complete by now is ended with words.
+    cut: watch::Receiver<bool>,
     texts: ModelTexts,
     places: Arc<Places>,
 }
@@ -127,6 +129,16 @@ impl ApiContext {
         limits: Limits,
         draining: watch::Receiver<bool>,
     ) -> Self {
+        let cut_off = watch::Sender::new(false);
+        let cut = cut_off.subscribe();
+        let mut drain = draining.clone();
+        // Counted from the drain itself, whoever looks at it when. It ends with the coordinator.
+        tokio::spawn(async move {
+            // A sender that is gone means that the coordinator is gone.
+            let _ = drain.wait_for(|draining| *draining).await;
+            tokio::time::sleep(limits.drain).await;
+            cut_off.send_replace(true);
+        });
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
             table,
@@ -134,6 +146,7 @@ impl ApiContext {
             telemetry,
             limits,
             draining,
+            cut,
             texts: ModelTexts::new(cores),
             places: Arc::new(Places::new(limits.admission)),
         }
@@ -141,11 +154,9 @@ impl ApiContext {
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.
     pub fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (mut draining, grace) = (self.draining.clone(), self.limits.drain);
+        let mut cut = self.cut.clone();
         async move {
-            // A sender that is gone means that the coordinator is gone.
-            let _ = draining.wait_for(|draining| *draining).await;
-            tokio::time::sleep(grace).await;
+            let _ = cut.wait_for(|cut| *cut).await;
         }
     }
 }

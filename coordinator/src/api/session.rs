@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
@@ -233,7 +233,9 @@ impl Session {
                            ask again when it is back";
                 self.metrics.failed(ErrorCode::Draining);
                 self.running.clear();
-                return Some(Err(ApiError::new(ErrorCode::Draining, why)));
+                let retry_after = Some(Duration::from_secs(1));
+                let error = ApiError::new(ErrorCode::Draining, why);
+                return Some(Err(ApiError { retry_after, ..error }));
             }
         };
         let event = match event {

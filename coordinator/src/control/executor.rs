@@ -145,9 +145,14 @@ impl Executor {
 
     fn show(&self, state: &ClusterState, decision: &Decision) {
         let seen = self.agents.observe();
-        let table = self.table(state, decision, &seen);
+        let phases: BTreeMap<_, _> = state
+            .deployments
+            .iter()
+            .map(|(name, _)| (name.clone(), self.phase_of(decision, name)))
+            .collect();
+        let table = self.table(state, &phases, &seen);
         self.shown.table.send_replace(Arc::new(table));
-        let view = view(&self.coordinator, state, decision, &seen);
+        let view = view(&self.coordinator, state, &phases, &seen);
         self.shown.view.send_if_modified(|shown| {
             let changed = **shown != view;
             if changed {
@@ -157,10 +162,24 @@ impl Executor {
         });
     }
 
+    /// Where a deployment is. Without its tokenizer its head could be asked, and not answered for.
+    fn phase_of(&self, decision: &Decision, name: &DeploymentName) -> Phase {
+        let phase = decision.phases.get(name).cloned().unwrap_or(Phase {
+            phase: DeploymentPhase::Waiting,
+            reason: "it has not been looked at yet".into(),
+        });
+        match self.folders.of(name) {
+            Err(reason) if phase.phase == DeploymentPhase::Ready => {
+                Phase { phase: DeploymentPhase::Loading, reason }
+            }
+            _ => phase,
+        }
+    }
+
     fn table(
         &self,
         state: &ClusterState,
-        decision: &Decision,
+        phases: &BTreeMap<DeploymentName, Phase>,
         seen: &BTreeMap<NodeId, ObservedWorker>,
     ) -> ServingTable {
         let connected = || seen.iter().filter(|(_, worker)| worker.connected);
@@ -173,14 +192,9 @@ impl Executor {
             workers_total: state.nodes.workers().count(),
         };
         for (name, deployment) in state.deployments.iter() {
-            let phase = phase_of(decision, name);
-            // Without the tokenizer its head could be asked, and not answered for.
-            let found = self.folders.of(name);
-            let ready = phase.phase == DeploymentPhase::Ready && found.is_ok();
-            let (folder, reason) = match found {
-                Ok(folder) => (folder, phase.reason),
-                Err(why) => (None, why),
-            };
+            let Some(Phase { phase, reason }) = phases.get(name).cloned() else { continue };
+            let ready = phase == DeploymentPhase::Ready;
+            let folder = self.folders.of(name).ok().flatten();
             let plans: Vec<_> =
                 deployment.replicas.iter().filter_map(|id| state.plans.get(*id)).collect();
             let context_max = plans.iter().map(|plan| plan.limits.context_max).max();
@@ -215,18 +229,11 @@ impl Executor {
     }
 }
 
-fn phase_of(decision: &Decision, name: &DeploymentName) -> Phase {
-    decision.phases.get(name).cloned().unwrap_or(Phase {
-        phase: DeploymentPhase::Waiting,
-        reason: "it has not been looked at yet".into(),
-    })
-}
-
 /// The cluster as people see it.
 fn view(
     coordinator: &CoordinatorView,
     state: &ClusterState,
-    decision: &Decision,
+    phases: &BTreeMap<DeploymentName, Phase>,
     seen: &BTreeMap<NodeId, ObservedWorker>,
 ) -> ClusterView {
     let workers = state.nodes.workers().map(|(id, node)| match seen.get(&id) {
@@ -251,10 +258,10 @@ fn view(
             heads: Vec::new(),
         },
     });
-    let deployments = state.deployments.iter().map(|(name, deployment)| {
-        let Phase { phase, reason } = phase_of(decision, name);
+    let deployments = state.deployments.iter().filter_map(|(name, deployment)| {
+        let Phase { phase, reason } = phases.get(name).cloned()?;
         let source = deployment.spec.model.source.clone();
-        DeploymentView { name: name.clone(), source, phase, reason }
+        Some(DeploymentView { name: name.clone(), source, phase, reason })
     });
     ClusterView {
         coordinator: coordinator.clone(),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::DeploymentName;
@@ -16,6 +16,9 @@ use super::state::ClusterState;
 /// How long a round waits for what it has just begun to look for: a disk that works takes
 /// milliseconds, and workers must not wait for their assignments because of one that does not.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The pause before what was not found is looked for again: rounds follow each other much faster.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The folders that have been found, and those that are being looked for.
 #[derive(Debug)]
@@ -33,7 +36,9 @@ type Folder = Result<Option<PathBuf>, WireError>;
 struct Known {
     source: ModelSource,
     searching: bool,
-    /// What the last search came to. What was not found is looked for again in the next round.
+    /// When the last search began.
+    begun: Option<Instant>,
+    /// What the last search came to. What was not found is looked for again in a later round.
     found: Option<Folder>,
 }
 
@@ -51,22 +56,25 @@ impl Folders {
             let deployment = state.deployments.get(name);
             deployment.is_some_and(|deployment| deployment.spec.model.source == known.source)
         });
-        let mut begun = false;
+        let mut begun = Vec::new();
         for (name, deployment) in state.deployments.iter() {
             let source = &deployment.spec.model.source;
             let known = self.known.entry(name.clone()).or_insert_with(|| Known {
                 source: source.clone(),
                 searching: false,
+                begun: None,
                 found: None,
             });
-            if known.searching || matches!(known.found, Some(Ok(_))) {
+            let early = known.begun.is_some_and(|begun| begun.elapsed() < RETRY);
+            if known.searching || early || matches!(known.found, Some(Ok(_))) {
                 continue;
             }
             known.searching = true;
-            begun = true;
+            known.begun = Some(Instant::now());
+            begun.push(name.clone());
             self.searches.spawn(search(self.models.clone(), name.clone(), source.clone()));
         }
-        if begun && tokio::time::timeout(PATIENCE, self.all_found()).await.is_err() {
+        if tokio::time::timeout(PATIENCE, self.have_ended(&begun)).await.is_err() {
             tracing::warn!("the disk has not shown the models' files within {PATIENCE:?}");
         }
     }
@@ -81,8 +89,9 @@ impl Folders {
     }
 
     /// Cancel safe: what has not ended is noted in a later round.
-    async fn all_found(&mut self) {
-        while let Some(done) = self.searches.join_next().await {
+    async fn have_ended(&mut self, names: &[DeploymentName]) {
+        while names.iter().any(|name| self.known.get(name).is_some_and(|known| known.searching)) {
+            let Some(done) = self.searches.join_next().await else { return };
             self.note(done);
         }
     }
@@ -186,7 +195,7 @@ mod tests {
             }
             drop(disk);
             assert!(thread.await.unwrap().is_err());
-            folders.all_found().await;
+            folders.have_ended(&[name("m")]).await;
             assert_eq!(folders.of(&name("m")), Ok(Some("/m".into())));
         });
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX};
 use shoal_protocol::quic::ca::CertificateAuthority;
-use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
+use shoal_protocol::quic::{Connection, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 
@@ -19,6 +19,9 @@ use super::store::ControlStore;
 
 /// How long a whole join may take on this side, the disk included.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a joiner may take to say what it wants; until then it has none of the places of joins.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long to wait until the joiner has its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -66,9 +69,16 @@ impl JoinServer {
     }
 
     async fn converse(&self, connection: &Connection) -> Result<(), String> {
-        let (mut sender, mut receiver) =
-            connection.accept_bi().await.map_err(|error| error.to_string())?;
-        let reply = match self.answer(&mut receiver).await {
+        let ask = async {
+            let (sender, mut receiver) =
+                connection.accept_bi().await.map_err(|error| error.to_string())?;
+            let request = receiver.message::<JoinRequest>(MESSAGE_LEN_MAX).await;
+            Ok::<_, String>((sender, request.ok().flatten()))
+        };
+        let asked = tokio::time::timeout(REQUEST_TIMEOUT, ask).await;
+        let (mut sender, request) =
+            asked.map_err(|_| format!("it said nothing for {REQUEST_TIMEOUT:?}"))??;
+        let reply = match self.answer(request).await {
             Ok(reply) => reply,
             Err(refusal) => {
                 let address = connection.remote_address();
@@ -84,13 +94,12 @@ impl JoinServer {
         Ok(())
     }
 
-    async fn answer(&self, receiver: &mut FrameReceiver) -> Result<JoinReply, WireError> {
+    async fn answer(&self, request: Option<JoinRequest>) -> Result<JoinReply, WireError> {
         if !self.within_rate() {
             return Err(overloaded());
         }
         let _place = self.places.try_acquire().map_err(|_| overloaded())?;
-        let request = receiver.message::<JoinRequest>(MESSAGE_LEN_MAX).await;
-        let request = request.ok().flatten().ok_or_else(|| {
+        let request = request.ok_or_else(|| {
             WireError::new(ErrorCode::InvalidRequest, "this is not a request to join")
         })?;
         self.join(&request, SystemTime::now()).await

@@ -19,6 +19,12 @@ pub enum InventoryError {
     /// The system does not say how much memory is free.
     #[error("cannot read the free memory from /proc/meminfo ({0}); give the budget with --memory")]
     Memory(std::io::Error),
+    /// Nothing is free.
+    #[error(
+        "no memory is free here, by /proc/meminfo or by the limit of this process's control group; \
+         free some, raise the limit, or give the budget with --memory"
+    )]
+    NoMemory,
 }
 
 /// The device, with what the operator said or what the system has.
@@ -35,6 +41,9 @@ pub fn device(
         Some(budget) => budget,
         None => memory::for_workers(memory::free().map_err(InventoryError::Memory)?),
     };
+    if memory.0 == 0 {
+        return Err(InventoryError::NoMemory);
+    }
     Ok(DeviceInfo {
         name: CPU.to_owned(),
         description: format!("{}, {threads} threads", instruction_set()),

@@ -269,8 +269,9 @@ impl Lifecycle {
             match self.wanted.get(&id) {
                 // Withdrawn and wanted again, as after a coordinator's restart.
                 None if newest == Some(generation) => self.replace(id, assignment),
-                // What we are already.
-                Some(slot) if slot.assignment == assignment => {}
+                // What we are already. A neighbour that has started again has another address, which
+                // its links have told us; that asks for a new generation, not for this one again.
+                Some(slot) if is_same_layout(&slot.assignment, &assignment) => {}
                 // The past, or a second layout under a number that is taken: the coordinator's data
                 // is older than what this worker knows. What runs stays until there is a layout that
                 // can take its weights over.
@@ -452,6 +453,11 @@ fn why_replaced(old: &Assignment, new: &Assignment) -> String {
         return format!("{after} takes the place of {before}");
     }
     format!("{} was lost or restarted: {after} takes the place of {before}", lost.join(", "))
+}
+
+/// Whether both are the same shard of the same layout, wherever its neighbours are.
+fn is_same_layout(a: &Assignment, b: &Assignment) -> bool {
+    (&a.replica, a.stage, a.rank) == (&b.replica, b.stage, b.rank)
 }
 
 fn is_stale(told: ShardKey, newest: Generation) -> WireError {

@@ -265,3 +265,20 @@ fn a_replaced_shard_is_told_who_was_lost() {
     let stop = Action::Stop(key(1, 1), Stop::Keep, words);
     assert_eq!(life.handle(Event::Assigned(vec![second])), [stop]);
 }
+
+#[test]
+fn a_neighbour_with_another_address_makes_no_other_layout() {
+    // As after a restart of the coordinator together with a neighbour.
+    let mut life = ready(4, 60);
+    let peer = PeerAddress {
+        node: NodeId::worker(2),
+        activations: std::net::SocketAddr::from(([127, 0, 0, 1], 4002)),
+    };
+    let again = Assignment { peers: vec![peer], ..assignment(1, 1, 4, 60) };
+    assert_eq!(life.handle(Event::Assigned(vec![again.clone()])), []);
+    assert_eq!(states(&life), [(1, ShardState::Ready)]);
+    // What its links have told stays to be seen.
+    life.handle(Event::Broken(key(1, 1), error()));
+    life.handle(Event::Assigned(vec![again]));
+    assert_eq!(states(&life), [(1, ShardState::Failed(error()))]);
+}

@@ -9,6 +9,7 @@ use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
+use crate::backend::BackendError;
 use crate::backend::cpu::{CpuOps, Isa};
 use crate::model::pretend::PretendShard;
 use crate::model::{LoadError, LoadOptions, WeightsError, load_shard};
@@ -113,6 +114,7 @@ fn load_error(error: &LoadError) -> WireError {
             {
                 ErrorCode::StorageFailed
             }
+            WeightsError::Memory { source: BackendError::BadShape { .. } } => ErrorCode::BadModel,
             WeightsError::Thread { .. } | WeightsError::Memory { .. } => ErrorCode::ComputeFailed,
             WeightsError::Read { .. }
             | WeightsError::Device { .. }

@@ -26,7 +26,7 @@ use shoal_protocol::quic::{
     Accepting, Alpn, Connection, Endpoint, EndpointError, Expect, FrameReceiver, FrameSender,
     Identity, RecvError, SendError, close_code,
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::counters::Counters;
@@ -44,8 +44,9 @@ const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// The longest pause between dials.
 const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(400);
 
-/// Handshakes at once. A worker has two links for each shard; more are strangers.
-const HANDSHAKES_MAX: usize = 64;
+/// Links that say hello at once. A worker has two for each shard, and only members of the cluster get
+/// so far: strangers are counted by the endpoint, where their handshakes are.
+const HELLOS_MAX: usize = 64;
 
 /// Up, up, lost: a shard's links have no more to say.
 pub const LINK_EVENTS_MAX: usize = 4;
@@ -223,18 +224,15 @@ async fn accept_all(
     mut stop: watch::Receiver<bool>,
 ) {
     let mut handshakes = JoinSet::new();
+    let places = Arc::new(Semaphore::new(HELLOS_MAX));
     loop {
         tokio::select! {
             accepting = endpoint.accept() => {
                 let Some(accepting) = accepting else { break };
-                if handshakes.len() >= HANDSHAKES_MAX {
-                    refused.fetch_add(1, Ordering::Relaxed);
-                    accepting.refuse();
-                    continue;
-                }
                 let (waiting, refused) = (Arc::clone(&waiting), Arc::clone(&refused));
+                let places = Arc::clone(&places);
                 handshakes.spawn(async move {
-                    if let Err(error) = accept_one(accepting, &waiting).await {
+                    if let Err(error) = accept_one(accepting, &waiting, &places).await {
                         refused.fetch_add(1, Ordering::Relaxed);
                         tracing::debug!("link refused: {error}");
                     }
@@ -271,8 +269,16 @@ enum HelloError {
     NotExpected { peer: NodeId, hello: LinkHello, why: &'static str },
 }
 
-async fn accept_one(accepting: Accepting, waiting: &Waiting) -> Result<(), HelloError> {
+async fn accept_one(
+    accepting: Accepting,
+    waiting: &Waiting,
+    places: &Semaphore,
+) -> Result<(), HelloError> {
     let connection = accepting.establish().await?;
+    let Ok(_place) = places.try_acquire() else {
+        connection.close(close_code::REFUSED, "too many links at once; try again");
+        return Err(HelloError::Connection(format!("{HELLOS_MAX} others say hello")));
+    };
     let greeted = async {
         let (sender, mut receiver) =
             connection.accept_bi().await.map_err(|e| HelloError::Connection(e.to_string()))?;

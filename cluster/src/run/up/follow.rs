@@ -56,7 +56,7 @@ enum News {
     /// The coordinator is gone or out of breath.
     Lost,
     /// It is there again.
-    Back(AdminClient, Watch),
+    Back(Box<(AdminClient, Watch)>),
 }
 
 /// A view must be received whole, so the future lives on from turn to turn of the loop.
@@ -79,7 +79,7 @@ fn next_watch(context: PathBuf) -> NextNews {
             if let Ok(client) = AdminClient::open(Some(&context)).await
                 && let Ok(watch) = client.watch().await
             {
-                return News::Back(client, watch);
+                return News::Back(Box::new((client, watch)));
             }
         }
     })
@@ -139,7 +139,8 @@ impl<'a> Follower<'a> {
                         }
                     }
                     News::Lost => news = next_watch(self.context.clone()),
-                    News::Back(client, watch) => {
+                    News::Back(back) => {
+                        let (client, watch) = *back;
                         self.client = client;
                         news = next_view(watch);
                     }

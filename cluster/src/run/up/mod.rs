@@ -136,7 +136,9 @@ async fn start_workers(
     };
     let memory = args
         .worker_memory
-        .or_else(|| share::free_memory().map(|free| share::memory(free, args.workers)));
+        .or_else(|| share::free_memory().map(|free| share::memory(free, args.workers)))
+        // A worker that finds nothing free says so with words.
+        .filter(|share| share.0 > 0);
     let cores =
         std::thread::available_parallelism().ok().and_then(|n| NonZeroU32::try_from(n).ok());
     let threads = args

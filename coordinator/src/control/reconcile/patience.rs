@@ -1,7 +1,7 @@
 //! How long a shard may stand still on its way from being told to taking steps.
 //!
 //! ```text
-//! told ─ TOLD ─► loading ─ LOADING, again with each byte ─► linking ─ LINKING, once all have loaded ─► ready
+//! told ─ TOLD ─► loading ─ LOADING, again with each piece ─► linking ─ LINKING, once all have loaded ─► ready
 //! ```
 //!
 //! A large model may load for an hour, so what is bounded is the time without progress. What is
@@ -26,8 +26,9 @@ pub const TOLD: Duration = Duration::from_secs(10);
 /// will not.
 pub const LOADING: Duration = Duration::from_secs(120);
 
-/// From the moment at which all weights are there. Three handshakes that time out fit in.
-pub const LINKING: Duration = Duration::from_secs(15);
+/// From the moment at which all weights are there. Three handshakes that time out fit in, and a fourth
+/// that does not.
+pub const LINKING: Duration = Duration::from_secs(20);
 
 /// Where a shard stands, and since when.
 #[derive(Clone, Debug, PartialEq, Eq)]

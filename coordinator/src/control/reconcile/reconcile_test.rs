@@ -535,8 +535,8 @@ fn a_link_that_does_not_come_up_ends_the_generation() {
     world.report(2, ShardState::Linking);
     world.expect(50_000, &["m is Loading: g1: w1 links, w2 links"]);
     world.report(2, ShardState::Ready);
-    world.observed.now = Instant(65_000 * MS);
+    world.observed.now = Instant(70_000 * MS);
     let action = world.round().actions[0].to_string();
-    let words = "w1 has loaded its shard and has not linked it for 15s";
+    let words = "w1 has loaded its shard and has not linked it for 20s";
     assert_eq!(action, format!("adopt r1 g2 (3x1 on w1, w2, w3): {words}"));
 }
