@@ -154,7 +154,7 @@ async fn the_secret_is_not_sent_to_another_ca() {
         tokio::join!(serve_join(&server, never), join(server.local_address(), &token, SOON));
     assert!(request.is_none());
     assert!(
-        matches!(joined, Err(JoinError::Connect(ConnectError::Handshake { .. }))),
+        matches!(joined, Err(JoinError::Connect(ConnectError::OtherCluster { .. }))),
         "{joined:?}"
     );
 }

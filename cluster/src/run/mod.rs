@@ -40,8 +40,11 @@ fn explain_start(error: impl std::error::Error + Send + Sync + 'static) -> Failu
         if let Some(refused) = cause.downcast_ref::<WireError>() {
             return Failure { message, ..Failure::from(refused.clone()) };
         }
-        if cause.downcast_ref::<ConnectError>().is_some() {
-            return Failure::unreachable(message);
+        match cause.downcast_ref::<ConnectError>() {
+            // It was reached, and is the wrong one.
+            Some(ConnectError::OtherCluster { .. }) => return Failure::refused(message),
+            Some(_) => return Failure::unreachable(message),
+            None => {}
         }
     }
     Failure::failed(message)
@@ -85,5 +88,9 @@ mod tests {
         let refused = explain_start(StartError::Join(refused));
         assert_eq!(refused.message, "cannot join: the token is used up");
         assert_eq!(refused.exit, Exit::Refused);
+        let address = ([10, 0, 0, 1], 4000).into();
+        let other = explain_start(ConnectError::OtherCluster { address });
+        assert!(other.message.contains("of another cluster"), "{}", other.message);
+        assert_eq!(other.exit, Exit::Refused);
     }
 }

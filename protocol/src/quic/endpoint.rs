@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{TransportConfig, VarInt};
+use quinn::{ConnectionError, TransportConfig, TransportErrorCode, VarInt};
 
 use super::accept::{Accepting, Handshakes};
 use super::alpn::{Alpn, Expect};
@@ -18,6 +18,9 @@ use super::tls::{self, TlsError};
 
 /// How long a handshake may take, on either side.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// TLS's alert where no known authority has signed a certificate (RFC 8446, 6.2).
+const UNKNOWN_CA: u8 = 48;
 
 /// One UDP socket with one driver task on the runtime that called `bind`.
 #[derive(Clone, Debug)]
@@ -134,7 +137,15 @@ impl Endpoint {
         deadline: Duration,
     ) -> Result<Connection, ConnectError> {
         let config = tls::pinned_client(ca_fingerprint, alpn)?;
-        let inner = self.handshake(address, config, "a coordinator", deadline).await?;
+        let connected = self.handshake(address, config, "a coordinator", deadline).await;
+        let inner = connected.map_err(|error| match error {
+            ConnectError::Handshake { source: ConnectionError::TransportError(why), .. }
+                if why.code == TransportErrorCode::crypto(UNKNOWN_CA) =>
+            {
+                ConnectError::OtherCluster { address }
+            }
+            error => error,
+        })?;
         let peer = peer_node(&inner).and_then(Result::ok);
         Ok(Connection::new(inner, peer, alpn))
     }

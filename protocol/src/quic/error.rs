@@ -14,7 +14,7 @@ use crate::id::NodeId;
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
     /// The address is taken or not ours.
-    #[error("cannot listen on {address} (UDP): {source}; `:0` as the port picks a free one")]
+    #[error("cannot listen on {address} (UDP): {source}; {}", bind_advice(source))]
     Bind {
         /// Which address.
         address: SocketAddr,
@@ -24,6 +24,14 @@ pub enum EndpointError {
     /// The identity does not work.
     #[error(transparent)]
     Tls(#[from] TlsError),
+}
+
+/// What to do about an address on which nobody can listen.
+pub fn bind_advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrNotAvailable => "give an address of this machine",
+        _ => "`:0` as the port picks a free one",
+    }
 }
 
 /// A connection that did not come about.
@@ -49,6 +57,15 @@ pub enum ConnectError {
         expect: String,
         /// Why.
         source: ConnectionError,
+    },
+    /// Whoever is there belongs to another cluster than the token.
+    #[error(
+        "the coordinator at {address} is of another cluster than this token; make a token there, \
+         with `shoal token create --role worker`"
+    )]
+    OtherCluster {
+        /// Which address.
+        address: SocketAddr,
     },
     /// No answer in time.
     #[error("no answer from {expect} at {address} within {deadline:?}")]

@@ -145,7 +145,7 @@ fn a_refusal_shows_the_arithmetic() {
          \x20 w1 has 250.0 MiB\n\
          \x20 w2 has 250.0 MiB\n\
          \x20 in all: needs 800.8 MiB, has 500.0 MiB\n\
-         It would fit with 2 more workers with 250.0 MiB each, or with more --memory."
+         It would fit with 2 more workers with 250.0 MiB each, or with more memory a worker."
     );
     let refusal = planned(&inventory(&[50 * MIB]), &shape, None, None).unwrap_err();
     let text = refusal.to_string();
@@ -338,5 +338,7 @@ fn a_smaller_precision_is_advised_where_it_fits() {
     let refusal = planned(&inventory(&[weights * 3 / 4]), &shape, None, None).unwrap_err();
     let PlanRefusal::DoesNotFit(sums) = &refusal else { panic!("{refusal}") };
     assert_eq!((sums.smaller, sums.more_workers), (Some(Precision::Bf16), Some(1)), "{refusal}");
-    assert!(refusal.to_string().ends_with(", or with --precision bf16, or with more --memory."));
+    assert!(
+        refusal.to_string().ends_with(", or with --precision bf16, or with more memory a worker.")
+    );
 }

@@ -120,9 +120,9 @@ impl fmt::Display for DoesNotFit {
         }
         match ways.as_slice() {
             [] => f.write_str(
-                "No number of such workers and no smaller precision would do: one layer alone needs more than a worker has. Give the workers more --memory.",
+                "No number of such workers and no smaller precision would do: one layer alone needs more than a worker has. Give the workers more memory (`--memory`; `shoal up --worker-memory`).",
             ),
-            ways => write!(f, "It would fit with {}, or with more --memory.", ways.join(", or with ")),
+            ways => write!(f, "It would fit with {}, or with more memory a worker.", ways.join(", or with ")),
         }
     }
 }

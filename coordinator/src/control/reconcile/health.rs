@@ -116,7 +116,10 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
         return None;
     }
     if let Some(until) = alone {
-        let reason = format!("this coordinator was alone and waits for {}", unheard.join(", "));
+        let reason = format!(
+            "no worker of it is connected; this coordinator waits a moment for {}",
+            unheard.join(", ")
+        );
         return Some(Health::Awaiting { until, reason });
     }
     let until = observed.since + RECONNECT_GRACE;

@@ -205,10 +205,13 @@ fn a_deployment_is_planned_then_told_then_ready() {
 fn a_coordinator_that_was_away_waits_for_all_of_its_workers() {
     let mut world = World::ready(3, None, 10_000);
     (1..=3).for_each(|number| world.lose(number));
-    world.expect(10_100, &["m is Loading: this coordinator was alone and waits for w1, w2, w3"]);
+    world.expect(10_100, &["m is Loading: no worker of it is connected; this coordinator waits a moment for w1, w2, w3"]);
     // The first one back does not get all of the layers.
     world.worker(2).connected = true;
-    world.expect(10_200, &["m is Loading: this coordinator was alone and waits for w1, w3"]);
+    world.expect(
+        10_200,
+        &["m is Loading: no worker of it is connected; this coordinator waits a moment for w1, w3"],
+    );
     world.worker(1).connected = true;
     world.worker(3).connected = true;
     world.expect(10_300, &["m is Ready: g1 3x1 on w1, w2, w3"]);
