@@ -145,7 +145,7 @@ impl Cluster {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Serves a model whose time is modelled, and gives a view of the cluster that talks to it.
+    /// Serves a model whose time is modelled, and talks to that one from now on.
     pub fn deploy_pretend(&mut self, name: &str, spec: PretendSpec, stages: u32) -> Result<()> {
         let deployment = DeploymentName::new(name)?;
         let call = AdminCall::Deploy {

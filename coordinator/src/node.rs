@@ -57,9 +57,9 @@ const MEMBERS_MAX: usize = 4096;
 /// rack that starts at once, each for the second or two that a join takes.
 const JOINERS_MAX: usize = 256;
 
-/// How long requests may take to end when the coordinator stops: `api::Limits::drain`, and a moment
-/// for the error that ends what is not complete by then. Then their connections are cut.
-const DRAIN_REQUESTS: Duration = Duration::from_millis(4500);
+/// How long the error may take to reach clients whose answers are not complete within
+/// `api::Limits::drain`. Then their connections are cut.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);
@@ -282,8 +282,9 @@ impl Running {
 
     async fn drain(mut self) {
         self.draining.send_replace(true);
-        if tokio::time::timeout(DRAIN_REQUESTS, &mut self.api).await.is_err() {
-            tracing::warn!("some requests did not finish within {DRAIN_REQUESTS:?}: cut off");
+        let patience = api::Limits::default().drain + LAST_WORDS;
+        if tokio::time::timeout(patience, &mut self.api).await.is_err() {
+            tracing::warn!("some requests did not finish within {patience:?}: cut off");
             self.api.abort();
         }
         self.stopping.send_replace(true);

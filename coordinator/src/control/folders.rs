@@ -128,23 +128,14 @@ async fn search(
 #[cfg(test)]
 mod tests {
     use shoal_protocol::id::NodeId;
-    use shoal_protocol::plan::{DeploymentSpec, ModelRef, PretendSpec};
+    use shoal_protocol::plan::{DeploymentSpec, ModelRef};
 
     use super::*;
-    use crate::control::shape::ModelShape;
+    use crate::control::shape::{ModelShape, small_pretend};
     use crate::control::state::{Change, Command, DeploymentCommand, Timestamp};
 
     fn deploy(state: &mut ClusterState, sequence: u64, name: &str, source: ModelSource) {
-        let shape = PretendSpec {
-            layers: 1,
-            hidden: 8,
-            vocab: 32,
-            max_context: 64,
-            seed: 1,
-            layer_step_ns: 0,
-            layer_row_ns: 0,
-            layer_weight_bytes: 1,
-        };
+        let shape = small_pretend(1, 1);
         let model = ModelRef { source, fingerprint: shape.fingerprint() };
         let name = DeploymentName::new(name).unwrap();
         let spec = DeploymentSpec { name, model, stages: None, precision: None };

@@ -84,3 +84,18 @@ impl ModelShape {
         }
     }
 }
+
+/// A small pretend model, for the tests of whatever deploys one.
+#[cfg(test)]
+pub(super) fn small_pretend(layers: u32, layer_weight_bytes: u64) -> PretendSpec {
+    PretendSpec {
+        layers,
+        hidden: 8,
+        vocab: 32,
+        max_context: 64,
+        seed: 1,
+        layer_step_ns: 0,
+        layer_row_ns: 0,
+        layer_weight_bytes,
+    }
+}

@@ -3,10 +3,11 @@
 use shoal_protocol::control::{DeviceInfo, ShardCounters, ShardReport, ShardState};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::Role;
-use shoal_protocol::plan::{ModelRef, ModelSource, Numerics, PretendSpec, ShardMemory};
+use shoal_protocol::plan::{ModelRef, ModelSource, Numerics, ShardMemory};
 use shoal_protocol::version::VersionRange;
 
 use super::*;
+use crate::control::shape::small_pretend;
 use crate::control::state::{
     Change, Command, DeploymentCommand, KeyFingerprint, NodeCommand, PlanCommand, Timestamp,
 };
@@ -35,16 +36,7 @@ impl World {
     }
 
     fn deploy(&mut self, name: &str, stages: Option<u32>) {
-        let shape = PretendSpec {
-            layers: 6,
-            hidden: 8,
-            vocab: 32,
-            max_context: 64,
-            seed: 1,
-            layer_step_ns: 0,
-            layer_row_ns: 0,
-            layer_weight_bytes: 100 << 20,
-        };
+        let shape = small_pretend(6, 100 << 20);
         let spec = DeploymentSpec {
             name: DeploymentName::new(name).unwrap(),
             model: ModelRef {

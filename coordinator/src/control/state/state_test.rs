@@ -12,7 +12,7 @@ use shoal_protocol::plan::{
 use shoal_protocol::units::LayerRange;
 
 use super::*;
-use crate::control::shape::ModelShape;
+use crate::control::shape::{ModelShape, small_pretend};
 
 const C1: NodeId = NodeId::coordinator(1);
 const KEY: KeyFingerprint = KeyFingerprint([7; 32]);
@@ -74,16 +74,7 @@ fn name(text: &str) -> DeploymentName {
 }
 
 fn shape() -> PretendSpec {
-    PretendSpec {
-        layers: 4,
-        hidden: 8,
-        vocab: 32,
-        max_context: 64,
-        seed: 1,
-        layer_step_ns: 0,
-        layer_row_ns: 0,
-        layer_weight_bytes: 10,
-    }
+    small_pretend(4, 10)
 }
 
 fn spec(text: &str) -> DeploymentSpec {
