@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Installs what a bare Debian 12 with rustup lacks to build and test Shoal.
 #
-#   scripts/setup.sh build    a C compiler (ring and the tokenizer's regexes are C in part)
-#   scripts/setup.sh test     that, and python3 with venv (the OpenAI SDK runs against Shoal)
+#   scripts/setup.sh build    a C compiler (ring and the tokenizer's regexes are C in part), and protoc
+#                             (Raft's and etcd's messages are generated)
+#   scripts/setup.sh test     that, python3 with venv (the OpenAI SDK runs against Shoal), and an etcd
+#                             (the other control store runs against it)
 #
 # As root, or with sudo where that asks for no password, it installs; else it prints the one line to
 # type and stops. What is there already is left alone, and then nothing is asked of the network.
@@ -12,14 +14,28 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 
 packages=()
 need_compiler() { command -v cc > /dev/null || packages+=(build-essential); }
+need_protoc() {
+    # The compiler alone lacks the types that etcd's messages import.
+    command -v protoc > /dev/null && [ -e "$(dirname "$(command -v protoc)")/../include/google/protobuf/descriptor.proto" ] ||
+        packages+=(protobuf-compiler libprotobuf-dev)
+}
+need_etcd() { command -v etcd > /dev/null || packages+=(etcd-server); }
 need_python() {
     command -v python3 > /dev/null && python3 -c 'import venv, ensurepip' 2> /dev/null ||
         packages+=(python3-venv)
 }
 
 case "${1:-build}" in
-build) need_compiler ;;
-test) need_compiler && need_python ;;
+build)
+    need_compiler
+    need_protoc
+    ;;
+test)
+    need_compiler
+    need_protoc
+    need_etcd
+    need_python
+    ;;
 *)
     say "unknown: '$1'; say build or test"
     exit 2

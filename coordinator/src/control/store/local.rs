@@ -15,7 +15,7 @@ use shoal_protocol::id::NodeId;
 use tokio::sync::{mpsc, watch};
 
 use super::disk::{Disk, DiskError, Opener};
-use super::{ControlStore, Message, PROPOSALS_MAX, ProposeError};
+use super::{ControlStore, Message, PROPOSALS_MAX, ProposeError, Standing};
 use crate::control::state::{Change, ClusterState, Command, Effect, Timestamp};
 
 /// The file's name in the data folder.
@@ -72,7 +72,10 @@ pub(super) fn open_with(
         .name("shoal-store".into())
         .spawn(move || voter.run(inbox))
         .map_err(|error| DiskError::Io(redb::Error::Io(error)))?;
-    let store = ControlStore { proposals: proposals.clone(), state: watch };
+    // One voter always leads.
+    let standing = Standing { leader: Some(client), epoch: 1, leading: true };
+    let (_, standing) = watch::channel(standing);
+    let store = ControlStore { proposals: proposals.clone(), state: watch, standing };
     Ok((store, LocalStore { proposals, thread }))
 }
 
@@ -98,9 +101,14 @@ struct Voter {
 
 impl Voter {
     fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
-        while let Some(Message::Propose { change, reply }) = inbox.blocking_recv() {
-            // The proposer may have given up; the change is made all the same.
-            let _ = reply.send(self.propose(change));
+        loop {
+            match inbox.blocking_recv() {
+                // The proposer may have given up; the change is made all the same.
+                Some(Message::Propose { change, reply }) => drop(reply.send(self.propose(change))),
+                // Changes before it have been made.
+                Some(Message::Read { reply }) => drop(reply.send(Ok(()))),
+                Some(Message::Stop) | None => break,
+            }
         }
         self.close();
     }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::NodeId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::state::{Change, ClusterState, Effect, Refusal};
@@ -25,18 +26,64 @@ const PROPOSALS_MAX: usize = 256;
 /// How long a change may take: far more than a disk that works needs, far less than a person waits.
 pub const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a linearizable read may take: a few elections, and less than a person waits.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A handle to the replicated state.
 #[derive(Clone, Debug)]
 pub struct ControlStore {
     proposals: mpsc::Sender<Message>,
     state: watch::Receiver<Arc<ClusterState>>,
+    standing: watch::Receiver<Standing>,
+}
+
+/// Who leads, as far as this coordinator knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// The leader; `None` while there is none, or while nobody can be heard.
+    pub leader: Option<NodeId>,
+    /// Grows with each leader, over all coordinators: what the leader tells a worker carries it, and
+    /// a worker refuses an older one.
+    pub epoch: u64,
+    /// Whether this coordinator is the leader: it alone tells workers what to be.
+    pub leading: bool,
 }
 
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant)] // One that is not a proposal, at the end.
+#[allow(clippy::large_enum_variant)] // Most are proposals.
 enum Message {
-    Propose { change: Change, reply: oneshot::Sender<Result<Vec<Effect>, ProposeError>> },
+    Propose {
+        change: Change,
+        reply: oneshot::Sender<Result<Vec<Effect>, ProposeError>>,
+    },
+    /// Answered when this coordinator's copy holds all that was committed anywhere before.
+    Read {
+        reply: oneshot::Sender<Result<(), ReadError>>,
+    },
     Stop,
+}
+
+/// A read that could not be shown to be current.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// Nobody leads, or the leader does not answer.
+    #[error(
+        "the state could not be read within {READ_TIMEOUT:?}: no majority of the coordinators answers"
+    )]
+    NoQuorum,
+    /// The store has ended.
+    #[error("this coordinator is stopping")]
+    Stopped,
+}
+
+impl From<ReadError> for WireError {
+    fn from(error: ReadError) -> Self {
+        let code = match &error {
+            ReadError::NoQuorum => ErrorCode::StorageFailed,
+            ReadError::Stopped => ErrorCode::Draining,
+        };
+        WireError::new(code, error.to_string())
+    }
 }
 
 /// A change that was not made.
@@ -92,7 +139,27 @@ impl ControlStore {
         }
     }
 
-    /// The state as it is now.
+    /// The state, with everything in it that was committed before this call, whichever coordinator
+    /// proposed it (a linearizable read).
+    pub async fn read(&self) -> Result<Arc<ClusterState>, ReadError> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            let sent = self.proposals.send(Message::Read { reply }).await;
+            sent.map_err(|_| ReadError::Stopped)?;
+            answer.await.map_err(|_| ReadError::Stopped)?
+        };
+        match tokio::time::timeout(READ_TIMEOUT, exchange).await {
+            Ok(answer) => answer.map(|()| self.state()),
+            Err(_) => Err(ReadError::NoQuorum),
+        }
+    }
+
+    /// Who leads, again on every change.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.clone()
+    }
+
+    /// The state as this coordinator last heard of it.
     pub fn state(&self) -> Arc<ClusterState> {
         Arc::clone(&self.state.borrow())
     }
