@@ -31,7 +31,7 @@ use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
 use crate::control::models::Models;
 use crate::control::state::{Change, KeyFingerprint, NodeCommand};
-use crate::control::store::local::{self, LocalStore, OpenError};
+use crate::control::store::raft::{self, OpenError, RaftStore, WhenEmpty};
 use crate::control::store::{ControlStore, ProposeError};
 use crate::dispatch::Dispatcher;
 use crate::serving::ServingTable;
@@ -131,7 +131,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Coordinator {
     running: Running,
-    store: LocalStore,
+    store: RaftStore,
 }
 
 /// All that stands on the store.
@@ -155,7 +155,7 @@ impl Coordinator {
             return Err(StartError::NotLoopback { address: config.listen });
         }
         create_folder(&config.data)?;
-        let (store, owner) = local::open(&config.data, SELF)?;
+        let (store, owner) = raft::open(&config.data, SELF, WhenEmpty::Found, Box::new(|_| {}))?;
         match Running::start(config, store).await {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
@@ -301,7 +301,7 @@ impl Drop for Running {
     }
 }
 
-async fn close(store: LocalStore) {
+async fn close(store: RaftStore) {
     // It fails only where the runtime ends; then the file is closed with the process.
     let _ = tokio::task::spawn_blocking(move || store.close()).await;
 }

@@ -127,7 +127,7 @@ async fn search(
 
 #[cfg(test)]
 mod tests {
-    use shoal_protocol::id::NodeId;
+    use shoal_protocol::id::{Incarnation, NodeId};
     use shoal_protocol::plan::{DeploymentSpec, ModelRef};
 
     use super::*;
@@ -142,7 +142,15 @@ mod tests {
         let create = DeploymentCommand::Create { spec, shape: ModelShape::Pretend(shape) };
         let change = Change::Deployment(create);
         let client = NodeId::coordinator(1);
-        state.apply(&Command { client, sequence, at: Timestamp(0), change }).unwrap();
+        state
+            .apply(&Command {
+                client,
+                incarnation: Incarnation(1),
+                sequence,
+                at: Timestamp(0),
+                change,
+            })
+            .unwrap();
     }
 
     fn runtime() -> tokio::runtime::Runtime {

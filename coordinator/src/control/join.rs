@@ -167,12 +167,14 @@ mod tests {
 
     use super::*;
     use crate::control::state::TokenCommand;
-    use crate::control::store::local;
+    use crate::control::store::raft::{self, WhenEmpty};
 
     #[tokio::test]
     async fn a_token_is_good_until_it_expires() {
         let data = tempfile::tempdir().unwrap();
-        let (store, _thread) = local::open(data.path(), NodeId::coordinator(1)).unwrap();
+        let (store, _thread) =
+            raft::open(data.path(), NodeId::coordinator(1), WhenEmpty::Found, Box::new(|_| {}))
+                .unwrap();
         let now = SystemTime::now();
         let ca = Arc::new(CertificateAuthority::create(now).unwrap());
         let someone = ca.issue_identity(NodeId::worker(9), now).unwrap();

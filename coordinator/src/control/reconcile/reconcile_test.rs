@@ -54,6 +54,7 @@ impl World {
         self.sequence += 1;
         let command = Command {
             client: NodeId::coordinator(1),
+            incarnation: Incarnation(1),
             sequence: self.sequence,
             at: Timestamp(0),
             change,

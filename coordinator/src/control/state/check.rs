@@ -22,6 +22,8 @@ pub enum Violation {
     ReplicaNotOwn(ReplicaId),
     /// A plan whose deployment is not there.
     Orphan(ReplicaId),
+    /// A coordinator votes that has never announced itself.
+    StrangeVoter(NodeId),
     /// A plan that does not hold together.
     BadPlan(ReplicaId, String),
 }
@@ -34,6 +36,7 @@ impl fmt::Display for Violation {
             Violation::Misfiled(name) => write!(f, "deployment `{name}` is filed under another"),
             Violation::ReplicaNotOwn(id) => write!(f, "{id} was given twice or never"),
             Violation::Orphan(id) => write!(f, "{id} has a plan and no deployment"),
+            Violation::StrangeVoter(id) => write!(f, "{id} votes and is not known"),
             Violation::BadPlan(id, fault) => write!(f, "the plan of {id}: {fault}"),
         }
     }
@@ -50,6 +53,10 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
     if state.tokens.iter().any(|token| token.uses_left == 0) {
         found.push(Violation::SpentToken);
     }
+    let strange = |id: &&NodeId| state.coordinators.get(**id).is_none();
+    found.extend(
+        state.coordinators.voters().iter().filter(strange).map(|id| Violation::StrangeVoter(*id)),
+    );
     let mut replicas = BTreeSet::new();
     for (name, deployment) in state.deployments.iter() {
         if *name != deployment.spec.name {

@@ -8,6 +8,9 @@
 //! | [`TokenCommand::Create`] | an admin | uses and expiry within bounds |
 //! | [`DeploymentCommand::Create`] | an admin | the name is free |
 //! | [`DeploymentCommand::Remove`] | an admin | the name is taken |
+//! | [`CoordinatorCommand::Announce`] | a coordinator, for itself or for one that has connected to it | the node is known, its start is not older than the last one |
+//! | [`CoordinatorCommand::SetVoters`] | an admin | all have announced themselves; 1, 3 or 5 |
+//! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
 
 use std::fmt;
@@ -19,7 +22,7 @@ use shoal_protocol::id::{
     DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
 };
 
-use super::{DeploymentCommand, NodeCommand, PlanCommand, TokenCommand};
+use super::{CoordinatorCommand, DeploymentCommand, NodeCommand, PlanCommand, TokenCommand};
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
 #[derive(
@@ -48,7 +51,10 @@ impl std::ops::Add<Duration> for Timestamp {
 pub struct Command {
     /// The coordinator that proposed it.
     pub client: NodeId,
-    /// Grows with each command of that coordinator.
+    /// The start of that coordinator: one that was restarted does not know which of its commands are
+    /// still on their way, so it begins a new count.
+    pub incarnation: Incarnation,
+    /// Grows with each command since that start.
     pub sequence: u64,
     /// When it was proposed.
     pub at: Timestamp,
@@ -67,6 +73,8 @@ pub enum Change {
     Deployment(DeploymentCommand),
     /// Where it is served.
     Plan(PlanCommand),
+    /// Which coordinators there are.
+    Coordinator(CoordinatorCommand),
 }
 
 /// What has changed.
@@ -116,6 +124,16 @@ pub enum Effect {
         revision: PlanRevision,
         /// The replica.
         replica: ReplicaId,
+    },
+    /// Other coordinators vote.
+    VotersChanged {
+        /// All of them.
+        voters: Vec<NodeId>,
+    },
+    /// A node belongs to the cluster no longer.
+    NodeRemoved {
+        /// Which.
+        node: NodeId,
     },
 }
 
@@ -198,6 +216,21 @@ pub enum Refusal {
         /// The layout that was offered.
         offered: Generation,
     },
+    /// So many coordinators cannot vote.
+    #[error(
+        "{count} coordinators cannot vote: say 1, 3 or 5, since an even number survives no more losses \
+         than one less; add or remove two at once, or `--replace` one"
+    )]
+    BadVoters {
+        /// How many were asked for.
+        count: usize,
+    },
+    /// A coordinator that votes cannot be removed.
+    #[error("{node} votes; `shoal coordinators remove` takes its vote first")]
+    StillVotes {
+        /// Which.
+        node: NodeId,
+    },
     /// A plan that does not hold together.
     #[error("the plan for {replica} is refused: {fault}")]
     BadPlan {
@@ -259,7 +292,10 @@ impl Refusal {
             Refusal::OldIncarnation { .. } => ErrorCode::PermissionDenied,
             Refusal::TooMany { .. } => ErrorCode::InvalidRequest,
             Refusal::BadToken => ErrorCode::BadToken,
-            Refusal::BadUses { .. } | Refusal::BadExpiry => ErrorCode::InvalidRequest,
+            Refusal::BadUses { .. }
+            | Refusal::BadExpiry
+            | Refusal::BadVoters { .. }
+            | Refusal::StillVotes { .. } => ErrorCode::InvalidRequest,
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
         }

@@ -5,12 +5,13 @@
 //!                └──► Refusal       nothing has changed
 //! ```
 //!
-//! One module and one command enum per noun: [`nodes`], [`tokens`], [`deployments`], [`plans`]; this
-//! file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
+//! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
+//! [`plans`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
 //! never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
 pub mod command;
+pub mod coordinators;
 pub mod deployments;
 pub mod nodes;
 pub mod plans;
@@ -20,9 +21,10 @@ pub mod tokens;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use shoal_protocol::id::NodeId;
+use shoal_protocol::id::{Incarnation, NodeId};
 
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
+pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
 pub use deployments::{Deployment, DeploymentCommand, Deployments};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
@@ -39,6 +41,10 @@ pub struct ClusterState {
     pub deployments: Deployments,
     /// Where it is served.
     pub plans: Plans,
+    /// Which coordinators there are, and which of them vote.
+    pub coordinators: Coordinators,
+    /// The latest stamp of a command. Clocks of coordinators differ; time in the log never goes back.
+    clock: Timestamp,
     /// The last command of each client and what it came to, so that a command that is sent twice is
     /// applied once.
     last: BTreeMap<NodeId, Applied>,
@@ -46,6 +52,7 @@ pub struct ClusterState {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Applied {
+    incarnation: Incarnation,
     sequence: u64,
     result: Result<Vec<Effect>, Refusal>,
 }
@@ -57,10 +64,12 @@ impl ClusterState {
     /// the first time; an older number is refused.
     pub fn apply(&mut self, command: &Command) -> Result<Vec<Effect>, Refusal> {
         if let Some(last) = self.last.get(&command.client) {
-            if command.sequence == last.sequence {
+            let (sent, taken) =
+                ((command.incarnation, command.sequence), (last.incarnation, last.sequence));
+            if sent == taken {
                 return last.result.clone();
             }
-            if command.sequence < last.sequence {
+            if sent < taken {
                 return Err(Refusal::Superseded {
                     client: command.client,
                     sequence: command.sequence,
@@ -68,20 +77,35 @@ impl ClusterState {
                 });
             }
         }
-        let result = self.dispatch(command);
+        let at = self.clock.max(command.at);
+        let result = self.dispatch(command, at);
+        if result.is_ok() {
+            self.clock = at;
+        }
         debug_assert_eq!(check::violations(self), Vec::new(), "after {command:?}");
-        let applied = Applied { sequence: command.sequence, result: result.clone() };
+        let applied = Applied {
+            incarnation: command.incarnation,
+            sequence: command.sequence,
+            result: result.clone(),
+        };
         self.last.insert(command.client, applied);
         result
     }
 
-    /// The sequence number of the client's last command; 0 where there was none.
-    pub fn last_sequence(&self, client: NodeId) -> u64 {
-        self.last.get(&client).map_or(0, |applied| applied.sequence)
+    /// What a command came to, where it is the last one of its client.
+    pub fn result_of(&self, command: &Command) -> Option<Result<Vec<Effect>, Refusal>> {
+        let last = self.last.get(&command.client)?;
+        let same = (last.incarnation, last.sequence) == (command.incarnation, command.sequence);
+        same.then(|| last.result.clone())
     }
 
-    fn dispatch(&mut self, command: &Command) -> Result<Vec<Effect>, Refusal> {
-        let at = command.at;
+    /// The number of the client's last command in this start of it; 0 where there was none.
+    pub fn last_sequence(&self, client: NodeId, incarnation: Incarnation) -> u64 {
+        let last = self.last.get(&client).filter(|applied| applied.incarnation == incarnation);
+        last.map_or(0, |applied| applied.sequence)
+    }
+
+    fn dispatch(&mut self, command: &Command, at: Timestamp) -> Result<Vec<Effect>, Refusal> {
         match &command.change {
             Change::Node(NodeCommand::Enrol { role, key }) => self.nodes.add(*role, *key, at),
             Change::Node(NodeCommand::Join { token, key }) => {
@@ -110,6 +134,18 @@ impl ClusterState {
             Change::Plan(PlanCommand::Adopt { plan }) => {
                 self.plans.adopt(plan, &self.deployments, &self.nodes)
             }
+            Change::Coordinator(change) => self.change_coordinators(change),
+        }
+    }
+
+    fn change_coordinators(&mut self, change: &CoordinatorCommand) -> Result<Vec<Effect>, Refusal> {
+        match change {
+            CoordinatorCommand::Announce { node, incarnation, boot, cluster, build } => {
+                let record = CoordinatorRecord { cluster: *cluster, boot: *boot };
+                self.coordinators.announce(*node, *incarnation, record, build, &mut self.nodes)
+            }
+            CoordinatorCommand::SetVoters { voters } => self.coordinators.set_voters(voters),
+            CoordinatorCommand::Remove { node } => self.coordinators.remove(*node, &mut self.nodes),
         }
     }
 }

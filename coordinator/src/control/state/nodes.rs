@@ -103,6 +103,10 @@ impl Nodes {
         Ok(vec![Effect::NodeAdded { node }])
     }
 
+    pub(super) fn forget(&mut self, id: NodeId) {
+        self.by_id.remove(&id);
+    }
+
     pub(super) fn start(
         &mut self,
         id: NodeId,

@@ -8,7 +8,10 @@ use super::{ClusterState, check};
 const MAGIC: &[u8; 7] = b"SHOALST";
 
 /// The format that this build writes.
-pub const FORMAT: u8 = 1;
+pub const FORMAT: u8 = 2;
+
+/// The oldest format that this build reads: before it there was one coordinator alone.
+const OLDEST: u8 = 2;
 
 const HEADER_LEN: usize = MAGIC.len() + 1 + blake3::OUT_LEN;
 
@@ -24,6 +27,14 @@ pub enum SnapshotError {
     /// They were written by a newer build.
     #[error("the snapshot has format {found}, this build reads up to {FORMAT}; upgrade it")]
     NewerFormat {
+        /// The format.
+        found: u8,
+    },
+    /// They were written by a build that is too old.
+    #[error(
+        "the snapshot has format {found}, this build reads {OLDEST} and later; start a new cluster"
+    )]
+    OlderFormat {
         /// The format.
         found: u8,
     },
@@ -56,6 +67,9 @@ pub fn decode(bytes: &[u8]) -> Result<ClusterState, SnapshotError> {
     let found = header[MAGIC.len()];
     if found > FORMAT {
         return Err(SnapshotError::NewerFormat { found });
+    }
+    if found < OLDEST {
+        return Err(SnapshotError::OlderFormat { found });
     }
     if blake3::hash(body).as_bytes()[..] != header[MAGIC.len() + 1..] {
         return Err(SnapshotError::Damaged);

@@ -31,7 +31,13 @@ impl Dialog {
     #[track_caller]
     fn say(&mut self, at: u64, change: Change, expected: Result<Vec<Effect>, Refusal>) {
         self.sequence += 1;
-        let command = Command { client: C1, sequence: self.sequence, at: Timestamp(at), change };
+        let command = Command {
+            client: C1,
+            incarnation: Incarnation(1),
+            sequence: self.sequence,
+            at: Timestamp(at),
+            change,
+        };
         let before = self.state.clone();
         assert_eq!(self.state.apply(&command), expected);
         assert_eq!(check::violations(&self.state), []);
@@ -162,7 +168,13 @@ fn tokens_are_bounded() {
     for _ in 0..tokens::TOKENS_MAX {
         dialog.sequence += 1;
         let change = token(1, Role::Worker, 1, hour);
-        let command = Command { client: C1, sequence: dialog.sequence, at: Timestamp(0), change };
+        let command = Command {
+            client: C1,
+            incarnation: Incarnation(1),
+            sequence: dialog.sequence,
+            at: Timestamp(0),
+            change,
+        };
         assert_eq!(dialog.state.apply(&command), created);
     }
     let full = Refusal::TooMany {
@@ -258,15 +270,20 @@ fn a_plan_must_be_whole() {
 #[test]
 fn an_old_command_of_a_client_is_refused() {
     let mut state = ClusterState::default();
-    let command =
-        |sequence| Command { client: C1, sequence, at: Timestamp(0), change: enrol(Role::Worker) };
+    let command = |sequence| Command {
+        client: C1,
+        incarnation: Incarnation(1),
+        sequence,
+        at: Timestamp(0),
+        change: enrol(Role::Worker),
+    };
     assert!(state.apply(&command(5)).is_ok());
     let refusal = Refusal::Superseded { client: C1, sequence: 4, last: 5 };
     assert_eq!(state.apply(&command(4)), Err(refusal));
     // Another coordinator counts for itself.
     let other = Command { client: NodeId::coordinator(2), ..command(1) };
     assert_eq!(state.apply(&other), Ok(vec![Effect::NodeAdded { node: NodeId::worker(2) }]));
-    assert_eq!(state.last_sequence(C1), 5);
+    assert_eq!(state.last_sequence(C1, Incarnation(1)), 5);
 }
 
 #[test]

@@ -4,11 +4,10 @@
 //! propose(change) ─► the store stamps (client, sequence, time) ─► durable ─► applied ─► watch ─► effects or refusal
 //! ```
 //!
-//! [`ControlStore`] is a handle; what serves it (today [`local`], one voter on this disk) owns the
-//! only copy of the state that changes. Everyone else reads immutable copies.
+//! [`ControlStore`] is a handle; what serves it ([`raft`]) owns the only copy of the state that changes.
+//! Everyone else reads immutable copies.
 
-mod disk;
-pub mod local;
+pub mod raft;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +34,16 @@ pub struct ControlStore {
     proposals: mpsc::Sender<Message>,
     state: watch::Receiver<Arc<ClusterState>>,
     standing: watch::Receiver<Standing>,
+    members: watch::Receiver<Members>,
+}
+
+/// Who takes part in the log.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Members {
+    /// Those that vote.
+    pub voters: Vec<NodeId>,
+    /// Those that take the log and have no say.
+    pub learners: Vec<NodeId>,
 }
 
 /// Who leads, as far as this coordinator knows.
@@ -157,6 +166,11 @@ impl ControlStore {
     /// Who leads, again on every change.
     pub fn standing(&self) -> watch::Receiver<Standing> {
         self.standing.clone()
+    }
+
+    /// Who takes part in the log, again on every change.
+    pub fn members(&self) -> watch::Receiver<Members> {
+        self.members.clone()
     }
 
     /// The state as this coordinator last heard of it.

@@ -1,0 +1,204 @@
+//! Raft: the log that all coordinators agree on, with one of them, three or five.
+//!
+//! ```text
+//! propose, read ─► shell (●, a thread) ─► core (○) ─► Round ─► disk (●) ─► core ─► Done ─► messages ─► transport (●) ══shoal-raft══► the others
+//!                                                                             └► state ─► watch ─► everybody
+//! ```
+//!
+//! Only commands enter the log. A lone coordinator is the same code with one voter, which leads as soon
+//! as it starts and needs no ticks.
+
+mod bridge;
+mod core;
+mod disk;
+mod log;
+mod membership;
+mod pending;
+mod shell;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use redb::Database;
+use shoal_protocol::id::{Incarnation, NodeId};
+use tokio::sync::{mpsc, watch};
+
+use self::core::{CoreError, Saved, Voter};
+use self::disk::{Disk, DiskError, Opener, Owner};
+use self::shell::{Parts, Shell};
+use super::{ControlStore, Members, Message, PROPOSALS_MAX, Standing};
+
+pub use self::core::TICK;
+pub use self::shell::{NetworkEvent, SendMessage};
+
+/// The file's name in the data folder.
+pub const FILE_NAME: &str = "state.redb";
+
+/// redb's page cache: the whole file is a few hundred KiB.
+const CACHE_LEN: usize = 4 << 20;
+
+/// Events of the network that wait for the thread: a burst of every voter's window.
+const NETWORK_MAX: usize = 1024;
+
+/// A store that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("the cluster's state in {}: {source}", path.display())]
+pub struct OpenError {
+    path: PathBuf,
+    source: StartError,
+}
+
+/// Why a log cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Core(#[from] CoreError),
+    #[error("cannot start its thread: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// What to do in a folder without a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenEmpty {
+    /// Begin a new log, as its only voter.
+    Found,
+    /// Wait until the leader of another log sends a snapshot.
+    Wait,
+}
+
+/// The thread behind the handles. Dropping it leaves the thread to end with the last handle; `close`
+/// waits for it.
+#[derive(Debug)]
+pub struct RaftStore {
+    proposals: mpsc::Sender<Message>,
+    network: mpsc::Sender<NetworkEvent>,
+    incarnation: Incarnation,
+    thread: JoinHandle<()>,
+}
+
+/// Opens or creates `state.redb` in a folder, as coordinator `me`. Messages for other voters go to
+/// `send`; theirs come through `RaftStore::network`.
+pub fn open(
+    folder: &Path,
+    me: NodeId,
+    empty: WhenEmpty,
+    send: SendMessage,
+) -> Result<(ControlStore, RaftStore), OpenError> {
+    let path = folder.join(FILE_NAME);
+    let opener: Opener = {
+        let (folder, path) = (folder.to_owned(), path.clone());
+        Arc::new(move || {
+            let database = Database::builder().set_cache_size(CACHE_LEN).create(&path)?;
+            // The file's name must be as durable as what is in it.
+            File::open(&folder).and_then(|folder| folder.sync_all())?;
+            Ok(database)
+        })
+    };
+    let dice = getrandom::u64().unwrap_or(u64::from(me.number));
+    open_with(opener, me, empty, dice, send).map_err(|source| OpenError { path, source })
+}
+
+fn open_with(
+    opener: Opener,
+    me: NodeId,
+    empty: WhenEmpty,
+    dice: u64,
+    send: SendMessage,
+) -> Result<(ControlStore, RaftStore), StartError> {
+    let incarnation = take_ownership(&opener, me, empty)?;
+    let (mut voter, disk) = begin(&opener, me, dice)?;
+    // A lone voter has everything that was ever promised before anybody looks.
+    while let Some(round) = voter.begin()? {
+        disk.write(&round.write)?;
+        voter.finish(round)?;
+    }
+    let (proposals, inbox) = mpsc::channel(PROPOSALS_MAX);
+    let (network, events) = mpsc::channel(NETWORK_MAX);
+    let (published, state) = watch::channel(Arc::clone(voter.state()));
+    let (standing, watch_standing) = watch::channel(Standing::default());
+    let (members, watch_members) = watch::channel(Members::default());
+    let parts =
+        Parts { me, incarnation, dice, opener, voter, disk, published, standing, members, send };
+    let shell = Shell::new(parts);
+    let thread = std::thread::Builder::new()
+        .name("shoal-store".into())
+        .spawn(move || shell.run(inbox, events))
+        .map_err(StartError::Thread)?;
+    let store = ControlStore {
+        proposals: proposals.clone(),
+        state,
+        standing: watch_standing,
+        members: watch_members,
+    };
+    Ok((store, RaftStore { proposals, network, incarnation, thread }))
+}
+
+/// Counts this start, and founds the log where that is wanted. On the disk when this returns.
+fn take_ownership(
+    opener: &Opener,
+    me: NodeId,
+    empty: WhenEmpty,
+) -> Result<Incarnation, StartError> {
+    let (disk, found) = Disk::open(opener)?;
+    let last = match found.owner {
+        Some(owner) if owner.node != me && found.saved.is_some() => {
+            let error = DiskError::NotOurs { found: owner.node, expected: me };
+            disk.close();
+            return Err(error.into());
+        }
+        Some(owner) if owner.node == me => owner.incarnation,
+        _ => Incarnation(0),
+    };
+    let incarnation = Incarnation(last.0 + 1);
+    disk.own(Owner { node: me, incarnation })?;
+    if found.saved.is_none() && empty == WhenEmpty::Found {
+        let Saved { hard, snapshot, .. } = Voter::found(u64::from(me.number))?;
+        let write =
+            self::core::Write { snapshot: Some(snapshot), entries: Vec::new(), hard: Some(hard) };
+        disk.write(&write)?;
+    }
+    disk.close();
+    Ok(incarnation)
+}
+
+/// Opens the file and starts a voter from what is in it. One that is alone stands for election at once.
+fn begin(opener: &Opener, me: NodeId, dice: u64) -> Result<(Voter, Disk), StartError> {
+    let (disk, found) = Disk::open(opener)?;
+    let saved = found.saved.unwrap_or_else(|| Saved {
+        hard: Default::default(),
+        snapshot: Default::default(),
+        entries: Vec::new(),
+    });
+    let mut voter = Voter::new(u64::from(me.number), saved, dice)?;
+    if voter.is_alone() {
+        voter.campaign();
+    }
+    Ok((voter, disk))
+}
+
+impl RaftStore {
+    /// The number of this start.
+    pub fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Where messages of other voters go.
+    pub fn network(&self) -> mpsc::Sender<NetworkEvent> {
+        self.network.clone()
+    }
+
+    /// Lets another lead, then closes the file. Blocks: call it where that is allowed.
+    pub fn close(self) {
+        // Either fails only where the thread has ended already.
+        let _ = self.proposals.blocking_send(Message::Stop);
+        let _ = self.thread.join();
+    }
+}
+
+#[cfg(test)]
+#[path = "disk_test.rs"]
+mod tests;
