@@ -3,6 +3,9 @@
 //! The worker registers and then reports what it observes, on change and every
 //! `REPORT_INTERVAL`; the coordinator pushes what the worker should be, always complete, so that a
 //! lost message is made good by the next one. Messages are postcard in a `Message` frame.
+//!
+//! A worker talks to every coordinator in the same way, and only the leader tells it what to be: what
+//! it says carries its epoch, which grows with each leader.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,7 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::WireError;
-use crate::id::{Generation, Incarnation, NodeId, ReplicaId, StageIndex};
+use crate::id::{Generation, Incarnation, NodeId, ReplicaId, Role, StageIndex};
 use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
 use crate::units::Bytes;
 use crate::version::VersionRange;
@@ -20,6 +23,48 @@ pub const MESSAGE_LEN_MAX: usize = 4 << 20;
 
 /// How often a worker reports where nothing changes.
 pub const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The most coordinators that a list names: five vote, as many may be on their way in or out, and
+/// each costs every worker a connection.
+pub const COORDINATORS_MAX: usize = 16;
+
+/// Where a coordinator is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorAddress {
+    /// Who it is: nobody else is accepted there.
+    pub node: NodeId,
+    /// Its cluster address (UDP).
+    pub cluster: SocketAddr,
+}
+
+/// A list of coordinators that is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadCoordinators {
+    /// It is too long.
+    #[error("{0} coordinators are named; a cluster has at most {COORDINATORS_MAX}")]
+    TooMany(usize),
+    /// It names somebody else.
+    #[error("{0} is named as a coordinator and is none")]
+    NotACoordinator(NodeId),
+}
+
+impl CoordinatorAddress {
+    /// Checks a list that came over a wire or from a disk.
+    pub fn check(list: &[Self]) -> Result<(), BadCoordinators> {
+        if list.len() > COORDINATORS_MAX {
+            return Err(BadCoordinators::TooMany(list.len()));
+        }
+        match list.iter().find(|named| named.node.role != Role::Coordinator) {
+            Some(named) => Err(BadCoordinators::NotACoordinator(named.node)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether somebody can be reached there: an address to listen on may be none to connect to.
+    pub fn is_reachable(&self) -> bool {
+        !self.cluster.ip().is_unspecified() && self.cluster.port() != 0
+    }
+}
 
 /// What a worker says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +85,13 @@ pub enum WorkerMessage {
         /// A certificate signing request, DER, over the key that the cluster has on record.
         csr: Vec<u8>,
     },
+    /// `Assign` or `Drain` was not taken: a later leader has told this worker what to be. Said by a
+    /// worker of the leader's own cluster, it means that the leader was deposed and has not heard of
+    /// it, or that its data are older than the worker's memory (restored from a backup).
+    Outranked {
+        /// The epoch of the later leader.
+        epoch: u64,
+    },
 }
 
 /// What a coordinator says.
@@ -49,11 +101,19 @@ pub enum CoordinatorMessage {
     Welcome {
         /// Out of both ranges.
         version: u16,
+        /// All coordinators, as far as this one knows; empty where it cannot say. At most
+        /// `COORDINATORS_MAX`.
+        coordinators: Vec<CoordinatorAddress>,
     },
     /// The registration was refused; the stream ends.
     Refused(WireError),
     /// What the worker should be: all of it. What is not in the list is to be drained and freed.
-    Assign(Vec<Assignment>),
+    Assign {
+        /// The leader's: a worker that has been told by a later one does not take it.
+        epoch: u64,
+        /// All of it.
+        assignments: Vec<Assignment>,
+    },
     /// Can the worker read this model?
     Probe {
         /// Comes back in the answer.
@@ -62,12 +122,17 @@ pub enum CoordinatorMessage {
         source: ModelSource,
     },
     /// Finish what runs, take nothing new, then end the process.
-    Drain,
+    Drain {
+        /// The leader's, as in `Assign`.
+        epoch: u64,
+    },
     /// The answer to `Renew`.
     Renewed {
         /// The certificate, DER.
         certificate: Vec<u8>,
     },
+    /// Who the coordinators are has changed: all of them, as in `Welcome`.
+    Coordinators(Vec<CoordinatorAddress>),
 }
 
 /// Who a worker is and what it has.

@@ -15,8 +15,8 @@ use shoal_protocol::activation::{
 };
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest};
 use shoal_protocol::control::{
-    CoordinatorMessage, DeviceInfo, HeadReport, Register, Report, ShardCounters, ShardReport,
-    ShardState, WorkerMessage,
+    COORDINATORS_MAX, CoordinatorAddress, CoordinatorMessage, DeviceInfo, HeadReport, Register,
+    Report, ShardCounters, ShardReport, ShardState, WorkerMessage,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameKind, HEADER_LEN_MAX, PRELUDE_LEN, Prelude};
@@ -197,7 +197,7 @@ fn assignment() -> Assignment {
     }
 }
 
-fn worker_messages() -> [(&'static str, WorkerMessage); 3] {
+fn worker_messages() -> [(&'static str, WorkerMessage); 4] {
     let device = DeviceInfo {
         name: "cpu".to_owned(),
         description: "AVX-512, 2 threads".to_owned(),
@@ -231,20 +231,30 @@ fn worker_messages() -> [(&'static str, WorkerMessage); 3] {
         ("Register", WorkerMessage::Register(register)),
         ("Report", WorkerMessage::Report(report)),
         ("Probed", WorkerMessage::Probed { probe: 5, result: refused }),
+        ("Outranked", WorkerMessage::Outranked { epoch: 9 }),
     ]
 }
 
-fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 5] {
+fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 6] {
+    let coordinators = |n: u32| -> Vec<_> {
+        let address = |number: u32| ([10, 0, 0, number as u8], 4000).into();
+        let named = |number| CoordinatorAddress {
+            node: NodeId::coordinator(number),
+            cluster: address(number),
+        };
+        (1..=n).map(named).collect()
+    };
     let source = ModelSource::Folder { path: "/models/x".to_owned() };
     [
-        ("Welcome", CoordinatorMessage::Welcome { version: 1 }),
+        ("Welcome", CoordinatorMessage::Welcome { version: 1, coordinators: coordinators(3) }),
         (
             "CtlRefused",
             CoordinatorMessage::Refused(WireError::new(ErrorCode::VersionMismatch, "too old")),
         ),
-        ("Assign", CoordinatorMessage::Assign(vec![assignment()])),
+        ("Assign", CoordinatorMessage::Assign { epoch: 9, assignments: vec![assignment()] }),
         ("Probe", CoordinatorMessage::Probe { probe: 5, source }),
-        ("Drain", CoordinatorMessage::Drain),
+        ("Drain", CoordinatorMessage::Drain { epoch: 9 }),
+        ("Coordinators", CoordinatorMessage::Coordinators(coordinators(2))),
     ]
 }
 
@@ -551,4 +561,17 @@ fn numbers_over_the_plans_bounds_are_refused() {
     let mut nan = sampling();
     nan.temperature = f32::NAN;
     assert!(nan.check().is_err());
+}
+
+#[test]
+fn a_list_of_coordinators_names_coordinators_and_not_too_many() {
+    let named = |node| CoordinatorAddress { node, cluster: ([10, 0, 0, 1], 4000).into() };
+    let full: Vec<_> =
+        (1..=COORDINATORS_MAX as u32).map(|n| named(NodeId::coordinator(n))).collect();
+    assert_eq!(CoordinatorAddress::check(&full), Ok(()));
+    let longer = [full, vec![named(NodeId::coordinator(99))]].concat();
+    let words = CoordinatorAddress::check(&longer).unwrap_err().to_string();
+    assert!(words.contains("17") && words.contains("16"), "{words}");
+    let words = CoordinatorAddress::check(&[named(NodeId::worker(2))]).unwrap_err().to_string();
+    assert!(words.contains("w2"), "{words}");
 }

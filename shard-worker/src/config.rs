@@ -11,8 +11,9 @@ use shoal_protocol::units::Bytes;
 /// The settings of one worker. There is no file: `shoal worker` has a flag for each.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
-    /// The coordinator's cluster address (UDP).
-    pub join: SocketAddr,
+    /// Cluster addresses (UDP) of one or more coordinators; they name the others. At most
+    /// `COORDINATORS_MAX`.
+    pub join: Vec<SocketAddr>,
     /// Needed at the first start alone: later ones find the identity in `data`.
     pub token: Option<JoinToken>,
     /// Where identity and unpacked models are kept. Two workers must not share it.

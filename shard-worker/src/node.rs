@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_protocol::control::Register;
+use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register};
 use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join};
@@ -22,7 +23,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::agent::inventory::{self, InventoryError};
-use crate::agent::{Agent, AgentHandle, AgentParts, Models};
+use crate::agent::{Agent, AgentHandle, AgentParts, COORDINATORS_FILE, Models, read_kept};
 use crate::config::WorkerConfig;
 use crate::head::Heads;
 use crate::head::intake::Intake;
@@ -34,9 +35,9 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long peers are given to hear of the end.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Connections of coordinators to this worker's heads at once. A cluster has at most five
-/// coordinators; one that restarts leaves its old connection for an idle time-out.
-const COORDINATORS_MAX: usize = 32;
+/// Connections of coordinators to this worker's heads at once: one of each, and one that each has
+/// left behind for an idle time-out by starting again.
+const CONNECTIONS_MAX: usize = 2 * COORDINATORS_MAX;
 
 pub(crate) const IDENTITY_FILE: &str = "identity";
 const INCARNATION_FILE: &str = "incarnation";
@@ -65,6 +66,9 @@ pub enum StartError {
     /// The token is for something else.
     #[error("the token is for a {0}; a worker needs one made with --role worker")]
     WrongToken(Role),
+    /// Nowhere to begin, or too many places.
+    #[error("{0} coordinator addresses are given; give 1 to {COORDINATORS_MAX} with --join")]
+    Coordinators(usize),
     /// The identity file.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -121,14 +125,18 @@ impl DrainHandle {
 }
 
 impl Worker {
-    /// Finds or gets an identity, opens the endpoints, and begins to talk to the coordinator. The
-    /// coordinator need not be there where the identity is.
+    /// Finds or gets an identity, opens the endpoints, and begins to talk to the coordinators. None
+    /// of them need be there where the identity is.
     pub async fn start(config: WorkerConfig) -> Result<Self, StartError> {
+        if config.join.is_empty() || config.join.len() > COORDINATORS_MAX {
+            return Err(StartError::Coordinators(config.join.len()));
+        }
         let threads = config.threads;
         let device = inventory::device(&config.device, config.memory, threads)?;
         let identity = Arc::new(identity_of(&config).await?);
         let incarnation = next_incarnation(&config.data.join(INCARNATION_FILE))?;
-        let ip = local_ip_to(config.join)?;
+        let kept = read_kept(&config.data.join(COORDINATORS_FILE));
+        let ip = local_ip(&config.join, &kept)?;
 
         let links = Arc::new(Links::start(SocketAddr::new(ip, 0), Arc::clone(&identity))?);
         let any_port = SocketAddr::new(ip, 0);
@@ -148,7 +156,8 @@ impl Worker {
         let threads = std::num::NonZeroUsize::new(device.threads as usize);
         let (agent, handle) = Agent::start(AgentParts {
             register,
-            coordinator: config.join,
+            seeds: config.join,
+            kept,
             endpoint: endpoint.clone(),
             links: Arc::clone(&links),
             heads: heads.clone(),
@@ -194,7 +203,7 @@ impl Worker {
 /// Lets coordinators in until the endpoint is closed.
 async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
     // Taken after the handshake, so that strangers, who do not get that far, take none.
-    let places = Arc::new(Semaphore::new(COORDINATORS_MAX));
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -237,9 +246,25 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
     if token.role != Role::Worker {
         return Err(StartError::WrongToken(token.role));
     }
-    let identity = join(config.join, token, JOIN_TIMEOUT).await?;
+    let identity = join_any(&config.join, token).await?;
     identity.save(&path)?;
     Ok(identity)
+}
+
+/// Joins through the first coordinator that can be reached. Once one has been sent the secret, its
+/// answer counts: another one would say of a token that was just spent that it is not good.
+async fn join_any(addresses: &[SocketAddr], token: &JoinToken) -> Result<Identity, StartError> {
+    let mut first = None;
+    for address in addresses {
+        match join(*address, token, JOIN_TIMEOUT).await {
+            Err(error @ JoinError::Connect(_)) => {
+                tracing::warn!("{error}");
+                first.get_or_insert(error);
+            }
+            result => return Ok(result?),
+        }
+    }
+    Err(first.map_or(StartError::Coordinators(0), StartError::Join))
 }
 
 /// The number of this start, kept on disk before anybody hears of it.
@@ -256,6 +281,19 @@ fn next_incarnation(path: &Path) -> Result<Incarnation, StartError> {
     let next = last.saturating_add(1);
     write_secret(path, format!("{next}\n").as_bytes()).map_err(failed)?;
     Ok(Incarnation(next))
+}
+
+/// The local address for the first coordinator to which there is a way.
+fn local_ip(given: &[SocketAddr], kept: &[CoordinatorAddress]) -> Result<IpAddr, StartError> {
+    let mut first = Err(StartError::Coordinators(0));
+    for address in given.iter().copied().chain(kept.iter().map(|kept| kept.cluster)) {
+        match (local_ip_to(address), &first) {
+            (Ok(ip), _) => return Ok(ip),
+            (Err(error), Err(StartError::Coordinators(_))) => first = Err(error),
+            (Err(_), _) => {}
+        }
+    }
+    first
 }
 
 /// The local address from which packets to the coordinator leave: where its peers find this worker.
@@ -296,7 +334,7 @@ mod tests {
     async fn without_identity_and_token_there_is_no_worker() {
         let data = tempfile::tempdir().unwrap();
         let config = WorkerConfig {
-            join: "127.0.0.1:9".parse().unwrap(),
+            join: vec!["127.0.0.1:9".parse().unwrap()],
             token: None,
             data: data.path().to_owned(),
             memory: Some(shoal_protocol::units::Bytes::mib(1)),
@@ -311,7 +349,11 @@ mod tests {
             ca_fingerprint: [0; 32],
             secret: [0; 32],
         };
-        let error = Worker::start(WorkerConfig { token: Some(token), ..config }).await.unwrap_err();
+        let config = WorkerConfig { token: Some(token), ..config };
+        let error = Worker::start(config.clone()).await.unwrap_err();
         assert!(error.to_string().contains("token is for a admin"), "{error}");
+        let config = WorkerConfig { join: vec![config.join[0]; COORDINATORS_MAX + 1], ..config };
+        let error = Worker::start(config).await.unwrap_err().to_string();
+        assert!(error.contains("17 coordinator addresses") && error.contains("--join"), "{error}");
     }
 }

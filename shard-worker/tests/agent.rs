@@ -56,7 +56,7 @@ async fn a_restarted_worker_is_the_same_node_in_its_next_life() {
     let cluster = Cluster::new();
     let first = cluster.worker(1).await;
     assert_eq!((first.node(), first.register.incarnation.0), (NodeId::worker(1), 1));
-    first.to.send(CoordinatorMessage::Drain).await.unwrap();
+    first.to.send(CoordinatorMessage::Drain { epoch: 1 }).await.unwrap();
     within(first.task).await.unwrap();
     let second = cluster.worker_in(first.data, Bytes::mib(7)).await;
     assert_eq!((second.node(), second.register.incarnation.0), (NodeId::worker(1), 2));

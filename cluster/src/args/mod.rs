@@ -172,9 +172,9 @@ The token is needed at the first start with a DIR: the identity it buys is kept 
 /// `shoal worker`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct WorkerArgs {
-    /// The coordinator's --cluster address
-    #[arg(long, value_name = "ADDR", value_parser = address)]
-    pub join: SocketAddr,
+    /// The --cluster address of a coordinator, or of several, with commas
+    #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',', required = true)]
+    pub join: Vec<SocketAddr>,
     /// What `shoal token create --role worker` printed; the environment variable keeps it out of
     /// the list of processes
     #[arg(

@@ -14,6 +14,7 @@ use crate::failure::Failure;
 pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
     let join = args.join;
+    let coordinators = join.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let _lock = tokio::select! {
         locked = FolderLock::of_node(&args.data) => locked?,
         _ = stop.requested() => return Ok(()),
@@ -35,7 +36,7 @@ pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
     if args.child.announce {
         Announcement::Worker { id }.print();
     }
-    tracing::info!(%id, coordinator = %join, "worker runs");
+    tracing::info!(%id, %coordinators, "worker runs");
     let handle = worker.drain_handle();
     let mut running = std::pin::pin!(worker.run_until_drained());
     tokio::select! {

@@ -5,8 +5,9 @@
 //!                                    └◄─ Assign, Probe ◄── outbox ◄─── executor, admin
 //! ```
 //!
-//! All of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
-//! number of a registration enters the log, so that a ghost stays a ghost.
+//! Workers talk to every coordinator like this; the leader's executor alone tells them what to be. All
+//! of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
+//! number of a registration enters the log (see `admit`).
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,18 +16,19 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
 use shoal_protocol::control::{
-    CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, WorkerMessage,
+    COORDINATORS_MAX, CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report,
+    WorkerMessage,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
-use shoal_protocol::version::VersionRange;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::admit::{admit, record};
 use super::reconcile::ObservedWorker;
-use super::state::{Change, KeyFingerprint, NodeCommand};
+use super::state::KeyFingerprint;
 use super::store::ControlStore;
 
 /// How long a worker may take to register once it is connected.
@@ -43,7 +45,7 @@ const OUTBOX_MAX: usize = 16;
 /// Probes of one worker at once: one per operator who deploys at this moment.
 const PROBES_MAX: usize = 64;
 
-/// The most devices and shards that a worker may name: ten times what a machine holds.
+/// The most shards that a worker may name: ten times what a machine holds.
 const THINGS_MAX: usize = 1024;
 
 /// All workers that have registered at this coordinator since its start.
@@ -60,6 +62,8 @@ pub struct Agents {
 #[derive(Debug)]
 struct Registry {
     workers: BTreeMap<NodeId, Worker>,
+    /// What workers are told of where coordinators are.
+    coordinators: Vec<CoordinatorAddress>,
     /// Numbers connections and probes.
     next: u64,
 }
@@ -71,7 +75,7 @@ impl Registry {
     fn new(now: SystemTime) -> Self {
         let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
-        Self { workers: BTreeMap::new(), next }
+        Self { workers: BTreeMap::new(), coordinators: Vec::new(), next }
     }
 
     fn number(&mut self) -> u64 {
@@ -85,7 +89,30 @@ struct Worker {
     register: Register,
     report: Report,
     pushed: Option<Vec<Assignment>>,
+    /// It says that it was told by a leader with this epoch, later than the one that tried.
+    outranked: Option<u64>,
+    /// No epoch below is any use with it.
+    floor: u64,
     link: Option<Link>,
+}
+
+impl Worker {
+    /// One that has just registered and has been told nothing.
+    fn new(register: Register, report: Report, link: Link) -> Self {
+        Self { register, report, pushed: None, outranked: None, floor: 0, link: Some(link) }
+    }
+}
+
+impl Link {
+    /// Puts a message in the outbox; cuts the worker off where that is full.
+    fn send(&self, node: NodeId, message: CoordinatorMessage) -> bool {
+        let sent = self.outbox.try_send(message).is_ok();
+        if !sent {
+            tracing::warn!(%node, "has not read its last {OUTBOX_MAX} messages: cut off");
+            self.connection.close(close_code::PROTOCOL, "you do not read your messages");
+        }
+        sent
+    }
 }
 
 #[derive(Debug)]
@@ -94,6 +121,13 @@ struct Link {
     connection: Connection,
     outbox: mpsc::Sender<CoordinatorMessage>,
     probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
+}
+
+/// A worker that was let in, and the coordinators that its welcome named.
+#[derive(Debug)]
+struct Registered {
+    register: Register,
+    coordinators: Vec<CoordinatorAddress>,
 }
 
 /// Why a conversation with a worker ended.
@@ -137,18 +171,68 @@ impl Agents {
         self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
     }
 
-    /// Tells a worker all that it should be. A worker that is gone is told when it is back.
-    pub fn assign(&self, node: NodeId, assignments: Vec<Assignment>) {
+    /// Tells a worker all that it should be, as the leader of this epoch. A worker that is gone is told
+    /// when it is back.
+    pub fn assign(&self, node: NodeId, epoch: u64, assignments: Vec<Assignment>) {
         let mut registry = self.lock();
         let Some(worker) = registry.workers.get_mut(&node) else { return };
         let Some(link) = &worker.link else { return };
-        match link.outbox.try_send(CoordinatorMessage::Assign(assignments.clone())) {
-            Ok(()) => worker.pushed = Some(assignments),
-            Err(_) => {
-                tracing::warn!(%node, "has not read its last {OUTBOX_MAX} messages: cut off");
-                link.connection.close(close_code::PROTOCOL, "you do not read your messages");
+        let epoch = epoch.max(worker.floor);
+        let message = CoordinatorMessage::Assign { epoch, assignments: assignments.clone() };
+        if link.send(node, message) {
+            worker.pushed = Some(assignments);
+        }
+    }
+
+    /// This coordinator begins to lead: nobody has been told anything by this leader yet.
+    pub fn begin_to_lead(&self) {
+        self.lock().workers.values_mut().for_each(|worker| worker.pushed = None);
+    }
+
+    /// The workers that say that a later leader has told them what to be, and its epoch.
+    pub fn outranked(&self) -> BTreeMap<NodeId, u64> {
+        let registry = self.lock();
+        let workers = registry.workers.iter();
+        workers.filter_map(|(node, worker)| Some((*node, worker.outranked?))).collect()
+    }
+
+    /// Speaks to these workers with greater epochs from now on. Only for a leader (of this epoch) that
+    /// has made sure, after they said so, that it still is the leader.
+    pub fn outrank(&self, epoch: u64, outranked: &BTreeMap<NodeId, u64>) {
+        let mut registry = self.lock();
+        for (node, later) in outranked {
+            let Some(worker) = registry.workers.get_mut(node) else { continue };
+            worker.outranked = None;
+            // Said to this coordinator when it led before.
+            if *later < epoch {
+                continue;
+            }
+            tracing::warn!(
+                %node,
+                epoch,
+                later,
+                "was told by a later leader than any that this cluster knows (was its state restored \
+                 from a backup?); it is told anew"
+            );
+            worker.floor = worker.floor.max(later.saturating_add(1));
+            worker.pushed = None;
+        }
+    }
+
+    /// Tells all workers, those that are connected and those that come, where the coordinators are: at
+    /// most `COORDINATORS_MAX` of them.
+    pub fn set_coordinators(&self, mut coordinators: Vec<CoordinatorAddress>) {
+        coordinators.truncate(COORDINATORS_MAX);
+        let mut registry = self.lock();
+        if registry.coordinators == coordinators {
+            return;
+        }
+        for (node, worker) in &registry.workers {
+            if let Some(link) = &worker.link {
+                link.send(*node, CoordinatorMessage::Coordinators(coordinators.clone()));
             }
         }
+        registry.coordinators = coordinators;
     }
 
     /// Asks every connected worker for the fingerprint of a model. Each answers within a deadline.
@@ -200,8 +284,8 @@ impl Agents {
         let Some(node) = connection.peer() else { return };
         let end = match self.register(node, &connection).await {
             Err(end) => end,
-            Ok((register, sender, receiver)) => {
-                self.converse(node, register, &connection, sender, receiver).await
+            Ok((registered, sender, receiver)) => {
+                self.converse(node, registered, &connection, sender, receiver).await
             }
         };
         let code = match end {
@@ -217,7 +301,7 @@ impl Agents {
         &self,
         node: NodeId,
         connection: &Connection,
-    ) -> Result<(Register, FrameSender, FrameReceiver), SessionEnd> {
+    ) -> Result<(Registered, FrameSender, FrameReceiver), SessionEnd> {
         let link = |error: &dyn std::fmt::Display| SessionEnd::Link(error.to_string());
         let hello = async {
             let (sender, mut receiver) =
@@ -230,9 +314,11 @@ impl Agents {
         let Some(WorkerMessage::Register(mut register)) = first else {
             return Err(SessionEnd::Protocol("its first message is not its registration"));
         };
-        match self.admit(node, &register).await {
+        let coordinators = self.lock().coordinators.clone();
+        match admit(&self.store, node, &register).await {
             Ok(version) => {
-                let welcome = CoordinatorMessage::Welcome { version };
+                let told = coordinators.clone();
+                let welcome = CoordinatorMessage::Welcome { version, coordinators: told };
                 let sent = sender.send_message(&welcome, MESSAGE_LEN_MAX).await;
                 sent.map_err(|error| link(&error))?;
             }
@@ -249,52 +335,27 @@ impl Agents {
         let remote = connection.remote_address();
         register.requests = reachable(register.requests, remote);
         register.activations = reachable(register.activations, remote);
-        Ok((register, sender, receiver))
-    }
-
-    /// Whether a worker may take part; the version that both will speak.
-    async fn admit(&self, node: NodeId, register: &Register) -> Result<u16, WireError> {
-        let version = VersionRange::OURS
-            .negotiate(register.versions)
-            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
-        if register.node != node {
-            let text = format!("the certificate is {node}'s, the registration {}'s", register.node);
-            return Err(WireError::new(ErrorCode::PermissionDenied, text));
-        }
-        let devices = register.devices.len();
-        if devices == 0 || devices > THINGS_MAX || register.numerics.len() > THINGS_MAX {
-            let text = format!("a worker has 1 to {THINGS_MAX} devices, not {devices}");
-            return Err(WireError::new(ErrorCode::InvalidRequest, text));
-        }
-        let start = NodeCommand::Start {
-            node,
-            incarnation: register.incarnation,
-            // It is stored for ever, so it is bounded here.
-            build: register.build.chars().take(64).collect(),
-        };
-        let recorded = self.store.state().nodes.get(node).and_then(|known| known.incarnation);
-        if recorded != Some(register.incarnation) {
-            self.store.propose(Change::Node(start)).await?;
-        }
-        Ok(version)
+        Ok((Registered { register, coordinators }, sender, receiver))
     }
 
     async fn converse(
         &self,
         node: NodeId,
-        register: Register,
+        registered: Registered,
         connection: &Connection,
         sender: FrameSender,
         receiver: FrameReceiver,
     ) -> SessionEnd {
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
-        let Some(session) = self.connected(node, register, connection, outbox) else {
+        let register = registered.register.clone();
+        let Some(session) = self.connected(node, registered, connection, outbox) else {
             return SessionEnd::Replaced;
         };
         // Both halves run until one of them ends; a message is never left half-read for the other.
         let end = tokio::select! {
             end = self.listen(node, session, receiver) => end,
             end = speak(sender, messages) => end,
+            refused = record(&self.store, node, &register) => SessionEnd::Refused(refused.into()),
             reason = connection.closed() => SessionEnd::Link(reason.to_string()),
         };
         self.disconnected(node, session);
@@ -333,6 +394,10 @@ impl Agents {
                         return SessionEnd::Protocol("it asked for a certificate that is not its");
                     }
                 },
+                Ok(Some(WorkerMessage::Outranked { epoch })) => {
+                    self.with_link(node, session, |worker| worker.outranked = Some(epoch));
+                    self.changed.send_modify(|n| *n += 1);
+                }
                 Ok(Some(WorkerMessage::Register(_))) => {
                     return SessionEnd::Protocol("it registered twice");
                 }
@@ -355,10 +420,11 @@ impl Agents {
     fn connected(
         &self,
         node: NodeId,
-        register: Register,
+        registered: Registered,
         connection: &Connection,
         outbox: mpsc::Sender<CoordinatorMessage>,
     ) -> Option<u64> {
+        let Registered { register, coordinators } = registered;
         let mut registry = self.lock();
         let session = registry.number();
         let mut report = Report::default();
@@ -382,8 +448,12 @@ impl Agents {
             "worker registered"
         );
         let connection = connection.clone();
-        let link = Some(Link { session, connection, outbox, probes: BTreeMap::new() });
-        registry.workers.insert(node, Worker { register, report, pushed: None, link });
+        let link = Link { session, connection, outbox, probes: BTreeMap::new() };
+        // They may have changed since the welcome.
+        if registry.coordinators != coordinators {
+            link.send(node, CoordinatorMessage::Coordinators(registry.coordinators.clone()));
+        }
+        registry.workers.insert(node, Worker::new(register, report, link));
         drop(registry);
         self.changed.send_modify(|n| *n += 1);
         Some(session)
@@ -394,6 +464,7 @@ impl Agents {
             // Those who wait for its probes see that it is gone.
             worker.link = None;
             worker.pushed = None;
+            worker.outranked = None;
         });
         self.changed.send_modify(|n| *n += 1);
     }

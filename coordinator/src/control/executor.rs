@@ -8,6 +8,10 @@
 //!
 //! It keeps nothing but what the last decision gave it for the next one. An action that fails is not
 //! repeated here: the next round sees that it is still to be done.
+//!
+//! Every coordinator looks and shows; the leader alone acts, and only once it has made sure that its
+//! copy of the state holds all that the leaders before it decided. Otherwise it would tell workers to
+//! be what they were.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +29,7 @@ use super::folders::Folders;
 use super::models::Models;
 use super::reconcile::{Action, Decision, History, Observed, ObservedWorker, Phase, reconcile};
 use super::state::{Change, ClusterState, PlanCommand};
-use super::store::ControlStore;
+use super::store::{ControlStore, Standing};
 use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
 
 /// How often to look even if nothing changes: what could not be done is tried again so soon.
@@ -34,6 +38,9 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Changes that follow each other sooner are looked at together: reports of many workers come in
 /// bursts.
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// How long a round waits for proof that this coordinator leads. The next round asks again.
+const PROOF_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Carries decisions out until it is told to stop.
 #[derive(Debug)]
@@ -44,6 +51,8 @@ pub struct Executor {
     /// When this coordinator started: the origin of the time that reconciliation is told.
     origin: std::time::Instant,
     history: BTreeMap<ReplicaId, History>,
+    /// The epoch in which this coordinator is proven to lead with a current state.
+    leads: Option<u64>,
     folders: Folders,
     shown: Shown,
 }
@@ -72,6 +81,7 @@ impl Executor {
             coordinator,
             origin: std::time::Instant::now(),
             history: BTreeMap::new(),
+            leads: None,
             folders: Folders::new(models),
             shown,
         }
@@ -81,28 +91,61 @@ impl Executor {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut state_changed = self.store.watch();
         let mut agents_changed = self.agents.changed();
+        let mut standing_changed = self.store.standing();
         let mut last_phases = BTreeMap::new();
         loop {
             // Marked as seen before they are looked at, so that no change in between is lost.
-            let state = Arc::clone(&state_changed.borrow_and_update());
             agents_changed.mark_unchanged();
+            let standing = *standing_changed.borrow_and_update();
+            self.prove(standing).await;
+            let state = Arc::clone(&state_changed.borrow_and_update());
             let Some(decision) = self.decide(&state).await else { return };
             log(&decision, &mut last_phases);
             self.folders.look(&state).await;
             self.show(&state, &decision);
             self.history = decision.history;
             for action in decision.actions {
-                self.act(action).await;
+                let Some(epoch) = self.leads else { break };
+                if *self.store.standing().borrow() != standing {
+                    break;
+                }
+                self.act(action, epoch).await;
             }
             let wake = decision.wake_at.map_or(PERIOD, |at| at.since(self.now()).min(PERIOD));
             tokio::select! {
                 changed = state_changed.changed() => if changed.is_err() { return },
                 changed = agents_changed.changed() => if changed.is_err() { return },
+                changed = standing_changed.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(wake) => {}
                 _ = stop.wait_for(|stop| *stop) => return,
             }
             tokio::time::sleep(PAUSE).await;
         }
+    }
+
+    /// Sees whether this coordinator leads, and whether its workers believe it.
+    async fn prove(&mut self, standing: Standing) {
+        let outranked = self.agents.outranked();
+        if !standing.leading {
+            if self.leads.take().is_some() {
+                tracing::info!(leader = ?standing.leader, "this coordinator does not lead any more");
+            }
+            return;
+        }
+        if self.leads == Some(standing.epoch) && outranked.is_empty() {
+            return;
+        }
+        let read = tokio::time::timeout(PROOF_PATIENCE, self.store.read()).await;
+        if !matches!(read, Ok(Ok(_))) || *self.store.standing().borrow() != standing {
+            self.leads = None;
+            return;
+        }
+        if self.leads != Some(standing.epoch) {
+            tracing::info!(epoch = standing.epoch, "this coordinator leads");
+            self.agents.begin_to_lead();
+            self.leads = Some(standing.epoch);
+        }
+        self.agents.outrank(standing.epoch, &outranked);
     }
 
     fn now(&self) -> Instant {
@@ -114,6 +157,7 @@ impl Executor {
         let observed = Observed {
             now: self.now(),
             since: Instant(0),
+            follows: self.leads.is_none(),
             workers: self.agents.observe(),
             history: std::mem::take(&mut self.history),
         };
@@ -130,9 +174,11 @@ impl Executor {
         }
     }
 
-    async fn act(&self, action: Action) {
+    async fn act(&self, action: Action, epoch: u64) {
         match action {
-            Action::Assign { node, assignments, .. } => self.agents.assign(node, assignments),
+            Action::Assign { node, assignments, .. } => {
+                self.agents.assign(node, epoch, assignments);
+            }
             Action::Adopt { plan, .. } => {
                 let replica = plan.id;
                 let change = Change::Plan(PlanCommand::Adopt { plan });

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod admin;
+mod admit;
 pub mod agents;
 pub mod executor;
 mod folders;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use shoal_protocol::control::{
-    CoordinatorMessage, REPORT_INTERVAL, Register, Report, ShardCounters, WorkerMessage,
+    CoordinatorAddress, CoordinatorMessage, REPORT_INTERVAL, Register, Report, ShardCounters,
+    WorkerMessage,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::plan::{Assignment, ModelSource};
@@ -16,10 +17,13 @@ use shoal_protocol::units::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::book::Book;
+use super::coordinators::{Coordinators, FILE_NAME};
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
 use super::models::Models;
+use super::orders::{Orders, Outranked};
 use super::renewal::Renewal;
-use super::session::Session;
+use super::session::Told;
 use crate::head::Heads;
 use crate::node::IDENTITY_FILE;
 use crate::stage::{Links, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop};
@@ -27,7 +31,7 @@ use crate::stage::{Links, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop};
 /// Events that wait for the loop, which never waits for those who send them.
 const EVENTS_MAX: usize = 64;
 
-/// Messages of the coordinator that wait: each `Assign` makes the one before obsolete.
+/// Messages of the coordinators that wait: each `Assign` makes the one before obsolete.
 const TOLD_MAX: usize = 16;
 
 /// Probes at once: each reads the headers of a model's files.
@@ -38,9 +42,11 @@ const PROBES_MAX: usize = 8;
 pub struct AgentParts {
     /// What it registers with.
     pub register: Register,
-    /// Where the coordinator is.
-    pub coordinator: SocketAddr,
-    /// The endpoint that reaches it.
+    /// Where somebody said that coordinators are.
+    pub seeds: Vec<SocketAddr>,
+    /// Where they were in the last life.
+    pub kept: Vec<CoordinatorAddress>,
+    /// The endpoint that reaches them.
     pub endpoint: Endpoint,
     /// The ring's endpoint.
     pub links: Arc<Links>,
@@ -94,8 +100,8 @@ pub struct Agent {
     inbox: mpsc::Receiver<Event>,
     news: mpsc::Sender<ShardNews>,
     news_inbox: mpsc::Receiver<ShardNews>,
-    told: mpsc::Receiver<CoordinatorMessage>,
-    answers: mpsc::Sender<WorkerMessage>,
+    told: mpsc::Receiver<Told>,
+    orders: Orders,
     reports: watch::Sender<Report>,
     drain: watch::Receiver<bool>,
 }
@@ -122,30 +128,30 @@ struct Progress {
 }
 
 impl Agent {
-    /// An agent that begins to talk to its coordinator at once.
+    /// An agent that begins to talk to its coordinators at once.
     pub fn start(parts: AgentParts) -> (Self, AgentHandle) {
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (news, news_inbox) = mpsc::channel(EVENTS_MAX);
         let (told_to, told) = mpsc::channel(TOLD_MAX);
-        let (answers, answers_inbox) = mpsc::channel(PROBES_MAX);
         let (reports, reports_inbox) = watch::channel(Report::default());
         let (drain_to, drain) = watch::channel(false);
         let renewal = Renewal {
             endpoint: parts.endpoint.clone(),
             links: Arc::clone(&parts.links),
             file: parts.models.data.join(IDENTITY_FILE),
+            asked: Default::default(),
         };
-        let session = Session {
-            renewal,
+        let coordinators = Coordinators {
             endpoint: parts.endpoint,
-            coordinator: parts.coordinator,
-            register: parts.register,
+            register: Arc::new(parts.register),
             reports: reports_inbox,
-            answers: answers_inbox,
             told: told_to,
+            renewal: Arc::new(renewal),
+            book: Arc::new(watch::Sender::new(Book::new(&parts.kept))),
+            file: parts.models.data.join(FILE_NAME),
         };
         let mut tasks = JoinSet::new();
-        tasks.spawn(session.run());
+        tasks.spawn(coordinators.run(parts.seeds));
         let agent = Self {
             lifecycle: Lifecycle::new(parts.budget),
             links: parts.links,
@@ -161,7 +167,7 @@ impl Agent {
             news,
             news_inbox,
             told,
-            answers,
+            orders: Orders::default(),
             reports,
             drain,
         };
@@ -177,7 +183,7 @@ impl Agent {
             tokio::select! {
                 Some(event) = self.inbox.recv() => self.take(event),
                 Some(news) = self.news_inbox.recv() => self.take(Event::Shard(news)),
-                Some(message) = self.told.recv() => self.take_message(message, &mut draining),
+                Some(told) = self.told.recv() => self.take_told(told, &mut draining),
                 () = asked_to_drain(&mut self.drain), if !draining => {
                     draining = true;
                     self.handle(lifecycle::Event::Drain);
@@ -194,21 +200,34 @@ impl Agent {
         self.probes.shutdown().await;
     }
 
-    fn take_message(&mut self, message: CoordinatorMessage, draining: &mut bool) {
-        match message {
-            CoordinatorMessage::Assign(assignments) => {
-                self.handle(lifecycle::Event::Assigned(assignments));
+    fn take_told(&mut self, told: Told, draining: &mut bool) {
+        let Told { from, message, answers } = told;
+        let ordered = match message {
+            CoordinatorMessage::Assign { epoch, assignments } => {
+                let admitted = self.orders.admit(from, epoch);
+                admitted.map(|()| self.handle(lifecycle::Event::Assigned(assignments)))
             }
-            CoordinatorMessage::Probe { probe, source } => self.probe(probe, source),
-            CoordinatorMessage::Drain => {
+            CoordinatorMessage::Drain { epoch } => self.orders.admit(from, epoch).map(|()| {
                 *draining = true;
                 self.handle(lifecycle::Event::Drain);
+            }),
+            CoordinatorMessage::Probe { probe, source } => {
+                self.probe(probe, source, answers);
+                return;
             }
             CoordinatorMessage::Welcome { .. }
             | CoordinatorMessage::Refused(_)
-            | CoordinatorMessage::Renewed { .. } => {
-                tracing::warn!("the coordinator answered what was not asked");
+            | CoordinatorMessage::Renewed { .. }
+            | CoordinatorMessage::Coordinators(_) => {
+                tracing::warn!("{from} answered what was not asked");
+                return;
             }
+        };
+        if let Err(outranked) = ordered {
+            let Outranked { later, .. } = outranked;
+            tracing::warn!("{outranked}");
+            // Where that queue is full, it has been told already.
+            let _ = answers.try_send(WorkerMessage::Outranked { epoch: later });
         }
     }
 
@@ -354,8 +373,9 @@ impl Agent {
         None
     }
 
-    fn probe(&mut self, probe: u64, source: ModelSource) {
-        let (models, answers) = (self.models.clone(), self.answers.clone());
+    /// The answer goes to whoever asked; a coordinator that left is not waited for.
+    fn probe(&mut self, probe: u64, source: ModelSource, answers: mpsc::Sender<WorkerMessage>) {
+        let models = self.models.clone();
         let busy = self.probes.len() >= PROBES_MAX;
         if busy {
             let words = format!("{PROBES_MAX} probes are at work already; try again");
@@ -369,7 +389,7 @@ impl Agent {
             let result = read.unwrap_or_else(|error| {
                 Err(WireError::new(ErrorCode::Internal, format!("the probe panicked: {error}")))
             });
-            let _ = answers.send(WorkerMessage::Probed { probe, result }).await;
+            let _ = answers.try_send(WorkerMessage::Probed { probe, result });
         });
     }
 

@@ -3,18 +3,23 @@
 //! ```text
 //! shoal-ctl ─► session ─► Assign ─► agent ─► Lifecycle (○) ─► load · start · stop ─► Shard
 //!           ◄─ session ◄─ Report ◄──┘  ▲                                             │
-//!                                      └──────── loaded, linked, failed, stopped ◄───┘
+//!    one for each coordinator          └──────── loaded, linked, failed, stopped ◄───┘
 //! ```
 //!
-//! The shards do not need the coordinator: they go on serving while it restarts.
+//! It talks to every coordinator and obeys the latest leader. The shards need none of them: they go
+//! on serving while all of them are away.
 
+mod book;
+mod coordinators;
 mod driver;
 pub mod inventory;
 pub mod lifecycle;
 pub mod memory;
 mod models;
+mod orders;
 mod renewal;
 mod session;
 
+pub use coordinators::{FILE_NAME as COORDINATORS_FILE, read_kept};
 pub use driver::{Agent, AgentHandle, AgentParts};
 pub use models::Models;

@@ -1,13 +1,40 @@
-//! Certificates live for a day: a worker asks for the next one over the conversation that the present
-//! one has let it into, keeps it, and shows it from then on.
+//! Certificates live for a day: a worker asks for the next one over a conversation that the present
+//! one has let it into, keeps it, and shows it from then on. Any coordinator can answer; one is asked
+//! at a time.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use shoal_protocol::control::WorkerMessage;
 use shoal_protocol::quic::Endpoint;
 
 use crate::stage::Links;
+
+/// How long a certificate is not replaced: a third of its life, so that one failure is not the end.
+const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
+
+/// How long to wait for an answer before another coordinator is asked.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// When somebody was asked last, and when that last led to a certificate.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Asked {
+    asked: Option<Instant>,
+    taken: Option<Instant>,
+}
+
+impl Asked {
+    /// Whether it is time to ask; from then on it is not, for a while.
+    fn is_due(&mut self, now: Instant) -> bool {
+        let within = |then: Option<Instant>, time| then.is_some_and(|then| now < then + time);
+        let due = !within(self.taken, RENEW_PERIOD) && !within(self.asked, ANSWER_TIMEOUT);
+        if due {
+            self.asked = Some(now);
+        }
+        due
+    }
+}
 
 /// Where a new certificate has to go.
 #[derive(Debug)]
@@ -18,11 +45,17 @@ pub(super) struct Renewal {
     pub links: Arc<Links>,
     /// Where the identity is kept for the next start.
     pub file: PathBuf,
+    /// Shared by the sessions; held while a certificate is taken, so that two do not mix.
+    pub asked: Mutex<Asked>,
 }
 
 impl Renewal {
-    /// What to ask the coordinator; `None` where there is no key to ask for.
+    /// What to ask the coordinator; `None` where nothing is due, or where there is no key to ask for.
     pub fn request(&self) -> Option<WorkerMessage> {
+        let due = self.asked.lock().unwrap_or_else(PoisonError::into_inner).is_due(Instant::now());
+        if !due {
+            return None;
+        }
         let request = self.endpoint.identity()?.renewal_request();
         match request {
             Ok(csr) => Some(WorkerMessage::Renew { csr }),
@@ -36,8 +69,10 @@ impl Renewal {
     /// Takes the answer. Where it cannot be used the present certificate stays, and the next answer
     /// may be better.
     pub fn take(&self, certificate: Vec<u8>) {
-        if let Err(error) = self.try_take(certificate) {
-            tracing::error!("the new certificate cannot be used: {error}");
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.try_take(certificate) {
+            Ok(()) => asked.taken = Some(Instant::now()),
+            Err(error) => tracing::error!("the new certificate cannot be used: {error}"),
         }
     }
 
@@ -52,5 +87,22 @@ impl Renewal {
         self.endpoint.renew(renewed)?;
         tracing::debug!("the certificate is renewed");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_coordinator_is_asked_and_then_another_where_it_does_not_answer() {
+        let start = Instant::now();
+        let mut asked = Asked::default();
+        assert!(asked.is_due(start));
+        assert!(!asked.is_due(start), "the answer is on its way");
+        assert!(asked.is_due(start + ANSWER_TIMEOUT), "it did not come");
+        asked.taken = Some(start + ANSWER_TIMEOUT);
+        assert!(!asked.is_due(start + ANSWER_TIMEOUT * 3));
+        assert!(asked.is_due(start + ANSWER_TIMEOUT + RENEW_PERIOD));
     }
 }

@@ -1,16 +1,19 @@
-//! The conversation with a coordinator (`shoal-ctl`): register, report, be told. It begins again for
-//! as long as the worker lives; the shards never notice.
+//! ● The conversation with one coordinator (`shoal-ctl`): register, report, be told. It begins again
+//! for as long as the coordinator is one; the shards never notice.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use shoal_protocol::control::{
-    CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, WorkerMessage,
+    BadCoordinators, CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report,
+    WorkerMessage,
 };
-use shoal_protocol::id::Role;
-use shoal_protocol::quic::{Alpn, Endpoint, Expect, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::id::{NodeId, Role};
+use shoal_protocol::quic::{Alpn, Connection, Expect, FrameReceiver, FrameSender, close_code};
 use tokio::sync::{mpsc, watch};
 
+use super::book::Book;
+use super::coordinators::Coordinators;
 use super::renewal::Renewal;
 
 /// How long a coordinator may take to be reached and to say `Welcome`.
@@ -25,24 +28,37 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Reports that follow each other sooner are sent as one.
 const REPORT_PAUSE: Duration = Duration::from_millis(10);
 
-/// How often to ask for a new certificate: a third of a certificate's life, so that one failure is
-/// not the end.
-const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
+/// How often to see whether a new certificate is due: one of the sessions asks, and another where
+/// that one gets no answer.
+const RENEW_LOOK: Duration = Duration::from_secs(60);
 
-/// What a session needs.
+/// Answers that wait to be sent: as many probes as are at work at once, and as many refusals.
+const ANSWERS_MAX: usize = 16;
+
+/// How a session finds its coordinator.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// It is this one, wherever it is, and nobody else.
+    Node(NodeId),
+    /// Any coordinator of the cluster that is there: what a person gave.
+    Seed(SocketAddr),
+}
+
+/// What a coordinator says, and where answers to it go.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub from: NodeId,
+    pub message: CoordinatorMessage,
+    pub answers: mpsc::Sender<WorkerMessage>,
+}
+
+/// One session.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub endpoint: Endpoint,
-    pub coordinator: SocketAddr,
-    pub register: Register,
-    /// What to report; sent anew to each new coordinator.
-    pub reports: watch::Receiver<Report>,
-    /// Answers to probes.
-    pub answers: mpsc::Receiver<WorkerMessage>,
-    /// What the coordinator says.
-    pub told: mpsc::Sender<CoordinatorMessage>,
-    /// Takes new certificates.
-    pub renewal: Renewal,
+    place: Place,
+    shared: Coordinators,
+    answers: mpsc::Sender<WorkerMessage>,
+    answers_inbox: mpsc::Receiver<WorkerMessage>,
 }
 
 /// Why a conversation ended.
@@ -50,6 +66,8 @@ pub(super) struct Session {
 enum SessionEnd {
     #[error("{0}")]
     Unreachable(String),
+    #[error("there is a conversation with {0} already")]
+    Taken(NodeId),
     #[error("the coordinator refuses this worker: {0}")]
     Refused(shoal_protocol::error::WireError),
     #[error("the coordinator said {0} where a welcome was expected")]
@@ -58,114 +76,190 @@ enum SessionEnd {
     Timeout,
     #[error("the conversation broke off: {0}")]
     Broken(String),
+    #[error(transparent)]
+    Named(#[from] BadCoordinators),
+    #[error("{0} is no coordinator of this cluster any more")]
+    Left(NodeId),
     #[error("the agent has ended")]
     AgentEnded,
 }
 
 impl Session {
-    /// Holds conversations until the agent ends.
+    pub fn new(shared: Coordinators, place: Place) -> Self {
+        let (answers, answers_inbox) = mpsc::channel(ANSWERS_MAX);
+        Self { place, shared, answers, answers_inbox }
+    }
+
+    /// Holds conversations until the agent ends or the coordinator is none any more.
     pub async fn run(mut self) {
         let mut pause = RETRY_PAUSE_MIN;
         // A worker that cannot register says so once, not every second.
         let mut last_words = String::new();
-        loop {
-            match self.converse(&mut pause).await {
+        for attempt in 0_usize.. {
+            let Some((address, expect)) = self.turn(attempt).await else { return };
+            match self.converse(address, expect, &mut pause).await {
                 SessionEnd::AgentEnded => return,
+                end @ (SessionEnd::Taken(_) | SessionEnd::Left(_)) => tracing::debug!("{end}"),
                 end => {
-                    let words = end.to_string();
+                    let words = format!("no conversation with {address}: {end}");
                     if words == last_words {
                         tracing::debug!("{words}");
                     } else {
-                        tracing::warn!("no conversation with {}: {words}", self.coordinator);
+                        tracing::warn!("{words}");
                         last_words = words;
                     }
                 }
             }
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.told.closed() => return,
-            }
+            tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_PAUSE_MAX);
         }
     }
 
-    async fn converse(&mut self, pause: &mut Duration) -> SessionEnd {
-        let connecting = self.endpoint.connect(
-            self.coordinator,
-            Expect::Role(Role::Coordinator),
-            Alpn::Control,
-            WELCOME_TIMEOUT,
-        );
-        let connection = tokio::select! {
-            connected = connecting => match connected {
+    /// Waits until there is a reason to connect; `None` where there will be none any more.
+    async fn turn(&self, attempt: usize) -> Option<(SocketAddr, Expect)> {
+        let mut book = self.shared.book.subscribe();
+        match self.place {
+            Place::Node(node) => {
+                let free =
+                    book.wait_for(|book| !book.known().contains_key(&node) || !book.talks_to(node));
+                let address = free.await.ok()?.address_of(node, attempt)?;
+                Some((address, Expect::Node(node)))
+            }
+            Place::Seed(address) => {
+                book.wait_for(|book| book.needs_seed(address)).await.ok()?;
+                Some((address, Expect::Role(Role::Coordinator)))
+            }
+        }
+    }
+
+    async fn converse(
+        &mut self,
+        address: SocketAddr,
+        expect: Expect,
+        pause: &mut Duration,
+    ) -> SessionEnd {
+        let endpoint = &self.shared.endpoint;
+        let connection =
+            match endpoint.connect(address, expect, Alpn::Control, WELCOME_TIMEOUT).await {
                 Ok(connection) => connection,
                 Err(error) => return SessionEnd::Unreachable(error.to_string()),
-            },
-            () = self.told.closed() => return SessionEnd::AgentEnded,
+            };
+        let Some(node) = connection.peer() else {
+            return SessionEnd::Unreachable(format!("{address} has no name"));
         };
+        let book = self.shared.book.clone();
+        // Nobody waits for its beginning, so that nobody is woken.
+        let mut begun = false;
+        book.send_if_modified(|book| {
+            begun = book.begin(node);
+            false
+        });
+        let end = match begun {
+            true => self.talk(node, &connection, pause).await,
+            false => SessionEnd::Taken(node),
+        };
+        connection.close(close_code::DONE, &end.to_string());
+        if begun {
+            book.send_modify(|book| book.end(node));
+        }
+        end
+    }
+
+    async fn talk(
+        &mut self,
+        node: NodeId,
+        connection: &Connection,
+        pause: &mut Duration,
+    ) -> SessionEnd {
+        let at = connection.remote_address();
         let registering = async {
             let (mut sender, mut receiver) =
                 connection.open_bi().await.map_err(|e| SessionEnd::Broken(e.to_string()))?;
-            register(&mut sender, &mut receiver, &self.register).await?;
-            Ok((sender, receiver))
+            let list = register(&mut sender, &mut receiver, &self.shared.register).await?;
+            Ok((sender, receiver, list))
         };
         let registered = tokio::time::timeout(WELCOME_TIMEOUT, registering).await;
-        let end = match registered.unwrap_or(Err(SessionEnd::Timeout)) {
-            Err(end) => end,
-            Ok((sender, receiver)) => {
-                *pause = RETRY_PAUSE_MIN;
-                tracing::info!("registered at {} as {}", self.coordinator, self.register.node);
-                let listen = listen(receiver, &self.told, &self.renewal);
-                let report = report(sender, &mut self.reports, &mut self.answers, &self.renewal);
-                tokio::select! {
-                    end = listen => end,
-                    end = report => end,
-                }
-            }
+        let (sender, receiver, list) = match registered.unwrap_or(Err(SessionEnd::Timeout)) {
+            Ok(registered) => registered,
+            Err(end) => return end,
         };
-        connection.close(close_code::DONE, &end.to_string());
-        end
+        *pause = RETRY_PAUSE_MIN;
+        tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
+        let Coordinators { book, renewal, told, reports, .. } = &mut self.shared;
+        let mut dropped = book.subscribe();
+        let ear = Ear { node, at, book, told, answers: &self.answers };
+        ear.hear(list);
+        tokio::select! {
+            end = listen(receiver, renewal, ear) => end,
+            end = report(sender, reports, &mut self.answers_inbox, renewal) => end,
+            _ = dropped.wait_for(|book| !book.known().contains_key(&node)) => SessionEnd::Left(node),
+        }
     }
 }
 
+/// Where what a coordinator says goes.
+struct Ear<'a> {
+    node: NodeId,
+    at: SocketAddr,
+    book: &'a watch::Sender<Book>,
+    told: &'a mpsc::Sender<Told>,
+    answers: &'a mpsc::Sender<WorkerMessage>,
+}
+
+impl Ear<'_> {
+    fn hear(&self, list: Vec<CoordinatorAddress>) {
+        self.book.send_modify(|book| book.hear(self.node, self.at, list));
+    }
+
+    async fn tell(&self, message: CoordinatorMessage) -> Result<(), SessionEnd> {
+        let told = Told { from: self.node, message, answers: self.answers.clone() };
+        self.told.send(told).await.map_err(|_| SessionEnd::AgentEnded)
+    }
+}
+
+/// Says who this worker is; the coordinators that the welcome names.
 async fn register(
     sender: &mut FrameSender,
     receiver: &mut FrameReceiver,
     register: &Register,
-) -> Result<(), SessionEnd> {
+) -> Result<Vec<CoordinatorAddress>, SessionEnd> {
     let broken = |why: String| SessionEnd::Broken(why);
     let message = WorkerMessage::Register(register.clone());
     sender.send_message(&message, MESSAGE_LEN_MAX).await.map_err(|e| broken(e.to_string()))?;
     let answer = receiver.message(MESSAGE_LEN_MAX).await.map_err(|e| broken(e.to_string()))?;
-    match answer {
-        Some(CoordinatorMessage::Welcome { version }) => {
+    let instead = match answer {
+        Some(CoordinatorMessage::Welcome { version, coordinators }) => {
             let ours = register.versions;
-            if (ours.min..=ours.max).contains(&version) {
-                Ok(())
-            } else {
-                Err(SessionEnd::NoWelcome("a version that this worker does not speak"))
+            if !(ours.min..=ours.max).contains(&version) {
+                return Err(SessionEnd::NoWelcome("a version that this worker does not speak"));
             }
+            CoordinatorAddress::check(&coordinators)?;
+            return Ok(coordinators);
         }
-        Some(CoordinatorMessage::Refused(error)) => Err(SessionEnd::Refused(error)),
-        Some(CoordinatorMessage::Assign(_)) => Err(SessionEnd::NoWelcome("Assign")),
-        Some(CoordinatorMessage::Probe { .. }) => Err(SessionEnd::NoWelcome("Probe")),
-        Some(CoordinatorMessage::Drain) => Err(SessionEnd::NoWelcome("Drain")),
-        Some(CoordinatorMessage::Renewed { .. }) => Err(SessionEnd::NoWelcome("Renewed")),
-        None => Err(SessionEnd::NoWelcome("nothing")),
-    }
+        Some(CoordinatorMessage::Refused(error)) => return Err(SessionEnd::Refused(error)),
+        Some(CoordinatorMessage::Assign { .. }) => "Assign",
+        Some(CoordinatorMessage::Probe { .. }) => "Probe",
+        Some(CoordinatorMessage::Drain { .. }) => "Drain",
+        Some(CoordinatorMessage::Renewed { .. }) => "Renewed",
+        Some(CoordinatorMessage::Coordinators(_)) => "Coordinators",
+        None => "nothing",
+    };
+    Err(SessionEnd::NoWelcome(instead))
 }
 
-async fn listen(
-    mut receiver: FrameReceiver,
-    told: &mpsc::Sender<CoordinatorMessage>,
-    renewal: &Renewal,
-) -> SessionEnd {
+async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) -> SessionEnd {
     loop {
         match receiver.message(MESSAGE_LEN_MAX).await {
             Ok(Some(CoordinatorMessage::Renewed { certificate })) => renewal.take(certificate),
+            Ok(Some(CoordinatorMessage::Coordinators(list))) => {
+                if let Err(bad) = CoordinatorAddress::check(&list) {
+                    return bad.into();
+                }
+                ear.hear(list);
+            }
             Ok(Some(message)) => {
-                if told.send(message).await.is_err() {
-                    return SessionEnd::AgentEnded;
+                if let Err(end) = ear.tell(message).await {
+                    return end;
                 }
             }
             Ok(None) => return SessionEnd::Broken("the coordinator ended it".to_owned()),
@@ -181,8 +275,8 @@ async fn report(
     renewal: &Renewal,
 ) -> SessionEnd {
     reports.mark_changed();
-    // The first one at once: a worker may come back with a certificate that is almost a day old.
-    let mut renew = tokio::time::interval(RENEW_PERIOD);
+    // The first look at once: a worker may come back with a certificate that is almost a day old.
+    let mut renew = tokio::time::interval(RENEW_LOOK);
     loop {
         let message = tokio::select! {
             changed = reports.changed() => match changed {

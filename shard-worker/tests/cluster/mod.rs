@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::control::{
-    CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, ShardState, WorkerMessage,
+    CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, ShardState,
+    WorkerMessage,
 };
 use shoal_protocol::id::{
     Attempt, DeploymentName, Generation, NodeId, RankIndex, ReplicaId, RequestId, StageIndex,
@@ -71,6 +72,8 @@ pub struct Said {
     pub report: Report,
     pub probed: Vec<WorkerMessage>,
     pub registrations: u32,
+    /// The epochs that outranked what it was told.
+    pub outranked: Vec<u64>,
 }
 
 pub struct Cluster {
@@ -103,7 +106,7 @@ impl Cluster {
 
     pub async fn worker_in(&self, data: Arc<TempDir>, memory: Bytes) -> TestWorker {
         let config = WorkerConfig {
-            join: self.coordinator.local_address(),
+            join: vec![self.coordinator.local_address()],
             token: None,
             data: data.path().to_owned(),
             memory: Some(memory),
@@ -128,13 +131,21 @@ fn endpoint(ca: &CertificateAuthority, node: NodeId, accepts: &[Alpn]) -> Endpoi
 pub async fn welcome(
     coordinator: &Endpoint,
 ) -> (Register, mpsc::Sender<CoordinatorMessage>, watch::Receiver<Said>) {
+    welcome_with(coordinator, Vec::new()).await
+}
+
+/// Takes the next worker that registers, and names these coordinators to it.
+pub async fn welcome_with(
+    coordinator: &Endpoint,
+    coordinators: Vec<CoordinatorAddress>,
+) -> (Register, mpsc::Sender<CoordinatorMessage>, watch::Receiver<Said>) {
     let accepting = within(coordinator.accept()).await.unwrap();
     let connection = within(accepting.establish()).await.unwrap();
     let (mut sender, mut receiver) = within(connection.accept_bi()).await.unwrap();
     let first = within(receiver.message(MESSAGE_LEN_MAX)).await.unwrap();
     let Some(WorkerMessage::Register(register)) = first else { panic!("{first:?}") };
     assert_eq!(Some(register.node), connection.peer());
-    let welcome = CoordinatorMessage::Welcome { version: 1 };
+    let welcome = CoordinatorMessage::Welcome { version: 1, coordinators };
     sender.send_message(&welcome, MESSAGE_LEN_MAX).await.unwrap();
     let (to, mut orders) = mpsc::channel(16);
     let (said_to, said) = watch::channel(Said::default());
@@ -154,6 +165,7 @@ pub async fn welcome(
                 WorkerMessage::Probed { .. } => said.probed.push(message),
                 WorkerMessage::Register(_) => said.registrations += 1,
                 WorkerMessage::Renew { .. } => {}
+                WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
             });
         }
     });
@@ -170,7 +182,7 @@ impl TestWorker {
     }
 
     pub async fn assign(&self, assignments: Vec<Assignment>) {
-        self.to.send(CoordinatorMessage::Assign(assignments)).await.unwrap();
+        self.to.send(CoordinatorMessage::Assign { epoch: 1, assignments }).await.unwrap();
     }
 
     /// Waits for a report of which this holds.

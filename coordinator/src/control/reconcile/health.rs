@@ -66,6 +66,11 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
         return of_failure(node, error, now, history);
     }
     history.unlinked_since = None;
+    if observed.follows {
+        // Nobody was told anything from here, so nothing is overdue here either: whoever becomes the
+        // leader gives everybody the whole time.
+        history.standing.clear();
+    }
     let outlook = patience::look(&shards, now, &mut history.standing);
     if outlook.missing.is_empty() {
         let since = *history.ready_since.get_or_insert(now);

@@ -55,6 +55,9 @@ pub struct Observed {
     pub now: Instant,
     /// When this coordinator began to listen.
     pub since: Instant,
+    /// Whether another one leads, or nobody: then nothing is done here, nobody is blamed for what
+    /// nobody was told from here, and what is to be done is only foreseen.
+    pub follows: bool,
     /// The workers that have registered since then.
     pub workers: BTreeMap<NodeId, ObservedWorker>,
     /// What the last round left.
@@ -95,6 +98,8 @@ pub struct History {
     not_before: Instant,
     /// The workers for which the planner last said no, and its words.
     refused: Option<(Inventory, String)>,
+    /// The workers for which a follower's planner last said yes.
+    foreseen: Option<Inventory>,
 }
 
 /// What is to be done.
@@ -155,7 +160,8 @@ pub fn reconcile(target: &ClusterState, observed: &Observed) -> Decision {
             round.decision.phases.insert(name.clone(), phase);
         }
     }
-    for (node, worker) in observed.workers.iter().filter(|(_, worker)| worker.connected) {
+    let connected = observed.workers.iter().filter(|(_, worker)| worker.connected);
+    for (node, worker) in connected.filter(|_| !observed.follows) {
         round.assign(*node, worker);
     }
     round.decision
@@ -221,9 +227,23 @@ impl Round<'_> {
         }
         let previous = self.target.plans.get(replica);
         let generation = Generation(self.newest(replica).0 + 1);
+        let foreseen = || Phase {
+            phase: DeploymentPhase::Loading,
+            reason: format!("{reason}; {generation} is for the leader to make")
+                .trim_start_matches("; ")
+                .to_owned(),
+        };
+        if self.observed.follows && history.foreseen.as_ref() == Some(&inventory) {
+            return foreseen();
+        }
         let job =
             Job { replica, generation, spec: &deployment.spec, shape: &deployment.shape, previous };
         match plan(&inventory, &job) {
+            Ok(_) if self.observed.follows => {
+                history.refused = None;
+                history.foreseen = Some(inventory);
+                foreseen()
+            }
             Ok(plan) => {
                 history.refused = None;
                 if previous.is_some() {
