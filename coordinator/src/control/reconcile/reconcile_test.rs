@@ -536,3 +536,43 @@ fn a_link_that_does_not_come_up_ends_the_generation() {
     let words = "w1 has loaded its shard and has not linked it for 20s";
     assert_eq!(action, format!("adopt r1 g2 (3x1 on w1, w2, w3): {words}"));
 }
+
+#[test]
+fn a_follower_foresees_and_blames_nobody() {
+    let mut world = World::ready(2, Some(2), 0);
+    world.observed.follows = true;
+    world.lose(2);
+    for at_ms in [10_000, 20_000, 60_000] {
+        world.observed.now = Instant(at_ms * MS);
+        let decision = world.round();
+        assert_eq!(decision.actions, [], "only the leader acts");
+        let history = decision.history.values().next().unwrap();
+        assert_eq!((history.failures, history.not_before), (0, Instant(0)), "{decision}");
+    }
+    // It becomes the leader, and acts at once.
+    world.observed.follows = false;
+    world.observed.now = Instant(60_001 * MS);
+    let actions = world.round().actions;
+    assert!(matches!(actions.first(), Some(Action::Adopt { .. })), "{actions:?}");
+}
+
+#[test]
+fn a_new_leader_gives_a_layout_that_nobody_was_told_its_whole_time() {
+    let mut world = World::new(2, Some(2));
+    world.observed.now = Instant(0);
+    // The leader made a layout and died before it told anybody.
+    world.round();
+    world.observed.follows = true;
+    for at_ms in [10, 20_000, 40_000] {
+        world.observed.now = Instant(at_ms * MS);
+        let decision = world.round();
+        assert_eq!(decision.actions, [], "{decision}");
+        let phase = decision.phases.values().next().unwrap();
+        assert!(phase.reason.starts_with("g1: ") && phase.reason.contains("is told"), "{phase:?}");
+    }
+    world.observed.follows = false;
+    world.observed.now = Instant(40_001 * MS);
+    let actions = world.round().actions;
+    assert!(!actions.is_empty());
+    assert!(actions.iter().all(|a| matches!(a, Action::Assign { .. })), "g1 is told: {actions:?}");
+}
