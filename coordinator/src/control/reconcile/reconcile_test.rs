@@ -539,7 +539,7 @@ fn a_link_that_does_not_come_up_ends_the_generation() {
 
 #[test]
 fn a_follower_foresees_and_blames_nobody() {
-    let mut world = World::ready(2, Some(2), 0);
+    let mut world = World::ready(3, None, 0);
     world.observed.follows = true;
     world.lose(2);
     for at_ms in [10_000, 20_000, 60_000] {
