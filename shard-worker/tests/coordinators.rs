@@ -8,7 +8,7 @@ mod cluster;
 use std::sync::Arc;
 
 use cluster::*;
-use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, ShardState};
+use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, ShardState, WorkerMessage};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource, PeerAddress};
 use shoal_protocol::quic::{Alpn, Endpoint, Expect, close_code};
@@ -48,6 +48,16 @@ impl Talk {
                 && shards[0].state == ShardState::Ready
         })
         .await
+    }
+
+    async fn probe(&mut self, probe: u64) {
+        let source = ModelSource::Pretend(SPEC);
+        self.to.send(CoordinatorMessage::Probe { probe, source }).await.unwrap();
+        self.until("an answer", |said| {
+            let of = |p: &WorkerMessage| matches!(p, WorkerMessage::Probed { probe: n, .. } if *n == probe);
+            said.probed.iter().any(of)
+        })
+        .await;
     }
 
     /// Waits until the worker has dropped this conversation.
@@ -155,6 +165,8 @@ async fn every_coordinator_hears_everything_and_the_latest_leader_alone_is_obeye
     let mut elsewhere = whole(1, &first.peer);
     elsewhere[0].peers[0].activations = ([127, 0, 0, 1], 9).into();
     second.assign(4, elsewhere).await;
+    // What is said in one conversation is taken in that order, so this answer means that it was taken.
+    second.probe(1).await;
     // An old leader that has not heard of it is told, and changes nothing.
     first.assign(3, vec![]).await;
     first.until("outranked", |said| said.outranked == [4]).await;
@@ -162,7 +174,8 @@ async fn every_coordinator_hears_everything_and_the_latest_leader_alone_is_obeye
     first.until("outranked again", |said| said.outranked == [4, 4]).await;
     // The counters begin anew with a shard.
     let after = second.until_ready(1).await.report.shards[0].clone();
-    assert_eq!(after, before);
+    assert_eq!((after.generation, &after.state), (before.generation, &before.state));
+    assert!(after.counters.steps >= before.counters.steps, "{before:?} {after:?}");
     assert_eq!(ask(&cluster, &first).await, continuation(&SPEC, &[1, 2], 4));
 
     // The new one is obeyed.
@@ -192,7 +205,8 @@ async fn a_coordinator_that_dies_is_not_missed_and_is_found_again() {
     assert_eq!(ask(&cluster, &second).await, continuation(&SPEC, &[1, 2], 4));
     let address = c2.local_address();
     within(c2.drained(PATIENCE)).await;
-    drop((c1, c2));
+    // Its socket is free once nobody holds on to it.
+    drop((first, second, c1, c2));
     let back = within(async {
         let identity = Arc::new(cluster.identity(NodeId::coordinator(2)));
         loop {
@@ -205,9 +219,7 @@ async fn a_coordinator_that_dies_is_not_missed_and_is_found_again() {
     .await;
     let mut second = talk(&back, &list).await;
     second.until_ready(1).await;
-    let probe = CoordinatorMessage::Probe { probe: 7, source: ModelSource::Pretend(SPEC) };
-    second.to.send(probe).await.unwrap();
-    second.until("an answer", |said| said.probed.len() == 1).await;
+    second.probe(7).await;
     worker.stop().await;
 }
 
@@ -220,9 +232,7 @@ async fn a_probe_is_answered_to_whoever_asked() {
     let mut first = talk(&c1, &list).await;
     let mut second = talk(&c2, &list).await;
     for (number, talk) in [(1, &mut first), (2, &mut second)] {
-        let source = ModelSource::Pretend(SPEC);
-        talk.to.send(CoordinatorMessage::Probe { probe: number, source }).await.unwrap();
-        talk.until("answered", |said| said.probed.len() == 1).await;
+        talk.probe(number).await;
     }
     assert_eq!((first.said.borrow().probed.len(), second.said.borrow().probed.len()), (1, 1));
     worker.stop().await;
@@ -249,9 +259,12 @@ async fn the_list_is_followed_and_nobody_else_is_taken_for_who_is_on_it() {
     let four = CoordinatorAddress { node: NodeId::coordinator(4), cluster: two.cluster };
     first.to.send(CoordinatorMessage::Coordinators(vec![one, three, four])).await.unwrap();
     worker.until_kept(&[one, three, four]).await;
-    let knock = within(c2.accept()).await.unwrap().establish().await.unwrap();
-    within(knock.closed()).await;
-    assert!(knock.accept_bi().await.is_err(), "it told c2 who it is");
+    let knock = within(c2.accept()).await.unwrap();
+    // It may be gone before the handshake is over on this side.
+    if let Ok(knock) = within(knock.establish()).await {
+        within(knock.closed()).await;
+        assert!(knock.accept_bi().await.is_err(), "it told c2 who it is");
+    }
     drop(third);
     worker.stop().await;
 }

@@ -9,8 +9,8 @@ use shoal_coordinator::config::CoordinatorConfig;
 use shoal_coordinator::node::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentView};
 use shoal_protocol::control::{
-    CoordinatorAddress, CoordinatorMessage, DeviceInfo, Register, Report, ShardCounters,
-    ShardReport, ShardState, WorkerMessage,
+    CoordinatorMessage, DeviceInfo, Register, Report, ShardCounters, ShardReport, ShardState,
+    WorkerMessage,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, Role};
@@ -165,8 +165,6 @@ pub struct FakeWorker {
     pub told: watch::Receiver<Option<Vec<Assignment>>>,
     /// The certificate that it asked for.
     pub renewed: watch::Receiver<Option<Vec<u8>>>,
-    /// Where it was told that coordinators are.
-    pub coordinators: watch::Receiver<Vec<CoordinatorAddress>>,
     endpoint: Endpoint,
     task: JoinHandle<()>,
 }
@@ -183,7 +181,6 @@ impl FakeWorker {
         let connection = endpoint.connect(address, expect, Alpn::Control, DEADLINE).await.unwrap();
         let (told_sender, told) = watch::channel(None);
         let (renewed_sender, renewed) = watch::channel(None);
-        let (coordinators_sender, coordinators) = watch::channel(Vec::new());
         let (ready, welcome) = tokio::sync::oneshot::channel();
         let worker = Talk {
             register: register(identity, &endpoint, &manners),
@@ -191,7 +188,6 @@ impl FakeWorker {
             connection,
             told: told_sender,
             renewed: renewed_sender,
-            coordinators: coordinators_sender,
         };
         let ready = Mutex::new(Some(ready));
         let task = tokio::spawn(async move {
@@ -205,7 +201,7 @@ impl FakeWorker {
         });
         let node = identity.node;
         within("the welcome", welcome).await.unwrap()?;
-        Ok(Self { node, told, renewed, coordinators, endpoint, task })
+        Ok(Self { node, told, renewed, endpoint, task })
     }
 
     /// Waits until it has been told something of which `is_it` holds.
@@ -245,7 +241,6 @@ struct Talk {
     connection: Connection,
     told: watch::Sender<Option<Vec<Assignment>>>,
     renewed: watch::Sender<Option<Vec<u8>>>,
-    coordinators: watch::Sender<Vec<CoordinatorAddress>>,
 }
 
 impl Talk {
@@ -255,8 +250,7 @@ impl Talk {
         sender.send_message(&WorkerMessage::Register(self.register), max).await.unwrap();
         while let Ok(Some(message)) = receiver.message(max).await {
             let answer = match message {
-                CoordinatorMessage::Welcome { coordinators, .. } => {
-                    self.coordinators.send_replace(coordinators);
+                CoordinatorMessage::Welcome { .. } => {
                     welcomed(Ok(()));
                     match &self.manners.renew {
                         Some(csr) => WorkerMessage::Renew { csr: csr.clone() },
@@ -282,10 +276,7 @@ impl Talk {
                     WorkerMessage::Probed { probe, result }
                 }
                 CoordinatorMessage::Drain { .. } => return,
-                CoordinatorMessage::Coordinators(list) => {
-                    self.coordinators.send_replace(list);
-                    continue;
-                }
+                CoordinatorMessage::Coordinators(_) => continue,
                 CoordinatorMessage::Renewed { certificate } => {
                     self.renewed.send_replace(Some(certificate));
                     continue;
