@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::admit::{admit, record};
 use super::reconcile::ObservedWorker;
+use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
 use super::state::KeyFingerprint;
 use super::store::ControlStore;
 
@@ -37,10 +38,6 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a worker may take to look at a model's folder: headers alone are read, but a network
 /// file system may be slow to wake.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
-/// many is not slow but stuck.
-const OUTBOX_MAX: usize = 16;
 
 /// Probes of one worker at once: one per operator who deploys at this moment.
 const PROBES_MAX: usize = 64;
@@ -56,71 +53,6 @@ pub struct Agents {
     registry: Arc<Mutex<Registry>>,
     /// Counts changes.
     changed: Arc<watch::Sender<u64>>,
-}
-
-/// Guards plain data; nothing is awaited under it.
-#[derive(Debug)]
-struct Registry {
-    workers: BTreeMap<NodeId, Worker>,
-    /// What workers are told of where coordinators are.
-    coordinators: Vec<CoordinatorAddress>,
-    /// Numbers connections and probes.
-    next: u64,
-}
-
-impl Registry {
-    /// A worker may still be at work for the coordinator before this one, or before this process, and
-    /// answers whoever is there when it is done. So numbers begin at the microsecond of the start: no
-    /// coordinator gives out one every microsecond.
-    fn new(now: SystemTime) -> Self {
-        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
-        Self { workers: BTreeMap::new(), coordinators: Vec::new(), next }
-    }
-
-    fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
-    }
-}
-
-#[derive(Debug)]
-struct Worker {
-    register: Register,
-    report: Report,
-    pushed: Option<Vec<Assignment>>,
-    /// It says that it was told by a leader with this epoch, later than the one that tried.
-    outranked: Option<u64>,
-    /// No epoch below is any use with it.
-    floor: u64,
-    link: Option<Link>,
-}
-
-impl Worker {
-    /// One that has just registered and has been told nothing.
-    fn new(register: Register, report: Report, link: Link) -> Self {
-        Self { register, report, pushed: None, outranked: None, floor: 0, link: Some(link) }
-    }
-}
-
-impl Link {
-    /// Puts a message in the outbox; cuts the worker off where that is full.
-    fn send(&self, node: NodeId, message: CoordinatorMessage) -> bool {
-        let sent = self.outbox.try_send(message).is_ok();
-        if !sent {
-            tracing::warn!(%node, "has not read its last {OUTBOX_MAX} messages: cut off");
-            self.connection.close(close_code::PROTOCOL, "you do not read your messages");
-        }
-        sent
-    }
-}
-
-#[derive(Debug)]
-struct Link {
-    session: u64,
-    connection: Connection,
-    outbox: mpsc::Sender<CoordinatorMessage>,
-    probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
 }
 
 /// A worker that was let in, and the coordinators that its welcome named.
@@ -507,19 +439,5 @@ fn reachable(address: SocketAddr, remote: SocketAddr) -> SocketAddr {
         SocketAddr::new(remote.ip(), address.port())
     } else {
         address
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_of_two_starts_are_not_the_same() {
-        let now = SystemTime::now();
-        let mut before = Registry::new(now);
-        let given: Vec<_> = (0..1000).map(|_| before.number()).collect();
-        let first = Registry::new(now + Duration::from_secs(1)).number();
-        assert!(given.iter().all(|number| *number < first));
     }
 }

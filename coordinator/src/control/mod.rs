@@ -14,6 +14,7 @@ pub mod join;
 pub mod models;
 pub mod planner;
 pub mod reconcile;
+mod registry;
 pub mod shape;
 pub mod state;
 pub mod store;

@@ -1,0 +1,96 @@
+//! ● What a coordinator holds of its workers: plain data, and the way to each that is connected.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, Register, Report};
+use shoal_protocol::error::WireError;
+use shoal_protocol::id::NodeId;
+use shoal_protocol::plan::Assignment;
+use shoal_protocol::quic::{Connection, close_code};
+use tokio::sync::{mpsc, oneshot};
+
+/// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
+/// many is not slow but stuck.
+pub(super) const OUTBOX_MAX: usize = 16;
+
+/// Guards plain data; nothing is awaited under it.
+#[derive(Debug)]
+pub(super) struct Registry {
+    pub workers: BTreeMap<NodeId, Worker>,
+    /// What workers are told of where coordinators are.
+    pub coordinators: Vec<CoordinatorAddress>,
+    /// Numbers connections and probes.
+    next: u64,
+}
+
+impl Registry {
+    /// A worker may still be at work for the coordinator before this one, or before this process, and
+    /// answers whoever is there when it is done. So numbers begin at the microsecond of the start: no
+    /// coordinator gives out one every microsecond.
+    pub fn new(now: SystemTime) -> Self {
+        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
+        Self { workers: BTreeMap::new(), coordinators: Vec::new(), next }
+    }
+
+    pub fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub register: Register,
+    pub report: Report,
+    pub pushed: Option<Vec<Assignment>>,
+    /// It says that it was told by a leader with this epoch, later than the one that tried.
+    pub outranked: Option<u64>,
+    /// No epoch below is any use with it.
+    pub floor: u64,
+    pub link: Option<Link>,
+}
+
+impl Worker {
+    /// One that has just registered and has been told nothing.
+    pub fn new(register: Register, report: Report, link: Link) -> Self {
+        Self { register, report, pushed: None, outranked: None, floor: 0, link: Some(link) }
+    }
+}
+
+impl Link {
+    /// Puts a message in the outbox; cuts the worker off where that is full.
+    pub fn send(&self, node: NodeId, message: CoordinatorMessage) -> bool {
+        let sent = self.outbox.try_send(message).is_ok();
+        if !sent {
+            tracing::warn!(%node, "has not read its last {OUTBOX_MAX} messages: cut off");
+            self.connection.close(close_code::PROTOCOL, "you do not read your messages");
+        }
+        sent
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Link {
+    pub session: u64,
+    pub connection: Connection,
+    pub outbox: mpsc::Sender<CoordinatorMessage>,
+    pub probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn numbers_of_two_starts_are_not_the_same() {
+        let now = SystemTime::now();
+        let mut before = Registry::new(now);
+        let given: Vec<_> = (0..1000).map(|_| before.number()).collect();
+        let first = Registry::new(now + Duration::from_secs(1)).number();
+        assert!(given.iter().all(|number| *number < first));
+    }
+}
