@@ -52,6 +52,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Token { command: TokenCommand::Create(args) } => {
                 commands::token::create(args).await
             }
+            Command::Coordinators { command } => commands::coordinators::run(command).await,
             Command::Deploy(args) => commands::deploy::run(args).await,
             Command::Undeploy(args) => commands::undeploy::run(args).await,
             Command::Status(args) => commands::status::run(args).await,

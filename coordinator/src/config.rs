@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
 
 /// What a coordinator is told at its start.
@@ -17,6 +18,13 @@ pub struct CoordinatorConfig {
     /// Where it takes the cluster's conversations (UDP): workers, joiners, operators. Any address,
     /// since every one of them is mutually authenticated. Port 0 picks a free one.
     pub cluster: SocketAddr,
+    /// Where others reach `cluster`; `None`: under that very address.
+    pub advertise: Option<SocketAddr>,
+    /// Cluster addresses of coordinators of the cluster to join; empty: it founds one. Later starts
+    /// find both in `data`.
+    pub join: Vec<SocketAddr>,
+    /// Needed to join alone.
+    pub token: Option<JoinToken>,
     /// The models inside the binary.
     pub builtin: Vec<BuiltinModel>,
 }

@@ -6,13 +6,17 @@
 //! ```
 
 pub mod api;
+mod begin;
 pub mod config;
 pub mod control;
 pub mod dispatch;
 pub mod node;
+mod renewal;
 pub mod router;
 pub mod serving;
+mod start_error;
 pub mod telemetry;
 
 pub use config::CoordinatorConfig;
-pub use node::{Coordinator, StartError};
+pub use node::Coordinator;
+pub use start_error::StartError;

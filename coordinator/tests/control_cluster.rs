@@ -112,11 +112,6 @@ async fn roles_bound_what_a_certificate_may_ask() {
         let reason = within("the refusal", connection.closed()).await.to_string();
         assert!(reason.contains("not allowed"), "{alpn}: {reason}");
     }
-    let reply = cluster
-        .operator
-        .call(AdminCall::CreateToken { role: Role::Coordinator, uses: 1, expires_s: 60 })
-        .await;
-    assert_eq!(refusal(reply).code, ErrorCode::Unsupported);
 }
 
 #[tokio::test]

@@ -63,6 +63,13 @@ pub enum AdminCall {
         /// Which.
         name: DeploymentName,
     },
+    /// Change which coordinators vote: all in one step.
+    ChangeVoters {
+        /// These get a vote.
+        add: Vec<NodeId>,
+        /// These belong to the cluster no longer.
+        remove: Vec<NodeId>,
+    },
 }
 
 /// What the coordinator answers.
@@ -94,6 +101,8 @@ pub struct ClusterView {
     pub deployments: Vec<DeploymentView>,
     /// The current plan.
     pub plan: Plan,
+    /// All coordinators, by number.
+    pub coordinators: Vec<PeerView>,
 }
 
 /// A coordinator.
@@ -109,6 +118,47 @@ pub struct CoordinatorView {
     pub api: SocketAddr,
     /// Where it takes the cluster's conversations.
     pub cluster: SocketAddr,
+}
+
+/// A coordinator, as the log knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerView {
+    /// Its identity.
+    pub id: NodeId,
+    /// Where it takes the cluster's conversations.
+    pub cluster: SocketAddr,
+    /// The version of its binary.
+    pub build: String,
+    /// What it may do.
+    pub vote: Vote,
+    /// Whether it leads, as far as the answering coordinator knows.
+    pub leads: bool,
+}
+
+/// What a coordinator may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vote {
+    /// It votes.
+    Voter,
+    /// It takes the log and will vote when it has caught up.
+    Promoted,
+    /// It takes the log and has no say.
+    Learner,
+    /// The log does not know it yet.
+    Joining,
+}
+
+impl Vote {
+    /// The word of the CLI.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Vote::Voter => "votes",
+            Vote::Promoted => "catches up, then votes",
+            Vote::Learner => "learns",
+            Vote::Joining => "joins",
+        }
+    }
 }
 
 /// A worker.

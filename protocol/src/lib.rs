@@ -18,6 +18,7 @@ pub mod frame;
 pub mod id;
 pub mod join;
 pub mod model;
+pub mod peer;
 pub mod plan;
 #[cfg(feature = "quic")]
 pub mod quic;

@@ -3,6 +3,7 @@
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
 
+mod coordinators;
 mod nearest;
 mod values;
 
@@ -19,6 +20,7 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
+pub use self::coordinators::CoordinatorsCommand;
 use self::nearest::name_the_nearest_flag;
 use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
 
@@ -74,6 +76,12 @@ pub enum Command {
         /// What to do with tokens.
         #[command(subcommand)]
         command: TokenCommand,
+    },
+    /// Show the coordinators, and which of them vote
+    Coordinators {
+        /// What to do with coordinators.
+        #[command(subcommand)]
+        command: CoordinatorsCommand,
     },
     /// Serve a model, and wait until it is ready
     #[command(after_help = DEPLOY_EXAMPLES)]
@@ -158,6 +166,22 @@ pub struct CoordinatorArgs {
     /// Where to take the cluster's conversations (QUIC, mutual TLS); port 0 picks a free one
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub cluster: SocketAddr,
+    /// Where others reach --cluster, if that is another address
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub advertise: Option<SocketAddr>,
+    /// Join the cluster of the coordinators with these --cluster addresses, instead of founding one
+    #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',')]
+    pub join: Vec<SocketAddr>,
+    /// What `shoal token create --role coordinator` printed; the environment variable keeps it out
+    /// of the list of processes
+    #[arg(
+        long,
+        value_name = "T",
+        env = "SHOAL_TOKEN",
+        hide_env_values = true,
+        value_parser = token
+    )]
+    pub token: Option<JoinToken>,
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
@@ -251,12 +275,15 @@ pub struct TokenCreateArgs {
 pub enum TokenRole {
     /// Runs shards.
     Worker,
+    /// Serves the API and holds the state, beside other coordinators.
+    Coordinator,
 }
 
 impl From<TokenRole> for Role {
     fn from(role: TokenRole) -> Self {
         match role {
             TokenRole::Worker => Role::Worker,
+            TokenRole::Coordinator => Role::Coordinator,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The operator's verbs, one file each. They know the admin API and, for `chat`, the public one.
 
 pub mod chat;
+pub mod coordinators;
 pub mod deploy;
 pub mod plan;
 pub mod sse;
@@ -50,4 +51,11 @@ pub fn print(text: &str) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// Prints a value as one line of JSON.
+pub fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let line = serde_json::to_string(value)
+        .map_err(|error| Failure::failed(format!("cannot write it as JSON: {error}")))?;
+    print(&format!("{line}\n"))
 }

@@ -107,6 +107,7 @@ fn cluster() -> ClusterView {
         reason: reason.to_owned(),
     };
     ClusterView {
+        coordinators: Vec::new(),
         coordinator: CoordinatorView {
             id: NodeId::coordinator(1),
             pid: 100,

@@ -143,6 +143,21 @@ fn deployments(view: &ClusterView) -> Table {
     table
 }
 
+/// The coordinators: who votes, who leads.
+pub fn coordinators(view: &ClusterView) -> Table {
+    let mut table = Table::new(&["COORDINATOR", "ADDRESS", "BUILD", "VOTE", "LEADS"]);
+    for peer in &view.coordinators {
+        table.row([
+            peer.id.to_string(),
+            peer.cluster.to_string(),
+            peer.build.clone(),
+            peer.vote.as_str().to_owned(),
+            if peer.leads { "leads" } else { NOTHING }.to_owned(),
+        ]);
+    }
+    table
+}
+
 /// Where each stage of the chosen deployments runs.
 pub fn stages(view: &ClusterView, wanted: impl Fn(&DeploymentView) -> bool) -> Table {
     let mut table =

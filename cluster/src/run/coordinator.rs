@@ -21,6 +21,9 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         data: args.data,
         listen: args.listen,
         cluster: args.cluster,
+        advertise: args.advertise,
+        join: args.join,
+        token: args.token,
         builtin: builtin::ALL.to_vec(),
     };
     let mut coordinator = tokio::select! {
@@ -37,9 +40,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     let why = tokio::select! {
         why = stop.requested() => why,
         // What is left of it would serve an old picture for ever.
-        part = coordinator.failed() => {
-            return Err(Failure::failed(format!("{part}; the log above says why: start it again")));
-        }
+        why = coordinator.failed() => return Err(Failure::failed(why)),
     };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {

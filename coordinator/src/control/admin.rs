@@ -147,6 +147,11 @@ impl AdminServer {
                 self.create_token(operator, role, uses, expires_s).await
             }
             AdminCall::ExplainPlan { name } => self.explain(&name),
+            AdminCall::ChangeVoters { add, remove } => {
+                tracing::info!(%operator, ?add, ?remove, "change of the coordinators that vote");
+                super::voters::change(&self.store, &add, &remove).await?;
+                Ok(AdminReply::Accepted)
+            }
         }
     }
 
@@ -205,12 +210,6 @@ impl AdminServer {
         uses: u32,
         expires_s: u64,
     ) -> Result<AdminReply, WireError> {
-        if role == Role::Coordinator {
-            return Err(WireError::new(
-                ErrorCode::Unsupported,
-                "this version runs one coordinator; tokens are for workers and admins",
-            ));
-        }
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("no randomness: {error}"))

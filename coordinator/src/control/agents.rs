@@ -27,6 +27,7 @@ use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::admit::{admit, record};
+use super::authority::Authority;
 use super::reconcile::ObservedWorker;
 use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
 use super::state::KeyFingerprint;
@@ -49,7 +50,7 @@ const THINGS_MAX: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Agents {
     store: ControlStore,
-    ca: Arc<CertificateAuthority>,
+    authority: Authority,
     registry: Arc<Mutex<Registry>>,
     /// Counts changes.
     changed: Arc<watch::Sender<u64>>,
@@ -81,10 +82,10 @@ enum SessionEnd {
 
 impl Agents {
     /// Nobody is connected yet.
-    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
+    pub fn new(store: ControlStore, authority: Authority) -> Self {
         let changed = Arc::new(watch::Sender::new(0));
         let registry = Arc::new(Mutex::new(Registry::new(SystemTime::now())));
-        Self { store, ca, registry, changed }
+        Self { store, authority, registry, changed }
     }
 
     /// Fires whenever a worker comes, goes or reports.
@@ -346,7 +347,8 @@ impl Agents {
         if recorded != Some(KeyFingerprint(key)) {
             return Err("it has another key on record".into());
         }
-        self.ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
+        let ca = self.authority.required().map_err(|error| error.to_string())?;
+        ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
     }
 
     fn connected(

@@ -198,7 +198,9 @@ impl Executor {
             .collect();
         let table = self.table(state, &phases, &seen);
         self.shown.table.send_replace(Arc::new(table));
-        let view = view(&self.coordinator, state, &phases, &seen);
+        let mut view = view(&self.coordinator, state, &phases, &seen);
+        let (members, standing) = (self.store.members(), self.store.standing());
+        view.coordinators = super::voters::view(state, &members.borrow(), *standing.borrow());
         self.shown.view.send_if_modified(|shown| {
             let changed = **shown != view;
             if changed {
@@ -314,6 +316,7 @@ fn view(
         workers: workers.collect(),
         deployments: deployments.collect(),
         plan: state.plans.to_plan(),
+        coordinators: Vec::new(),
     }
 }
 

@@ -14,6 +14,7 @@ use shoal_protocol::quic::{Connection, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 
+use super::authority::Authority;
 use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash};
 use super::store::ControlStore;
 
@@ -40,18 +41,18 @@ const JOINS_AT_ONCE: usize = 16;
 #[derive(Clone, Debug)]
 pub struct JoinServer {
     store: ControlStore,
-    ca: Arc<CertificateAuthority>,
+    authority: Authority,
     bucket: Arc<Mutex<Bucket>>,
     places: Arc<Semaphore>,
 }
 
 impl JoinServer {
     /// A server that issues certificates of this CA.
-    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
+    pub fn new(store: ControlStore, authority: Authority) -> Self {
         let bucket = Bucket { tokens: JOINS_BURST, filled: Instant::now() };
         Self {
             store,
-            ca,
+            authority,
             bucket: Arc::new(Mutex::new(bucket)),
             places: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
         }
@@ -113,6 +114,7 @@ impl JoinServer {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
         let token = TokenHash::of(&request.secret);
+        let ca = self.authority.required()?;
         // Nobody without a good token gets as far as the queue of changes.
         if !self.store.state().tokens.is_good(&token, Timestamp::of(now)) {
             return Err(Refusal::BadToken.into());
@@ -126,9 +128,9 @@ impl JoinServer {
         let internal = |why: String| WireError::new(ErrorCode::Internal, why);
         let node = node.ok_or_else(|| internal("no node came of the join".into()))?;
         let certificate =
-            self.ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
+            ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
-        Ok(JoinReply::Joined { node, certificate, ca: self.ca.certificate().to_vec() })
+        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
     }
 
     fn within_rate(&self) -> bool {
@@ -176,7 +178,7 @@ mod tests {
             raft::open(data.path(), NodeId::coordinator(1), WhenEmpty::Found, Box::new(|_| {}))
                 .unwrap();
         let now = SystemTime::now();
-        let ca = Arc::new(CertificateAuthority::create(now).unwrap());
+        let ca = CertificateAuthority::create(now).unwrap();
         let someone = ca.issue_identity(NodeId::worker(9), now).unwrap();
         let csr = someone.renewal_request().unwrap();
         let request = JoinRequest { versions: VersionRange::OURS, secret: [7; 32], csr };
@@ -184,7 +186,7 @@ mod tests {
         let token = TokenCommand::Create { hash, role: Role::Worker, uses: 2, expires };
         store.propose(Change::Token(token)).await.unwrap();
 
-        let server = JoinServer::new(store, ca);
+        let server = JoinServer::new(store, Authority::holding(ca));
         let joined = server.join(&request, now + Duration::from_secs(59)).await.unwrap();
         let first = NodeId::worker(1);
         assert!(matches!(joined, JoinReply::Joined { node, .. } if node == first), "{joined:?}");

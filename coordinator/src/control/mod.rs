@@ -8,13 +8,16 @@
 pub mod admin;
 mod admit;
 pub mod agents;
+pub mod authority;
 pub mod executor;
 mod folders;
 pub mod join;
 pub mod models;
+pub mod peers;
 pub mod planner;
 pub mod reconcile;
 mod registry;
 pub mod shape;
 pub mod state;
 pub mod store;
+mod voters;

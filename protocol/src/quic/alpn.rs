@@ -17,11 +17,13 @@ pub enum Alpn {
     Admin,
     /// Joiner → coordinator, without a client certificate.
     Join,
+    /// Coordinator → coordinator.
+    Raft,
 }
 
 impl Alpn {
-    const ALL: [Alpn; 5] =
-        [Alpn::Requests, Alpn::Activations, Alpn::Control, Alpn::Admin, Alpn::Join];
+    const ALL: [Alpn; 6] =
+        [Alpn::Requests, Alpn::Activations, Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Raft];
 
     /// The name on the wire.
     pub fn as_str(self) -> &'static str {
@@ -31,6 +33,7 @@ impl Alpn {
             Alpn::Control => "shoal-ctl",
             Alpn::Admin => "shoal-admin",
             Alpn::Join => "shoal-join",
+            Alpn::Raft => "shoal-raft",
         }
     }
 
@@ -50,7 +53,7 @@ impl Alpn {
     /// Whether a client of this role may begin the conversation.
     pub(super) fn admits(self, client: Role) -> bool {
         match self {
-            Alpn::Requests => client == Role::Coordinator,
+            Alpn::Requests | Alpn::Raft => client == Role::Coordinator,
             Alpn::Activations | Alpn::Control => client == Role::Worker,
             Alpn::Admin => client == Role::Admin,
             Alpn::Join => true,

@@ -72,6 +72,7 @@ mod tests {
             reason: if phase == DeploymentPhase::Ready { "" } else { "w1 was lost" }.to_owned(),
         };
         ClusterView {
+            coordinators: Vec::new(),
             coordinator: CoordinatorView {
                 id: NodeId::coordinator(1),
                 pid: 1,

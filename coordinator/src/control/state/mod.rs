@@ -99,6 +99,11 @@ impl ClusterState {
         same.then(|| last.result.clone())
     }
 
+    /// Whether nobody but the founder and its operator can belong to it.
+    pub fn is_new(&self) -> bool {
+        self.nodes.iter().count() < 2 && self.coordinators.iter().next().is_none()
+    }
+
     /// The number of the client's last command in this start of it; 0 where there was none.
     pub fn last_sequence(&self, client: NodeId, incarnation: Incarnation) -> u64 {
         let last = self.last.get(&client).filter(|applied| applied.incarnation == incarnation);
