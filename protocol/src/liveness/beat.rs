@@ -33,31 +33,40 @@ pub struct Beat {
     pub interval: Duration,
     /// How late the sender's own timers were at worst of late.
     pub lateness: Duration,
+    /// Whether work flows at the sender's end: then the other end beats as often.
+    pub working: bool,
 }
 
 impl Beat {
-    /// The bytes: tag, 0, interval and lateness in milliseconds (u16, little-endian), 0, 0.
+    /// The bytes: tag, working, interval and lateness in milliseconds (u16, little-endian), 0, 0.
     pub fn encode(&self) -> [u8; BEAT_LEN] {
         let ms = |d: Duration| u16::try_from(d.as_millis()).unwrap_or(u16::MAX).to_le_bytes();
         let ([i0, i1], [l0, l1]) = (ms(self.interval), ms(self.lateness));
-        [BEAT_TAG, 0, i0, i1, l0, l1, 0, 0]
+        [BEAT_TAG, u8::from(self.working), i0, i1, l0, l1, 0, 0]
     }
 
     /// Reads the bytes; `None` where they are something else. A peer that promises more than ten
     /// beats a `BEAT_BUSY`, or fewer than one in two `BEAT_IDLE`, promises nothing of use.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let &[BEAT_TAG, 0, i0, i1, l0, l1, 0, 0] = bytes else { return None };
+        let &[BEAT_TAG, working @ (0 | 1), i0, i1, l0, l1, 0, 0] = bytes else { return None };
         let ms = |low, high| Duration::from_millis(u64::from(u16::from_le_bytes([low, high])));
         let interval = ms(i0, i1);
         let lateness = ms(l0, l1);
-        (BEAT_BUSY / 10..=BEAT_IDLE * 2).contains(&interval).then_some(Self { interval, lateness })
+        (BEAT_BUSY / 10..=BEAT_IDLE * 2).contains(&interval).then_some(Self {
+            interval,
+            lateness,
+            working: working == 1,
+        })
     }
 }
 
 /// When to send beats. Whatever else is sent counts as one.
 #[derive(Debug)]
 pub struct Pacer {
-    busy: bool,
+    /// Work flows at this end.
+    ours: bool,
+    /// The peer says that work flows at its end.
+    theirs: bool,
     /// Beats left until the link is idle; `LINGER_BEATS` while it is busy.
     linger: u32,
     /// When the peer heard of us last.
@@ -69,13 +78,25 @@ pub struct Pacer {
 impl Pacer {
     /// An idle link whose first beat is due.
     pub fn new(now: Instant) -> Self {
-        Self { busy: false, linger: 0, sent: now, at_once: true }
+        Self { ours: false, theirs: false, linger: 0, sent: now, at_once: true }
     }
 
-    /// Work begins or ends to flow.
+    /// Work begins or ends to flow at this end.
     pub fn set_busy(&mut self, busy: bool) {
-        self.busy = busy;
-        if busy {
+        // The peer is to beat as often: it is told at once, whatever it was told before.
+        self.at_once |= busy && !self.ours;
+        self.ours = busy;
+        self.quicken();
+    }
+
+    /// What the peer says of its end.
+    pub fn peer_is_working(&mut self, working: bool) {
+        self.theirs = working;
+        self.quicken();
+    }
+
+    fn quicken(&mut self) {
+        if self.ours || self.theirs {
             self.at_once |= self.linger <= SLOWING_BEATS;
             self.linger = LINGER_BEATS;
         }
@@ -98,12 +119,12 @@ impl Pacer {
     pub fn beat(&mut self, now: Instant, lateness: Duration) -> Beat {
         self.at_once = false;
         self.sent = now;
-        if !self.busy {
+        if !self.ours && !self.theirs {
             self.linger = self.linger.saturating_sub(1);
         }
         let slowing = self.linger <= SLOWING_BEATS;
         let interval = if slowing { BEAT_IDLE } else { BEAT_BUSY };
-        Beat { interval, lateness }
+        Beat { interval, lateness, working: self.ours }
     }
 
     fn pace(&self) -> Duration {
@@ -121,9 +142,10 @@ mod tests {
 
     #[test]
     fn a_beat_survives_the_wire_and_nonsense_does_not() {
-        let beat = Beat { interval: BEAT_IDLE, lateness: Duration::from_millis(7) };
+        let beat = Beat { interval: BEAT_IDLE, lateness: Duration::from_millis(7), working: true };
         assert_eq!(Beat::decode(&beat.encode()), Some(beat));
-        for nonsense in [&[][..], &[1; 8], &[1, 0, 0, 0, 0, 0, 0, 0], &[1, 0, 255, 255, 0, 0, 0, 0]]
+        for nonsense in
+            [&[][..], &[2; 8], &[1; 8], &[1, 0, 0, 0, 0, 0, 0, 0], &[1, 0, 255, 255, 0, 0, 0, 0]]
         {
             assert_eq!(Beat::decode(nonsense), None, "{nonsense:?}");
         }
@@ -160,7 +182,12 @@ mod tests {
         }
         assert_eq!((quick, announced), (LINGER_BEATS, SLOWING_BEATS + 1));
         assert_eq!(pacer.due(), now + BEAT_IDLE);
+        pacer.peer_is_working(true);
+        assert_eq!(pacer.due(), ms(0), "the peer is answered at once");
+        assert!(!pacer.beat(now, Duration::ZERO).working, "but it is the peer's work");
+        assert_eq!(pacer.due(), now + BEAT_BUSY);
         pacer.set_busy(true);
         assert_eq!(pacer.due(), ms(0), "work is announced at once");
+        assert!(pacer.beat(now, Duration::ZERO).working);
     }
 }

@@ -27,10 +27,10 @@ const ON_TIME: Duration = Duration::from_millis(2);
 /// The shortest time between two looks.
 const LOOK_MIN: Duration = Duration::from_millis(1);
 
-/// A death takes four times the jitter, and once more for each of these in it. Stalls of a machine
+/// A death takes three times the jitter, and once more for each of these in it. Stalls of a machine
 /// that is only a virtual one end soon; where they reach tens of milliseconds something competes for
 /// its cores, and then the next one may be far longer than all before it.
-const JITTER_ROUGH: Duration = Duration::from_millis(10);
+const JITTER_ROUGH: Duration = Duration::from_millis(8);
 
 /// What is thought of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -56,12 +56,12 @@ pub enum Verdict {
 /// |---|---|---|---|---|---|
 /// | Late | max(1.5 I, I + J) | 15 ms | 18 ms | 30 ms | 70 ms |
 /// | Suspect | max(2.5 I, I + 2 J) | 25 ms | 26 ms | 50 ms | 130 ms |
-/// | Dead | max(4.5 I, I + (4 + J / 10 ms) J), at most 1.2 s | 45 ms | 48 ms | 130 ms | 610 ms |
+/// | Dead | max(4.5 I, I + (3 + J / 8 ms) J), at most 1.2 s | 45 ms | 45 ms | 120 ms | 640 ms |
 ///
 /// A peer stops on average half an interval after its last beat, so that where stalls stay under 8 ms
-/// the median from stop to Dead is 40 to 43 ms, and one timer's wake. A false Dead needs a stall that
-/// is 4.8 times the worst one of the last minute where that was 8 ms, 6 times where it was 20 ms, 10
-/// times where it was 60 ms. From J = 91 ms on, silence is believed only after 1.2 s.
+/// the median from stop to Dead is 40 ms, and one timer's wake. A false Dead needs a stall that is 4
+/// times the worst one of the last minute where that was 8 ms, 5.5 times where it was 20 ms, 10 times
+/// where it was 60 ms. From J = 87 ms on, silence is believed only after 1.2 s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// `Verdict::Late`.
@@ -74,7 +74,7 @@ pub struct Bounds {
 
 /// The bounds for an interval and a jitter.
 pub fn bounds(interval: Duration, jitter: Duration) -> Bounds {
-    let rough = 4.0 + jitter.as_secs_f64() / JITTER_ROUGH.as_secs_f64();
+    let rough = 3.0 + jitter.as_secs_f64() / JITTER_ROUGH.as_secs_f64();
     // Beyond the longest bound more makes no difference, and cannot overflow.
     let margin = jitter.min(DEAD_MAX).mul_f64(rough.min(100.0));
     let dead = (interval * 9 / 2).max(interval + margin).min(DEAD_MAX);

@@ -264,8 +264,9 @@ fn the_bounds_are_those_of_the_table() {
     for (interval, jitter, late, suspect, dead) in [
         (10, 0, 15, 25, 45),
         (10, 5, 15, 25, 45),
-        (10, 20, 30, 50, 130),
-        (10, 60, 70, 130, 610),
+        (10, 8, 18, 26, 45),
+        (10, 20, 30, 50, 120),
+        (10, 60, 70, 130, 640),
         (10, 91, 101, 192, 1200),
         (200, 8, 300, 500, 900),
         (10, 60_000, 1200, 1200, 1200),
@@ -279,7 +280,7 @@ fn the_bounds_are_those_of_the_table() {
 /// A quiet link of which a second has been seen.
 fn known() -> (Detector, u64) {
     let mut detector = Detector::new(ms(0));
-    let beat = Beat { interval: BEAT_BUSY, lateness: dur(0) };
+    let beat = Beat { interval: BEAT_BUSY, lateness: dur(0), working: true };
     let mut now = 0;
     while now <= 1200 {
         detector.heard(ms(now), Some(beat));
@@ -333,7 +334,8 @@ fn a_refusal_alone_kills_nobody() {
 #[test]
 fn an_idle_peer_is_given_its_announced_time() {
     let (mut detector, last) = known();
-    detector.heard(ms(last + 10), Some(Beat { interval: BEAT_IDLE, lateness: dur(0) }));
+    detector
+        .heard(ms(last + 10), Some(Beat { interval: BEAT_IDLE, lateness: dur(0), working: true }));
     let mut at = ms(last + 10);
     while detector.verdict() < Verdict::Dead {
         at = detector.next_look();

@@ -11,7 +11,7 @@
 //!
 //! A worker has one endpoint for all its links, on a thread of its own, so that neither requests nor
 //! reports delay a frame. A link that is lost stays lost: what was in flight is gone, so the shard
-//! needs a new generation.
+//! needs a new generation. Each end of a link watches the other one's pulse.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -24,7 +24,7 @@ use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::{Generation, NodeId, ReplicaId, StageIndex};
 use shoal_protocol::quic::{
     Accepting, Alpn, Connection, Endpoint, EndpointError, Expect, FrameReceiver, FrameSender,
-    Identity, RecvError, SendError, close_code,
+    Identity, Loss, Pulse, RecvError, SendError, close_code,
 };
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -73,6 +73,8 @@ pub struct LinkLost {
     pub neighbour: Neighbour,
     /// Whether the neighbour broke the protocol, rather than being lost.
     pub violation: bool,
+    /// How it was lost, where it said nothing.
+    pub loss: Option<Loss>,
     /// What happened.
     pub why: String,
 }
@@ -88,6 +90,8 @@ pub struct LinkEnds {
     pub events: mpsc::Sender<LinkEvent>,
     /// What the downstream link counts.
     pub counters: Arc<Counters>,
+    /// How many sequences are open at the shard: while there are any, its neighbours are heard often.
+    pub work: watch::Receiver<usize>,
 }
 
 /// A worker's `shoal-act` endpoint, on its own thread.
@@ -97,6 +101,7 @@ pub struct Links {
     runtime: tokio::runtime::Handle,
     waiting: Waiting,
     refused: Arc<AtomicU64>,
+    suspicions: Arc<watch::Sender<u64>>,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -139,7 +144,9 @@ impl Links {
         let thread = std::thread::Builder::new()
             .name("shoal-act".to_owned())
             .spawn(move || runtime.block_on(serve))?;
-        Ok(Self { endpoint, runtime: handle, waiting, refused, stop, thread: Some(thread) })
+        let suspicions = Arc::new(watch::Sender::new(0));
+        let thread = Some(thread);
+        Ok(Self { endpoint, runtime: handle, waiting, refused, suspicions, stop, thread })
     }
 
     /// Where neighbours dial.
@@ -162,10 +169,19 @@ impl Links {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// Changes whenever a neighbour becomes a suspect, or is heard again.
+    pub fn suspicions(&self) -> watch::Receiver<u64> {
+        self.suspicions.subscribe()
+    }
+
     /// Links a shard with its neighbours until the guard is dropped or a link is lost.
     pub fn attach(&self, plan: LinkPlan, ends: LinkEnds) -> Attached {
         let (leave, left) = oneshot::channel();
-        let work = link_shard(self.endpoint.clone(), Arc::clone(&self.waiting), plan, ends, left);
+        let pulse = || Arc::new(Pulse::default().telling(Arc::clone(&self.suspicions)));
+        let pulses = [pulse(), pulse()];
+        ends.counters.watched(pulses.clone());
+        let waiting = Arc::clone(&self.waiting);
+        let work = link_shard(self.endpoint.clone(), waiting, plan, ends, pulses, left);
         Attached { leave: Some(leave), task: self.runtime.spawn(work) }
     }
 
@@ -365,9 +381,10 @@ async fn link_shard(
     waiting: Waiting,
     plan: LinkPlan,
     ends: LinkEnds,
+    [from_upstream, from_downstream]: [Arc<Pulse>; 2],
     left: oneshot::Receiver<Goodbye>,
 ) {
-    let LinkEnds { inlet, outlet, events, counters } = ends;
+    let LinkEnds { inlet, outlet, events, counters, work } = ends;
     let key = (plan.replica, plan.stage);
     let (linked, upstream) = oneshot::channel();
     let expected = Expected { generation: plan.generation, from: plan.upstream, linked };
@@ -382,7 +399,12 @@ async fn link_shard(
         };
         let connection = upstream_open.insert(connection);
         let _ = events.send(LinkEvent::UpstreamUp).await;
-        match wire::receive(receiver, &inlet, &plan).await {
+        let pulse = &*from_upstream;
+        let end = tokio::select! {
+            end = wire::receive(receiver, &inlet, &plan, pulse) => end,
+            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        match end {
             // The shard has stopped; it knows why, and says goodbye with words.
             Ok(()) => std::future::pending().await,
             Err(end) => plan.upstream.lost(end, connection),
@@ -393,7 +415,12 @@ async fn link_shard(
         let connection = downstream_open.insert(connection);
         counters.linked(connection.clone());
         let _ = events.send(LinkEvent::DownstreamUp).await;
-        match wire::send(sender, connection, outlet, &counters).await {
+        let pulse = &*from_downstream;
+        let end = tokio::select! {
+            end = wire::send(sender, connection, outlet, &counters, pulse) => end,
+            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        match end {
             Ok(()) => std::future::pending().await,
             Err(end) => plan.downstream.lost(end, connection),
         }
@@ -426,12 +453,16 @@ fn forget(waiting: &Waiting, key: (ReplicaId, StageIndex), generation: Generatio
 impl Neighbour {
     fn lost(self, end: LinkEnd, connection: &Connection) -> LinkLost {
         let violation = matches!(end, LinkEnd::Violation(_));
+        let loss = match &end {
+            LinkEnd::Silent(silence) => Some(silence.loss),
+            LinkEnd::Gone(_) | LinkEnd::Violation(_) => None,
+        };
         // The connection knows more than the stream: whether it timed out, or the words of the peer.
         let why = match connection.close_reason() {
             Some(reason) if !violation => reason.to_string(),
             _ => end.to_string(),
         };
-        LinkLost { neighbour: self, violation, why }
+        LinkLost { neighbour: self, violation, loss, why }
     }
 }
 
