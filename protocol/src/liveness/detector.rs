@@ -92,6 +92,7 @@ pub struct Detector {
     /// Counted up to `looked`.
     silence: Duration,
     looked: Instant,
+    heard: Instant,
     /// When the next look was to be.
     due: Instant,
     arrivals: u32,
@@ -112,6 +113,7 @@ impl Detector {
             interval: BEAT_IDLE,
             silence: Duration::ZERO,
             looked: now,
+            heard: now,
             due: now + BEAT_IDLE,
             arrivals: 0,
             gaps: Worst::default(),
@@ -135,6 +137,7 @@ impl Detector {
         }
         self.arrivals = self.arrivals.saturating_add(1);
         self.silence = Duration::ZERO;
+        self.heard = now;
         self.refused = false;
         self.verdict = Verdict::Alive;
         if let Some(beat) = beat {
@@ -177,6 +180,11 @@ impl Detector {
     /// How long it has been silent, as far as that was observed.
     pub fn silence(&self) -> Duration {
         self.silence
+    }
+
+    /// How long ago it was heard, whoever slept meanwhile.
+    pub fn silent_for(&self, now: Instant) -> Duration {
+        now.since(self.heard)
     }
 
     /// What it has announced.

@@ -179,6 +179,11 @@ impl Pulse {
         self.lock().detector.verdict()
     }
 
+    /// How long ago it was heard.
+    pub fn silent_for(&self) -> Duration {
+        self.lock().detector.silent_for(self.now())
+    }
+
     /// The bounds that hold for it now.
     pub fn bounds(&self) -> Bounds {
         self.lock().detector.bounds()
@@ -187,6 +192,11 @@ impl Pulse {
     /// How often it was a suspect. All but the last time it was only slow.
     pub fn suspicions(&self) -> u64 {
         self.suspicions.load(Ordering::Relaxed)
+    }
+
+    /// `keep` for the end of a connection at which no work flows: it beats as often as the peer does.
+    pub async fn follow(&self, connection: &Connection) -> Silence {
+        self.keep(connection, watch::channel(0).1).await
     }
 
     /// Beats and listens until the peer is dead. `work` counts what flows at this end. A connection

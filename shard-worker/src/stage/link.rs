@@ -32,6 +32,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::counters::Counters;
 use super::ring::{LinkPlan, Neighbour};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame};
+use super::work::Work;
 
 /// How long a peer may take to say which link it is, and to answer. Beyond the handshake this is one
 /// round trip.
@@ -102,6 +103,7 @@ pub struct Links {
     waiting: Waiting,
     refused: Arc<AtomicU64>,
     suspicions: Arc<watch::Sender<u64>>,
+    work: Work,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -146,7 +148,8 @@ impl Links {
             .spawn(move || runtime.block_on(serve))?;
         let suspicions = Arc::new(watch::Sender::new(0));
         let thread = Some(thread);
-        Ok(Self { endpoint, runtime: handle, waiting, refused, suspicions, stop, thread })
+        let (runtime, work) = (handle, Work::default());
+        Ok(Self { endpoint, runtime, waiting, refused, suspicions, work, stop, thread })
     }
 
     /// Where neighbours dial.
@@ -172,6 +175,11 @@ impl Links {
     /// Changes whenever a neighbour becomes a suspect, or is heard again.
     pub fn suspicions(&self) -> watch::Receiver<u64> {
         self.suspicions.subscribe()
+    }
+
+    /// What flows at all shards of this worker.
+    pub fn work(&self) -> &Work {
+        &self.work
     }
 
     /// Links a shard with its neighbours until the guard is dropped or a link is lost.

@@ -11,6 +11,7 @@ mod ring;
 mod shard;
 pub mod table;
 mod wire;
+mod work;
 
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
@@ -19,3 +20,4 @@ pub use link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links, 
 pub use ring::{BadRing, LinkPlan, Neighbour};
 pub use shard::{DRAIN_TIMEOUT, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop, StartError};
 pub use wire::{Inlet, LinkFrame, StageInput, StepData};
+pub use work::{Work, WorkShare};

@@ -148,6 +148,7 @@ impl Shard {
             pool,
             outlet,
             counters: Arc::clone(&counters),
+            work: links.work().share(),
         });
         let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
         let thread = ComputeThread::start(name, stage, inputs)?;

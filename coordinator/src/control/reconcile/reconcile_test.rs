@@ -85,7 +85,13 @@ impl World {
             numerics: vec![Numerics::N1],
         };
         let report = Report::default();
-        let worker = ObservedWorker { connected: true, register, report, pushed: None };
+        let worker = ObservedWorker {
+            connected: true,
+            silent_for: Duration::ZERO,
+            register,
+            report,
+            pushed: None,
+        };
         self.observed.workers.insert(NodeId::worker(number), worker);
     }
 
