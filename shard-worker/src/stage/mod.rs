@@ -1,10 +1,12 @@
 //! A stage: what it knows of its sequences, and how steps reach it and leave it.
 //!
 //! `table` and `ring` are pure; the rest are shells: `shard` puts one together out of `driver` (the compute
-//! thread) and `link` (the ring of streams), whose frames `wire` reads and writes.
+//! thread) and `link` (the ring of streams), into which `door` lets neighbours and whose frames `wire`
+//! reads and writes.
 
 mod buffer;
 mod counters;
+mod door;
 mod driver;
 mod link;
 mod ring;
