@@ -162,6 +162,11 @@ impl Detector {
         self.verdict
     }
 
+    /// Whether a look now would find it late, or worse.
+    pub fn is_late_at(&self, now: Instant) -> bool {
+        self.silence + now.since(self.looked) >= self.bounds().late
+    }
+
     /// When to look again.
     pub fn next_look(&self) -> Instant {
         self.due

@@ -242,23 +242,24 @@ impl Pulse {
         arrivals: &mut u64,
         asked: &mut Option<Port>,
     ) -> Option<Silence> {
+        // At each look, so that what is new is new since the last one.
+        let frames = connection.stats().received_frames;
+        let more = std::mem::replace(arrivals, frames) != frames;
         let mut state = self.lock();
         let now = self.now();
         if now < state.detector.next_look() && asked.is_none() {
             return None;
         }
+        // Something else than frames and beats has come: a part of a large one, or an acknowledgement.
+        // Who is not late needs no such excuse, and it would make the silence look shorter.
+        if more && state.detector.is_late_at(now) {
+            *asked = None;
+            self.note(&mut state, None);
+            return None;
+        }
         let before = state.detector.verdict();
         if state.detector.look(now) == Verdict::Alive {
             *asked = None;
-            return None;
-        }
-        // Something else than frames and beats may have come: a part of a large one, or an
-        // acknowledgement.
-        let frames = connection.stats().received_frames;
-        if std::mem::replace(arrivals, frames) != frames && state.detector.verdict() < Verdict::Dead
-        {
-            *asked = None;
-            self.note(&mut state, None);
             return None;
         }
         if asked.is_none() {
