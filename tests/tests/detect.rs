@@ -37,8 +37,8 @@ const SLOW: PretendSpec = PretendSpec {
     layer_weight_bytes: 1 << 20,
 };
 
-/// Tokens before a fault: so many take more than a second, after which a link's own jitter counts.
-const TOKENS_BEFORE: usize = 220;
+/// Tokens before a fault: so many take more than ten seconds, after which a link's own jitter counts.
+const TOKENS_BEFORE: usize = 2000;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default)
