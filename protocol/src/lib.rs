@@ -17,6 +17,7 @@ pub mod error;
 pub mod frame;
 pub mod id;
 pub mod join;
+pub mod liveness;
 pub mod model;
 pub mod peer;
 pub mod plan;

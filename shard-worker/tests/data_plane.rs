@@ -11,11 +11,12 @@ use cluster::*;
 use shoal_protocol::control::ShardState;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{NodeId, TokenId};
+use shoal_protocol::liveness::LEASE;
 use shoal_protocol::plan::{PeerAddress, PretendSpec};
 use shoal_protocol::request::{FinishReason, HeadEvent};
 
 /// How long a stream may go on behind the death of a worker that it needs.
-const NOTICED_WITHIN: Duration = Duration::from_secs(2);
+const NOTICED_WITHIN: Duration = Duration::from_millis(1300);
 
 async fn start(cluster: &Cluster, count: u32) -> Vec<TestWorker> {
     let mut workers = Vec::new();
@@ -151,6 +152,44 @@ async fn a_silent_worker_ends_the_streams_with_its_name() {
     let (_, refused) = Stream::open(&connection, &request(&[1], 1)).await.finish().await;
     expect_failed(&refused, ErrorCode::NotReady, "w3");
     workers[0].until_state(1, "failed", |s| matches!(s, ShardState::Failed(_))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_a_coordinator_finishes_its_streams_and_takes_no_new_work() {
+    let cluster = Cluster::new();
+    let mut workers = start(&cluster, 1).await;
+    // 0.9 s of tokens would be over before the lease is; these take twice its length.
+    let tokens = 2 * (LEASE.as_millis() / 60) as u32;
+    let slow = PretendSpec { layer_step_ns: 60_000_000 / u64::from(SPEC.layers), ..SPEC };
+    deploy(&layout_of(slow.clone(), 1, &nodes(&workers)), &mut workers).await;
+    let connection = dial_head(&cluster, &workers[0]).await;
+    let mut running = Stream::open(&connection, &request(&[1, 2, 3], tokens)).await;
+    assert!(running.next().await.is_some());
+    let (_, last) = Stream::open(&connection, &request(&[4], 1)).await.finish().await;
+    expect_done(&last);
+
+    // The control link ends and nobody answers any more; requests still arrive.
+    let worker = workers.remove(0);
+    drop(worker.to);
+    let begun = Instant::now();
+    let refused = loop {
+        let (_, last) = Stream::open(&connection, &request(&[5], 1)).await.finish().await;
+        match last {
+            HeadEvent::Done { .. } => assert!(begun.elapsed() < LEASE * 2, "it is never refused"),
+            last => break last,
+        }
+    };
+    expect_failed(&refused, ErrorCode::NotReady, "takes no new work");
+    assert!(begun.elapsed() > LEASE - Duration::from_secs(1), "after {:?}", begun.elapsed());
+    let mut rest = 1;
+    let last = loop {
+        match running.next().await.expect("a last event") {
+            HeadEvent::Token { .. } => rest += 1,
+            last => break last,
+        }
+    };
+    expect_done(&last);
+    assert_eq!(rest, tokens, "what ran has finished");
 }
 
 #[tokio::test(flavor = "multi_thread")]

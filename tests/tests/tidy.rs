@@ -50,6 +50,7 @@ const PURE: &[&str] = &[
     "protocol/src/frame.rs",
     "protocol/src/id.rs",
     "protocol/src/join.rs",
+    "protocol/src/liveness",
     "protocol/src/model/config.rs",
     "protocol/src/model/memory.rs",
     "protocol/src/model/mod.rs",

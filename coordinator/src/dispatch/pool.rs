@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use shoal_protocol::id::NodeId;
-use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, close_code};
+use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, Pulse, close_code};
 
 /// How long a request waits for a connection to its head. Loopback and LAN need milliseconds; the
 /// rest is a peer that is not there.
@@ -52,6 +52,7 @@ impl Pool {
                 .connect(address, Expect::Node(head), Alpn::Requests, CONNECT_DEADLINE)
                 .await?;
             *connection = Some(new.clone());
+            tokio::spawn(watch_over(head, new.clone()));
             Ok(new)
         };
         tokio::time::timeout(CONNECT_DEADLINE, connect).await.unwrap_or_else(|_| {
@@ -71,6 +72,19 @@ impl Pool {
                 connection.close(close_code::DONE, "the coordinator stops");
             }
         }
+    }
+}
+
+/// Ends a connection whose head is dead, and with it the answers that wait there. The head beats often
+/// while it has streams of ours.
+async fn watch_over(head: NodeId, connection: Connection) {
+    let pulse = Pulse::default();
+    tokio::select! {
+        silence = pulse.follow(&connection) => {
+            tracing::warn!("{head} is given up: {silence}");
+            connection.close(close_code::DONE, "nothing was heard of you");
+        }
+        _ = connection.closed() => {}
     }
 }
 

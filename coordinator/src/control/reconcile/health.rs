@@ -1,12 +1,17 @@
 //! How a replica is: the observations about its current layout, boiled down to what follows.
 
+use std::time::Duration;
+
 use shoal_protocol::control::{ShardReport, ShardState};
 use shoal_protocol::error::{ErrorCode, Fault, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::{Bytes, Instant};
 
-use super::{History, LINK_SETTLE, Observed, RECONNECT_GRACE, STABLE_AFTER, patience, place_of};
+use super::{
+    History, LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, STABLE_AFTER, patience,
+    place_of,
+};
 
 /// How a replica is.
 #[derive(Debug)]
@@ -63,7 +68,9 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut 
     let shards = current_shards(plan, observed);
     if let Some((node, error)) = failed(&shards) {
         history.ready_since = None;
-        return of_failure(node, error, now, history);
+        let silence = |node| observed.workers.get(&node).map(|worker| worker.silent_for);
+        let silence = plan.nodes().filter_map(silence).max().unwrap_or_default();
+        return of_failure(node, error, silence, now, history);
     }
     history.unlinked_since = None;
     if observed.follows {
@@ -137,15 +144,29 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
     Some(Health::NeedsPlan { reason })
 }
 
-fn of_failure(node: NodeId, error: &WireError, now: Instant, history: &mut History) -> Health {
+/// `silence`: how long ago the last one of the layout's workers was heard.
+fn of_failure(
+    node: NodeId,
+    error: &WireError,
+    silence: Duration,
+    now: Instant,
+    history: &mut History,
+) -> Health {
     let reason = format!("{node}: {error}");
     if cannot_be_mended(error) {
         return Health::Hopeless { reason };
     }
     if error.code == ErrorCode::WorkerLost {
-        let until = *history.unlinked_since.get_or_insert(now) + LINK_SETTLE;
-        if now < until {
-            return Health::Awaiting { until, reason };
+        let since = *history.unlinked_since.get_or_insert(now);
+        let all_heard = silence < now.since(since);
+        if !all_heard && now < since + LINK_SETTLE {
+            // That somebody was heard is no event.
+            return Health::Awaiting { until: now + LINK_SETTLE_LOOK, reason };
+        }
+        if all_heard {
+            let reason =
+                format!("{reason}; all its workers were heard since, so it is a link or a shard");
+            return Health::NeedsPlan { reason };
         }
     }
     Health::NeedsPlan { reason }

@@ -85,7 +85,13 @@ impl World {
             numerics: vec![Numerics::N1],
         };
         let report = Report::default();
-        let worker = ObservedWorker { connected: true, register, report, pushed: None };
+        let worker = ObservedWorker {
+            connected: true,
+            silent_for: Duration::ZERO,
+            register,
+            report,
+            pushed: None,
+        };
         self.observed.workers.insert(NodeId::worker(number), worker);
     }
 
@@ -293,12 +299,33 @@ fn a_broken_link_waits_for_its_cause_and_is_then_replaced() {
     world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
     world.expect(10_000, &["m is Loading: w1: the link to w2 broke"]);
     let wake_at = world.round().wake_at;
-    assert_eq!(wake_at, Some(Instant(12_000 * MS)));
-    // Both ends are still there two seconds later: the same workers, linked anew.
+    assert_eq!(wake_at, Some(Instant(10_020 * MS)));
+    // One that is silent since may be found dead any moment; two seconds are enough for that.
+    world.worker(2).silent_for = Duration::from_millis(40);
+    world.expect(10_030, &["m is Loading: w1: the link to w2 broke"]);
+    world.worker(2).silent_for = Duration::from_millis(2010);
+    world.expect(11_999, &["m is Loading: w1: the link to w2 broke"]);
     world.expect(
         12_000,
         &[
             "adopt r1 g2 (3x1 on w1, w2, w3): w1: the link to w2 broke",
+            "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+}
+
+#[test]
+fn a_broken_link_between_two_that_are_heard_is_replaced_at_once() {
+    let mut world = World::ready(3, None, 10_000);
+    world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
+    world.expect(10_000, &["m is Loading: w1: the link to w2 broke"]);
+    world.worker(2).silent_for = Duration::from_millis(9);
+    // The same workers, linked anew.
+    world.expect(
+        10_020,
+        &[
+            "adopt r1 g2 (3x1 on w1, w2, w3): w1: the link to w2 broke; all its workers were heard \
+             since, so it is a link or a shard",
             "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
         ],
     );
