@@ -78,7 +78,10 @@ async fn an_answer_that_is_lost_at_any_token_comes_out_the_same() {
             assert_eq!(events(&again), streamed, "after {k} tokens: {end:?}");
             let request = setup.head.last_request();
             assert_eq!(request.attempt, Attempt(1));
-            assert_eq!(request.tokens[request.prompt_len as usize..], tokens[..k]);
+            // What a stream's reset overtakes is lost, and comes again.
+            let known = &request.tokens[request.prompt_len as usize..];
+            assert_eq!(known, &tokens[..known.len()]);
+            assert!(known.len() == k || matches!(end, End::Reset), "{known:?} of {k}");
         }
         setup.head.set_first([script(&tokens[..k], lost())]);
         assert_eq!(whole(&post(setup.http, COMPLETIONS, &body(false)).await), undisturbed);
