@@ -87,7 +87,11 @@ fn break_each_stage(flags: &str, how: Signal, mend: Option<Signal>) -> Result<()
         signal(pid, how)?;
         let broken_at = Instant::now();
         chunks.extend(begin(&mut stream, TOKENS as usize / 4)?);
-        println!("stage {stage}: {how:?}, {} tokens later after {:?}", chunks.len(), broken_at.elapsed());
+        println!(
+            "stage {stage}: {how:?}, {} tokens later after {:?}",
+            chunks.len(),
+            broken_at.elapsed()
+        );
         if let Some(mend) = mend {
             // It wakes up beside its successor, in the middle of the stream.
             signal(pid, mend)?;
@@ -134,8 +138,8 @@ fn a_spare_worker_takes_over_where_nothing_is_started_again() -> Result<()> {
 }
 
 #[test]
-fn choices_that_are_drawn_go_on_with_their_log_probabilities_and_stop_where_they_would_have() -> Result<()>
-{
+fn choices_that_are_drawn_go_on_with_their_log_probabilities_and_stop_where_they_would_have()
+-> Result<()> {
     let folder = tempfile::tempdir()?;
     let model = folder.path().join("wide");
     RandomLlama { layers: 9, hidden: 256, intermediate: 704 }.write(&model)?;

@@ -12,6 +12,7 @@
 //! suspects of its deployment (`probation`), until it has a token. So innocent ones beside a poisonous
 //! one are blamed once at most, and what is lost while it is alone has shown what it does.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use shoal_protocol::admin::DeploymentPhase;
@@ -114,14 +115,30 @@ pub struct Recovery {
     /// Since the last event.
     blame: u32,
     losses: u32,
-    /// Times in a row that nobody took it on.
-    waits: u32,
     broken: u32,
     /// Since when the client waits.
     stalled_since: Option<Instant>,
-    /// The layout that is not asked again before `not_before`; `None`: none is.
-    avoided: Option<(ReplicaId, Generation)>,
-    not_before: Instant,
+    /// The layouts that failed us since the last event: at most one for each replica.
+    avoided: BTreeMap<ReplicaId, Avoided>,
+    /// Where the router has no room.
+    full: Option<Avoided>,
+}
+
+/// Something that is not asked again for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Avoided {
+    generation: Generation,
+    times: u32,
+    until: Instant,
+}
+
+impl Avoided {
+    /// Once more.
+    fn again(before: Option<Self>, generation: Generation, now: Instant, dice: u64) -> Self {
+        let before = before.filter(|before| before.generation == generation);
+        let times = before.map_or(1, |before| before.times.saturating_add(1));
+        Self { generation, times, until: now + backoff(times, dice) }
+    }
 }
 
 /// What to do next.
@@ -161,11 +178,10 @@ impl Recovery {
             progressed: false,
             blame: 0,
             losses: 0,
-            waits: 0,
             broken: 0,
             stalled_since: None,
-            avoided: None,
-            not_before: Instant(0),
+            avoided: BTreeMap::new(),
+            full: None,
         }
     }
 
@@ -189,8 +205,9 @@ impl Recovery {
     pub fn went_on(&mut self, now: Instant) -> Option<Duration> {
         let stalled = self.stalled(now);
         self.progressed = true;
-        (self.blame, self.losses, self.waits, self.broken) = (0, 0, 0, 0);
-        (self.stalled_since, self.avoided) = (None, None);
+        (self.blame, self.losses, self.broken) = (0, 0, 0);
+        (self.stalled_since, self.full) = (None, None);
+        self.avoided.clear();
         stalled
     }
 
@@ -216,7 +233,6 @@ impl Recovery {
             _ => {}
         }
         self.losses += 1;
-        self.waits += 1;
         if !self.progressed {
             self.blame += loss.blame();
             if self.blame >= QUARANTINE_AT {
@@ -226,16 +242,16 @@ impl Recovery {
         self.attempt = Attempt(self.attempt.0 + 1);
         self.progressed = false;
         self.stalled_since.get_or_insert(now);
-        self.not_before = now + backoff(self.waits, dice);
-        self.avoided = (loss != Loss::Crowded).then_some(at);
+        let (replica, generation) = at;
+        let before = self.avoided.get(&replica).copied();
+        self.avoided.insert(replica, Avoided::again(before, generation, now, dice));
         Ok(())
     }
 
     /// The router has no room: ask again a little later.
     pub fn no_room(&mut self, now: Instant, dice: u64) {
-        self.waits += 1;
         self.stalled_since.get_or_insert(now);
-        (self.avoided, self.not_before) = (None, now + backoff(self.waits, dice));
+        self.full = Some(Avoided::again(self.full, Generation(0), now, dice));
     }
 
     /// What to do now, the deployment being as it is.
@@ -249,18 +265,19 @@ impl Recovery {
         if deployment.phase == DeploymentPhase::Failed {
             return Err(GiveUp::Hopeless { reason: deployment.reason.clone() });
         }
-        let early = now < self.not_before;
-        if early && self.avoided.is_none() {
-            return Ok(Move::Wait(Some(self.not_before)));
+        if let Some(full) = self.full.filter(|full| now < full.until) {
+            return Ok(Move::Wait(Some(full.until)));
         }
-        let ready = deployment.replicas.iter().filter(|r| r.ready && r.requests.is_some());
-        let (avoided, usable): (Vec<_>, Vec<_>) = ready
-            .cloned()
-            .partition(|r| early && self.avoided == Some((r.id, r.generation)));
-        Ok(match (usable.is_empty(), avoided.is_empty()) {
-            (false, _) => Move::Ask(usable),
-            (true, false) => Move::Wait(Some(self.not_before)),
-            (true, true) => Move::Wait(None),
+        let avoided_until = |replica: &ServedReplica| {
+            let avoided = self.avoided.get(&replica.id)?;
+            let avoids = avoided.generation == replica.generation && now < avoided.until;
+            avoids.then_some(avoided.until)
+        };
+        let ready = || deployment.replicas.iter().filter(|r| r.ready && r.requests.is_some());
+        let usable: Vec<_> = ready().filter(|r| avoided_until(r).is_none()).cloned().collect();
+        Ok(match usable.is_empty() {
+            false => Move::Ask(usable),
+            true => Move::Wait(ready().filter_map(avoided_until).min()),
         })
     }
 }

@@ -64,6 +64,37 @@ fn what_was_lost_goes_on_elsewhere_at_once_and_here_as_soon_as_the_layout_is_new
 }
 
 #[test]
+fn each_layout_has_a_back_off_of_its_own() {
+    let mut recovery = Recovery::new(7);
+    let other = (ReplicaId(2), Generation(1));
+    let both = deployment(vec![replica(1, 3), replica(2, 1)]);
+    for losses in 1..8 {
+        for at in [HERE, other] {
+            recovery.lost(NOW, 0, at, Loss::TurnedAway).expect("another attempt");
+        }
+        let until = NOW + BACKOFF_MAX.min(BACKOFF_FIRST * (1 << (losses - 1)));
+        assert_eq!(recovery.next(NOW, Some(&both)), Ok(Move::Wait(Some(until))));
+    }
+    // A new layout begins anew.
+    recovery.lost(NOW, 0, (ReplicaId(1), Generation(4)), Loss::TurnedAway).expect("another");
+    let renewed = deployment(vec![replica(1, 4), replica(2, 1)]);
+    assert_eq!(asked(&recovery, NOW + BACKOFF_FIRST, &renewed), [1]);
+}
+
+#[test]
+fn a_router_without_room_is_asked_again_later() {
+    let mut recovery = Recovery::new(7);
+    lost(&mut recovery, Loss::Lost).expect("another attempt");
+    let two = deployment(vec![replica(2, 3)]);
+    for times in 0..4 {
+        recovery.no_room(NOW, 0);
+        let until = NOW + BACKOFF_FIRST * (1 << times);
+        assert_eq!(recovery.next(NOW, Some(&two)), Ok(Move::Wait(Some(until))));
+        assert_eq!(asked(&recovery, until, &two), [2]);
+    }
+}
+
+#[test]
 fn a_place_is_awaited_where_nobody_is_ready() {
     let mut recovery = Recovery::new(7);
     lost(&mut recovery, Loss::Lost).expect("another attempt");

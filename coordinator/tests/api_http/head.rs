@@ -79,8 +79,7 @@ impl Head {
             .expect("a free port");
         let address = endpoint.local_address();
         let first = Arc::<Mutex<VecDeque<Script>>>::default();
-        let world =
-            World { script: Arc::clone(&script), first: Arc::clone(&first), seen: seen_by };
+        let world = World { script: Arc::clone(&script), first: Arc::clone(&first), seen: seen_by };
         runtime.spawn(async move {
             while let Some(accepting) = endpoint.accept().await {
                 let world = world.clone();
