@@ -119,7 +119,8 @@ fn a_killed_worker_is_a_pause_in_its_streams() -> Result<()> {
 
 #[test]
 fn a_frozen_worker_is_a_pause_and_disturbs_nothing_when_it_wakes() -> Result<()> {
-    break_each_stage("", Signal::STOP, Some(Signal::CONT))
+    // Nobody starts another in the place of one that is frozen, so there is a spare.
+    break_each_stage("--workers 4", Signal::STOP, Some(Signal::CONT))
 }
 
 #[test]
