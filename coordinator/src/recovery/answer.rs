@@ -63,6 +63,8 @@ struct Running {
 
 /// Why an attempt ended.
 enum Ended {
+    /// Before the head had the request: it is not to blame for what happened.
+    Unbegun(DispatchError),
     Error(DispatchError),
     Superseded,
 }
@@ -152,6 +154,7 @@ impl LastingAnswer {
         let ticket = &place.ticket;
         let (loss, words) = match &ended {
             Ended::Error(error) => (Loss::of(error), error.to_string()),
+            Ended::Unbegun(error) => (Loss::of(error).unbegun(), error.to_string()),
             Ended::Superseded => {
                 let words = format!("{} of {} was replaced", ticket.generation, ticket.replica);
                 (Loss::Superseded, words)
@@ -160,7 +163,7 @@ impl LastingAnswer {
         let dropped = |e: &DispatchError| {
             matches!(e, DispatchError::Lost { .. } | DispatchError::Connect { .. })
         };
-        if matches!(&ended, Ended::Error(error) if dropped(error)) {
+        if matches!(&ended, Ended::Error(error) | Ended::Unbegun(error) if dropped(error)) {
             place.failed();
         }
         let at = (ticket.replica, ticket.generation);
@@ -170,7 +173,7 @@ impl LastingAnswer {
         self.last = Some((loss, words));
         match (verdict, ended) {
             (Ok(()), _) => Ok(()),
-            (Err(GiveUp::AsItIs), Ended::Error(error)) => Err(error.into()),
+            (Err(GiveUp::AsItIs), Ended::Error(error) | Ended::Unbegun(error)) => Err(error.into()),
             (Err(verdict), _) => Err(self.give_up(verdict)),
         }
     }
@@ -245,14 +248,13 @@ impl LastingAnswer {
         let started = tokio::select! {
             biased;
             started = self.resumer.dispatcher.start(target, self.sequence.clone(), self.deadline) => {
-                started.map_err(Ended::Error)
+                started.map_err(Ended::Unbegun)
             }
             // A connection to a worker that is gone takes long to fail.
             () = superseded(&mut table, &self.deployment, at) => {
                 let message = format!("{} of {} was replaced", at.1, at.0);
-                // Nobody has begun to compute it, so nobody is to blame.
                 let code = ErrorCode::StaleGeneration;
-                Err(Ended::Error(DispatchError::Failed { code, message }))
+                Err(Ended::Unbegun(DispatchError::Failed { code, message }))
             }
         };
         match started {

@@ -82,6 +82,11 @@ impl Loss {
         }
     }
 
+    /// The same, where it happened before the head had the request.
+    pub fn unbegun(self) -> Self {
+        if self == Loss::Lost { Loss::Unreachable } else { self }
+    }
+
     /// The value of the `reason` label.
     pub fn label(self) -> &'static str {
         match self {
