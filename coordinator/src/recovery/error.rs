@@ -1,4 +1,4 @@
-//! Why an answer ended although it could have gone on elsewhere.
+//! ○ Why an answer ended although it could have gone on elsewhere.
 
 use std::time::Duration;
 

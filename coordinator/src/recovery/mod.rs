@@ -1,4 +1,4 @@
-//! Answers that outlive their workers.
+//! ● Answers that outlive their workers.
 //!
 //! ```text
 //! session ─► LastingAnswer::next ─► attempt 0 at a head ──lost──► Recovery (○) ─┬─► Ask:  place, Generate{attempt + 1,
