@@ -1,7 +1,7 @@
 //! The edge and the brain of a cluster: a library that `shoal coordinator` composes.
 //!
 //! ```text
-//! request:  client ─► api (●) ─► tokenize ─► router (○) ─► dispatch (●) ══shoal-req══► head
+//! request:  client ─► api (●) ─► tokenize ─► router (○) ─► recovery (○) ─► dispatch (●) ══shoal-req══► head
 //! control:  CLI ══shoal-admin══► admin (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► agents (●) ══shoal-ctl══► workers
 //! ```
 
@@ -12,6 +12,7 @@ pub mod control;
 pub mod dispatch;
 pub mod node;
 mod renewal;
+pub mod recovery;
 pub mod router;
 pub mod serving;
 mod start_error;

@@ -13,8 +13,10 @@ use prometheus::{
 use shoal_protocol::error::ErrorCode;
 
 use crate::serving::ServingTable;
+use resumes::Resumes;
 
 mod reported;
+mod resumes;
 
 /// The metrics of one coordinator.
 #[derive(Debug)]
@@ -33,6 +35,7 @@ pub struct Telemetry {
     sequences_open: IntGaugeVec,
     answers_failed: IntCounterVec,
     http_requests: IntCounterVec,
+    resumes: Resumes,
 }
 
 /// Bounds of latencies up to the first token and of waits, in seconds: vLLM's.
@@ -138,6 +141,7 @@ impl Telemetry {
                 "Responses begun, by route, status and reason (ok, or the error's label).",
                 &["route", "status", "reason"],
             )?,
+            resumes: Resumes::new(&registry)?,
             sequences_open,
             registry,
         }))

@@ -42,6 +42,7 @@ const PURE: &[&str] = &[
     "coordinator/src/control/shape.rs",
     "coordinator/src/control/state",
     "coordinator/src/dispatch/sequence.rs",
+    "coordinator/src/recovery/course.rs",
     "coordinator/src/router",
     "protocol/src/activation.rs",
     "protocol/src/admin.rs",

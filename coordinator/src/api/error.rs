@@ -10,7 +10,7 @@ use shoal_protocol::error::ErrorCode;
 
 use super::refusal::Refusal;
 use super::tokenize::{Gone, LoadError};
-use crate::dispatch::DispatchError;
+use crate::recovery::RecoveryError;
 use crate::router::RouteError;
 
 /// An error as a client sees it.
@@ -97,6 +97,8 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::StorageFailed
         | ErrorCode::DoesNotFit => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        // Clients try a 5xx again by themselves.
+        ErrorCode::Quarantined => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::ProtocolViolation | ErrorCode::VersionMismatch => StatusCode::BAD_GATEWAY,
         ErrorCode::BadModel | ErrorCode::ComputeFailed | ErrorCode::Internal => {
             StatusCode::INTERNAL_SERVER_ERROR
@@ -159,8 +161,8 @@ impl From<RouteError> for ApiError {
     }
 }
 
-impl From<DispatchError> for ApiError {
-    fn from(error: DispatchError) -> Self {
+impl From<RecoveryError> for ApiError {
+    fn from(error: RecoveryError) -> Self {
         let code = error.code();
         let retry_after = code.retryable().then_some(Duration::from_secs(1));
         Self { retry_after, ..Self::new(code, error.to_string()) }

@@ -41,6 +41,7 @@ use axum::routing::{get, post};
 use tokio::sync::watch;
 
 use crate::dispatch::Dispatcher;
+use crate::recovery::Resumer;
 use crate::router;
 use crate::router::admission::AdmissionLimits;
 use crate::serving::ServingTable;
@@ -85,6 +86,7 @@ pub struct ApiContext {
     cut: watch::Receiver<bool>,
     texts: ModelTexts,
     places: Arc<Places>,
+    resumer: Resumer,
 }
 
 /// The bounds of the request plane. Each is there against a client that asks for more than it may.
@@ -100,6 +102,9 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// How long an answer may take from the moment it is sent to a head.
     pub request_deadline: Duration,
+    /// How long a new request waits for a replica that is being made ready; then it is refused. A
+    /// worker that is started again serves within a second or two.
+    pub ready_patience: Duration,
     /// How long answers may take to finish once the coordinator stops; then they end with an error.
     pub drain: Duration,
     /// What a deployment may have open.
@@ -114,6 +119,7 @@ impl Default for Limits {
             header_timeout: Duration::from_secs(15),
             body_timeout: Duration::from_secs(30),
             request_deadline: Duration::from_secs(600),
+            ready_patience: Duration::from_secs(5),
             drain: Duration::from_secs(4),
             admission: AdmissionLimits::default(),
         }
@@ -140,6 +146,13 @@ impl ApiContext {
             cut_off.send_replace(true);
         });
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let places = Arc::new(Places::new(limits.admission));
+        let resumer = Resumer::new(
+            dispatcher.clone(),
+            table.clone(),
+            Arc::clone(&places),
+            Arc::clone(&telemetry),
+        );
         Self {
             table,
             dispatcher,
@@ -148,7 +161,8 @@ impl ApiContext {
             draining,
             cut,
             texts: ModelTexts::new(cores),
-            places: Arc::new(Places::new(limits.admission)),
+            places,
+            resumer,
         }
     }
 

@@ -270,6 +270,7 @@ impl Executor {
                 context_max: context_max.unwrap_or(deployment.shape.context_max()),
                 replicas: replicas.collect(),
                 reason,
+                phase,
             };
             table.deployments.insert(name.clone(), Arc::new(served));
         }

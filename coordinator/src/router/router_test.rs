@@ -33,6 +33,7 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
         context_max: 100,
         replicas,
         reason: String::new(),
+        phase: shoal_protocol::admin::DeploymentPhase::Ready,
     }
 }
 

@@ -215,6 +215,7 @@ mod tests {
             context_max: 1,
             replicas: vec![replica(4, 1), replica(5, 6)],
             reason: String::new(),
+            phase: shoal_protocol::admin::DeploymentPhase::Ready,
         };
         let mut table =
             ServingTable { workers_total: 3, workers_connected: 2, ..Default::default() };

@@ -10,6 +10,7 @@ use shoal_coordinator::api::{ApiContext, Limits, serve};
 use shoal_coordinator::dispatch::Dispatcher;
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_coordinator::telemetry::Telemetry;
+use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId, TokenId};
 use shoal_protocol::quic::Endpoint;
@@ -30,6 +31,7 @@ pub struct Setup {
     pub draining: watch::Sender<bool>,
     pub text: ModelText,
     pub server: JoinHandle<()>,
+    ca: CertificateAuthority,
 }
 
 fn demo_folder() -> PathBuf {
@@ -53,6 +55,7 @@ fn deployment(name: &str, folder: Option<PathBuf>, head: SocketAddr) -> ServedDe
             load: Some(HeadReport { replica: id, blocks_total: 10, ..HeadReport::default() }),
         }],
         reason: String::new(),
+        phase: DeploymentPhase::Ready,
     }
 }
 
@@ -86,7 +89,13 @@ impl Setup {
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
         let server = serve(listener, context);
-        Self { http, head, table, draining, text, server }
+        Self { http, head, table, draining, text, server, ca }
+    }
+
+    /// Another worker with a head, of which the table does not know yet.
+    pub fn another_head(&self, node: NodeId, script: Script) -> Head {
+        let identity = self.ca.issue_identity(node, SystemTime::now()).expect("an identity");
+        std::thread::spawn(|| Head::start(identity, script)).join().expect("a head")
     }
 
     /// The head answers every sequence with this text, then its end token.
