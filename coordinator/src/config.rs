@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use shoal_protocol::model::BuiltinModel;
 
+use crate::router::policy::Policy;
+
 /// What a coordinator is told at its start.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -19,4 +21,6 @@ pub struct CoordinatorConfig {
     pub cluster: SocketAddr,
     /// The models inside the binary.
     pub builtin: Vec<BuiltinModel>,
+    /// How it chooses among the replicas of a deployment.
+    pub policy: Policy,
 }

@@ -22,7 +22,7 @@ use super::tokenize::TextKey;
 use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
 use crate::dispatch::{DispatchError, Sequence, Target};
-use crate::router;
+use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
 
 /// How long a stream waits for its first token before it begins: a failure in that time still gets a
@@ -150,15 +150,20 @@ async fn model_facts(
 /// they share.
 fn places(
     context: &ApiContext,
-    table: &ServingTable,
+    table: &Arc<ServingTable>,
     deployment: &ServedDeployment,
     request: &ValidRequest,
     prepared: &Prepared,
 ) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
-    for _ in &prepared.prompts {
-        let dice = random()?;
-        places.extend(context.places.take(dice, table, deployment, u32::from(request.n))?);
+    for prompt in &prepared.prompts {
+        let request = RouteRequest {
+            sequences: u32::from(request.n),
+            prompt_tokens: prompt.tokens.len() as u32,
+            max_tokens: prompt.max_tokens,
+            ..RouteRequest::default()
+        };
+        places.extend(context.places.take(random()?, table, deployment, &request)?);
     }
     Ok(places)
 }
@@ -174,7 +179,7 @@ async fn start(
 ) -> Result<Vec<Started>, DispatchError> {
     let n = usize::from(request.n);
     let mut started = Vec::with_capacity(places.len());
-    for (i, place) in places.into_iter().enumerate() {
+    for (i, mut place) in places.into_iter().enumerate() {
         let sequence = sequence(prepared, i / n, i % n, i, id);
         let ticket = &place.ticket;
         let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
@@ -182,8 +187,9 @@ async fn start(
         match context.dispatcher.start(target, sequence, deadline).await {
             Ok(answer) => started.push(Started { answer, place }),
             Err(error) => {
-                place.failed();
-                tracing::warn!(request = %id, replica = %ticket.replica, %error, "cannot begin");
+                let replica = target.replica;
+                tracing::warn!(request = %id, %replica, %error, "cannot begin");
+                place.failed(error.code());
                 return Err(error);
             }
         }

@@ -43,6 +43,7 @@ use tokio::sync::watch;
 use crate::dispatch::Dispatcher;
 use crate::router;
 use crate::router::admission::AdmissionLimits;
+use crate::router::policy::Policy;
 use crate::serving::ServingTable;
 use crate::telemetry::Telemetry;
 use error::{ApiError, Reason};
@@ -148,8 +149,13 @@ impl ApiContext {
             draining,
             cut,
             texts: ModelTexts::new(cores),
-            places: Arc::new(Places::new(limits.admission)),
+            places: Arc::new(Places::new(Policy::default(), limits.admission)),
         }
+    }
+
+    /// The same, with another way to choose replicas; before anything is served.
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { places: Arc::new(Places::new(policy, self.limits.admission)), ..self }
     }
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.

@@ -224,7 +224,7 @@ impl Session {
     }
 
     async fn receive(&mut self) -> Option<Result<Update, ApiError>> {
-        let Step { choice, started, event } = tokio::select! {
+        let Step { choice, mut started, event } = tokio::select! {
             // What is complete is given out, whatever else happens.
             biased;
             step = self.running.next() => step?,
@@ -250,14 +250,16 @@ impl Session {
                         tracing::warn!(request, %replica, %generation, %error, "an answer failed");
                     }
                 }
-                if matches!(error, DispatchError::Lost { .. } | DispatchError::Connect { .. }) {
-                    started.place.failed();
-                }
+                started.place.failed(code);
                 self.metrics.failed(code);
                 self.running.clear();
                 return Some(Err(error.into()));
             }
         };
+        match &event {
+            AnswerEvent::Token(token) => started.place.token(token.first.map(|first| first.1)),
+            AnswerEvent::Done { .. } => started.place.complete(),
+        }
         let update = self.choices[choice].take(
             choice,
             event,
