@@ -22,6 +22,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         listen: args.listen,
         cluster: args.cluster,
         builtin: builtin::ALL.to_vec(),
+        policy: args.policy,
     };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,

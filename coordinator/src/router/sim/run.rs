@@ -65,6 +65,8 @@ struct Run<'a> {
     /// Steps that were begun before a head froze do not end.
     step: Vec<u64>,
     failing: Vec<bool>,
+    /// When a head last said anything.
+    said: Vec<u64>,
     routers: Vec<Router>,
     budget: RetryBudget,
     deployment: ServedDeployment,
@@ -97,6 +99,7 @@ pub fn run(scenario: &Scenario, chooser: Chooser, seed: u64) -> Figures {
         heads: scenario.slow.iter().map(|slow| Head::new(scenario.service, *slow)).collect(),
         step: vec![0; n],
         failing: vec![false; n],
+        said: vec![0; n],
         routers: (0..scenario.routers).map(|_| Router::new(policy, limits)).collect(),
         budget: RetryBudget::default(),
         deployment: deployment(n),
@@ -269,6 +272,7 @@ impl Run<'_> {
 
     fn step_done(&mut self, replica: usize, progress: &mut Vec<Progress>) {
         let time = self.time();
+        self.said[replica] = self.now;
         self.heads[replica].end(time, progress);
         for progress in progress.iter() {
             self.progress(progress);
@@ -309,7 +313,9 @@ impl Run<'_> {
             return;
         }
         let patience = micros(self.scenario.patience.unwrap_or(END));
-        let due = request.heard + patience;
+        // As the cluster's heartbeats do, it asks whether the head lives, not whether this request
+        // has waited long.
+        let due = request.heard.max(self.said[request.replica]) + patience;
         if due > self.now {
             return self.at(due, Event::Check(at, attempt));
         }
