@@ -177,11 +177,14 @@ impl Book {
         self.count();
     }
 
-    /// A sequence's first token came; its head says how long the prompt took.
-    pub fn first_token(&mut self, now: Instant, prompt: u32, prefill: Duration) {
+    /// A sequence's first token came; its head says how long the prompt took, except where the
+    /// answer began elsewhere.
+    pub fn first_token(&mut self, now: Instant, prompt: u32, prefill: Option<Duration>) {
         self.heard = now;
         self.prompt_ahead = self.prompt_ahead.saturating_sub(u64::from(prompt));
-        self.speed.prompt(now, f64::from(prompt), prefill.as_secs_f64());
+        if let Some(prefill) = prefill {
+            self.speed.prompt(now, f64::from(prompt), prefill.as_secs_f64());
+        }
         // A whole answer may take minutes: the first token shows that it works.
         if !self.breaker.is_closed() && self.breaker.success(now) {
             self.since = now;

@@ -170,7 +170,7 @@ impl Router {
         ticket.tokens = 1;
         let prompt = ticket.prompt;
         if let Some((book, _)) = self.find(ticket) {
-            book.first_token(now, prompt, prefill);
+            book.first_token(now, prompt, Some(prefill));
         }
     }
 
@@ -184,7 +184,7 @@ impl Router {
         let Some((book, _)) = self.find(ticket) else { return };
         match gap {
             Some(gap) => book.token(now, gap),
-            None => book.first_token(now, prompt, Duration::ZERO),
+            None => book.first_token(now, prompt, None),
         }
     }
 

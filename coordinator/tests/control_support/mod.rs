@@ -35,7 +35,13 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 pub fn config(data: &Path) -> CoordinatorConfig {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
-    CoordinatorConfig { data: data.to_owned(), listen: any, cluster: any, builtin: Vec::new() }
+    CoordinatorConfig {
+        data: data.to_owned(),
+        listen: any,
+        cluster: any,
+        builtin: Vec::new(),
+        policy: Default::default(),
+    }
 }
 
 pub async fn start(config: CoordinatorConfig) -> Result<Coordinator, StartError> {
