@@ -9,15 +9,17 @@ use shoal_coordinator::router::book::Outcome;
 use shoal_coordinator::router::dice::Dice;
 use shoal_coordinator::router::policy::Policy;
 use shoal_coordinator::router::sim::scenarios::{self, SERVICES, TURNS};
-use shoal_coordinator::router::sim::{Chooser, Figures, Scenario, Service, median, run as simulate};
+use shoal_coordinator::router::sim::{
+    Chooser, Figures, Scenario, Service, median, run as simulate,
+};
 use shoal_coordinator::router::{RouteRequest, Router};
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
 use shoal_protocol::units::Instant;
 
 use super::nanoseconds;
-use crate::measure::{Report, Series};
 use crate::measure::report::Section;
+use crate::measure::{Report, Series};
 
 /// Each figure is the median of runs with these seeds; the tests have others.
 const SEEDS: [u64; 7] = [11, 12, 13, 14, 15, 16, 17];

@@ -21,7 +21,9 @@ use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
 use self::nearest::name_the_nearest_flag;
-use self::values::{address, count, device, duration, name, nonzero, policy, precision, size, token};
+use self::values::{
+    address, count, device, duration, name, nonzero, policy, precision, size, token,
+};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 

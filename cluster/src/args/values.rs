@@ -67,7 +67,8 @@ pub fn name(text: &str) -> Result<DeploymentName, String> {
 
 /// How replicas are chosen.
 pub fn policy(text: &str) -> Result<Policy, String> {
-    text.parse().map_err(|error: shoal_coordinator::router::policy::UnknownPolicy| error.to_string())
+    text.parse()
+        .map_err(|error: shoal_coordinator::router::policy::UnknownPolicy| error.to_string())
 }
 
 /// What `shoal token create` printed.

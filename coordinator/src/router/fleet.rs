@@ -119,8 +119,7 @@ impl Fleet {
     pub fn observe(&mut self, now: Instant, replicas: &[ServedReplica]) {
         let mut old = std::mem::take(&mut self.books);
         for replica in replicas {
-            let same =
-                |book: &Book| book.id == replica.id && book.generation == replica.generation;
+            let same = |book: &Book| book.id == replica.id && book.generation == replica.generation;
             let book = match old.iter().position(same) {
                 Some(i) => {
                     let mut book = old.swap_remove(i);
@@ -170,9 +169,8 @@ impl Fleet {
     /// Adds the replica that comes back first of those that were left out: nobody is ejected where
     /// more than half would be. Those that drain come last. False where there is none.
     fn add_back(&mut self, now: Instant) -> bool {
-        let left_out = |i: &usize| {
-            self.books[*i].address.is_some() && !self.candidates.contains(&(*i as u32))
-        };
+        let left_out =
+            |i: &usize| self.books[*i].address.is_some() && !self.candidates.contains(&(*i as u32));
         let back = |i: &usize| {
             let book = &self.books[*i];
             (now < book.draining_until, book.breaker.until())

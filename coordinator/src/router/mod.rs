@@ -217,9 +217,10 @@ impl Router {
         let hit = self.fleets.get(fleet).and_then(|fleet| fleet.books.get(slot)).is_some_and(is);
         if !hit {
             // The table has changed since.
-            (fleet, slot) = self.fleets.iter().enumerate().find_map(|(at, fleet)| {
-                fleet.books.iter().position(is).map(|slot| (at, slot))
-            })?;
+            (fleet, slot) =
+                self.fleets.iter().enumerate().find_map(|(at, fleet)| {
+                    fleet.books.iter().position(is).map(|slot| (at, slot))
+                })?;
         }
         let fleet = self.fleets.get_mut(fleet)?;
         Some((fleet.books.get_mut(slot)?, &mut fleet.answer))

@@ -91,8 +91,7 @@ fn a_burst_between_two_reports_is_spread() {
     let served = deployment(vec![replica(0, 4, 0), replica(1, 0, 2)]);
     for policy in [Policy::Score, Policy::P2c] {
         let mut router = router(policy, 100, &served);
-        let chosen: Vec<u32> =
-            (0..6).map(|_| pick(&mut router, NOW, &served).replica.0).collect();
+        let chosen: Vec<u32> = (0..6).map(|_| pick(&mut router, NOW, &served).replica.0).collect();
         // Loads 4 and 2: each gets as many as make both equal, then they are in turn.
         assert_eq!(chosen.iter().filter(|id| **id == 1).count(), 4, "{policy}: {chosen:?}");
     }
@@ -194,10 +193,7 @@ fn errors_of_the_caller_never_lower_a_weight_and_others_do() {
             let same = before.iter().zip(&after).all(|(a, b)| {
                 a.state == b.state && (policy == Policy::PeakEwma || a.weight == b.weight)
             });
-            let innocent = matches!(
-                Outcome::of(*code),
-                Outcome::NotJudged
-            );
+            let innocent = matches!(Outcome::of(*code), Outcome::NotJudged);
             let caller = code.fault() == shoal_protocol::error::Fault::Caller;
             assert!(innocent || !caller, "{code}");
             assert_eq!(same, innocent, "{policy} after {code}: {after:?}");

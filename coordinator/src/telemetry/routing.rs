@@ -9,9 +9,8 @@ use crate::router::{Standing, State};
 /// All families of the router.
 pub fn families(standings: &[(String, Standing)]) -> Result<Vec<MetricFamily>, prometheus::Error> {
     const REPLICA: [&str; 2] = ["model_name", "replica"];
-    let gauge = |name: &str, help: &str, labels: &[&str]| {
-        GaugeVec::new(Opts::new(name, help), labels)
-    };
+    let gauge =
+        |name: &str, help: &str, labels: &[&str]| GaugeVec::new(Opts::new(name, help), labels);
     let weight = gauge(
         "shoal_route_weight",
         "A replica's share of the weights by which requests are placed, 0 to 1.",
@@ -78,7 +77,9 @@ mod tests {
             format!(
                 "shoal_route_state{{model_name=\"m\",replica=\"{replica}\",state=\"ejected\"}} 1"
             ),
-            format!("shoal_route_state{{model_name=\"m\",replica=\"{replica}\",state=\"ready\"}} 0"),
+            format!(
+                "shoal_route_state{{model_name=\"m\",replica=\"{replica}\",state=\"ready\"}} 0"
+            ),
         ] {
             assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
         }

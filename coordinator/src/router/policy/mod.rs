@@ -65,7 +65,13 @@ impl Policy {
     }
 
     /// One of the candidates, of which there is at least one. `turn` counts the picks.
-    pub fn choose(self, books: &mut [Book], candidates: &[u32], ask: &Ask<'_>, turn: &mut u64) -> u32 {
+    pub fn choose(
+        self,
+        books: &mut [Book],
+        candidates: &[u32],
+        ask: &Ask<'_>,
+        turn: &mut u64,
+    ) -> u32 {
         if let [only] = candidates {
             return *only;
         }
