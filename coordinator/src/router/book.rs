@@ -91,6 +91,8 @@ pub struct Book {
     pub draining_until: Instant,
     /// The blocks that we sent there.
     pub prefix: PrefixIndex,
+    /// Picks of the deployment when it was picked last.
+    pub picked_at: u64,
     /// Sequences sent there in all.
     pub picks: u64,
     /// For `dynamic_wrr`.
@@ -122,6 +124,7 @@ impl Book {
             since: now,
             draining_until: Instant(0),
             prefix: PrefixIndex::default(),
+            picked_at: 0,
             picks: 0,
             weights: Weights::default(),
             peak: PeakCost::default(),

@@ -34,7 +34,9 @@ pub struct Fleet {
     pub books: Vec<Book>,
     /// The mean tokens of its answers.
     pub answer: Option<f64>,
-    /// Picks so far, for round robin.
+    /// Picks so far.
+    picks: u64,
+    /// Whose turn it is in round robin.
     turn: u64,
     /// Those that the filters leave; kept so that a pick allocates nothing.
     candidates: Vec<u32>,
@@ -112,7 +114,7 @@ pub struct Standing {
 impl Fleet {
     /// A deployment without replicas.
     pub fn new(name: DeploymentName) -> Self {
-        Self { name, books: Vec::new(), answer: None, turn: 0, candidates: Vec::new() }
+        Self { name, books: Vec::new(), answer: None, picks: 0, turn: 0, candidates: Vec::new() }
     }
 
     /// Takes over what the table says.
@@ -209,10 +211,6 @@ impl Fleet {
         request: &RouteRequest<'_>,
         seen: Seen,
     ) -> u32 {
-        // What may be tried again elsewhere is a good probe.
-        if let Some(probe) = seen.probe {
-            return probe;
-        }
         let ask = Ask {
             now,
             dice,
@@ -220,9 +218,17 @@ impl Fleet {
             prompt: request.prompt_tokens,
             answer: self.answer.unwrap_or(ANSWER).min(f64::from(request.max_tokens.max(1))),
             hashes: request.block_hashes,
+            picks: self.picks,
             fastest: seen.fastest.unwrap_or(UNKNOWN),
         };
-        policy.choose(&mut self.books, &self.candidates, &ask, &mut self.turn)
+        let chosen = match seen.probe {
+            // What may be tried again elsewhere is a good probe.
+            Some(probe) => probe,
+            None => policy.choose(&mut self.books, &self.candidates, &ask, &mut self.turn),
+        };
+        self.picks += 1;
+        self.books[chosen as usize].picked_at = self.picks;
+        chosen
     }
 
     /// Where each replica stands.
@@ -237,6 +243,7 @@ impl Fleet {
             prompt: 1,
             answer: self.answer.unwrap_or(ANSWER),
             hashes: &[],
+            picks: self.picks,
             fastest: fastest.unwrap_or(UNKNOWN),
         };
         let mut standings: Vec<Standing> = self

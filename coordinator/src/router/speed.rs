@@ -80,12 +80,12 @@ impl Speed {
         (self.prompt_tokens > 0.0).then(|| self.prompt_seconds / self.prompt_tokens)
     }
 
-    /// How far the figures are believed of a replica from which nothing is awaited, 0 to 1: half
-    /// after `FORGET` seconds.
+    /// How far the figures are believed of a replica from which nothing is awaited, 1 to 0: not at
+    /// all after `FORGET` seconds.
     pub fn trust(&self, now: Instant) -> f64 {
         // No exponential: every idle replica is asked at every pick.
         let age = now.0.saturating_sub(self.last.0) as f64 / (1e6 * FORGET);
-        1.0 / (1.0 + age * age)
+        (1.0 - age * age).max(0.0)
     }
 
     /// The line at zero rows and its slope, in seconds.
@@ -155,8 +155,8 @@ mod tests {
     #[test]
     fn figures_stay_where_nothing_comes_but_are_believed_less() {
         let speed = fed(|_| 0.040, &[4.0]);
-        let later = Instant(3_999_000) + Duration::from_secs(20);
+        let later = Instant(3_999_000) + Duration::from_secs(5);
         assert!((speed.gap(4.0) - 0.040).abs() < 1e-6);
-        assert!((speed.trust(later) - 0.2).abs() < 1e-6);
+        assert!((speed.trust(later) - 0.75).abs() < 1e-6);
     }
 }

@@ -44,6 +44,8 @@ pub struct Ask<'a> {
     pub answer: f64,
     /// The prompt's blocks, where replicas keep them; else empty.
     pub hashes: &'a [u64],
+    /// Picks of the deployment so far.
+    pub picks: u64,
     /// The fastest replica's seconds between tokens: at zero rows, and per row.
     pub fastest: (f64, f64),
 }

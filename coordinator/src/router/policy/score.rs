@@ -31,6 +31,10 @@ const SLOW_START: f64 = 5.0;
 /// The least share of its weight in that time: Envoy's.
 const SLOW_START_LEAST: f64 = 0.1;
 
+/// Picks of the deployment after which an idle replica's figures begin to be doubted: at most half a
+/// percent of the requests find out whether a slow replica is slow still, so no p99 shows it.
+const DOUBT_AFTER: u64 = 200;
+
 /// A prompt's token takes this share of a step with one row, where it was never measured.
 const PROMPT_SHARE: f64 = 1.0 / 16.0;
 
@@ -129,7 +133,7 @@ fn gap(book: &Book, ask: &Ask<'_>, rows: f64) -> f64 {
         return fastest;
     }
     let own = book.speed.gap(rows);
-    if book.open > 0 {
+    if book.open > 0 || ask.picks.saturating_sub(book.picked_at) < DOUBT_AFTER {
         return own;
     }
     let trust = book.speed.trust(ask.now);
