@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
 
+use crate::router::policy::Policy;
+
 /// What a coordinator is told at its start.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -27,4 +29,6 @@ pub struct CoordinatorConfig {
     pub token: Option<JoinToken>,
     /// The models inside the binary.
     pub builtin: Vec<BuiltinModel>,
+    /// How it chooses among the replicas of a deployment.
+    pub policy: Policy,
 }

@@ -225,7 +225,8 @@ impl Running {
             Telemetry::new()?,
             api::Limits::default(),
             draining.subscribe(),
-        );
+        )
+        .with_policy(config.policy);
 
         let mut tasks = JoinSet::new();
         tasks.spawn(executor.run(stopping.subscribe()));

@@ -12,11 +12,13 @@ use prometheus::{
 };
 use shoal_protocol::error::ErrorCode;
 
+use crate::router::Standing;
 use crate::serving::ServingTable;
 use resumes::Resumes;
 
 mod reported;
 mod resumes;
+mod routing;
 
 /// The metrics of one coordinator.
 #[derive(Debug)]
@@ -174,9 +176,11 @@ impl Telemetry {
         &self,
         table: &ServingTable,
         stale_events: u64,
+        standings: &[(String, Standing)],
     ) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(reported::families(table, stale_events)?);
+        families.extend(routing::families(standings)?);
         // The encoder refuses a family that nothing has a value for.
         families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)
@@ -288,7 +292,7 @@ mod tests {
     use super::*;
 
     fn has(telemetry: &Telemetry, line: &str) {
-        let text = telemetry.render(&ServingTable::default(), 0).expect("renders");
+        let text = telemetry.render(&ServingTable::default(), 0, &[]).expect("renders");
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
 

@@ -42,7 +42,7 @@ fn defaults_are_those_of_the_help() {
 #[test]
 fn values_are_read() {
     let line = "shoal up m --workers 2 --stages 1 --precision bf16 --worker-memory 600MiB \
-                --worker-threads 4 --listen localhost:0 --no-respawn --json";
+                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c";
     let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
     assert_eq!(up.model, Some("m".into()));
     assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
@@ -51,6 +51,7 @@ fn values_are_read() {
     assert_eq!(up.worker_threads.map(NonZeroU32::get), Some(4));
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
     assert!(up.no_respawn && up.json);
+    assert_eq!(up.policy, Policy::P2c);
 }
 
 #[test]
@@ -62,6 +63,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal up --memory 1GiB", "--worker-memory"),
         ("shoal status --jsno", "'--json'"),
         ("shoal coordinator --listne x", "'--listen'"),
+        ("shoal up --policy wrr", "dynamic_wrr"),
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
         ("shoal undeploy demo --no-wait", "`shoal deploy` has a flag '--no-wait'"),

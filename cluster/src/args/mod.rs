@@ -15,6 +15,7 @@ use std::time::Duration;
 use clap::builder::styling::Styles;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
@@ -22,7 +23,9 @@ use shoal_protocol::units::Bytes;
 
 pub use self::coordinators::CoordinatorsCommand;
 use self::nearest::name_the_nearest_flag;
-use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
+use self::values::{
+    address, count, device, duration, name, nonzero, policy, precision, size, token,
+};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 
@@ -145,6 +148,9 @@ pub struct UpArgs {
     /// no terminal (`make demo`)
     #[arg(long, hide = true, conflicts_with_all = ["json", "model"])]
     pub demo: bool,
+    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
+    pub policy: Policy,
 }
 
 const COORDINATOR_EXAMPLES: &str = "\
@@ -185,6 +191,9 @@ pub struct CoordinatorArgs {
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
+    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
+    pub policy: Policy,
 }
 
 const WORKER_EXAMPLES: &str = "\

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
@@ -62,6 +63,12 @@ pub fn precision(text: &str) -> Result<Precision, String> {
 /// A deployment's name.
 pub fn name(text: &str) -> Result<DeploymentName, String> {
     text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
+}
+
+/// How replicas are chosen.
+pub fn policy(text: &str) -> Result<Policy, String> {
+    text.parse()
+        .map_err(|error: shoal_coordinator::router::policy::UnknownPolicy| error.to_string())
 }
 
 /// What `shoal token create` printed.

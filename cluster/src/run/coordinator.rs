@@ -25,6 +25,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         join: args.join,
         token: args.token,
         builtin: builtin::ALL.to_vec(),
+        policy: args.policy,
     };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,

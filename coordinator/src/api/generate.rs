@@ -24,7 +24,7 @@ use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
 use crate::dispatch::Sequence;
 use crate::recovery::{LastingAnswer, RecoveryError};
-use crate::router;
+use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
 
 /// How long a stream waits for its first token before it begins: a failure in that time still gets a
@@ -170,15 +170,20 @@ async fn model_facts(
 /// they share.
 fn places(
     context: &ApiContext,
-    table: &ServingTable,
+    table: &Arc<ServingTable>,
     deployment: &ServedDeployment,
     request: &ValidRequest,
     prepared: &Prepared,
 ) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
-    for _ in &prepared.prompts {
-        let dice = random()?;
-        places.extend(context.places.take(dice, table, deployment, u32::from(request.n))?);
+    for prompt in &prepared.prompts {
+        let request = RouteRequest {
+            sequences: u32::from(request.n),
+            prompt_tokens: prompt.tokens.len() as u32,
+            max_tokens: prompt.max_tokens,
+            ..RouteRequest::default()
+        };
+        places.extend(context.places.take(random()?, table, deployment, &request)?);
     }
     Ok(places)
 }

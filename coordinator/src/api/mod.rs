@@ -44,6 +44,7 @@ use crate::dispatch::Dispatcher;
 use crate::recovery::Resumer;
 use crate::router;
 use crate::router::admission::AdmissionLimits;
+use crate::router::policy::Policy;
 use crate::serving::ServingTable;
 use crate::telemetry::Telemetry;
 use error::{ApiError, Reason};
@@ -146,7 +147,7 @@ impl ApiContext {
             cut_off.send_replace(true);
         });
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let places = Arc::new(Places::new(limits.admission));
+        let places = Arc::new(Places::new(Policy::default(), limits.admission));
         let resumer = Resumer::new(
             dispatcher.clone(),
             table.clone(),
@@ -164,6 +165,12 @@ impl ApiContext {
             places,
             resumer,
         }
+    }
+
+    /// The same, with another way to choose replicas; before anything is served.
+    pub fn with_policy(self, policy: Policy) -> Self {
+        let places = Arc::new(Places::new(policy, self.limits.admission));
+        Self { resumer: self.resumer.through(Arc::clone(&places)), places, ..self }
     }
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.

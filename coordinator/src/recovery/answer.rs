@@ -17,6 +17,7 @@ use super::error::RecoveryError;
 use super::probation::Probation;
 use crate::api::places::{Place, Places};
 use crate::dispatch::{Answer, AnswerEvent, DispatchError, Dispatcher, Sequence, Target};
+use crate::router::RouteRequest;
 use crate::serving::{ServedDeployment, ServingTable};
 use crate::telemetry::Telemetry;
 
@@ -80,6 +81,11 @@ impl Resumer {
         Self { dispatcher, table, places, telemetry, probation: Arc::default() }
     }
 
+    /// The same, by way of another router.
+    pub fn through(self, places: Arc<Places>) -> Self {
+        Self { places, ..self }
+    }
+
     /// An answer that nobody has been asked for yet.
     pub fn answer(
         &self,
@@ -124,6 +130,12 @@ impl LastingAnswer {
                 biased;
                 event = running.answer.next() => match event {
                     Ok(event) => {
+                        match &event {
+                            AnswerEvent::Token(token) => {
+                                running.place.token(token.first.map(|(_, prefill)| prefill));
+                            }
+                            AnswerEvent::Done { .. } => running.place.complete(),
+                        }
                         self.went_on();
                         return Ok(event);
                     }
@@ -132,8 +144,8 @@ impl LastingAnswer {
                 () = superseded => Ended::Superseded,
             };
             self.sequence = running.answer.sequence().clone();
-            if let Some(Running { place, .. }) = self.running.take() {
-                self.lost(&place, ended)?;
+            if let Some(Running { mut place, .. }) = self.running.take() {
+                self.lost(&mut place, ended)?;
             }
         }
     }
@@ -150,7 +162,10 @@ impl LastingAnswer {
     }
 
     /// The attempt at this place has ended: on to the next, unless the core gives up.
-    fn lost(&mut self, place: &Place, ended: Ended) -> Result<(), RecoveryError> {
+    fn lost(&mut self, place: &mut Place, ended: Ended) -> Result<(), RecoveryError> {
+        if let Ended::Error(error) | Ended::Unbegun(error) = &ended {
+            place.failed(error.code());
+        }
         let ticket = &place.ticket;
         let (loss, words) = match &ended {
             Ended::Error(error) => (Loss::of(error), error.to_string()),
@@ -160,12 +175,6 @@ impl LastingAnswer {
                 (Loss::Superseded, words)
             }
         };
-        let dropped = |e: &DispatchError| {
-            matches!(e, DispatchError::Lost { .. } | DispatchError::Connect { .. })
-        };
-        if matches!(&ended, Ended::Error(error) | Ended::Unbegun(error) if dropped(error)) {
-            place.failed();
-        }
         let at = (ticket.replica, ticket.generation);
         let verdict = self.recovery.lost(self.now(), dice(), at, loss);
         let (request, choice) = (self.sequence.request, self.sequence.choice);
@@ -209,7 +218,13 @@ impl LastingAnswer {
                 Move::Ask(replicas) => {
                     let Some(deployment) = deployment else { continue };
                     let usable = ServedDeployment { replicas, ..(**deployment).clone() };
-                    match self.resumer.places.take(dice(), &table, &usable, 1) {
+                    let request = RouteRequest {
+                        sequences: 1,
+                        prompt_tokens: self.sequence.len() as u32,
+                        max_tokens: self.sequence.left(),
+                        ..RouteRequest::default()
+                    };
+                    match self.resumer.places.take(dice(), &table, &usable, &request) {
                         Ok(mut places) => {
                             let Some(place) = places.pop() else { continue };
                             return self.attempt(place).await;
@@ -239,7 +254,7 @@ impl LastingAnswer {
     }
 
     /// Opens a stream to the head of this place. An error that can be waited out is noted.
-    async fn attempt(&mut self, place: Place) -> Result<(), RecoveryError> {
+    async fn attempt(&mut self, mut place: Place) -> Result<(), RecoveryError> {
         let ticket = &place.ticket;
         let at = (ticket.replica, ticket.generation);
         let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
@@ -263,7 +278,7 @@ impl LastingAnswer {
                 self.running = Some(Running { answer, place });
                 Ok(())
             }
-            Err(ended) => self.lost(&place, ended),
+            Err(ended) => self.lost(&mut place, ended),
         }
     }
 

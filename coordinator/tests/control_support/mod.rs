@@ -43,6 +43,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
         join: Vec::new(),
         token: None,
         builtin: Vec::new(),
+        policy: Default::default(),
     }
 }
 
