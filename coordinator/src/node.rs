@@ -31,8 +31,7 @@ use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
 use crate::control::models::Models;
 use crate::control::state::{Change, KeyFingerprint, NodeCommand};
-use crate::control::store::raft::{self, OpenError, RaftStore, WhenEmpty};
-use crate::control::store::{ControlStore, ProposeError};
+use crate::control::store::{self, ControlStore, OpenError, ProposeError, StoreOwner};
 use crate::dispatch::Dispatcher;
 use crate::serving::ServingTable;
 use crate::telemetry::Telemetry;
@@ -131,7 +130,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Coordinator {
     running: Running,
-    store: RaftStore,
+    store: StoreOwner,
 }
 
 /// All that stands on the store.
@@ -155,12 +154,12 @@ impl Coordinator {
             return Err(StartError::NotLoopback { address: config.listen });
         }
         create_folder(&config.data)?;
-        let (store, owner) = raft::open(&config.data, SELF, WhenEmpty::Found, Box::new(|_| {}))?;
+        let (store, owner) = store::open(&config.store, &config.data, SELF).await?;
         match Running::start(config, store).await {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
                 // Whoever tries again must not find the folder in use.
-                close(owner).await;
+                owner.close().await;
                 Err(error)
             }
         }
@@ -210,7 +209,7 @@ impl Coordinator {
     /// on with what they have and look for a coordinator.
     pub async fn drain(self) {
         self.running.drain().await;
-        close(self.store).await;
+        self.store.close().await;
     }
 }
 
@@ -299,11 +298,6 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.api.abort();
     }
-}
-
-async fn close(store: RaftStore) {
-    // It fails only where the runtime ends; then the file is closed with the process.
-    let _ = tokio::task::spawn_blocking(move || store.close()).await;
 }
 
 /// What is behind each conversation.

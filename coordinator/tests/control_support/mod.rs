@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shoal_coordinator::config::CoordinatorConfig;
+use shoal_coordinator::config::{CoordinatorConfig, StoreConfig};
 use shoal_coordinator::node::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentView};
 use shoal_protocol::control::{
@@ -35,7 +35,13 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 pub fn config(data: &Path) -> CoordinatorConfig {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
-    CoordinatorConfig { data: data.to_owned(), listen: any, cluster: any, builtin: Vec::new() }
+    CoordinatorConfig {
+        data: data.to_owned(),
+        store: StoreConfig::Raft,
+        listen: any,
+        cluster: any,
+        builtin: Vec::new(),
+    }
 }
 
 pub async fn start(config: CoordinatorConfig) -> Result<Coordinator, StartError> {
