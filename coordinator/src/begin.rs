@@ -8,13 +8,11 @@
 //! | `identity`, `state.redb` | either | the same, of one that joined |
 //! | anything else | either | refused: a vote may be lost, or numbers would be given twice |
 
-use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::id::{NodeId, Role};
-use shoal_protocol::join::JoinToken;
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::identity::Identity;
 use shoal_protocol::quic::join;
@@ -23,8 +21,8 @@ use crate::config::CoordinatorConfig;
 use crate::control::authority::Authority;
 use crate::control::peers::Outboxes;
 use crate::control::state::{Change, KeyFingerprint, NodeCommand};
-use crate::control::store::ControlStore;
-use crate::control::store::raft::{self, RaftStore, SendMessage, WhenEmpty};
+use crate::control::store::raft::{self, SendMessage, WhenEmpty};
+use crate::control::store::{self, ControlStore, StoreOwner};
 use crate::start_error::StartError;
 
 /// The CA's file in the data folder.
@@ -46,7 +44,7 @@ const JOIN_DEADLINE: Duration = Duration::from_secs(10);
 pub(crate) struct Begun {
     pub me: NodeId,
     pub store: ControlStore,
-    pub owner: RaftStore,
+    pub owner: StoreOwner,
     pub authority: Authority,
     pub identity: Identity,
     pub outboxes: Outboxes,
@@ -56,7 +54,7 @@ pub(crate) struct Begun {
 pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     let data = &config.data;
     create_folder(data)?;
-    let has_state = data.join(raft::FILE_NAME).exists();
+    let has_state = config.store.may_have_state(data);
     let ca = CertificateAuthority::load(&data.join(CA_FILE))?;
     let joined = Identity::load(&data.join(IDENTITY_FILE))?;
     let incomplete =
@@ -68,38 +66,39 @@ pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartErro
         (Some(_), _) if !has_state => Err(incomplete("an identity", "the cluster's state")),
         (Some(identity), Some(ca)) => {
             let fresh = ca.issue_identity(identity.node, SystemTime::now())?;
-            open(data, fresh, Authority::holding(ca), WhenEmpty::Wait)
+            open(config, fresh, Authority::holding(ca), WhenEmpty::Wait).await
         }
         (Some(identity), None) => {
             let authority = Authority::awaiting(&identity.ca);
-            open(data, identity, authority, WhenEmpty::Wait)
+            open(config, identity, authority, WhenEmpty::Wait).await
         }
         (None, Some(_)) if !has_state => Err(incomplete("the CA's key", "the cluster's state")),
         (None, Some(ca)) => {
             let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
-            let begun = open(data, identity, Authority::holding(ca), WhenEmpty::Wait)?;
+            let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Wait).await?;
             finish_founding(begun).await
         }
         (None, None) => match (&config.join[..], &config.token) {
-            ([], _) => found(data).await,
+            ([], _) => found(config).await,
             (_, None) => Err(StartError::NoToken { path: data.to_owned() }),
-            (addresses, Some(_)) if has_state => {
+            (addresses, Some(_)) if data.join(raft::FILE_NAME).exists() => {
                 tracing::warn!("a join broke off here before; joining {addresses:?} again");
-                enter(data, addresses, config.token.as_ref()).await
+                enter(config).await
             }
-            (addresses, token) => enter(data, addresses, token.as_ref()).await,
+            _ => enter(config).await,
         },
     }
 }
 
 /// Founds a cluster. The state is written before the CA's key, so a founding that is cut off leaves a
 /// state without nodes that anybody relies on, and is begun anew.
-async fn found(data: &Path) -> Result<Begun, StartError> {
+async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
+    let data = &config.data;
     let ca = CertificateAuthority::create(SystemTime::now())?;
     let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
     let path = data.join(CA_FILE);
-    let begun = open(data, identity, Authority::holding(ca), WhenEmpty::Found)?;
-    if begun.store.state().nodes.workers().next().is_some() {
+    let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Found).await?;
+    if !begun.store.state().is_new() {
         let (found, missing) = ("the cluster's state", "the CA's key");
         return Err(StartError::Incomplete { path: data.to_owned(), found, missing });
     }
@@ -125,23 +124,20 @@ async fn finish_founding(begun: Begun) -> Result<Begun, StartError> {
 }
 
 /// Joins the cluster of whoever answers first.
-async fn enter(
-    data: &Path,
-    addresses: &[SocketAddr],
-    token: Option<&JoinToken>,
-) -> Result<Begun, StartError> {
-    let Some(token) = token else { return Err(StartError::NoToken { path: data.to_owned() }) };
+async fn enter(config: &CoordinatorConfig) -> Result<Begun, StartError> {
+    let data = &config.data;
+    let Some(token) = &config.token else { return Err(StartError::NoToken { path: data.to_owned() }) };
     if token.role != Role::Coordinator {
         return Err(StartError::WrongToken { role: token.role });
     }
     let mut last = None;
-    for address in addresses {
+    for address in &config.join {
         match join::join(*address, token, JOIN_DEADLINE).await {
             Ok(identity) => {
                 tracing::info!(node = %identity.node, %address, "joined the cluster");
                 let authority = Authority::awaiting(&identity.ca);
                 // The log's file first: an identity without it would be taken for a lost vote.
-                let begun = open(data, identity.clone(), authority, WhenEmpty::Wait)?;
+                let begun = open(config, identity.clone(), authority, WhenEmpty::Wait).await?;
                 identity.save(&data.join(IDENTITY_FILE))?;
                 return Ok(begun);
             }
@@ -157,8 +153,8 @@ async fn enter(
     }
 }
 
-fn open(
-    data: &Path,
+async fn open(
+    config: &CoordinatorConfig,
     identity: Identity,
     authority: Authority,
     empty: WhenEmpty,
@@ -169,7 +165,7 @@ fn open(
         Box::new(move |message| outboxes.push(message))
     };
     let me = identity.node;
-    let (store, owner) = raft::open(data, me, empty, send)?;
+    let (store, owner) = store::open(&config.store, &config.data, me, empty, send).await?;
     Ok(Begun { me, store, owner, authority, identity, outboxes })
 }
 

@@ -6,14 +6,19 @@ use std::path::PathBuf;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
 
+pub use crate::control::store::StoreConfig;
+pub use crate::control::store::etcd::url::{BadUrl, EtcdUrl};
+pub use crate::control::store::etcd::{EtcdConfig, TlsFiles};
 use crate::router::policy::Policy;
 
 /// What a coordinator is told at its start.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
-    /// Where the replicated state, the CA and the context file are kept; created if need be. One
+    /// Where identity, the CA and the context file are kept; created if need be. One
     /// coordinator at a time: a second one on the same folder is refused.
     pub data: PathBuf,
+    /// Where the replicated state is kept.
+    pub store: StoreConfig,
     /// Where it takes the public API (TCP). It must be a loopback address: there are no API keys
     /// yet, so whoever reaches it may use it. Port 0 picks a free one.
     pub listen: SocketAddr,

@@ -30,8 +30,7 @@ use crate::control::join::JoinServer;
 use crate::control::models::Models;
 use crate::control::peers::{Myself, Outboxes, Peers};
 use crate::control::state::CoordinatorRecord;
-use crate::control::store::ControlStore;
-use crate::control::store::raft::RaftStore;
+use crate::control::store::{ControlStore, StoreOwner};
 use crate::dispatch::Dispatcher;
 use crate::renewal::{Renewal, write_context};
 use crate::serving::ServingTable;
@@ -56,7 +55,7 @@ const DRAIN_PEERS: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct Coordinator {
     running: Running,
-    store: RaftStore,
+    store: StoreOwner,
 }
 
 /// All that stands on the store.
@@ -81,7 +80,7 @@ struct Parts<'a> {
     authority: Authority,
     identity: Identity,
     outboxes: Outboxes,
-    owner: &'a RaftStore,
+    owner: &'a StoreOwner,
 }
 
 impl Coordinator {
@@ -97,7 +96,7 @@ impl Coordinator {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
                 // Whoever tries again must not find the folder in use.
-                close(owner).await;
+                owner.close().await;
                 Err(error)
             }
         }
@@ -150,7 +149,7 @@ impl Coordinator {
     /// on with what they have and look for a coordinator.
     pub async fn drain(self) {
         self.running.drain().await;
-        close(self.store).await;
+        self.store.close().await;
     }
 }
 
@@ -266,11 +265,6 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.api.abort();
     }
-}
-
-async fn close(store: RaftStore) {
-    // It fails only where the runtime ends; then the file is closed with the process.
-    let _ = tokio::task::spawn_blocking(move || store.close()).await;
 }
 
 /// What is behind each conversation.

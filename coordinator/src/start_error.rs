@@ -9,8 +9,7 @@ use shoal_protocol::quic::ca::CaError;
 use shoal_protocol::quic::identity::IdentityError;
 use shoal_protocol::quic::join::JoinError;
 
-use crate::control::store::ProposeError;
-use crate::control::store::raft::OpenError;
+use crate::control::store::{OpenError, ProposeError};
 
 /// A coordinator that did not start.
 #[derive(Debug, thiserror::Error)]

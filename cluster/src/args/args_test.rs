@@ -80,6 +80,8 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),
         ("shoal coordinator --data d", "--cluster"),
+        ("shoal coordinator --store http://a", "a store is etcd://"),
+        ("shoal coordinator --store etcd://a:b", "`a:b` is not HOST or HOST:PORT"),
         ("shoal", "Usage"),
     ] {
         let said = mistake(line);
@@ -115,4 +117,14 @@ fn a_damaged_token_is_not_repeated() {
         let said = mistake(&format!("shoal worker --join 127.0.0.1:1 --data d --token {token}"));
         assert!(!said.contains("c0ffee") && said.contains("--token"), "{said}");
     }
+}
+
+#[test]
+fn a_password_in_a_url_is_not_repeated() {
+    for url in ["etcd://u:c0ffee@a:b", "http://u:c0ffee@a", "etcd://u:c0ffee%x@a", "c0ffee"] {
+        let said = mistake(&format!("shoal coordinator --store {url}"));
+        assert!(!said.contains("c0ffee") && said.contains("--store"), "{said}");
+    }
+    let line = "shoal coordinator --data d --listen :0 --cluster :0 --store etcd://u:c0ffee@a";
+    assert!(!format!("{:?}", parse(line).unwrap()).contains("c0ffee"));
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use clap::builder::styling::Styles;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::join::JoinToken;
@@ -24,7 +25,7 @@ use shoal_protocol::units::Bytes;
 pub use self::coordinators::CoordinatorsCommand;
 use self::nearest::name_the_nearest_flag;
 use self::values::{
-    address, count, device, duration, name, nonzero, policy, precision, size, token,
+    address, count, device, duration, name, nonzero, policy, precision, size, store, token,
 };
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -154,8 +155,10 @@ pub struct UpArgs {
 }
 
 const COORDINATOR_EXAMPLES: &str = "\
-Example:
+Examples:
   shoal coordinator --data /var/lib/shoal --listen 127.0.0.1:8000 --cluster 10.0.0.1:4000
+  SHOAL_ETCD_PASSWORD_FILE=/etc/shoal/etcd shoal coordinator … \
+    --store etcds://shoal@10.0.0.7:2379,10.0.0.8:2379 --store-ca /etc/etcd/ca.pem
 
 At its first start it makes the cluster's CA and an admin context file in DIR; operator verbs take
 that file with --context. Stopped and started again with the same DIR it finds its deployments.";
@@ -188,12 +191,36 @@ pub struct CoordinatorArgs {
         value_parser = token
     )]
     pub token: Option<JoinToken>,
+    /// Where the cluster's state is kept.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
     /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
     #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
     pub policy: Policy,
+}
+
+/// Where the cluster's state is kept.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct StoreArgs {
+    /// Keep the cluster's state in an etcd: etcd://[USER@]HOST:PORT[,HOST:PORT…][/PREFIX], or
+    /// etcds:// for TLS [default: in --data]
+    #[arg(long, value_name = "URL", value_parser = store)]
+    pub store: Option<EtcdUrl>,
+    /// Who signs etcd's certificate (PEM), for etcds://
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_CA_FILE")]
+    pub store_ca: Option<PathBuf>,
+    /// Our certificate (PEM), where etcd asks for one
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_CERT_FILE")]
+    pub store_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_KEY_FILE")]
+    pub store_key: Option<PathBuf>,
+    /// The password of the URL's user, in one line
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_PASSWORD_FILE")]
+    pub store_password_file: Option<PathBuf>,
 }
 
 const WORKER_EXAMPLES: &str = "\
@@ -407,11 +434,12 @@ impl Args {
     }
 }
 
-/// A token that cannot be read is as secret as one that can: the error does not repeat it.
+/// A token that cannot be read is as secret as one that can, and so is a store's URL, which may hold
+/// a password: the error does not repeat it.
 fn hide_secrets(mut error: clap::Error) -> clap::Error {
-    let token = |context: &ContextValue| matches!(context, ContextValue::String(flag) if flag.starts_with("--token"));
+    let secret = |context: &ContextValue| matches!(context, ContextValue::String(flag) if flag.starts_with("--token") || flag.starts_with("--store "));
     if error.kind() == ErrorKind::ValueValidation
-        && error.get(ContextKind::InvalidArg).is_some_and(token)
+        && error.get(ContextKind::InvalidArg).is_some_and(secret)
     {
         let hidden = ContextValue::String("(not shown)".to_owned());
         error.insert(ContextKind::InvalidValue, hidden);

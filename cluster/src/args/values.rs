@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use shoal_coordinator::config::{BadUrl, EtcdUrl};
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::join::JoinToken;
@@ -74,6 +75,11 @@ pub fn policy(text: &str) -> Result<Policy, String> {
 /// What `shoal token create` printed.
 pub fn token(text: &str) -> Result<JoinToken, String> {
     text.parse().map_err(|error: shoal_protocol::join::BadJoinToken| error.to_string())
+}
+
+/// Which etcd, and where in it.
+pub fn store(text: &str) -> Result<EtcdUrl, String> {
+    text.parse().map_err(|error: BadUrl| error.to_string())
 }
 
 /// What this build can compute on.

@@ -1,12 +1,13 @@
 //! `shoal coordinator`: configuration → node → drain.
 
+use shoal_coordinator::config::{EtcdConfig, StoreConfig, TlsFiles};
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
 use super::lock::FolderLock;
 use super::stop::Stop;
 use super::{DRAIN_TIMEOUT, explain_start};
-use crate::args::CoordinatorArgs;
+use crate::args::{CoordinatorArgs, StoreArgs};
 use crate::builtin;
 use crate::failure::Failure;
 
@@ -19,6 +20,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     };
     let config = CoordinatorConfig {
         data: args.data,
+        store: store(args.store),
         listen: args.listen,
         cluster: args.cluster,
         advertise: args.advertise,
@@ -53,4 +55,17 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         why = stop.requested() => tracing::warn!(%id, "{why} again; ending at once"),
     }
     Ok(())
+}
+
+/// Where the state is kept. Flags for an etcd that is not used are ignored where they come from the
+/// environment of all coordinators.
+fn store(args: StoreArgs) -> StoreConfig {
+    let tls = TlsFiles { ca: args.store_ca, certificate: args.store_cert, key: args.store_key };
+    match args.store {
+        None => StoreConfig::Raft,
+        Some(url) => {
+            let password = args.store_password_file;
+            StoreConfig::Etcd(Box::new(EtcdConfig { url, tls, password }))
+        }
+    }
 }

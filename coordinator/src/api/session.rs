@@ -245,10 +245,6 @@ impl Session {
                 return Some(Err(error.into()));
             }
         };
-        match &event {
-            AnswerEvent::Token(token) => started.place.token(token.first.map(|first| first.1)),
-            AnswerEvent::Done { .. } => started.place.complete(),
-        }
         let update = self.choices[choice].take(
             choice,
             event,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shoal_coordinator::config::CoordinatorConfig;
+use shoal_coordinator::config::{CoordinatorConfig, StoreConfig};
 use shoal_coordinator::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentView};
 use shoal_protocol::control::{
@@ -37,6 +37,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
     CoordinatorConfig {
         data: data.to_owned(),
+        store: StoreConfig::Raft,
         listen: any,
         cluster: any,
         advertise: None,

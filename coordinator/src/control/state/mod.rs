@@ -110,6 +110,11 @@ impl ClusterState {
         last.map_or(0, |applied| applied.sequence)
     }
 
+    /// The start under which a client's last command was made; the lowest where there was none.
+    pub fn last_incarnation(&self, client: NodeId) -> Incarnation {
+        self.last.get(&client).map_or(Incarnation::default(), |applied| applied.incarnation)
+    }
+
     fn dispatch(&mut self, command: &Command, at: Timestamp) -> Result<Vec<Effect>, Refusal> {
         match &command.change {
             Change::Node(NodeCommand::Enrol { role, key }) => self.nodes.add(*role, *key, at),

@@ -177,7 +177,7 @@ impl Shell {
     fn take(&mut self, message: Message) {
         let now = self.now();
         match message {
-            Message::Propose { change, reply } => self.proposals.push(now, change, reply),
+            Message::Propose { change, reply, .. } => self.proposals.push(now, change, reply),
             Message::Read { reply } => self.reads.push(now, reply),
             Message::Stop => {}
         }
