@@ -57,6 +57,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Status(args) => commands::status::run(args).await,
             Command::Plan(args) => commands::plan::run(args).await,
             Command::Chat(args) => commands::chat::run(args).await,
+            Command::Keys { command } => commands::keys::run(command).await,
         }
     });
     if let (Err(failure), Some(ChildArgs { announce: true, .. })) = (&outcome, child) {

@@ -11,8 +11,8 @@ pub struct CoordinatorConfig {
     /// Where the replicated state, the CA and the context file are kept; created if need be. One
     /// coordinator at a time: a second one on the same folder is refused.
     pub data: PathBuf,
-    /// Where it takes the public API (TCP). It must be a loopback address: there are no API keys
-    /// yet, so whoever reaches it may use it. Port 0 picks a free one.
+    /// Where it takes the public API (TCP). It must be a loopback address as long as there is no API
+    /// key, since whoever reaches it may use it then. Port 0 picks a free one.
     pub listen: SocketAddr,
     /// Where it takes the cluster's conversations (UDP): workers, joiners, operators. Any address,
     /// since every one of them is mutually authenticated. Port 0 picks a free one.

@@ -23,14 +23,15 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::api::{self, ApiContext};
+use crate::api::{self, ApiContext, Gate};
 use crate::config::CoordinatorConfig;
+use crate::control::access::AccessServer;
 use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
 use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
 use crate::control::models::Models;
-use crate::control::state::{Change, KeyFingerprint, NodeCommand};
+use crate::control::state::{Change, KeyFingerprint, Keys, NodeCommand, Timestamp};
 use crate::control::store::raft::{self, OpenError, RaftStore, WhenEmpty};
 use crate::control::store::{ControlStore, ProposeError};
 use crate::dispatch::Dispatcher;
@@ -69,9 +70,9 @@ const DRAIN_PEERS: Duration = Duration::from_millis(500);
 pub enum StartError {
     /// The public API would be open to others.
     #[error(
-        "the API cannot listen on {address}: there are no API keys yet, so whoever reaches it could \
-         use it; listen on a loopback address such as 127.0.0.1:{}, and put a proxy that knows \
-         your users before it and sets `Host` to that address", address.port()
+        "the API cannot listen on {address}: there is no API key, so whoever reaches it could use it; \
+         listen on 127.0.0.1:{}, make a key with `shoal keys create NAME`, and start again with \
+         {address} and the same data folder", address.port()
     )]
     NotLoopback {
         /// The address.
@@ -151,9 +152,6 @@ struct Running {
 impl Coordinator {
     /// Starts a coordinator: the first time it founds a cluster, later it finds it again.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, StartError> {
-        if !config.listen.ip().is_loopback() {
-            return Err(StartError::NotLoopback { address: config.listen });
-        }
         create_folder(&config.data)?;
         let (store, owner) = raft::open(&config.data, SELF, WhenEmpty::Found, Box::new(|_| {}))?;
         match Running::start(config, store).await {
@@ -216,6 +214,7 @@ impl Coordinator {
 
 impl Running {
     async fn start(config: CoordinatorConfig, store: ControlStore) -> Result<Self, StartError> {
+        may_listen(&store.state().keys, config.listen, Timestamp::of(SystemTime::now()))?;
         let data = config.data;
         let (ca, identity) = authority(&store, &data).await?;
         let ca = Arc::new(ca);
@@ -250,9 +249,11 @@ impl Running {
             coordinator.clone(),
             shown,
         );
+        let gate = Gate::new(store.watch());
         let servers = Servers {
             join: JoinServer::new(store.clone(), Arc::clone(&ca)),
             admin: AdminServer {
+                access: AccessServer { store: store.clone(), agents: agents.clone() },
                 store,
                 agents: agents.clone(),
                 models,
@@ -270,6 +271,7 @@ impl Running {
             api::Limits::default(),
             draining.subscribe(),
         );
+        let api_context = api_context.behind(gate);
 
         let mut tasks = JoinSet::new();
         tasks.spawn(executor.run(stopping.subscribe()));
@@ -357,6 +359,14 @@ impl Servers {
                 connection.close(close_code::REFUSED, "a coordinator does not compute");
             }
         }
+    }
+}
+
+/// Whether the public API may listen there: on a machine's own address always, elsewhere with a key.
+fn may_listen(keys: &Keys, address: SocketAddr, at: Timestamp) -> Result<(), StartError> {
+    match address.ip().is_loopback() || keys.any_good(at) {
+        true => Ok(()),
+        false => Err(StartError::NotLoopback { address }),
     }
 }
 

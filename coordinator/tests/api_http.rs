@@ -6,6 +6,7 @@ mod api_http {
     mod client;
     mod failures;
     mod head;
+    mod keys;
     mod refusals;
     mod setup;
 }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::{AccessCall, AccessReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, Role};
@@ -63,6 +64,8 @@ pub enum AdminCall {
         /// Which.
         name: DeploymentName,
     },
+    /// API keys, join tokens and nodes.
+    Access(AccessCall),
 }
 
 /// What the coordinator answers.
@@ -81,6 +84,8 @@ pub enum AdminReply {
     Plan(Box<PlanView>),
     /// Refused; nothing has changed.
     Refused(WireError),
+    /// To `Access`.
+    Access(AccessReply),
 }
 
 /// The whole cluster, as the answering coordinator sees it.

@@ -77,6 +77,10 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 127.0.0.1:1 --data d --device cuda:0", "it has cpu"),
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),
+        ("shoal keys craete x", "create"),
+        ("shoal keys create x --rpm 0", "from 1 up"),
+        ("shoal keys create x --expires 30", "30m"),
+        ("shoal keys revoke a/b", "letters, digits and"),
         ("shoal coordinator --data d", "--cluster"),
         ("shoal", "Usage"),
     ] {

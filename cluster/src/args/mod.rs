@@ -3,6 +3,7 @@
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
 
+mod access;
 mod nearest;
 mod values;
 
@@ -19,6 +20,7 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
+pub use self::access::{KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs};
 use self::nearest::name_the_nearest_flag;
 use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
 
@@ -87,6 +89,12 @@ pub enum Command {
     /// Talk to a deployment
     #[command(after_help = CHAT_EXAMPLES)]
     Chat(ChatArgs),
+    /// Make, list and revoke the keys of the public API
+    Keys {
+        /// What to do with keys.
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
 }
 
 const UP_EXAMPLES: &str = "\
@@ -331,7 +339,9 @@ const CHAT_EXAMPLES: &str = "\
 Examples:
   shoal chat                                  a conversation; Ctrl-D ends it, /new forgets it
   shoal chat --ask 'What is 47 plus 38?'      one question
-  shoal chat demo < questions.txt             one question a line, each on its own";
+  shoal chat demo < questions.txt             one question a line, each on its own
+
+Where the API needs a key, the environment variable SHOAL_API_KEY holds it.";
 
 /// `shoal chat`.
 #[derive(Debug, Clone, ClapArgs)]

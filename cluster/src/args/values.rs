@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use shoal_protocol::access::KeyName;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
@@ -61,6 +62,11 @@ pub fn precision(text: &str) -> Result<Precision, String> {
 
 /// A deployment's name.
 pub fn name(text: &str) -> Result<DeploymentName, String> {
+    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
+}
+
+/// An API key's name.
+pub fn key_name(text: &str) -> Result<KeyName, String> {
     text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
 }
 

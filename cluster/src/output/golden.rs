@@ -14,7 +14,7 @@ use shoal_protocol::units::{Bytes, LayerRange};
 use super::progress::{Stand, stand};
 use super::{json, table};
 
-fn check(file: &str, found: &str) {
+pub(super) fn check(file: &str, found: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/output/golden").join(file);
     if std::env::var_os("SHOAL_UPDATE_GOLDEN").is_some() {
         std::fs::write(&path, found).unwrap();

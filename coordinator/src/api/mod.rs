@@ -1,12 +1,14 @@
 //! ● The request plane: HTTP in OpenAI's words.
 //!
 //! ```text
-//! POST ─► read ─► validate (○) ─► tokenize ─► places: router (○) ─► dispatch ══shoal-req══► heads
+//! POST ─► gate: auth (○) ─► read ─► validate (○) ─► tokenize ─► places: router (○) ─► dispatch ══shoal-req══► heads
 //! client ◄─ sse, or one object ◄─ openai shapes ◄─ session ◄─ stream (○): text ◄───────── tokens
 //! ```
 
+pub mod auth;
 pub mod error;
 mod fields;
+mod gate;
 mod generate;
 mod generation;
 mod health;
@@ -46,6 +48,8 @@ use crate::router::admission::AdmissionLimits;
 use crate::serving::ServingTable;
 use crate::telemetry::Telemetry;
 use error::{ApiError, Reason};
+use gate::Door;
+pub use gate::Gate;
 use places::Places;
 pub use serve::serve;
 use surface::Endpoint;
@@ -53,6 +57,7 @@ use tokenize::ModelTexts;
 
 /// Every route and every layer, behind a listener at this address.
 fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
+    let door = Door { gate: context.gate.clone(), listener };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
@@ -63,7 +68,7 @@ fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(listener, from_here))
+        .layer(from_fn_with_state(door, gate::pass))
         .layer(from_fn_with_state(Arc::clone(&context), count))
         .with_state(context)
 }
@@ -81,6 +86,7 @@ pub struct ApiContext {
     pub limits: Limits,
     /// `true`: finish what runs, take nothing new.
     pub draining: watch::Receiver<bool>,
+    gate: Gate,
     /// `true`: what is not complete by now is ended with words.
     cut: watch::Receiver<bool>,
     texts: ModelTexts,
@@ -146,10 +152,16 @@ impl ApiContext {
             telemetry,
             limits,
             draining,
+            gate: Gate::without_keys(),
             cut,
             texts: ModelTexts::new(cores),
             places: Arc::new(Places::new(limits.admission)),
         }
+    }
+
+    /// The same request plane, behind this gate.
+    pub fn behind(self, gate: Gate) -> Self {
+        Self { gate, ..self }
     }
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.
@@ -199,16 +211,6 @@ async fn not_found(uri: Uri) -> ApiError {
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::http(StatusCode::METHOD_NOT_ALLOWED, format!("{path} does not take {method:.16}"))
-}
-
-/// Lets only this machine's own requests through to a listener that is meant for them.
-async fn from_here(
-    State(listener): State<SocketAddr>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    origin::check(listener, request.version(), request.uri(), request.headers())?;
-    Ok(next.run(request).await)
 }
 
 /// Counts every response by route, status and reason.

@@ -17,6 +17,7 @@ use shoal_protocol::version::VersionRange;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::access::AccessServer;
 use super::agents::Agents;
 use super::models::Models;
 use super::planner::explain;
@@ -38,6 +39,8 @@ const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// Answers operators.
 #[derive(Clone, Debug)]
 pub struct AdminServer {
+    /// Answers what is asked about keys, tokens and nodes.
+    pub access: AccessServer,
     /// The replicated state.
     pub store: ControlStore,
     /// The connected workers.
@@ -147,6 +150,9 @@ impl AdminServer {
                 self.create_token(operator, role, uses, expires_s).await
             }
             AdminCall::ExplainPlan { name } => self.explain(&name),
+            AdminCall::Access(call) => {
+                Ok(AdminReply::Access(self.access.answer(operator, call).await?))
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! admin, join, agents (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► executor (●) ─► agents ══shoal-ctl══► workers
 //! ```
 
+pub mod access;
 pub mod admin;
 mod admit;
 pub mod agents;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use shoal_coordinator::api::tokenize::ModelText;
-use shoal_coordinator::api::{ApiContext, Limits, serve};
+use shoal_coordinator::api::{ApiContext, Gate, Limits, serve};
 use shoal_coordinator::dispatch::Dispatcher;
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_coordinator::telemetry::Telemetry;
@@ -62,6 +62,10 @@ impl Setup {
     }
 
     pub async fn with(limits: Limits) -> Self {
+        Self::behind(limits, Gate::without_keys()).await
+    }
+
+    pub async fn behind(limits: Limits, gate: Gate) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -85,7 +89,7 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let server = serve(listener, context);
+        let server = serve(listener, context.behind(gate));
         Self { http, head, table, draining, text, server }
     }
 
