@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use shoal_protocol::model::BuiltinModel;
 
+use crate::api::tls::TlsFiles;
+
 /// What a coordinator is told at its start.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -14,6 +16,8 @@ pub struct CoordinatorConfig {
     /// Where it takes the public API (TCP). It must be a loopback address as long as there is no API
     /// key, since whoever reaches it may use it then. Port 0 picks a free one.
     pub listen: SocketAddr,
+    /// The public API's certificate; `None`: plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// Where it takes the cluster's conversations (UDP): workers, joiners, operators. Any address,
     /// since every one of them is mutually authenticated. Port 0 picks a free one.
     pub cluster: SocketAddr,

@@ -23,6 +23,8 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::api::auth::may_listen;
+use crate::api::tls::{Tls, TlsError};
 use crate::api::{self, ApiContext, Gate};
 use crate::config::CoordinatorConfig;
 use crate::control::access::AccessServer;
@@ -30,8 +32,9 @@ use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
 use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
+use crate::control::membership::Membership;
 use crate::control::models::Models;
-use crate::control::state::{Change, KeyFingerprint, Keys, NodeCommand, Timestamp};
+use crate::control::state::{Change, KeyFingerprint, NodeCommand, Timestamp};
 use crate::control::store::raft::{self, OpenError, RaftStore, WhenEmpty};
 use crate::control::store::{ControlStore, ProposeError};
 use crate::dispatch::Dispatcher;
@@ -50,6 +53,10 @@ const OPERATOR: NodeId = NodeId::admin(1);
 /// How often this coordinator renews its own certificate and its operator's: a third of their life,
 /// so that one failure is not the end.
 const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
+
+/// How often to look whether that has passed, by the clock that certificates go by: it goes on while
+/// the machine sleeps, and timers do not.
+const RENEW_LOOK: Duration = Duration::from_secs(60);
 
 /// Conversations with members at once: workers and operators, ten times what a large cluster has.
 const MEMBERS_MAX: usize = 4096;
@@ -72,7 +79,7 @@ pub enum StartError {
     #[error(
         "the API cannot listen on {address}: there is no API key, so whoever reaches it could use it; \
          listen on 127.0.0.1:{}, make a key with `shoal keys create NAME`, and start again with \
-         {address} and the same data folder", address.port()
+         {address} and the same --data", address.port()
     )]
     NotLoopback {
         /// The address.
@@ -123,6 +130,9 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
+    /// The API's certificate cannot be used.
+    #[error("the API's certificate: {0}")]
+    Certificate(#[from] TlsError),
     /// The metrics cannot be set up.
     #[error("cannot set up the metrics: {0}")]
     Telemetry(#[from] prometheus::Error),
@@ -214,12 +224,15 @@ impl Coordinator {
 
 impl Running {
     async fn start(config: CoordinatorConfig, store: ControlStore) -> Result<Self, StartError> {
-        may_listen(&store.state().keys, config.listen, Timestamp::of(SystemTime::now()))?;
+        if !may_listen(&store.state().keys, config.listen, Timestamp::of(SystemTime::now())) {
+            return Err(StartError::NotLoopback { address: config.listen });
+        }
+        let tls = Tls::start(config.tls, config.listen)?;
         let data = config.data;
         let (ca, identity) = authority(&store, &data).await?;
         let ca = Arc::new(ca);
 
-        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join];
+        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew];
         let endpoint = Endpoint::bind(config.cluster, Arc::new(identity), &accepts)?;
         let failed = |source| StartError::Api { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
@@ -229,6 +242,7 @@ impl Running {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             api: listener.local_addr().map_err(failed)?,
             cluster: endpoint.local_address(),
+            tls: tls.is_some(),
         };
         let context = data.join(AdminContext::FILE_NAME);
         write_context(&ca, coordinator.cluster, &context)?;
@@ -250,8 +264,10 @@ impl Running {
             shown,
         );
         let gate = Gate::new(store.watch());
+        let membership = Membership::new(store.clone());
         let servers = Servers {
             join: JoinServer::new(store.clone(), Arc::clone(&ca)),
+            renew: JoinServer::new(store.clone(), Arc::clone(&ca)),
             admin: AdminServer {
                 access: AccessServer { store: store.clone(), agents: agents.clone() },
                 store,
@@ -261,19 +277,25 @@ impl Running {
                 ca_fingerprint: ca.fingerprint(),
             },
             agents,
+            membership: membership.clone(),
             members: Semaphore::new(MEMBERS_MAX),
             joiners: Semaphore::new(JOINERS_MAX),
         };
+        let dispatcher = Dispatcher::new(endpoint.clone());
         let api_context = ApiContext::new(
             table,
-            Dispatcher::new(endpoint.clone()),
+            dispatcher.clone(),
             Telemetry::new()?,
             api::Limits::default(),
             draining.subscribe(),
         );
-        let api_context = api_context.behind(gate);
+        let api_context = match tls {
+            Some(tls) => api_context.behind(gate).over(tls),
+            None => api_context.behind(gate),
+        };
 
         let mut tasks = JoinSet::new();
+        tasks.spawn(membership.shut_out(dispatcher, stopping.subscribe()));
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
         let stop = stopping.subscribe();
@@ -313,6 +335,8 @@ struct Servers {
     agents: Agents,
     admin: AdminServer,
     join: JoinServer,
+    renew: JoinServer,
+    membership: Membership,
     members: Semaphore,
     joiners: Semaphore,
 }
@@ -350,23 +374,20 @@ impl Servers {
             return connection
                 .close(close_code::REFUSED, "too many conversations; try again later");
         };
-        match connection.alpn() {
-            Alpn::Control => self.agents.serve(connection).await,
-            Alpn::Admin => self.admin.serve(connection).await,
-            Alpn::Join => self.join.serve(connection).await,
-            // Not offered, so TLS does not agree on them.
-            Alpn::Requests | Alpn::Activations => {
-                connection.close(close_code::REFUSED, "a coordinator does not compute");
+        let conversation = connection.clone();
+        let talk = async {
+            match connection.alpn() {
+                Alpn::Control => self.agents.serve(conversation).await,
+                Alpn::Admin => self.admin.serve(conversation).await,
+                Alpn::Join => self.join.serve(conversation).await,
+                Alpn::Renew => self.renew.serve(conversation).await,
+                // Not offered, so TLS does not agree on them.
+                Alpn::Requests | Alpn::Activations => {
+                    conversation.close(close_code::REFUSED, "a coordinator does not compute");
+                }
             }
-        }
-    }
-}
-
-/// Whether the public API may listen there: on a machine's own address always, elsewhere with a key.
-fn may_listen(keys: &Keys, address: SocketAddr, at: Timestamp) -> Result<(), StartError> {
-    match address.ip().is_loopback() || keys.any_good(at) {
-        true => Ok(()),
-        false => Err(StartError::NotLoopback { address }),
+        };
+        self.membership.while_member(&connection, talk).await;
     }
 }
 
@@ -438,11 +459,18 @@ async fn renew_certificates(
     context: PathBuf,
     mut stop: watch::Receiver<bool>,
 ) {
+    let mut last = SystemTime::now();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(RENEW_PERIOD) => {}
+            () = tokio::time::sleep(RENEW_LOOK) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+        let now = SystemTime::now();
+        // A clock that was set back counts from where it is.
+        if now.duration_since(last).is_ok_and(|since| since < RENEW_PERIOD) {
+            continue;
+        }
+        last = now;
         let renewed = ca
             .issue_identity(SELF, SystemTime::now())
             .map_err(StartError::from)

@@ -9,4 +9,5 @@ mod api_http {
     mod keys;
     mod refusals;
     mod setup;
+    mod tls;
 }

@@ -114,6 +114,8 @@ pub struct CoordinatorView {
     pub api: SocketAddr,
     /// Where it takes the cluster's conversations.
     pub cluster: SocketAddr,
+    /// Whether the public API speaks TLS.
+    pub tls: bool,
 }
 
 /// A worker.

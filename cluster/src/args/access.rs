@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Subcommand};
 use shoal_protocol::access::KeyName;
+use shoal_protocol::id::NodeId;
 
 use super::ClusterArgs;
-use super::values::{count, duration, key_name};
+use super::values::{count, duration, key_name, node, token_id};
 
 /// `shoal keys …`.
 #[derive(Debug, Subcommand)]
@@ -28,8 +29,8 @@ Examples:
   export OPENAI_API_KEY=$(shoal keys create bob --expires 30d)
 
 Limits are counted by each coordinator for itself. Once a key was made every request to /v1 needs
-one, on loopback too; /health, /ready and /metrics need none. With a key there is, the API may listen
-on other addresses than loopback.";
+one, on loopback too; /health, /ready and /metrics need none. Where there is a key, the API may listen
+on other addresses than loopback (`shoal coordinator --listen`).";
 
 /// `shoal keys create`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -57,6 +58,48 @@ pub struct KeyRevokeArgs {
     /// The key's name
     #[arg(value_parser = key_name)]
     pub name: KeyName,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// `shoal token revoke`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct TokenRevokeArgs {
+    /// Its id, or the beginning of it, as `shoal token list` shows it
+    #[arg(value_parser = token_id)]
+    pub id: String,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// `shoal nodes …`.
+#[derive(Debug, Subcommand)]
+pub enum NodesCommand {
+    /// Show everybody who belongs to the cluster
+    List(ListArgs),
+    /// Forget a node for ever: it is out at once, and its certificate is not renewed
+    #[command(after_help = NODES_EXAMPLES)]
+    Remove(NodeRemoveArgs),
+}
+
+const NODES_EXAMPLES: &str = "\
+Examples:
+  shoal nodes remove w3            a worker that is gone, or that nothing is placed on
+  shoal nodes remove w3 --force    even while it computes: its layers are placed elsewhere
+
+Its number is never given again. The machine may join again with a new token and an empty --data.";
+
+/// `shoal nodes remove`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct NodeRemoveArgs {
+    /// The node, such as w3
+    #[arg(value_parser = node)]
+    pub node: NodeId,
+    /// Even while it is connected and computes
+    #[arg(long)]
+    pub force: bool,
     /// Which cluster.
     #[command(flatten)]
     pub cluster: ClusterArgs,

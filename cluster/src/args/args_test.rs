@@ -81,6 +81,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal keys create x --rpm 0", "from 1 up"),
         ("shoal keys create x --expires 30", "30m"),
         ("shoal keys revoke a/b", "letters, digits and"),
+        ("shoal coordinator --data d --listen :0 --cluster :0 --tls-cert c", "--tls-key"),
         ("shoal coordinator --data d", "--cluster"),
         ("shoal", "Usage"),
     ] {

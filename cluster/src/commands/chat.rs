@@ -25,7 +25,14 @@ pub async fn run(args: ChatArgs) -> Result<(), Failure> {
     let view = client.status().await?;
     client.close().await;
     let model = choose(args.name, &view)?;
-    let mut chat = Chat::new(&url(view.coordinator.api), model, args.max_tokens.map(|n| n.get()));
+    let api = view.coordinator.api;
+    if view.coordinator.tls {
+        return Err(Failure::failed(format!(
+            "the API at {api} speaks TLS, and `shoal chat` speaks plain HTTP alone; use another client \
+             of OpenAI's API, with the name that the certificate is for"
+        )));
+    }
+    let mut chat = Chat::new(&url(api, false), model, args.max_tokens.map(|n| n.get()));
     let stdin = std::io::stdin();
     match args.ask {
         Some(question) => chat.ask_alone(&question),

@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod deploy;
 pub mod keys;
+pub mod nodes;
 pub mod plan;
 pub mod sse;
 pub mod status;

@@ -1,7 +1,7 @@
 //! Keys, join tokens and nodes as text for people and JSON for scripts. Every function is pure.
 
 use serde::Serialize;
-use shoal_protocol::access::{KeyStanding, KeyView};
+use shoal_protocol::access::{KeyStanding, KeyView, NodeView, TokenView};
 
 use super::table::Table;
 
@@ -40,6 +40,69 @@ pub fn keys(keys: &[KeyView]) -> String {
             limit(key.limits.requests_per_minute),
             limit(key.limits.concurrent),
             time(key.revoked_s),
+        ]);
+    }
+    table.to_string()
+}
+
+/// `shoal token list --json`.
+#[derive(Debug, Serialize)]
+pub struct TokenList<'a> {
+    version: u32,
+    tokens: &'a [TokenView],
+}
+
+impl<'a> From<&'a [TokenView]> for TokenList<'a> {
+    fn from(tokens: &'a [TokenView]) -> Self {
+        Self { version: 1, tokens }
+    }
+}
+
+/// `shoal token list`.
+pub fn tokens(tokens: &[TokenView]) -> String {
+    if tokens.is_empty() {
+        return "no join token can be used; `shoal token create --role worker` makes one\n"
+            .to_owned();
+    }
+    let mut table = Table::new(&["TOKEN", "ROLE", "USES LEFT", "EXPIRES"]);
+    for token in tokens {
+        table.row([
+            token.id.clone(),
+            token.role.to_string(),
+            token.uses_left.to_string(),
+            utc(token.expires_s),
+        ]);
+    }
+    table.to_string()
+}
+
+/// `shoal nodes list --json`.
+#[derive(Debug, Serialize)]
+pub struct NodeList<'a> {
+    version: u32,
+    nodes: &'a [NodeView],
+}
+
+impl<'a> From<&'a [NodeView]> for NodeList<'a> {
+    fn from(nodes: &'a [NodeView]) -> Self {
+        Self { version: 1, nodes }
+    }
+}
+
+/// `shoal nodes list`.
+pub fn nodes(nodes: &[NodeView]) -> String {
+    let mut table = Table::new(&["NODE", "ROLE", "LINK", "PLACED", "STARTS", "JOINED", "BUILD"]);
+    let or_nothing = |text: &str| if text.is_empty() { NOTHING } else { text }.to_owned();
+    for node in nodes {
+        let link = node.connected.map_or(NOTHING, |up| if up { "up" } else { "down" });
+        table.row([
+            node.node.to_string(),
+            node.node.role.to_string(),
+            link.to_owned(),
+            if node.placed { "yes" } else { "no" }.to_owned(),
+            node.starts.to_string(),
+            utc(node.joined_s),
+            or_nothing(&node.build),
         ]);
     }
     table.to_string()

@@ -1,4 +1,5 @@
 use shoal_protocol::access::*;
+use shoal_protocol::id::{NodeId, Role};
 
 use super::super::golden::check;
 use super::super::json;
@@ -29,6 +30,40 @@ fn golden_keys() {
     check("keys.txt", &keys(&list));
     check("keys-none.txt", &keys(&[]));
     check("keys.json", &(json::line(&KeyList::from(&list[..])).unwrap() + "\n"));
+}
+
+#[test]
+fn golden_tokens() {
+    let token = |id: &str, uses_left| TokenView {
+        id: id.to_owned(),
+        role: Role::Worker,
+        uses_left,
+        expires_s: NOW + 3_600,
+    };
+    let list = [token("0f3a5512bc77", 1), token("c0ffee00c0ff", 10_000)];
+    check("tokens.txt", &tokens(&list));
+    check("tokens-none.txt", &tokens(&[]));
+    check("tokens.json", &(json::line(&TokenList::from(&list[..])).unwrap() + "\n"));
+}
+
+#[test]
+fn golden_nodes() {
+    let node = |node, connected, placed, starts| NodeView {
+        node,
+        joined_s: NOW,
+        starts,
+        build: if starts == 0 { String::new() } else { "0.1.0".to_owned() },
+        connected,
+        placed,
+    };
+    let list = [
+        node(NodeId::coordinator(1), None, false, 0),
+        node(NodeId::worker(1), Some(true), true, 3),
+        node(NodeId::worker(12), Some(false), false, 0),
+        node(NodeId::admin(1), None, false, 0),
+    ];
+    check("nodes.txt", &nodes(&list));
+    check("nodes.json", &(json::line(&NodeList::from(&list[..])).unwrap() + "\n"));
 }
 
 #[test]

@@ -113,6 +113,7 @@ fn cluster() -> ClusterView {
             build: "0.1.0".to_owned(),
             api: ([0, 0, 0, 0], 8000).into(),
             cluster: ([127, 0, 0, 1], 4000).into(),
+            tls: false,
         },
         workers: vec![
             worker(1, true, vec![report(0, ShardState::Ready)]),

@@ -1,5 +1,6 @@
 //! `shoal coordinator`: configuration → node → drain.
 
+use shoal_coordinator::api::tls::TlsFiles;
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
@@ -20,6 +21,10 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     let config = CoordinatorConfig {
         data: args.data,
         listen: args.listen,
+        tls: args
+            .tls_cert
+            .zip(args.tls_key)
+            .map(|(certificate, key)| TlsFiles { certificate, key }),
         cluster: args.cluster,
         builtin: builtin::ALL.to_vec(),
     };

@@ -89,6 +89,11 @@ impl Denied {
     }
 }
 
+/// Whether the API may listen at this address: at one of the machine's own always, elsewhere with a key.
+pub fn may_listen(keys: &Keys, address: SocketAddr, at: Timestamp) -> bool {
+    address.ip().is_loopback() || keys.any_good(at)
+}
+
 /// The key under which a request may go on; `None` where it needs none.
 pub fn judge<'a>(
     keys: &'a Keys,

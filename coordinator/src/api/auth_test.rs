@@ -2,7 +2,7 @@ use shoal_protocol::access::KeyLimits;
 
 use super::*;
 use crate::control::state::{Change, ClusterState, Command, KeyCommand};
-use shoal_protocol::id::NodeId;
+use shoal_protocol::id::{Incarnation, NodeId};
 
 const LOOPBACK: &str = "127.0.0.1:8000";
 const PUBLIC: &str = "0.0.0.0:8000";
@@ -13,7 +13,8 @@ fn keys(changes: Vec<KeyCommand>) -> Keys {
     let mut state = ClusterState::default();
     for (sequence, change) in (1..).zip(changes) {
         let (client, at) = (NodeId::coordinator(1), Timestamp(sequence));
-        state.apply(&Command { client, sequence, at, change: Change::Key(change) }).unwrap();
+        let (incarnation, change) = (Incarnation(1), Change::Key(change));
+        state.apply(&Command { client, incarnation, sequence, at, change }).unwrap();
     }
     state.keys
 }

@@ -26,6 +26,7 @@ pub mod stream;
 mod strftime;
 mod surface;
 mod template;
+pub mod tls;
 pub mod tokenize;
 pub mod validate;
 
@@ -53,6 +54,7 @@ pub use gate::Gate;
 use places::Places;
 pub use serve::serve;
 use surface::Endpoint;
+use tls::Tls;
 use tokenize::ModelTexts;
 
 /// Every route and every layer, behind a listener at this address.
@@ -87,6 +89,7 @@ pub struct ApiContext {
     /// `true`: finish what runs, take nothing new.
     pub draining: watch::Receiver<bool>,
     gate: Gate,
+    tls: Option<Arc<Tls>>,
     /// `true`: what is not complete by now is ended with words.
     cut: watch::Receiver<bool>,
     texts: ModelTexts,
@@ -153,6 +156,7 @@ impl ApiContext {
             limits,
             draining,
             gate: Gate::without_keys(),
+            tls: None,
             cut,
             texts: ModelTexts::new(cores),
             places: Arc::new(Places::new(limits.admission)),
@@ -162,6 +166,11 @@ impl ApiContext {
     /// The same request plane, behind this gate.
     pub fn behind(self, gate: Gate) -> Self {
         Self { gate, ..self }
+    }
+
+    /// The same request plane, with TLS.
+    pub fn over(self, tls: Arc<Tls>) -> Self {
+        Self { tls: Some(tls), ..self }
     }
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.

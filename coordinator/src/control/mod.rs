@@ -12,6 +12,7 @@ pub mod agents;
 pub mod executor;
 mod folders;
 pub mod join;
+pub mod membership;
 pub mod models;
 pub mod planner;
 pub mod reconcile;

@@ -9,7 +9,7 @@ use shoal_coordinator::control::state::{
     Change, ClusterState, Command, KeyCommand, KeyHash, Timestamp,
 };
 use shoal_protocol::access::{KeyLimits, KeyName};
-use shoal_protocol::id::NodeId;
+use shoal_protocol::id::{Incarnation, NodeId};
 use tokio::sync::watch;
 
 use super::client::{Response, get, open, send};
@@ -43,7 +43,8 @@ impl Locked {
     fn change(&mut self, change: KeyCommand) {
         self.changes += 1;
         let (client, sequence, at) = (NodeId::coordinator(1), self.changes, Timestamp(0));
-        let command = Command { client, sequence, at, change: Change::Key(change) };
+        let (incarnation, change) = (Incarnation(1), Change::Key(change));
+        let command = Command { client, incarnation, sequence, at, change };
         let mut state = ClusterState::clone(&self.state.borrow());
         state.apply(&command).expect("a change that is allowed");
         self.state.send_replace(Arc::new(state));

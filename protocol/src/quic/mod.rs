@@ -20,6 +20,7 @@ mod endpoint;
 mod error;
 pub mod identity;
 pub mod join;
+pub mod renew;
 mod settings;
 mod stream;
 mod tls;

@@ -12,6 +12,8 @@
 //! | [`CoordinatorCommand::SetVoters`] | an admin | all have announced themselves; 1, 3 or 5 |
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
+//! | [`NodeCommand::Remove`] | an admin | the node is known, no coordinator, and not the cluster's own admin |
+//! | [`TokenCommand::Revoke`] | an admin | the token is known |
 //! | [`KeyCommand::Create`] | an admin | no good key has the name, no key ever had the hash, limits and expiry within bounds |
 //! | [`KeyCommand::Revoke`] | an admin | the key is known and not revoked yet |
 
@@ -152,6 +154,11 @@ pub enum Effect {
         /// Which.
         name: KeyName,
     },
+    /// A token may not be used any more.
+    TokenRevoked {
+        /// What its users would have been.
+        role: Role,
+    },
 }
 
 /// Why a command was refused. Nothing has changed.
@@ -288,6 +295,15 @@ pub enum Refusal {
     /// The expiry of a new key is out of bounds.
     #[error("a key expires after 1 second to {} days, or never", super::keys::EXPIRY_MAX.as_secs() / 86_400)]
     BadKeyExpiry,
+    /// A node that is not removed like this.
+    #[error("{node} cannot be removed: {}", match node.role {
+        Role::Coordinator => "it is a coordinator, and has a vote",
+        _ => "it is the admin that the coordinators write their context files for",
+    })]
+    NotToBeRemoved {
+        /// Which.
+        node: NodeId,
+    },
 }
 
 /// What there can be too many of.
@@ -357,6 +373,7 @@ impl Refusal {
             Refusal::KeyNameTaken { .. } | Refusal::KeyUsedBefore => ErrorCode::AlreadyExists,
             Refusal::KeyRevokedBefore { .. }
             | Refusal::BadKeyLimit { .. }
+            | Refusal::NotToBeRemoved { .. }
             | Refusal::BadKeyExpiry => ErrorCode::InvalidRequest,
         }
     }

@@ -123,9 +123,11 @@ impl ClusterState {
             Change::Node(NodeCommand::Start { node, incarnation, build }) => {
                 self.nodes.start(*node, *incarnation, build)
             }
+            Change::Node(NodeCommand::Remove { node }) => self.nodes.remove(*node),
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
+            Change::Token(TokenCommand::Revoke { hash }) => self.tokens.revoke(hash),
             Change::Deployment(DeploymentCommand::Create { spec, shape }) => {
                 self.deployments.create(spec, shape, at)
             }
