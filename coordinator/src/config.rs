@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
 
+use crate::api::tls;
 pub use crate::control::store::StoreConfig;
 pub use crate::control::store::etcd::url::{BadUrl, EtcdUrl};
 pub use crate::control::store::etcd::{EtcdConfig, TlsFiles};
@@ -19,9 +20,11 @@ pub struct CoordinatorConfig {
     pub data: PathBuf,
     /// Where the replicated state is kept.
     pub store: StoreConfig,
-    /// Where it takes the public API (TCP). It must be a loopback address: there are no API keys
-    /// yet, so whoever reaches it may use it. Port 0 picks a free one.
+    /// Where it takes the public API (TCP). It must be a loopback address as long as there is no API
+    /// key, since whoever reaches it may use it then. Port 0 picks a free one.
     pub listen: SocketAddr,
+    /// The public API's certificate; `None`: plain HTTP.
+    pub tls: Option<tls::TlsFiles>,
     /// Where it takes the cluster's conversations (UDP): workers, joiners, operators. Any address,
     /// since every one of them is mutually authenticated. Port 0 picks a free one.
     pub cluster: SocketAddr,

@@ -8,7 +8,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use shoal_protocol::admin::{ClusterView, CoordinatorView};
 use shoal_protocol::control::CoordinatorAddress;
@@ -19,17 +19,21 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::api::{self, ApiContext};
+use crate::api::auth::may_listen;
+use crate::api::tls::Tls;
+use crate::api::{self, ApiContext, Gate};
 use crate::begin::{Begun, begin};
 use crate::config::CoordinatorConfig;
+use crate::control::access::AccessServer;
 use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
 use crate::control::authority::Authority;
 use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
+use crate::control::membership::Membership;
 use crate::control::models::Models;
 use crate::control::peers::{Myself, Outboxes, Peers};
-use crate::control::state::CoordinatorRecord;
+use crate::control::state::{CoordinatorRecord, Timestamp};
 use crate::control::store::{ControlStore, StoreOwner};
 use crate::dispatch::Dispatcher;
 use crate::renewal::{Renewal, write_context};
@@ -86,9 +90,6 @@ struct Parts<'a> {
 impl Coordinator {
     /// Starts a coordinator: the first time it founds a cluster, later it finds it again.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, StartError> {
-        if !config.listen.ip().is_loopback() {
-            return Err(StartError::NotLoopback { address: config.listen });
-        }
         let begun = begin(&config).await?;
         let Begun { me, store, owner, authority, identity, outboxes } = begun;
         let parts = Parts { me, store, authority, identity, outboxes, owner: &owner };
@@ -156,8 +157,14 @@ impl Coordinator {
 impl Running {
     async fn start(config: CoordinatorConfig, parts: Parts<'_>) -> Result<Self, StartError> {
         let Parts { me, store, authority, identity, outboxes, owner } = parts;
+        let at = Timestamp::of(SystemTime::now());
+        // One that has just joined knows no keys yet; its gate stays shut to others until it does.
+        if !store.state().is_new() && !may_listen(&store.state().keys, config.listen, at) {
+            return Err(StartError::NotLoopback { address: config.listen });
+        }
+        let tls = Tls::start(config.tls, config.listen)?;
         let data = config.data;
-        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Raft];
+        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew, Alpn::Raft];
         let endpoint = Endpoint::bind(config.cluster, Arc::new(identity), &accepts)?;
         let failed = |source| StartError::Api { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
@@ -167,6 +174,7 @@ impl Running {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             api: listener.local_addr().map_err(failed)?,
             cluster: endpoint.local_address(),
+            tls: tls.is_some(),
         };
         let context = data.join(AdminContext::FILE_NAME);
         if let Some(ca) = authority.current() {
@@ -204,9 +212,13 @@ impl Running {
             coordinator.clone(),
             shown,
         );
+        let gate = Gate::new(store.watch());
+        let membership = Membership::new(store.clone());
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
+            renew: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
+                access: AccessServer { store: store.clone(), agents: agents.clone() },
                 store: store.clone(),
                 agents: agents.clone(),
                 models,
@@ -215,19 +227,27 @@ impl Running {
             },
             agents: agents.clone(),
             peers: peers.clone(),
+            membership: membership.clone(),
             members: Semaphore::new(MEMBERS_MAX),
             joiners: Semaphore::new(JOINERS_MAX),
         };
+        let dispatcher = Dispatcher::new(endpoint.clone());
         let api_context = ApiContext::new(
             table,
-            Dispatcher::new(endpoint.clone()),
+            dispatcher.clone(),
             Telemetry::new()?,
             api::Limits::default(),
             draining.subscribe(),
         )
-        .with_policy(config.policy);
+        .with_policy(config.policy)
+        .behind(gate);
+        let api_context = match tls {
+            Some(tls) => api_context.over(tls),
+            None => api_context,
+        };
 
         let mut tasks = JoinSet::new();
+        tasks.spawn(membership.shut_out(dispatcher, stopping.subscribe()));
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
         tasks.spawn(peers.clone().run(config.join, stopping.subscribe()));
@@ -272,7 +292,9 @@ struct Servers {
     agents: Agents,
     admin: AdminServer,
     join: JoinServer,
+    renew: JoinServer,
     peers: Peers,
+    membership: Membership,
     members: Semaphore,
     joiners: Semaphore,
 }
@@ -310,16 +332,24 @@ impl Servers {
             return connection
                 .close(close_code::REFUSED, "too many conversations; try again later");
         };
-        match connection.alpn() {
-            Alpn::Control => self.agents.serve(connection).await,
-            Alpn::Admin => self.admin.serve(connection).await,
-            Alpn::Join => self.join.serve(connection).await,
-            Alpn::Raft => self.peers.serve(connection).await,
-            // Not offered, so TLS does not agree on them.
-            Alpn::Requests | Alpn::Activations => {
-                connection.close(close_code::REFUSED, "a coordinator does not compute");
-            }
+        if connection.alpn() == Alpn::Raft {
+            // Whoever has just joined does not know its peers yet: it looks at them itself.
+            return self.peers.serve(connection).await;
         }
+        let conversation = connection.clone();
+        let talk = async {
+            match connection.alpn() {
+                Alpn::Control => self.agents.serve(conversation).await,
+                Alpn::Admin => self.admin.serve(conversation).await,
+                Alpn::Join => self.join.serve(conversation).await,
+                Alpn::Renew => self.renew.serve(conversation).await,
+                // Not offered, so TLS does not agree on them; or seen to above.
+                Alpn::Requests | Alpn::Activations | Alpn::Raft => {
+                    conversation.close(close_code::REFUSED, "a coordinator does not compute");
+                }
+            }
+        };
+        self.membership.while_member(&connection, talk).await;
     }
 }
 

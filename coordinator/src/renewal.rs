@@ -20,6 +20,10 @@ use crate::start_error::StartError;
 /// so that one failure is not the end.
 const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 
+/// How often to look whether that has passed, by the clock that certificates go by: it goes on while
+/// the machine sleeps, and timers do not.
+const RENEW_LOOK: Duration = Duration::from_secs(60);
+
 /// How often a coordinator that votes asks for the CA's key.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
@@ -45,7 +49,7 @@ impl Renewal {
     async fn work(&self) {
         let ca = match self.authority.current() {
             Some(ca) => {
-                tokio::time::sleep(RENEW_PERIOD).await;
+                wait_for_renewal().await;
                 ca
             }
             None => self.get_key().await,
@@ -59,7 +63,7 @@ impl Renewal {
             if let Err(error) = renewed {
                 tracing::error!(%error, "certificates could not be renewed; trying again later");
             }
-            tokio::time::sleep(RENEW_PERIOD).await;
+            wait_for_renewal().await;
         }
     }
 
@@ -79,6 +83,14 @@ impl Renewal {
             }
             tokio::time::sleep(ASK_EVERY).await;
         }
+    }
+}
+
+async fn wait_for_renewal() {
+    let last = SystemTime::now();
+    // A clock that was set back counts from where it is.
+    while SystemTime::now().duration_since(last).is_ok_and(|since| since < RENEW_PERIOD) {
+        tokio::time::sleep(RENEW_LOOK).await;
     }
 }
 

@@ -9,6 +9,7 @@ use shoal_protocol::quic::ca::CaError;
 use shoal_protocol::quic::identity::IdentityError;
 use shoal_protocol::quic::join::JoinError;
 
+use crate::api::tls::TlsError;
 use crate::control::store::{OpenError, ProposeError};
 
 /// A coordinator that did not start.
@@ -16,9 +17,9 @@ use crate::control::store::{OpenError, ProposeError};
 pub enum StartError {
     /// The public API would be open to others.
     #[error(
-        "the API cannot listen on {address}: there are no API keys yet, so whoever reaches it could \
-         use it; listen on a loopback address such as 127.0.0.1:{}, and put a proxy that knows \
-         your users before it and sets `Host` to that address", address.port()
+        "the API cannot listen on {address}: there is no API key, so whoever reaches it could use it; \
+         listen on 127.0.0.1:{}, make a key with `shoal keys create NAME`, and start again with \
+         {address} and the same --data", address.port()
     )]
     NotLoopback {
         /// The address.
@@ -95,6 +96,9 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
+    /// The API's certificate cannot be used.
+    #[error("the API's certificate: {0}")]
+    Certificate(#[from] TlsError),
     /// The metrics cannot be set up.
     #[error("cannot set up the metrics: {0}")]
     Telemetry(#[from] prometheus::Error),

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::{AccessCall, AccessReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, Role};
@@ -70,6 +71,8 @@ pub enum AdminCall {
         /// These belong to the cluster no longer.
         remove: Vec<NodeId>,
     },
+    /// API keys, join tokens and nodes.
+    Access(AccessCall),
 }
 
 /// What the coordinator answers.
@@ -88,6 +91,8 @@ pub enum AdminReply {
     Plan(Box<PlanView>),
     /// Refused; nothing has changed.
     Refused(WireError),
+    /// To `Access`.
+    Access(AccessReply),
 }
 
 /// The whole cluster, as the answering coordinator sees it.
@@ -118,6 +123,8 @@ pub struct CoordinatorView {
     pub api: SocketAddr,
     /// Where it takes the cluster's conversations.
     pub cluster: SocketAddr,
+    /// Whether the public API speaks TLS.
+    pub tls: bool,
 }
 
 /// A coordinator, as the log knows it.

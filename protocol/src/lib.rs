@@ -10,6 +10,7 @@
 //!
 //! Without the `quic` feature this crate has no socket, no clock and no runtime in it.
 
+pub mod access;
 pub mod activation;
 pub mod admin;
 pub mod control;

@@ -25,6 +25,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Files and folders that take time and randomness as arguments and return what is to be done.
 const PURE: &[&str] = &[
+    "coordinator/src/api/auth.rs",
     "coordinator/src/api/fields.rs",
     "coordinator/src/api/generation.rs",
     "coordinator/src/api/messages.rs",
@@ -49,6 +50,7 @@ const PURE: &[&str] = &[
     "coordinator/src/dispatch/sequence.rs",
     "coordinator/src/recovery/course.rs",
     "coordinator/src/router",
+    "protocol/src/access.rs",
     "protocol/src/activation.rs",
     "protocol/src/admin.rs",
     "protocol/src/control.rs",

@@ -3,6 +3,7 @@
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
 
+mod access;
 mod coordinators;
 mod nearest;
 mod values;
@@ -23,6 +24,10 @@ use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
 pub use self::coordinators::CoordinatorsCommand;
+pub use self::access::{
+    KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
+    TokenRevokeArgs,
+};
 use self::nearest::name_the_nearest_flag;
 use self::values::{
     address, count, device, duration, name, nonzero, policy, precision, size, store, token,
@@ -75,7 +80,7 @@ pub enum Command {
     /// Run a worker: this machine's share of the layers
     #[command(after_help = WORKER_EXAMPLES)]
     Worker(WorkerArgs),
-    /// Make the tokens with which nodes join
+    /// Make, list and revoke the tokens with which nodes join
     Token {
         /// What to do with tokens.
         #[command(subcommand)]
@@ -99,6 +104,18 @@ pub enum Command {
     /// Talk to a deployment
     #[command(after_help = CHAT_EXAMPLES)]
     Chat(ChatArgs),
+    /// Make, list and revoke the keys of the public API
+    Keys {
+        /// What to do with keys.
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
+    /// List the nodes of the cluster, and remove one for ever
+    Nodes {
+        /// What to do with nodes.
+        #[command(subcommand)]
+        command: NodesCommand,
+    },
 }
 
 const UP_EXAMPLES: &str = "\
@@ -133,7 +150,8 @@ pub struct UpArgs {
     /// Compute threads of each worker [default: an even share of the cores]
     #[arg(long, value_name = "T", value_parser = count)]
     pub worker_threads: Option<NonZeroU32>,
-    /// Where to take the public API; port 0 picks a free one
+    /// Where to take the public API; port 0 picks a free one; addresses that others reach need an API
+    /// key (`shoal keys create`)
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
     pub listen: SocketAddr,
     /// Keep identities, state and logs in this folder [default: a fresh folder, removed at the end]
@@ -169,9 +187,17 @@ pub struct CoordinatorArgs {
     /// Identity, state and the admin context file are kept here
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Where to take the public API (HTTP); port 0 picks a free one
+    /// Where to take the public API (HTTP); port 0 picks a free one; addresses that others reach need
+    /// an API key (`shoal keys create`)
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub listen: SocketAddr,
+    /// Serve the public API with TLS: the certificate and what is between it and its authority, PEM;
+    /// looked at again every few seconds
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// Where to take the cluster's conversations (QUIC, mutual TLS); port 0 picks a free one
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub cluster: SocketAddr,
@@ -280,6 +306,10 @@ pub enum TokenCommand {
     /// Make a token and print it to stdout
     #[command(after_help = TOKEN_EXAMPLES)]
     Create(TokenCreateArgs),
+    /// Show the tokens that can still be used
+    List(ListArgs),
+    /// Take a token back
+    Revoke(TokenRevokeArgs),
 }
 
 const TOKEN_EXAMPLES: &str = "\
@@ -394,7 +424,9 @@ const CHAT_EXAMPLES: &str = "\
 Examples:
   shoal chat                                  a conversation; Ctrl-D ends it, /new forgets it
   shoal chat --ask 'What is 47 plus 38?'      one question
-  shoal chat demo < questions.txt             one question a line, each on its own";
+  shoal chat demo < questions.txt             one question a line, each on its own
+
+Where the API needs a key, the environment variable SHOAL_API_KEY holds it.";
 
 /// `shoal chat`.
 #[derive(Debug, Clone, ClapArgs)]

@@ -73,7 +73,7 @@ pub fn status(view: &ClusterView) -> String {
         c.id,
         c.pid,
         c.build,
-        super::json::url(c.api),
+        super::json::url(c.api, c.tls),
         c.cluster
     );
     if view.workers.is_empty() {

@@ -1,5 +1,6 @@
 //! `shoal coordinator`: configuration → node → drain.
 
+use shoal_coordinator::api::tls;
 use shoal_coordinator::config::{EtcdConfig, StoreConfig, TlsFiles};
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
@@ -22,6 +23,10 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         data: args.data,
         store: store(args.store),
         listen: args.listen,
+        tls: args
+            .tls_cert
+            .zip(args.tls_key)
+            .map(|(certificate, key)| tls::TlsFiles { certificate, key }),
         cluster: args.cluster,
         advertise: args.advertise,
         join: args.join,

@@ -17,6 +17,7 @@ use shoal_protocol::version::VersionRange;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::access::AccessServer;
 use super::agents::Agents;
 use super::models::Models;
 use super::planner::explain;
@@ -38,6 +39,8 @@ const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// Answers operators.
 #[derive(Clone, Debug)]
 pub struct AdminServer {
+    /// Answers what is asked about keys, tokens and nodes.
+    pub access: AccessServer,
     /// The replicated state.
     pub store: ControlStore,
     /// The connected workers.
@@ -151,6 +154,9 @@ impl AdminServer {
                 tracing::info!(%operator, ?add, ?remove, "change of the coordinators that vote");
                 super::voters::change(&self.store, &add, &remove).await?;
                 Ok(AdminReply::Accepted)
+            }
+            AdminCall::Access(call) => {
+                Ok(AdminReply::Access(self.access.answer(operator, call).await?))
             }
         }
     }

@@ -152,13 +152,20 @@ impl Executor {
         Instant(self.origin.elapsed().as_micros().min(u128::from(u64::MAX)) as u64)
     }
 
+    /// The workers that have registered here and belong to the cluster.
+    fn members(&self, state: &ClusterState) -> BTreeMap<NodeId, ObservedWorker> {
+        let mut workers = self.agents.observe();
+        workers.retain(|node, _| state.nodes.get(*node).is_some());
+        workers
+    }
+
     /// `None` where the runtime is ending.
     async fn decide(&mut self, state: &Arc<ClusterState>) -> Option<Decision> {
         let observed = Observed {
             now: self.now(),
             since: Instant(0),
             follows: self.leads.is_none(),
-            workers: self.agents.observe(),
+            workers: self.members(state),
             history: std::mem::take(&mut self.history),
         };
         let state = Arc::clone(state);
@@ -190,7 +197,7 @@ impl Executor {
     }
 
     fn show(&self, state: &ClusterState, decision: &Decision) {
-        let seen = self.agents.observe();
+        let seen = self.members(state);
         let phases: BTreeMap<_, _> = state
             .deployments
             .iter()

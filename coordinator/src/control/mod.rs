@@ -5,6 +5,7 @@
 //! admin, join, agents (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► executor (●) ─► agents ══shoal-ctl══► workers
 //! ```
 
+pub mod access;
 pub mod admin;
 mod admit;
 pub mod agents;
@@ -12,6 +13,7 @@ pub mod authority;
 pub mod executor;
 mod folders;
 pub mod join;
+pub mod membership;
 pub mod models;
 pub mod peers;
 pub mod planner;

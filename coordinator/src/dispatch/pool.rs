@@ -64,6 +64,18 @@ impl Pool {
         })
     }
 
+    /// Ends the connections to nodes of which this does not hold.
+    pub fn keep(&self, member: impl Fn(NodeId) -> bool) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|(node, _), slot| {
+            let stays = member(*node);
+            if !stays && let Ok(Some(connection)) = slot.try_lock().as_deref() {
+                connection.close(close_code::REFUSED, "this node was removed");
+            }
+            stays
+        });
+    }
+
     /// Ends every connection.
     pub fn close(&self) {
         let slots = std::mem::take(&mut *self.slots.lock().unwrap_or_else(PoisonError::into_inner));

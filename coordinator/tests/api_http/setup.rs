@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use shoal_coordinator::api::tls::Tls;
 use shoal_coordinator::api::tokenize::ModelText;
-use shoal_coordinator::api::{ApiContext, Limits, serve};
+use shoal_coordinator::api::{ApiContext, Gate, Limits, serve};
 use shoal_coordinator::dispatch::Dispatcher;
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_coordinator::telemetry::Telemetry;
@@ -65,6 +66,14 @@ impl Setup {
     }
 
     pub async fn with(limits: Limits) -> Self {
+        Self::behind(limits, Gate::without_keys()).await
+    }
+
+    pub async fn behind(limits: Limits, gate: Gate) -> Self {
+        Self::over(limits, gate, None).await
+    }
+
+    pub async fn over(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -88,7 +97,11 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let server = serve(listener, context);
+        let context = context.behind(gate);
+        let server = match tls {
+            Some(tls) => serve(listener, context.over(tls)),
+            None => serve(listener, context),
+        };
         Self { http, head, table, draining, text, server, ca }
     }
 

@@ -1,5 +1,7 @@
 //! A coordinator on loopback, an operator, and workers that speak `shoal-ctl` and compute nothing.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -39,6 +41,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
         data: data.to_owned(),
         store: StoreConfig::Raft,
         listen: any,
+        tls: None,
         cluster: any,
         advertise: None,
         join: Vec::new(),
@@ -220,6 +223,11 @@ impl FakeWorker {
     pub async fn until_told(&mut self, is_it: impl Fn(&[Assignment]) -> bool) -> Vec<Assignment> {
         let told = self.told.wait_for(|told| told.as_deref().is_some_and(&is_it));
         within("being told", told).await.unwrap().clone().unwrap()
+    }
+
+    /// Waits until the coordinator has ended its link.
+    pub async fn gone(&mut self) {
+        (&mut self.task).await.unwrap();
     }
 
     pub fn die(self) {

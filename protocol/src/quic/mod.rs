@@ -21,6 +21,7 @@ mod error;
 pub mod identity;
 pub mod join;
 mod pulse;
+pub mod renew;
 mod settings;
 mod stream;
 mod tls;

@@ -143,6 +143,9 @@ impl Session {
         expect: Expect,
         pause: &mut Duration,
     ) -> SessionEnd {
+        if let Err(error) = self.shared.renewal.refresh(address).await {
+            return SessionEnd::Unreachable(error.to_string());
+        }
         let endpoint = &self.shared.endpoint;
         let connection =
             match endpoint.connect(address, expect, Alpn::Control, WELCOME_TIMEOUT).await {

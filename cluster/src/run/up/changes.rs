@@ -79,6 +79,7 @@ mod tests {
                 build: String::new(),
                 api: address,
                 cluster: address,
+                tls: false,
             },
             workers: workers.iter().map(worker).collect(),
             deployments: deployments.iter().map(deployment).collect(),

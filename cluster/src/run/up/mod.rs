@@ -116,7 +116,7 @@ async fn start_coordinator(
     };
     match family.add(recipe).await? {
         (place, Announcement::Coordinator { id, api, cluster, context }) => {
-            eprintln!("{id}: takes requests at {}", json::url(api));
+            eprintln!("{id}: takes requests at {}", json::url(api, false));
             // Started again it must be found where it was.
             family.set_arguments(place, arguments(api.to_string(), cluster.to_string()));
             Ok(context)

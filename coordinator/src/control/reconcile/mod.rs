@@ -188,7 +188,11 @@ impl Round<'_> {
         let observed = self.observed;
         let mut history = observed.history.get(&replica).cloned().unwrap_or_default();
         let plan = self.target.plans.get(replica);
-        let health = health::of(plan, observed, &mut history);
+        let removed = plan.map_or_else(Vec::new, |plan| self.removed(plan));
+        let health = match removed.is_empty() {
+            true => health::of(plan, observed, &mut history),
+            false => Health::NeedsPlan { reason: format!("{} was removed", removed.join(", ")) },
+        };
         let phase = match health {
             Health::Ready { reason } => Phase { phase: DeploymentPhase::Ready, reason },
             Health::Loading { until, reason } => {
@@ -275,6 +279,12 @@ impl Round<'_> {
         }
     }
 
+    /// The workers of a layout that do not belong to the cluster any more.
+    fn removed(&self, plan: &ReplicaPlan) -> Vec<String> {
+        let gone = plan.nodes().filter(|node| self.target.nodes.get(*node).is_none());
+        gone.map(|node| node.to_string()).collect()
+    }
+
     /// The newest layout that there has been of a replica: workers may know of newer ones than a state
     /// that was restored from a backup.
     fn newest(&self, replica: ReplicaId) -> Generation {
@@ -296,6 +306,13 @@ impl Round<'_> {
         let mut wanted = Vec::new();
         for plan in self.target.plans.iter() {
             let Some((stage, rank)) = seat_of(plan, node) else { continue };
+            // Nobody may go on with a node that was removed, whether another takes its place or not.
+            // Until the next round, which has the new layout, shards are kept for their heirs.
+            let replaced =
+                self.plans.get(&plan.id).is_some_and(|new| new.generation != plan.generation);
+            if !replaced && !self.removed(plan).is_empty() {
+                continue;
+            }
             // What was said once of a generation stays said: its workers may come back under other
             // addresses only as a new generation.
             let before = pushed.unwrap_or_default().iter().find(|assignment| {

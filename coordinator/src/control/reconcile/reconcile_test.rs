@@ -252,6 +252,39 @@ fn a_lost_worker_is_planned_around_at_once() {
 }
 
 #[test]
+fn a_removed_worker_is_replaced_or_nobody_goes_on_with_it() {
+    let mut world = World::ready(3, None, 10_000);
+    let remove = |number| Change::Node(NodeCommand::Remove { node: NodeId::worker(number) });
+    world.apply(remove(2));
+    world.observed.workers.remove(&NodeId::worker(2));
+    // The others keep what they have until the next round, which has the new layout.
+    world.expect(
+        10_100,
+        &[
+            "adopt r1 g2 (2x1 on w1, w3): w2 was removed",
+            "m is Loading: g2 is being made: 2x1 on w1, w3",
+        ],
+    );
+    world.expect(
+        10_101,
+        &[
+            "assign w1 1 shard: r1 g2: stage 0 with layers 0..3",
+            "assign w3 1 shard: r1 g2: stage 1 with layers 3..6",
+            "m is Loading: g2: w1 is told, w3 is told",
+        ],
+    );
+    world.report(1, ShardState::Ready);
+    world.report(3, ShardState::Ready);
+    world.expect(10_200, &["m is Ready: g2 2x1 on w1, w3"]);
+    world.apply(remove(3));
+    world.observed.workers.remove(&NodeId::worker(3));
+    world.observed.now = Instant(60_000 * MS);
+    let decision = world.round().to_string();
+    assert!(decision.starts_with("assign w1 0 shards: no more r1 g2\n"), "{decision}");
+    assert!(decision.contains("m is Waiting: w3 was removed; "), "{decision}");
+}
+
+#[test]
 fn a_worker_that_was_started_again_gets_its_layers_back_in_a_new_generation() {
     let mut world = World::ready(3, Some(3), 10_000);
     world.connect(2, 2);

@@ -6,13 +6,14 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
+//! [`plans`], [`keys`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
 //! never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
 pub mod command;
 pub mod coordinators;
 pub mod deployments;
+pub mod keys;
 pub mod nodes;
 pub mod plans;
 pub mod snapshot;
@@ -26,6 +27,7 @@ use shoal_protocol::id::{Incarnation, NodeId};
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
 pub use deployments::{Deployment, DeploymentCommand, Deployments};
+pub use keys::{ApiKey, KeyCommand, KeyHash, Keys};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
@@ -45,6 +47,8 @@ pub struct ClusterState {
     pub coordinators: Coordinators,
     /// The latest stamp of a command. Clocks of coordinators differ; time in the log never goes back.
     clock: Timestamp,
+    /// Who may use the public API.
+    pub keys: Keys,
     /// The last command of each client and what it came to, so that a command that is sent twice is
     /// applied once.
     last: BTreeMap<NodeId, Applied>,
@@ -129,9 +133,11 @@ impl ClusterState {
             Change::Node(NodeCommand::Start { node, incarnation, build }) => {
                 self.nodes.start(*node, *incarnation, build)
             }
+            Change::Node(NodeCommand::Remove { node }) => self.nodes.remove(*node),
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
+            Change::Token(TokenCommand::Revoke { hash }) => self.tokens.revoke(hash),
             Change::Deployment(DeploymentCommand::Create { spec, shape }) => {
                 self.deployments.create(spec, shape, at)
             }
@@ -144,6 +150,10 @@ impl ClusterState {
             Change::Plan(PlanCommand::Adopt { plan }) => {
                 self.plans.adopt(plan, &self.deployments, &self.nodes)
             }
+            Change::Key(KeyCommand::Create { name, hash, limits, expires }) => {
+                self.keys.create(name, *hash, *limits, *expires, at)
+            }
+            Change::Key(KeyCommand::Revoke { name }) => self.keys.revoke(name, at),
             Change::Coordinator(change) => self.change_coordinators(change),
         }
     }
