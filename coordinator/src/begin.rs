@@ -126,7 +126,9 @@ async fn finish_founding(begun: Begun) -> Result<Begun, StartError> {
 /// Joins the cluster of whoever answers first.
 async fn enter(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     let data = &config.data;
-    let Some(token) = &config.token else { return Err(StartError::NoToken { path: data.to_owned() }) };
+    let Some(token) = &config.token else {
+        return Err(StartError::NoToken { path: data.to_owned() });
+    };
     if token.role != Role::Coordinator {
         return Err(StartError::WrongToken { role: token.role });
     }

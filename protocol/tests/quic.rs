@@ -72,7 +72,7 @@ async fn a_role_may_only_begin_its_own_conversations() {
     let server = endpoint(&ca, NodeId::coordinator(1), &Alpn::ALL);
     // Who may begin each. What a new conversation allows is to be written down here.
     let may = |alpn| match alpn {
-        Alpn::Requests => [Role::Coordinator].as_slice(),
+        Alpn::Requests | Alpn::Raft => [Role::Coordinator].as_slice(),
         Alpn::Activations | Alpn::Control => &[Role::Worker],
         Alpn::Admin => &[Role::Admin],
         Alpn::Join | Alpn::Renew => &[Role::Coordinator, Role::Worker, Role::Admin],

@@ -23,11 +23,11 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
-pub use self::coordinators::CoordinatorsCommand;
 pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
 };
+pub use self::coordinators::CoordinatorsCommand;
 use self::nearest::name_the_nearest_flag;
 use self::values::{
     address, count, device, duration, name, nonzero, policy, precision, size, store, token,

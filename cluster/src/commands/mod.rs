@@ -68,10 +68,3 @@ pub fn print(text: &str) -> Result<(), Failure> {
         _ => Ok(()),
     }
 }
-
-/// Prints a value as one line of JSON.
-pub fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let line = serde_json::to_string(value)
-        .map_err(|error| Failure::failed(format!("cannot write it as JSON: {error}")))?;
-    print(&format!("{line}\n"))
-}
