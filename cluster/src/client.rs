@@ -156,6 +156,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Token { .. } => "a token",
         AdminReply::Plan(_) => "a plan",
         AdminReply::Refused(_) => "a refusal",
+        AdminReply::Change(_) => "a change",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))
 }

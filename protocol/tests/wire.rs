@@ -265,6 +265,7 @@ fn admin_requests() -> [(&'static str, AdminRequest); 3] {
         source: ModelSource::Builtin { name: "demo".to_owned() },
         stages: Some(3),
         precision: Some(Precision::F32),
+        replicas: 2,
     };
     [
         ("AdminStatus", request(AdminCall::Status)),

@@ -54,6 +54,18 @@ fn values_are_read() {
 }
 
 #[test]
+fn a_worker_has_two_names() {
+    for line in ["shoal drain w12", "shoal drain worker-12 --wait --timeout 30s"] {
+        let Command::Drain(drain) = parse(line).unwrap().command else { panic!("not drain") };
+        assert_eq!(drain.node.to_string(), "w12", "{line}");
+    }
+    let Command::Scale(scale) = parse("shoal scale m --stages auto").unwrap().command else {
+        panic!("not scale")
+    };
+    assert_eq!(scale.stages, Some(shoal_protocol::plan::StagesAsked::Auto));
+}
+
+#[test]
 fn a_mistake_names_what_would_be_right() {
     for (line, expected) in [
         ("shoal up --worker 3", "'--workers'"),
@@ -77,6 +89,11 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 127.0.0.1:1 --data d --device cuda:0", "it has cpu"),
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),
+        ("shoal scale demo --stages some", "neither `auto` nor"),
+        ("shoal scale demo --replicas 0", "from 1 up"),
+        ("shoal drain c1", "write w2 or worker-2"),
+        ("shoal drain two", "write w2 or worker-2"),
+        ("shoal drain w2 --timeout 5s", "--wait"),
         ("shoal coordinator --data d", "--cluster"),
         ("shoal", "Usage"),
     ] {
@@ -88,7 +105,7 @@ fn a_mistake_names_what_would_be_right() {
 #[test]
 fn help_shows_examples_and_hides_what_is_internal() {
     let mut root = Args::command();
-    for verb in ["up", "coordinator", "worker", "deploy", "chat"] {
+    for verb in ["up", "coordinator", "worker", "deploy", "chat", "scale", "drain"] {
         let help = root.find_subcommand_mut(verb).expect(verb).render_help().to_string();
         assert!(help.contains("Example"), "{verb}: {help}");
         assert!(!help.contains("lifeline") && !help.contains("announce"), "{verb}: {help}");

@@ -3,6 +3,7 @@
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
 
+mod moves;
 mod nearest;
 mod values;
 
@@ -19,6 +20,8 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
+use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
+pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
 
@@ -87,6 +90,20 @@ pub enum Command {
     /// Talk to a deployment
     #[command(after_help = CHAT_EXAMPLES)]
     Chat(ChatArgs),
+    /// Serve a model with more or fewer replicas or stages, spread over the workers there are now
+    #[command(after_help = SCALE_EXAMPLES)]
+    Scale(ScaleArgs),
+    /// Move everything off a worker, and place nothing new on it
+    #[command(after_help = DRAIN_EXAMPLES)]
+    Drain(DrainArgs),
+    /// Let a worker that was drained hold something again
+    Undrain(UndrainArgs),
+    /// Follow a change until the deployment is served as was asked for
+    Rollout {
+        /// What to do with a rollout.
+        #[command(subcommand)]
+        command: RolloutCommand,
+    },
 }
 
 const UP_EXAMPLES: &str = "\
@@ -280,6 +297,9 @@ pub struct DeployArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
+    /// How many full copies of the model to serve
+    #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
+    pub replicas: NonZeroU32,
     /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,

@@ -2,7 +2,10 @@
 
 pub mod chat;
 pub mod deploy;
+pub mod drain;
 pub mod plan;
+pub mod rollout;
+pub mod scale;
 pub mod sse;
 pub mod status;
 pub mod token;

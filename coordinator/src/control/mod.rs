@@ -8,6 +8,7 @@
 pub mod admin;
 mod admit;
 pub mod agents;
+pub mod changes;
 pub mod executor;
 mod folders;
 pub mod join;

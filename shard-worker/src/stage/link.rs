@@ -102,11 +102,11 @@ pub struct Links {
 }
 
 /// Shards whose upstream has not dialled yet. Held for one look-up, never over an await.
-type Waiting = Arc<Mutex<HashMap<(ReplicaId, StageIndex), Expected>>>;
+/// A replica that moves has two generations at once.
+type Waiting = Arc<Mutex<HashMap<(ReplicaId, Generation, StageIndex), Expected>>>;
 
 #[derive(Debug)]
 struct Expected {
-    generation: Generation,
     from: Neighbour,
     linked: oneshot::Sender<(Connection, FrameReceiver)>,
 }
@@ -320,13 +320,15 @@ fn expected_by(
     peer: Option<NodeId>,
 ) -> Result<Expected, (u32, &'static str)> {
     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (ReplicaId(hello.replica), StageIndex(hello.to_stage));
+    let key = place_of(hello);
     let Some(expected) = waiting.get(&key) else {
-        return Err((close_code::STALE, "that stage waits for no link here"));
+        let same = |(replica, _, stage): &(_, _, _)| (*replica, *stage) == (key.0, key.2);
+        let why = match waiting.keys().any(same) {
+            true => "another generation is assigned here",
+            false => "that stage waits for no link here",
+        };
+        return Err((close_code::STALE, why));
     };
-    if expected.generation.0 != hello.generation {
-        return Err((close_code::STALE, "another generation is assigned here"));
-    }
     if expected.from.stage.0 != hello.from_stage {
         return Err((close_code::REFUSED, "another stage is expected on this link"));
     }
@@ -336,9 +338,14 @@ fn expected_by(
     waiting.remove(&key).ok_or((close_code::STALE, "that stage waits for no link here"))
 }
 
+/// The place that a link is for.
+fn place_of(hello: &LinkHello) -> (ReplicaId, Generation, StageIndex) {
+    (ReplicaId(hello.replica), Generation(hello.generation), StageIndex(hello.to_stage))
+}
+
 /// Gives a place back that was taken for a link that did not come about.
 fn expect_again(waiting: &Waiting, hello: &LinkHello, expected: Expected) {
-    let key = (ReplicaId(hello.replica), StageIndex(hello.to_stage));
+    let key = place_of(hello);
     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
     // A shard that has left since is not brought back, and a newer one's place is its own.
     if !expected.linked.is_closed() {
@@ -368,9 +375,9 @@ async fn link_shard(
     left: oneshot::Receiver<Goodbye>,
 ) {
     let LinkEnds { inlet, outlet, events, counters } = ends;
-    let key = (plan.replica, plan.stage);
+    let key = (plan.replica, plan.generation, plan.stage);
     let (linked, upstream) = oneshot::channel();
-    let expected = Expected { generation: plan.generation, from: plan.upstream, linked };
+    let expected = Expected { from: plan.upstream, linked };
     waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(key, expected);
 
     let mut open: [Option<Connection>; 2] = [None, None];
@@ -406,20 +413,12 @@ async fn link_shard(
         lost = receive => lost.event(),
         lost = send => lost.event(),
     };
-    forget(&waiting, key, plan.generation);
+    waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     for connection in open.into_iter().flatten() {
         connection.close(goodbye.code, &goodbye.reason);
     }
     if let Some(event) = event {
         let _ = events.send(event).await;
-    }
-}
-
-/// Takes back an expectation, unless a newer generation has replaced it.
-fn forget(waiting: &Waiting, key: (ReplicaId, StageIndex), generation: Generation) {
-    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    if waiting.get(&key).is_some_and(|expected| expected.generation == generation) {
-        waiting.remove(&key);
     }
 }
 

@@ -42,6 +42,7 @@ fn inventory(budgets: &[u64]) -> Inventory {
         budget: Bytes(*budget),
         used: Bytes(0),
         numerics: vec![Numerics::N1],
+        sibling: false,
     };
     Inventory { workers: budgets.iter().enumerate().map(worker).collect() }
 }
@@ -59,6 +60,7 @@ fn planned(
         spec: &spec,
         shape,
         previous,
+        replicas: 1,
     };
     plan(inventory, &job)
 }

@@ -11,7 +11,12 @@
 //! | [`CoordinatorCommand::Announce`] | a coordinator, for itself or for one that has connected to it | the node is known, its start is not older than the last one |
 //! | [`CoordinatorCommand::SetVoters`] | an admin | all have announced themselves; 1, 3 or 5 |
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
+//! | [`DeploymentCommand::Scale`] | an admin | the name is taken, the number of replicas within bounds |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
+//! | [`PlanCommand::Prepare`] | the reconciler | the same, and there is a layout that serves meanwhile |
+//! | [`PlanCommand::Promote`], [`PlanCommand::Abandon`] | the reconciler | the generation is the one that was prepared |
+//! | [`PlanCommand::Confirm`] | the reconciler | the generation is the one that serves |
+//! | [`DrainCommand::Begin`], [`DrainCommand::End`] | an admin | the node is a worker of this cluster |
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -22,7 +27,9 @@ use shoal_protocol::id::{
     DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
 };
 
-use super::{CoordinatorCommand, DeploymentCommand, NodeCommand, PlanCommand, TokenCommand};
+use super::{
+    CoordinatorCommand, DeploymentCommand, DrainCommand, NodeCommand, PlanCommand, TokenCommand,
+};
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
 #[derive(
@@ -75,6 +82,8 @@ pub enum Change {
     Plan(PlanCommand),
     /// Which coordinators there are.
     Coordinator(CoordinatorCommand),
+    /// Which workers are to hold nothing.
+    Drain(DrainCommand),
 }
 
 /// What has changed.
@@ -134,6 +143,45 @@ pub enum Effect {
     NodeRemoved {
         /// Which.
         node: NodeId,
+    },
+    /// A deployment is to be served in another way.
+    DeploymentScaled {
+        /// Which.
+        name: DeploymentName,
+        /// The replicas that it was given.
+        given: Vec<ReplicaId>,
+        /// The replicas that were taken from it.
+        taken: Vec<ReplicaId>,
+    },
+    /// A replica's next layout is to be made beside the one that serves.
+    PlanPrepared {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+        /// The layout that is to be made.
+        generation: Generation,
+    },
+    /// A replica's next layout is given up; the one that serves goes on.
+    PlanAbandoned {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+        /// The layout that was given up.
+        generation: Generation,
+    },
+    /// A replica's layout is as was asked for.
+    PlanConfirmed {
+        /// The replica.
+        replica: ReplicaId,
+    },
+    /// A worker is to hold nothing, or may hold something again.
+    DrainChanged {
+        /// Which.
+        node: NodeId,
+        /// Whether it is to hold nothing.
+        draining: bool,
     },
 }
 
@@ -239,6 +287,20 @@ pub enum Refusal {
         /// What is wrong.
         fault: String,
     },
+    /// The number of replicas is out of bounds.
+    #[error("a deployment has 1 to {max} replicas, not {replicas}; `shoal undeploy` ends it", max = super::deployments::REPLICAS_MAX)]
+    BadReplicas {
+        /// What was asked.
+        replicas: u32,
+    },
+    /// What is not a worker holds no shards.
+    #[error(
+        "{node} is no worker, so there is nothing to move off it; `shoal status` lists the workers"
+    )]
+    NotAWorker {
+        /// Which.
+        node: NodeId,
+    },
 }
 
 /// What there can be too many of.
@@ -250,6 +312,8 @@ pub enum Noun {
     Deployments,
     /// Nodes.
     Nodes,
+    /// Replicas.
+    Replicas,
 }
 
 impl fmt::Display for Noun {
@@ -258,6 +322,7 @@ impl fmt::Display for Noun {
             Noun::Tokens => "join tokens",
             Noun::Deployments => "deployments",
             Noun::Nodes => "nodes of this role",
+            Noun::Replicas => "numbers of replicas given",
         })
     }
 }
@@ -295,7 +360,9 @@ impl Refusal {
             Refusal::BadUses { .. }
             | Refusal::BadExpiry
             | Refusal::BadVoters { .. }
-            | Refusal::StillVotes { .. } => ErrorCode::InvalidRequest,
+            | Refusal::StillVotes { .. }
+            | Refusal::BadReplicas { .. }
+            | Refusal::NotAWorker { .. } => ErrorCode::InvalidRequest,
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
         }

@@ -6,13 +6,14 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
+//! [`plans`], [`drains`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
 //! never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
 pub mod command;
 pub mod coordinators;
 pub mod deployments;
+pub mod drains;
 pub mod nodes;
 pub mod plans;
 pub mod snapshot;
@@ -25,7 +26,8 @@ use shoal_protocol::id::{Incarnation, NodeId};
 
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
-pub use deployments::{Deployment, DeploymentCommand, Deployments};
+pub use deployments::{Deployment, DeploymentCommand, Deployments, REPLICAS_MAX};
+pub use drains::{DrainCommand, Drains};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
@@ -43,6 +45,8 @@ pub struct ClusterState {
     pub plans: Plans,
     /// Which coordinators there are, and which of them vote.
     pub coordinators: Coordinators,
+    /// Which workers are to hold nothing.
+    pub drains: Drains,
     /// The latest stamp of a command. Clocks of coordinators differ; time in the log never goes back.
     clock: Timestamp,
     /// The last command of each client and what it came to, so that a command that is sent twice is
@@ -122,8 +126,8 @@ impl ClusterState {
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
-            Change::Deployment(DeploymentCommand::Create { spec, shape }) => {
-                self.deployments.create(spec, shape, at)
+            Change::Deployment(DeploymentCommand::Create { spec, shape, replicas }) => {
+                self.deployments.create(spec, shape, *replicas, at)
             }
             Change::Deployment(DeploymentCommand::Remove { name }) => {
                 let replicas = self.deployments.remove(name)?;
@@ -131,9 +135,18 @@ impl ClusterState {
                 effects.extend(self.plans.remove(&replicas));
                 Ok(effects)
             }
-            Change::Plan(PlanCommand::Adopt { plan }) => {
-                self.plans.adopt(plan, &self.deployments, &self.nodes)
+            Change::Deployment(DeploymentCommand::Scale { name, replicas, stages }) => {
+                let has_layout = |id| self.plans.get(id).is_some();
+                let (given, taken) =
+                    self.deployments.scale(name, *replicas, *stages, has_layout)?;
+                let removed = self.plans.remove(&taken);
+                let mut effects =
+                    vec![Effect::DeploymentScaled { name: name.clone(), given, taken }];
+                effects.extend(removed);
+                Ok(effects)
             }
+            Change::Plan(command) => self.plans.change(command, &self.deployments, &self.nodes),
+            Change::Drain(command) => self.drains.change(command, &self.nodes, at),
             Change::Coordinator(change) => self.change_coordinators(change),
         }
     }

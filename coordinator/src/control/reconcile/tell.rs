@@ -1,0 +1,59 @@
+//! What each worker should be, and whether it was told so.
+
+use shoal_protocol::id::{NodeId, RankIndex, StageIndex};
+use shoal_protocol::plan::{Assignment, PeerAddress, ReplicaPlan};
+
+use super::words::reason_for;
+use super::{Action, ObservedWorker, RECONNECT_GRACE, Round};
+
+impl Round<'_> {
+    /// A worker has a shard of each layout of the state that names it: while a replica moves, of two.
+    pub(super) fn assign(&mut self, node: NodeId, worker: &ObservedWorker) {
+        let pushed = worker.pushed.as_deref();
+        let mut wanted = Vec::new();
+        for plan in self.target.plans.all() {
+            let Some((stage, rank)) = seat_of(plan, node) else { continue };
+            // What was said once of a generation stays said: its workers may come back under other
+            // addresses only as a new generation.
+            let before = pushed.unwrap_or_default().iter().find(|assignment| {
+                assignment.replica.id == plan.id && assignment.replica.generation == plan.generation
+            });
+            if let Some(before) = before {
+                wanted.push(before.clone());
+                continue;
+            }
+            match self.peers(plan) {
+                Some(peers) => {
+                    wanted.push(Assignment { replica: plan.clone(), stage, rank, peers });
+                }
+                // A list without this shard would drop it, so the worker is told nothing as long as
+                // there is hope for its peers.
+                None if self.observed.now < self.observed.since + RECONNECT_GRACE => return,
+                None => {}
+            }
+        }
+        if pushed == Some(wanted.as_slice()) {
+            return;
+        }
+        let reason = reason_for(pushed, &wanted);
+        self.decision.actions.push(Action::Assign { node, assignments: wanted, reason });
+    }
+
+    /// Where the workers of a layout are; `None` where one has not been heard of yet.
+    fn peers(&self, plan: &ReplicaPlan) -> Option<Vec<PeerAddress>> {
+        plan.nodes()
+            .map(|node| {
+                let activations = self.observed.workers.get(&node)?.register.activations;
+                Some(PeerAddress { node, activations })
+            })
+            .collect()
+    }
+}
+
+/// The stage and rank of a worker in a layout.
+fn seat_of(plan: &ReplicaPlan, node: NodeId) -> Option<(StageIndex, RankIndex)> {
+    plan.stages.iter().enumerate().find_map(|(stage, s)| {
+        let shard = s.shards.iter().find(|shard| shard.node == node)?;
+        Some((StageIndex(stage as u32), shard.rank))
+    })
+}
