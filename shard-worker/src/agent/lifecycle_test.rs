@@ -1,6 +1,7 @@
 //! The life of shards as dialogs: what is told, and all that follows.
 
 use shoal_protocol::control::ShardState;
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, NodeId, RankIndex, StageIndex};
 use shoal_protocol::plan::{
     ModelRef, ModelSource, Numerics, PeerAddress, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,

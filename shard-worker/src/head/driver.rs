@@ -105,6 +105,7 @@ impl Head {
             fault: parts.fault,
             refuse: Some(not_ready()),
             faulted: false,
+            retires: false,
             lateness: Lateness::default(),
             report: report_to,
             idle: idle_to,
@@ -245,6 +246,8 @@ struct Driver {
     /// Why new requests are turned away, while they are.
     refuse: Option<WireError>,
     faulted: bool,
+    /// Whether it takes nothing new because its layout or its worker goes.
+    retires: bool,
     lateness: Lateness,
     report: watch::Sender<HeadReport>,
     idle: watch::Sender<bool>,
@@ -337,6 +340,7 @@ impl Driver {
             }
             Event::Drain => {
                 self.open.store(false, Ordering::Relaxed);
+                self.retires = true;
                 let words = "the worker is letting this replica go; try again";
                 self.refuse = Some(WireError::new(ErrorCode::Draining, words));
             }
@@ -396,7 +400,15 @@ impl Driver {
         let _ = self.stage.send(input).await;
     }
 
-    fn emit(&mut self, key: ClientKey, event: HeadEvent) {
+    fn emit(&mut self, key: ClientKey, mut event: HeadEvent) {
+        if let HeadEvent::Failed { header, code, .. } = &mut event
+            && self.retires
+            && *code == ErrorCode::WorkerLost
+        {
+            // Nothing was lost: the layout has ended, and the answer goes on at another.
+            *code = ErrorCode::Draining;
+            header.code = u32::from(code.number());
+        }
         let last = !matches!(event, HeadEvent::Token { .. });
         let Some(client) = self.clients.get(&key) else { return };
         match client.try_send(event) {

@@ -64,12 +64,15 @@ mod tests {
             devices: Vec::new(),
             shards: Vec::new(),
             heads: Vec::new(),
+            draining: false,
         };
         let deployment = |&(name, phase): &(&str, DeploymentPhase)| DeploymentView {
             name: DeploymentName::new(name).unwrap(),
             source: ModelSource::Builtin { name: "demo".to_owned() },
             phase,
             reason: if phase == DeploymentPhase::Ready { "" } else { "w1 was lost" }.to_owned(),
+            stages: None,
+            replicas: Vec::new(),
         };
         ClusterView {
             coordinator: CoordinatorView {

@@ -336,11 +336,8 @@ fn a_next_layout_takes_over_or_is_given_up_and_its_number_is_used_up() {
     dialog.say(0, prepare("x", 1, 2, &[(0, 4, 2)]), prepared(2, 2));
     assert_eq!(dialog.state.plans.get(replica).unwrap().generation, Generation(1));
     dialog.say(0, promote(1), stale(2, 1));
-    let abandoned = Effect::PlanAbandoned {
-        revision: PlanRevision(3),
-        replica,
-        generation: Generation(2),
-    };
+    let abandoned =
+        Effect::PlanAbandoned { revision: PlanRevision(3), replica, generation: Generation(2) };
     dialog.say(0, abandon(2), Ok(vec![abandoned]));
     dialog.say(0, abandon(2), stale(2, 2));
     dialog.say(0, prepare("x", 1, 2, &[(0, 4, 2)]), stale(2, 2));
