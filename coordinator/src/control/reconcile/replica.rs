@@ -161,7 +161,7 @@ impl Round<'_> {
         }
         let previous = self.target.plans.get(replica);
         let follows = self.observed.follows;
-        let blame = if follows { &[] } else { blame };
+        let blame = if follows { Default::default() } else { blame };
         history.blame(self.observed.now, previous.map(|plan| plan.generation), blame);
         let job = self.job(deployment, replica);
         let generation = job.generation;
