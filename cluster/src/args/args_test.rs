@@ -76,7 +76,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal coordinator --listne x", "'--listen'"),
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
-        ("shoal undeploy demo --no-wait", "`shoal deploy` has a flag '--no-wait'"),
+        ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
         ("shoal up --precision f64", "use f32, bf16 or f16"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
