@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::agents::Agents;
-use super::changes::Changes;
+use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::explain;
 use super::reconcile::{Observed, dry_run, inventory_for};
@@ -255,7 +255,13 @@ impl AdminServer {
             if let Some(plan) = state.plans.get(*replica) {
                 let inventory = inventory_for(&state, &observed, name, *replica);
                 view.explanation.extend(explain(plan, &deployment.shape, &inventory));
+                view.explanation.push(speed_of(plan, &deployment.shape, &observed));
                 view.replicas.push(plan.clone());
+            }
+            if let Some(next) = state.plans.next(*replica) {
+                view.explanation.push("being made beside it:".to_owned());
+                let inventory = inventory_for(&state, &observed, name, *replica);
+                view.explanation.extend(explain(next, &deployment.shape, &inventory));
             }
         }
         // Where it is says why there is no plan, or why the plan is not served.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use shoal_protocol::admin::{AdminReply, ChangeView, DeploymentPhase};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
-use shoal_protocol::plan::ReplicaPlan;
+use shoal_protocol::plan::{ReplicaPlan, StagesAsked};
 use shoal_protocol::units::Bytes;
 
 use super::agents::Agents;
@@ -43,7 +43,7 @@ impl Changes<'_> {
         let tried = tried.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("trying the change: {error}"))
         })??;
-        if let Some(why) = impossible(&change, &tried) {
+        if let Some(why) = impossible(&state, &change, &tried) {
             return Err(WireError::new(ErrorCode::DoesNotFit, why));
         }
         if dry_run {
@@ -55,21 +55,22 @@ impl Changes<'_> {
     }
 }
 
-/// Why what was asked for cannot be had on these workers.
-fn impossible(change: &Change, tried: &Preview) -> Option<String> {
-    let Change::Deployment(
-        DeploymentCommand::Scale { name, .. }
-        | DeploymentCommand::Create {
-            spec: shoal_protocol::plan::DeploymentSpec { name, .. }, ..
-        },
-    ) = change
-    else {
-        return None;
+/// Why what was asked for cannot be had on these workers: a new replica has no place, or the stages that
+/// were asked for do not fit. What was not served before is no reason.
+fn impossible(before: &ClusterState, change: &Change, tried: &Preview) -> Option<String> {
+    let (name, cut) = match change {
+        Change::Deployment(DeploymentCommand::Scale { name, stages, .. }) => {
+            (name, *stages != StagesAsked::Same)
+        }
+        Change::Deployment(DeploymentCommand::Create { spec, .. }) => (&spec.name, false),
+        _ => return None,
     };
     let deployment = tried.after.deployments.get(name)?;
+    let had = before.deployments.get(name).map(|d| d.replicas.clone()).unwrap_or_default();
     let stuck = tried.stands.iter().find(|(id, stand)| {
-        let served = stand.phase == DeploymentPhase::Ready && stand.settled;
-        deployment.replicas.contains(id) && !served
+        let new = !had.contains(id) && stand.phase != DeploymentPhase::Ready;
+        let uncut = cut && tried.after.plans.asked(*id) < deployment.asked;
+        deployment.replicas.contains(id) && (new || uncut)
     });
     stuck.map(|(id, stand)| format!("{id} of {name} could not be served: {}", stand.reason))
 }
