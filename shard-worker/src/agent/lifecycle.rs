@@ -266,8 +266,14 @@ impl Lifecycle {
             assignments.clear();
         }
         self.stale.clear();
-        let gone: Vec<ShardKey> =
-            self.wanted.keys().copied().filter(|key| !assignments.contains_key(key)).collect();
+        // What the past wants ends nothing: what runs stays until there is a layout after it.
+        let past: Vec<ReplicaId> = assignments
+            .iter()
+            .filter(|(key, assignment)| self.is_past(**key, assignment))
+            .map(|(key, _)| key.replica)
+            .collect();
+        let wanted = |key: &ShardKey| assignments.contains_key(key) || past.contains(&key.replica);
+        let gone: Vec<ShardKey> = self.wanted.keys().copied().filter(|key| !wanted(key)).collect();
         let heirs: Vec<ShardKey> =
             gone.iter().filter_map(|key| self.heir(*key, &assignments)).collect();
         for key in gone {
@@ -295,24 +301,27 @@ impl Lifecycle {
         all.keys().filter(of_replica).find(new).copied().filter(|_| !here)
     }
 
-    fn take(&mut self, key: ShardKey, assignment: Assignment, replaces: bool) {
+    /// Whether an assignment is of the past, or a second layout under a number that is taken: the
+    /// coordinator's data is older than what this worker knows.
+    fn is_past(&self, key: ShardKey, assignment: &Assignment) -> bool {
         let newest = self.newest.get(&key.replica).copied();
-        if newest.is_none_or(|newest| key.generation > newest) {
-            self.newest.insert(key.replica, key.generation);
-            return self.begin(key, assignment, replaces);
-        }
         match self.wanted.get(&key) {
-            // Withdrawn and wanted again, as after a coordinator's restart.
-            None if newest == Some(key.generation) => self.begin(key, assignment, replaces),
             // What we are already. A neighbour that has started again has another address, which
             // its links have told us; that asks for a new generation, not for this one again.
-            Some(slot) if is_same_layout(&slot.assignment, &assignment) => {}
-            // The past, or a second layout under a number that is taken: the coordinator's data
-            // is older than what this worker knows. What runs stays until there is a layout that
-            // can take its weights over.
-            _ => {
-                self.stale.insert(key, assignment);
-            }
+            Some(slot) => !is_same_layout(&slot.assignment, assignment),
+            // The newest one may have been withdrawn and be wanted again, as after a coordinator's
+            // restart.
+            None => newest.is_some_and(|newest| key.generation < newest),
+        }
+    }
+
+    fn take(&mut self, key: ShardKey, assignment: Assignment, replaces: bool) {
+        if self.is_past(key, &assignment) {
+            self.stale.insert(key, assignment);
+        } else if !self.wanted.contains_key(&key) {
+            let newest = self.newest.entry(key.replica).or_default();
+            *newest = key.generation.max(*newest);
+            self.begin(key, assignment, replaces);
         }
     }
 
