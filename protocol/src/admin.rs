@@ -172,6 +172,8 @@ pub struct DeploymentView {
     pub reason: String,
     /// Pipeline stages that were asked for; `None`: as many as there are workers for each replica.
     pub stages: Option<u32>,
+    /// How often it was asked for: once by `Deploy`, and with each `Scale`.
+    pub asked: u64,
     /// Its replicas: as many as are wanted.
     pub replicas: Vec<ReplicaView>,
 }

@@ -40,7 +40,7 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
     }
     let view = match args.replicas.get() {
         1 => wait_until_ready(&client, &name).await?,
-        _ => rollout::wait(&client, &name, ROLLOUT_TIMEOUT).await?,
+        _ => rollout::wait(&client, &name, 0, ROLLOUT_TIMEOUT).await?,
     };
     client.close().await;
     eprintln!("{name}: ready");

@@ -15,16 +15,18 @@ use crate::output::table;
 pub async fn status(args: RolloutStatusArgs) -> Result<(), Failure> {
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
     super::check_exists(&args.name, &client.status().await?)?;
-    let view = wait(&client, &args.name, args.timeout).await?;
+    let view = wait(&client, &args.name, 0, args.timeout).await?;
     client.close().await;
     eprintln!("{}: as was asked for", args.name);
     super::print(&table::stages(&view, |d| d.name == args.name).to_string())
 }
 
-/// Follows a deployment, with what is missing on stderr, until every replica is as was asked for.
+/// Follows a deployment, with what is missing on stderr, until every replica is as was asked for. It must
+/// have been asked for more than `before` times: the first view may be older than the acceptance.
 pub async fn wait(
     client: &AdminClient,
     name: &DeploymentName,
+    before: u64,
     timeout: Duration,
 ) -> Result<ClusterView, Failure> {
     let until = Instant::now() + timeout;
@@ -44,6 +46,9 @@ pub async fn wait(
             continue;
         };
         seen = true;
+        if deployment.asked <= before {
+            continue;
+        }
         if deployment.is_settled() {
             return Ok(view);
         }

@@ -17,7 +17,9 @@ const TIMEOUT: Duration = Duration::from_secs(3600);
 /// Changes how a model is served, or shows what that would come to.
 pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
-    super::check_exists(&args.name, &client.status().await?)?;
+    let before = client.status().await?;
+    super::check_exists(&args.name, &before)?;
+    let before = before.deployments.iter().find(|d| d.name == args.name).map_or(0, |d| d.asked);
     let name = args.name.clone();
     let call = AdminCall::Scale {
         name: args.name,
@@ -34,7 +36,7 @@ pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
-    let view = rollout::wait(&client, &name, TIMEOUT).await?;
+    let view = rollout::wait(&client, &name, before, TIMEOUT).await?;
     client.close().await;
     eprintln!("{name}: as was asked for");
     super::print(&table::stages(&view, |d| d.name == name).to_string())

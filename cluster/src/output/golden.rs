@@ -107,6 +107,7 @@ fn cluster() -> ClusterView {
         phase,
         reason: reason.to_owned(),
         stages: None,
+        asked: 1,
         replicas: vec![ReplicaView {
             id: ReplicaId(1),
             phase,

@@ -351,6 +351,7 @@ fn view(
             phase,
             reason,
             stages: deployment.spec.stages,
+            asked: deployment.asked,
             replicas: replicas.collect(),
         })
     });

@@ -72,6 +72,7 @@ mod tests {
             phase,
             reason: if phase == DeploymentPhase::Ready { "" } else { "w1 was lost" }.to_owned(),
             stages: None,
+            asked: 1,
             replicas: Vec::new(),
         };
         ClusterView {
