@@ -1,5 +1,5 @@
-//! ● Changes that move shards (`deploy --replicas`, `scale`, `drain`): tried on a copy first, then proposed, or
-//! only shown.
+//! ● Changes that move shards (`deploy --replicas`, `scale`, `drain`): tried on a copy first, then
+//! proposed, or only shown.
 
 use std::sync::Arc;
 
