@@ -127,9 +127,11 @@ fn no_request_fails_while_a_deployment_is_scaled_up_and_down() -> Result<()> {
     )?;
     up.verb(&["scale", "slow", "--stages", "3"])?.expect_code(0);
     settled(&admin, "slow", |places| places.len() == 2 && places.iter().all(|p| p.len() == 3))?;
+    assert_eq!(ask(&api, 0)?, expected);
     up.verb(&["scale", "slow", "--replicas", "1", "--stages", "auto"])?.expect_code(0);
     let view = settled(&admin, "slow", |places| matches!(places, [only] if only.len() == 4))?;
     assert_eq!(view.deployments[0].phase, DeploymentPhase::Ready);
+    assert_eq!(ask(&api, 0)?, expected);
     assert!(load.stop()? > 10);
     up.stop(&[])?;
     Ok(())
