@@ -118,13 +118,17 @@ fn slow(admin: &Admin, stages: u32) -> Result<()> {
 fn no_request_fails_while_a_deployment_is_scaled_up_and_down() -> Result<()> {
     let (up, admin) = up(4, "600MiB")?;
     slow(&admin, 2)?;
-    let load = Load::start(&Api::new(up.url(), "slow"))?;
+    let api = Api::new(up.url(), "slow");
+    let expected = ask(&api, 0)?;
+    let load = Load::start(&api)?;
     up.verb(&["scale", "slow", "--replicas", "2"])?.expect_code(0);
     settled(
         &admin,
         "slow",
         |places| matches!(places, [a, b] if a.iter().all(|node| !b.contains(node))),
     )?;
+    // Moves take a tenth of a second: each is given some streams of its own.
+    assert_eq!(ask(&api, 0)?, expected);
     up.verb(&["scale", "slow", "--stages", "3"])?.expect_code(0);
     settled(&admin, "slow", |places| places.len() == 2 && places.iter().all(|p| p.len() == 3))?;
     assert_eq!(ask(&api, 0)?, expected);
