@@ -7,10 +7,11 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [micro|split|all] [--pairs N=7] [--models DIR] [--out FILE]
+usage: shoal-bench [micro|split|route|all] [--pairs N=7] [--models DIR] [--out FILE]
   micro   frames, a hop, the engine, the planner
   split   real clusters on loopback: split against unsplit, loading
-  all     both; the default
+  route   the router: a simulated bad replica under each policy; the time of a pick
+  all     micro and split; the default
   --pairs   pairs of runs of each comparison, taken in turn
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
@@ -28,7 +29,7 @@ fn main() -> Result<()> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
-            "micro" | "split" | "all" => what = arg,
+            "micro" | "split" | "route" | "all" => what = arg,
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--out" => out = Some(value()?.into()),
@@ -36,10 +37,13 @@ fn main() -> Result<()> {
         }
     }
     let mut report = Report::default();
-    if what != "micro" {
+    if what == "route" {
+        micro::route::run(&mut report)?;
+    }
+    if what == "split" || what == "all" {
         scenarios::run(&settings, &mut report)?;
     }
-    if what != "split" {
+    if what == "micro" || what == "all" {
         micro::run(&mut report)?;
     }
     let text = report.markdown();

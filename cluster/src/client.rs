@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_protocol::access::{AccessCall, AccessReply};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX};
 use shoal_protocol::id::Role;
 use shoal_protocol::quic::{
@@ -79,6 +80,16 @@ impl AdminClient {
         tokio::time::timeout(CALL_TIMEOUT, answers.next())
             .await
             .map_err(|_| Failure::unreachable(format!("no answer within {CALL_TIMEOUT:?}")))?
+    }
+
+    /// One question about access, one answer, and the end of the conversation.
+    pub async fn access(self, call: AccessCall) -> Result<AccessReply, Failure> {
+        let reply = self.call(AdminCall::Access(call)).await;
+        self.close().await;
+        match reply? {
+            AdminReply::Access(reply) => Ok(reply),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// The whole cluster, now.
@@ -156,6 +167,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Token { .. } => "a token",
         AdminReply::Plan(_) => "a plan",
         AdminReply::Refused(_) => "a refusal",
+        AdminReply::Access(_) => "another answer about access",
         AdminReply::Change(_) => "a change",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))

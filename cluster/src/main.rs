@@ -18,7 +18,7 @@ mod run;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::args::{Args, ChildArgs, Command, RolloutCommand, TokenCommand};
+use crate::args::{Args, ChildArgs, Command, RolloutCommand};
 use crate::failure::{Exit, Failure};
 use crate::run::announce::Announcement;
 
@@ -49,14 +49,15 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Up(args) => run::up::run(args).await,
             Command::Coordinator(args) => run::coordinator::run(args).await,
             Command::Worker(args) => run::worker::run(args).await,
-            Command::Token { command: TokenCommand::Create(args) } => {
-                commands::token::create(args).await
-            }
+            Command::Token { command } => commands::token::run(command).await,
+            Command::Coordinators { command } => commands::coordinators::run(command).await,
             Command::Deploy(args) => commands::deploy::run(args).await,
             Command::Undeploy(args) => commands::undeploy::run(args).await,
             Command::Status(args) => commands::status::run(args).await,
             Command::Plan(args) => commands::plan::run(args).await,
             Command::Chat(args) => commands::chat::run(args).await,
+            Command::Keys { command } => commands::keys::run(command).await,
+            Command::Nodes { command } => commands::nodes::run(command).await,
             Command::Scale(args) => commands::scale::run(args).await,
             Command::Drain(args) => commands::drain::run(args).await,
             Command::Undrain(args) => commands::drain::undo(args).await,

@@ -5,50 +5,41 @@
 //! drain:  api (requests finish) ─► accept loop, executor ─► endpoint (peers are told) ─► store (file closed)
 //! ```
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::fs::DirBuilderExt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::admin::{ClusterView, CoordinatorView};
+use shoal_protocol::control::CoordinatorAddress;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Plan;
-use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
-use shoal_protocol::quic::{
-    Accepting, AdminContext, Alpn, Endpoint, EndpointError, Identity, close_code,
-    identity::IdentityError,
-};
+use shoal_protocol::quic::{Accepting, AdminContext, Alpn, Endpoint, Identity, close_code};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::api::{self, ApiContext};
+use crate::api::auth::may_listen;
+use crate::api::tls::Tls;
+use crate::api::{self, ApiContext, Gate};
+use crate::begin::{Begun, begin};
 use crate::config::CoordinatorConfig;
+use crate::control::access::AccessServer;
 use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
+use crate::control::authority::Authority;
 use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
+use crate::control::membership::Membership;
 use crate::control::models::Models;
-use crate::control::state::{Change, KeyFingerprint, NodeCommand};
-use crate::control::store::raft::{self, OpenError, RaftStore, WhenEmpty};
-use crate::control::store::{ControlStore, ProposeError};
+use crate::control::peers::{Myself, Outboxes, Peers};
+use crate::control::state::{CoordinatorRecord, Timestamp};
+use crate::control::store::{ControlStore, StoreOwner};
 use crate::dispatch::Dispatcher;
+use crate::renewal::{Renewal, write_context};
 use crate::serving::ServingTable;
+use crate::start_error::StartError;
 use crate::telemetry::Telemetry;
-
-/// The CA's file in the data folder.
-const CA_FILE: &str = "ca.key";
-
-/// The one coordinator of a cluster, until there are several.
-const SELF: NodeId = NodeId::coordinator(1);
-
-/// The admin certificate that a coordinator writes for its operator.
-const OPERATOR: NodeId = NodeId::admin(1);
-
-/// How often this coordinator renews its own certificate and its operator's: a third of their life,
-/// so that one failure is not the end.
-const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 
 /// Conversations with members at once: workers and operators, ten times what a large cluster has.
 const MEMBERS_MAX: usize = 4096;
@@ -64,74 +55,11 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);
 
-/// A coordinator that did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The public API would be open to others.
-    #[error(
-        "the API cannot listen on {address}: there are no API keys yet, so whoever reaches it could \
-         use it; listen on a loopback address such as 127.0.0.1:{}, and put a proxy that knows \
-         your users before it and sets `Host` to that address", address.port()
-    )]
-    NotLoopback {
-        /// The address.
-        address: SocketAddr,
-    },
-    /// The data folder cannot be used.
-    #[error("cannot use the data folder {}", path.display())]
-    Data {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The replicated state cannot be read.
-    #[error(transparent)]
-    Store(#[from] OpenError),
-    /// The replicated state cannot be written.
-    #[error("cannot found the cluster: {0}")]
-    Found(#[from] ProposeError),
-    /// The CA cannot be used.
-    #[error(transparent)]
-    Ca(#[from] CaError),
-    /// One of the state and the CA's key is there, and the other is not.
-    #[error(
-        "{} has {found} but not {missing}: restore the data folder from a backup, or start a new \
-         cluster on an empty one (its workers must join again)", path.display()
-    )]
-    Incomplete {
-        /// The data folder.
-        path: PathBuf,
-        /// What is there.
-        found: &'static str,
-        /// What is not.
-        missing: &'static str,
-    },
-    /// The operator's context file cannot be written.
-    #[error(transparent)]
-    Context(#[from] IdentityError),
-    /// The cluster's address cannot be used.
-    #[error(transparent)]
-    Cluster(#[from] EndpointError),
-    /// The API's address cannot be used.
-    #[error("cannot listen on {address} (TCP): {source}; `:0` as the port picks a free one")]
-    Api {
-        /// Which.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The metrics cannot be set up.
-    #[error("cannot set up the metrics: {0}")]
-    Telemetry(#[from] prometheus::Error),
-}
-
 /// A running coordinator. Dropping it ends its tasks at once; `drain` lets them finish.
 #[derive(Debug)]
 pub struct Coordinator {
     running: Running,
-    store: RaftStore,
+    store: StoreOwner,
 }
 
 /// All that stands on the store.
@@ -146,21 +74,30 @@ struct Running {
     api: JoinHandle<()>,
     /// Executor, accept loop, renewal: all end when `stopping` becomes true.
     tasks: JoinSet<()>,
+    peers: Peers,
+}
+
+/// What the parts are built on.
+struct Parts<'a> {
+    me: NodeId,
+    store: ControlStore,
+    authority: Authority,
+    identity: Identity,
+    outboxes: Outboxes,
+    owner: &'a StoreOwner,
 }
 
 impl Coordinator {
     /// Starts a coordinator: the first time it founds a cluster, later it finds it again.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, StartError> {
-        if !config.listen.ip().is_loopback() {
-            return Err(StartError::NotLoopback { address: config.listen });
-        }
-        create_folder(&config.data)?;
-        let (store, owner) = raft::open(&config.data, SELF, WhenEmpty::Found, Box::new(|_| {}))?;
-        match Running::start(config, store).await {
+        let begun = begin(&config).await?;
+        let Begun { me, store, owner, authority, identity, outboxes } = begun;
+        let parts = Parts { me, store, authority, identity, outboxes, owner: &owner };
+        match Running::start(config, parts).await {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
                 // Whoever tries again must not find the folder in use.
-                close(owner).await;
+                owner.close().await;
                 Err(error)
             }
         }
@@ -199,10 +136,13 @@ impl Coordinator {
     /// Waits until a part of it has ended that should run as long as it does: the API, the reconciler
     /// (which ends with the store), the door for peers. A coordinator like that is to be ended and
     /// started again. Cancel safe.
-    pub async fn failed(&mut self) -> &'static str {
+    pub async fn failed(&mut self) -> String {
         tokio::select! {
-            _ = &mut self.running.api => "the API has ended",
-            _ = self.running.tasks.join_next() => "a part of the control plane has ended",
+            _ = &mut self.running.api => "the API has ended; the log above says why: start it again".into(),
+            _ = self.running.tasks.join_next() => {
+                "a part of the control plane has ended; the log above says why: start it again".into()
+            }
+            why = self.running.peers.ghost() => why,
         }
     }
 
@@ -210,34 +150,56 @@ impl Coordinator {
     /// on with what they have and look for a coordinator.
     pub async fn drain(self) {
         self.running.drain().await;
-        close(self.store).await;
+        self.store.close().await;
     }
 }
 
 impl Running {
-    async fn start(config: CoordinatorConfig, store: ControlStore) -> Result<Self, StartError> {
+    async fn start(config: CoordinatorConfig, parts: Parts<'_>) -> Result<Self, StartError> {
+        let Parts { me, store, authority, identity, outboxes, owner } = parts;
+        let at = Timestamp::of(SystemTime::now());
+        // One that has just joined knows no keys yet; its gate stays shut to others until it does.
+        if !store.state().is_new() && !may_listen(&store.state().keys, config.listen, at) {
+            return Err(StartError::NotLoopback { address: config.listen });
+        }
+        let tls = Tls::start(config.tls, config.listen)?;
         let data = config.data;
-        let (ca, identity) = authority(&store, &data).await?;
-        let ca = Arc::new(ca);
-
-        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join];
+        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew, Alpn::Raft];
         let endpoint = Endpoint::bind(config.cluster, Arc::new(identity), &accepts)?;
         let failed = |source| StartError::Api { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
         let coordinator = CoordinatorView {
-            id: SELF,
+            id: me,
             pid: std::process::id(),
             build: env!("CARGO_PKG_VERSION").to_owned(),
             api: listener.local_addr().map_err(failed)?,
             cluster: endpoint.local_address(),
+            tls: tls.is_some(),
         };
         let context = data.join(AdminContext::FILE_NAME);
-        write_context(&ca, coordinator.cluster, &context)?;
+        if let Some(ca) = authority.current() {
+            write_context(&ca, coordinator.cluster, &context)?;
+        }
 
         let draining = watch::Sender::new(false);
         let stopping = watch::Sender::new(false);
-        let agents = Agents::new(store.clone(), Arc::clone(&ca));
-        let models = Models::new(data, config.builtin);
+        let agents = Agents::new(store.clone(), authority.clone());
+        let myself = Myself {
+            node: me,
+            incarnation: owner.incarnation(),
+            boot: getrandom::u64().unwrap_or(u64::from(coordinator.pid)),
+            cluster: config.advertise.unwrap_or(coordinator.cluster),
+            build: coordinator.build.clone(),
+        };
+        let peers = Peers::new(
+            myself,
+            endpoint.clone(),
+            store.clone(),
+            owner.network(),
+            outboxes,
+            authority.clone(),
+        );
+        let models = Models::new(data.clone(), config.builtin);
         let shown = Shown {
             table: watch::Sender::new(Arc::new(ServingTable::default())),
             view: watch::Sender::new(Arc::new(empty_view(&coordinator))),
@@ -250,34 +212,58 @@ impl Running {
             coordinator.clone(),
             shown,
         );
+        let gate = Gate::new(store.watch());
+        let membership = Membership::new(store.clone());
         let servers = Servers {
-            join: JoinServer::new(store.clone(), Arc::clone(&ca)),
+            join: JoinServer::new(store.clone(), authority.clone()),
+            renew: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
-                store,
+                access: AccessServer { store: store.clone(), agents: agents.clone() },
+                store: store.clone(),
                 agents: agents.clone(),
                 models,
                 view: view.clone(),
-                ca_fingerprint: ca.fingerprint(),
+                ca_fingerprint: authority.fingerprint(),
             },
-            agents,
+            agents: agents.clone(),
+            peers: peers.clone(),
+            membership: membership.clone(),
             members: Semaphore::new(MEMBERS_MAX),
             joiners: Semaphore::new(JOINERS_MAX),
         };
+        let dispatcher = Dispatcher::new(endpoint.clone());
         let api_context = ApiContext::new(
             table,
-            Dispatcher::new(endpoint.clone()),
+            dispatcher.clone(),
             Telemetry::new()?,
             api::Limits::default(),
             draining.subscribe(),
-        );
+        )
+        .with_policy(config.policy)
+        .behind(gate);
+        let api_context = match tls {
+            Some(tls) => api_context.over(tls),
+            None => api_context,
+        };
 
         let mut tasks = JoinSet::new();
+        tasks.spawn(membership.shut_out(dispatcher, stopping.subscribe()));
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
-        let stop = stopping.subscribe();
-        tasks.spawn(renew_certificates(ca, endpoint.clone(), context.clone(), stop));
+        tasks.spawn(peers.clone().run(config.join, stopping.subscribe()));
+        tasks.spawn(tell_workers(store, agents, stopping.subscribe()));
+        let (to, peer_tasks) = (context.clone(), peers.clone());
+        let renewal = Renewal {
+            me,
+            data,
+            authority,
+            endpoint: endpoint.clone(),
+            context: to,
+            peers: peer_tasks,
+        };
+        tasks.spawn(renewal.run(stopping.subscribe()));
         let api = api::serve(listener, api_context);
-        Ok(Self { coordinator, context, view, endpoint, draining, stopping, api, tasks })
+        Ok(Self { coordinator, context, view, endpoint, draining, stopping, api, tasks, peers })
     }
 
     async fn drain(mut self) {
@@ -301,16 +287,14 @@ impl Drop for Running {
     }
 }
 
-async fn close(store: RaftStore) {
-    // It fails only where the runtime ends; then the file is closed with the process.
-    let _ = tokio::task::spawn_blocking(move || store.close()).await;
-}
-
 /// What is behind each conversation.
 struct Servers {
     agents: Agents,
     admin: AdminServer,
     join: JoinServer,
+    renew: JoinServer,
+    peers: Peers,
+    membership: Membership,
     members: Semaphore,
     joiners: Semaphore,
 }
@@ -348,98 +332,46 @@ impl Servers {
             return connection
                 .close(close_code::REFUSED, "too many conversations; try again later");
         };
-        match connection.alpn() {
-            Alpn::Control => self.agents.serve(connection).await,
-            Alpn::Admin => self.admin.serve(connection).await,
-            Alpn::Join => self.join.serve(connection).await,
-            // Not offered, so TLS does not agree on them.
-            Alpn::Requests | Alpn::Activations => {
-                connection.close(close_code::REFUSED, "a coordinator does not compute");
+        if connection.alpn() == Alpn::Raft {
+            // Whoever has just joined does not know its peers yet: it looks at them itself.
+            return self.peers.serve(connection).await;
+        }
+        let conversation = connection.clone();
+        let talk = async {
+            match connection.alpn() {
+                Alpn::Control => self.agents.serve(conversation).await,
+                Alpn::Admin => self.admin.serve(conversation).await,
+                Alpn::Join => self.join.serve(conversation).await,
+                Alpn::Renew => self.renew.serve(conversation).await,
+                // Not offered, so TLS does not agree on them; or seen to above.
+                Alpn::Requests | Alpn::Activations | Alpn::Raft => {
+                    conversation.close(close_code::REFUSED, "a coordinator does not compute");
+                }
             }
-        }
+        };
+        self.membership.while_member(&connection, talk).await;
     }
 }
 
-fn create_folder(path: &Path) -> Result<(), StartError> {
-    // Keys lie in it.
-    let created = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    created.map_err(|source| StartError::Data { path: path.to_owned(), source })
-}
-
-/// Founds the cluster or finds it again: the CA, and a fresh certificate for this coordinator.
-///
-/// The state is written before the CA's key, so a founding that is cut off leaves a state without
-/// nodes that anybody relies on, and is begun anew. A key without a state is what a lost disk leaves:
-/// numbers would be given a second time, so it is refused.
-async fn authority(
-    store: &ControlStore,
-    data: &Path,
-) -> Result<(CertificateAuthority, Identity), StartError> {
-    let path = data.join(CA_FILE);
-    let incomplete =
-        |found, missing| StartError::Incomplete { path: data.to_owned(), found, missing };
-    let state = store.state();
-    let founded = state.nodes.get(SELF).is_some() && state.nodes.get(OPERATOR).is_some();
-    let now = SystemTime::now();
-    if let Some(ca) = CertificateAuthority::load(&path)? {
-        if !founded {
-            return Err(incomplete("the CA's key", "the cluster's state"));
-        }
-        let identity = ca.issue_identity(SELF, now)?;
-        return Ok((ca, identity));
-    }
-    if state.nodes.workers().next().is_some() {
-        return Err(incomplete("the cluster's state", "the CA's key"));
-    }
-    let ca = CertificateAuthority::create(now)?;
-    let identity = ca.issue_identity(SELF, now)?;
-    for node in [SELF, OPERATOR] {
-        if state.nodes.get(node).is_none() {
-            // Both get new keys at each start, so the CA stands for the key that renews them.
-            let key = KeyFingerprint(ca.fingerprint());
-            store.propose(Change::Node(NodeCommand::Enrol { role: node.role, key })).await?;
-        }
-    }
-    ca.save(&path)?;
-    tracing::info!("founded a cluster in {}", data.display());
-    Ok((ca, identity))
-}
-
-/// Writes what the operator needs. An address that listens everywhere is reached by loopback.
-fn write_context(
-    ca: &CertificateAuthority,
-    cluster: SocketAddr,
-    path: &Path,
-) -> Result<(), StartError> {
-    let ip = match cluster.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    let identity = ca.issue_identity(OPERATOR, SystemTime::now())?;
-    let address = SocketAddr::new(ip, cluster.port());
-    Ok(AdminContext { address, identity }.save(path)?)
-}
-
-/// Certificates live for a day; this coordinator holds the CA, so it renews its own.
-async fn renew_certificates(
-    ca: Arc<CertificateAuthority>,
-    endpoint: Endpoint,
-    context: PathBuf,
-    mut stop: watch::Receiver<bool>,
-) {
+/// Tells the workers where the coordinators are, on every change.
+async fn tell_workers(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
+    let mut state = store.watch();
     loop {
-        tokio::select! {
-            () = tokio::time::sleep(RENEW_PERIOD) => {}
-            _ = stop.wait_for(|stop| *stop) => return,
+        let known: Vec<_> = {
+            let state = state.borrow_and_update();
+            let all = state.coordinators.iter();
+            let address = |(node, record): (NodeId, &CoordinatorRecord)| CoordinatorAddress {
+                node,
+                cluster: record.cluster,
+            };
+            all.map(address).collect()
+        };
+        if !known.is_empty() {
+            agents.set_coordinators(known);
         }
-        let renewed = ca
-            .issue_identity(SELF, SystemTime::now())
-            .map_err(StartError::from)
-            .and_then(|identity| Ok(endpoint.renew(Arc::new(identity))?))
-            .and_then(|()| write_context(&ca, endpoint.local_address(), &context));
-        if let Err(error) = renewed {
-            tracing::error!(%error, "certificates could not be renewed; trying again later");
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            _ = stop.wait_for(|stop| *stop) => return,
         }
     }
 }
@@ -450,5 +382,6 @@ fn empty_view(coordinator: &CoordinatorView) -> ClusterView {
         workers: Vec::new(),
         deployments: Vec::new(),
         plan: Plan::default(),
+        coordinators: Vec::new(),
     }
 }

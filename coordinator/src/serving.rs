@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::{HeadReport, ShardReport};
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
 
@@ -40,10 +41,12 @@ pub struct ServedDeployment {
     pub replicas: Vec<ServedReplica>,
     /// Why it is not ready, where it is not.
     pub reason: String,
+    /// Whether there is anything to wait for.
+    pub phase: DeploymentPhase,
 }
 
 /// One replica as the router sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServedReplica {
     /// The replica.
     pub id: ReplicaId,

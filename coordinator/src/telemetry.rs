@@ -12,9 +12,13 @@ use prometheus::{
 };
 use shoal_protocol::error::ErrorCode;
 
+use crate::router::Standing;
 use crate::serving::ServingTable;
+use resumes::Resumes;
 
 mod reported;
+mod resumes;
+mod routing;
 
 /// The metrics of one coordinator.
 #[derive(Debug)]
@@ -33,6 +37,7 @@ pub struct Telemetry {
     sequences_open: IntGaugeVec,
     answers_failed: IntCounterVec,
     http_requests: IntCounterVec,
+    resumes: Resumes,
 }
 
 /// Bounds of latencies up to the first token and of waits, in seconds: vLLM's.
@@ -138,6 +143,7 @@ impl Telemetry {
                 "Responses begun, by route, status and reason (ok, or the error's label).",
                 &["route", "status", "reason"],
             )?,
+            resumes: Resumes::new(&registry)?,
             sequences_open,
             registry,
         }))
@@ -170,9 +176,11 @@ impl Telemetry {
         &self,
         table: &ServingTable,
         stale_events: u64,
+        standings: &[(String, Standing)],
     ) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(reported::families(table, stale_events)?);
+        families.extend(routing::families(standings)?);
         // The encoder refuses a family that nothing has a value for.
         families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)
@@ -284,7 +292,7 @@ mod tests {
     use super::*;
 
     fn has(telemetry: &Telemetry, line: &str) {
-        let text = telemetry.render(&ServingTable::default(), 0).expect("renders");
+        let text = telemetry.render(&ServingTable::default(), 0, &[]).expect("renders");
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
 

@@ -6,6 +6,9 @@ mod api_http {
     mod client;
     mod failures;
     mod head;
+    mod keys;
+    mod recovery;
     mod refusals;
     mod setup;
+    mod tls;
 }

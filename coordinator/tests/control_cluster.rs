@@ -6,6 +6,7 @@ mod control_support;
 
 use control_support::*;
 use shoal_coordinator::{Coordinator, CoordinatorConfig, StartError};
+use shoal_protocol::access::{AccessCall, AccessReply, KeyLimits, KeyName, KeyStanding};
 use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, Role};
@@ -112,11 +113,6 @@ async fn roles_bound_what_a_certificate_may_ask() {
         let reason = within("the refusal", connection.closed()).await.to_string();
         assert!(reason.contains("not allowed"), "{alpn}: {reason}");
     }
-    let reply = cluster
-        .operator
-        .call(AdminCall::CreateToken { role: Role::Coordinator, uses: 1, expires_s: 60 })
-        .await;
-    assert_eq!(refusal(reply).code, ErrorCode::Unsupported);
 }
 
 #[tokio::test]
@@ -286,7 +282,7 @@ async fn a_start_that_cannot_be_is_an_error_that_says_what_to_do() {
     };
     let mut open = config(other.path());
     open.listen = ([0, 0, 0, 0], 8000).into();
-    check(open, "there are no API keys yet").await;
+    check(open, "there is no API key").await;
     let mut busy = config(other.path());
     busy.listen = cluster.coordinator.api_address();
     check(busy, "`:0` as the port picks a free one").await;
@@ -300,6 +296,50 @@ async fn a_start_that_cannot_be_is_an_error_that_says_what_to_do() {
     std::fs::remove_file(data.path().join("state.redb")).unwrap();
     let error = check(config(data.path()), "has the CA's key but not the cluster's state").await;
     assert!(matches!(error, StartError::Incomplete { .. }));
+}
+
+#[tokio::test]
+async fn an_api_listens_for_others_once_there_is_a_good_key() {
+    let cluster = Cluster::with_workers(0).await;
+    let name = KeyName::new("alice").unwrap();
+    let access =
+        async |operator: &Operator, call| match operator.call(AdminCall::Access(call)).await {
+            AdminReply::Access(reply) => Ok(reply),
+            other => Err(refusal(other).code),
+        };
+    let create = |limits| AccessCall::CreateKey { name: name.clone(), limits, expires_s: None };
+    let made = access(&cluster.operator, create(KeyLimits::default())).await.unwrap();
+    let AccessReply::Key { secret } = made else { panic!("no key") };
+    assert!(secret.starts_with("sk-shoal-") && secret.len() == 73, "{secret}");
+    let again = access(&cluster.operator, create(KeyLimits::default())).await;
+    assert_eq!(again, Err(ErrorCode::AlreadyExists));
+    let none = KeyLimits { requests_per_minute: Some(0), concurrent: None };
+    let bad =
+        AccessCall::CreateKey { name: KeyName::new("b").unwrap(), limits: none, expires_s: None };
+    assert_eq!(access(&cluster.operator, bad).await, Err(ErrorCode::InvalidRequest));
+    let Cluster { coordinator, data, .. } = cluster;
+    within("the drain", coordinator.drain()).await;
+
+    // The secret is nowhere on the disk.
+    for file in std::fs::read_dir(data.path()).unwrap() {
+        let bytes = std::fs::read(file.unwrap().path()).unwrap();
+        let parts = [secret.as_bytes(), secret[9..].as_bytes()];
+        assert!(!parts.iter().any(|part| bytes.windows(part.len()).any(|w| w == *part)));
+    }
+    let mut public = config(data.path());
+    public.listen = ([0, 0, 0, 0], 0).into();
+    let coordinator = start(public.clone()).await.unwrap();
+    let operator = Operator::of(&coordinator);
+    let revoke = AccessCall::RevokeKey { name: name.clone() };
+    assert_eq!(access(&operator, revoke.clone()).await, Ok(AccessReply::Done));
+    assert_eq!(access(&operator, revoke).await, Err(ErrorCode::InvalidRequest));
+    let listed = access(&operator, AccessCall::ListKeys).await.unwrap();
+    let AccessReply::Keys(keys) = listed else { panic!("no list") };
+    assert_eq!(keys.len(), 1);
+    assert!(keys[0].standing == KeyStanding::Revoked && keys[0].revoked_s.is_some());
+    within("the drain", coordinator.drain()).await;
+    let error = start(public).await.unwrap_err();
+    assert!(matches!(error, StartError::NotLoopback { .. }), "{error}");
 }
 
 #[tokio::test]

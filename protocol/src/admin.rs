@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::{AccessCall, AccessReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
@@ -65,6 +66,15 @@ pub enum AdminCall {
         /// Which.
         name: DeploymentName,
     },
+    /// Change which coordinators vote: all in one step.
+    ChangeVoters {
+        /// These get a vote.
+        add: Vec<NodeId>,
+        /// These belong to the cluster no longer.
+        remove: Vec<NodeId>,
+    },
+    /// API keys, join tokens and nodes.
+    Access(AccessCall),
     /// Serve a model with another number of replicas or stages, spread over the workers that there are
     /// now.
     Scale {
@@ -104,6 +114,8 @@ pub enum AdminReply {
     Plan(Box<PlanView>),
     /// Refused; nothing has changed.
     Refused(WireError),
+    /// To `Access`.
+    Access(AccessReply),
     /// To a dry run: what would change.
     Change(Box<ChangeView>),
 }
@@ -119,6 +131,8 @@ pub struct ClusterView {
     pub deployments: Vec<DeploymentView>,
     /// The current plan.
     pub plan: Plan,
+    /// All coordinators, by number.
+    pub coordinators: Vec<PeerView>,
 }
 
 /// A coordinator.
@@ -134,6 +148,49 @@ pub struct CoordinatorView {
     pub api: SocketAddr,
     /// Where it takes the cluster's conversations.
     pub cluster: SocketAddr,
+    /// Whether the public API speaks TLS.
+    pub tls: bool,
+}
+
+/// A coordinator, as the log knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerView {
+    /// Its identity.
+    pub id: NodeId,
+    /// Where it takes the cluster's conversations.
+    pub cluster: SocketAddr,
+    /// The version of its binary.
+    pub build: String,
+    /// What it may do.
+    pub vote: Vote,
+    /// Whether it leads, as far as the answering coordinator knows.
+    pub leads: bool,
+}
+
+/// What a coordinator may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vote {
+    /// It votes.
+    Voter,
+    /// It takes the log and will vote when it has caught up.
+    Promoted,
+    /// It takes the log and has no say.
+    Learner,
+    /// The log does not know it yet.
+    Joining,
+}
+
+impl Vote {
+    /// The word of the CLI.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Vote::Voter => "votes",
+            Vote::Promoted => "catches up, then votes",
+            Vote::Learner => "learns",
+            Vote::Joining => "joins",
+        }
+    }
 }
 
 /// A worker.

@@ -237,6 +237,10 @@ pub struct ShardCounters {
     pub link_rtt_us: u64,
     /// Packets that the link's transport declared lost.
     pub lost_packets: u64,
+    /// How often a neighbour was suspected to be dead.
+    pub suspicions: u64,
+    /// Neighbours that are suspects now.
+    pub suspects: u64,
 }
 
 /// A head, as observed.

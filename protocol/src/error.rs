@@ -101,6 +101,8 @@ error_codes! {
     StorageFailed = 29, "storage_failed", Cluster, retry true;
     /// Something that should not happen; the log says what.
     Internal = 30, "internal", Cluster, retry false;
+    /// The request seems to kill its workers, and is not tried again.
+    Quarantined = 40, "quarantined", Caller, retry false;
 }
 
 impl fmt::Display for ErrorCode {

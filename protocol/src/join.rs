@@ -1,4 +1,5 @@
-//! Joining a cluster (`shoal-join`): the one conversation without a client certificate.
+//! Joining a cluster (`shoal-join`), and coming back after too long (`shoal-renew`): the conversations
+//! without a client certificate.
 //!
 //! The joiner pins the CA by the fingerprint in its token before it sends the secret. Both
 //! messages are postcard and at most `MESSAGE_LEN_MAX` bytes.
@@ -26,7 +27,18 @@ pub struct JoinRequest {
     pub csr: Vec<u8>,
 }
 
-/// What the coordinator answers.
+/// What a node sends whose certificate has expired (`shoal-renew`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewRequest {
+    /// The protocol versions the node speaks.
+    pub versions: VersionRange,
+    /// Who it is.
+    pub node: NodeId,
+    /// A certificate signing request, DER, signed with the key that the cluster has on record.
+    pub csr: Vec<u8>,
+}
+
+/// What the coordinator answers to either.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JoinReply {
     /// Welcome.

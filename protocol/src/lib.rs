@@ -10,6 +10,7 @@
 //!
 //! Without the `quic` feature this crate has no socket, no clock and no runtime in it.
 
+pub mod access;
 pub mod activation;
 pub mod admin;
 pub mod control;
@@ -17,7 +18,9 @@ pub mod error;
 pub mod frame;
 pub mod id;
 pub mod join;
+pub mod liveness;
 pub mod model;
+pub mod peer;
 pub mod plan;
 #[cfg(feature = "quic")]
 pub mod quic;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use shoal_protocol::access::{AccessCall, AccessReply, KeyLimits, KeyName};
 use shoal_protocol::activation::{
     BlockGrant, CloseHeader, LinkHello, Open, OpenHeader, RowRecord, Sample, SampleRecord, Samples,
     SamplesHeader, Step, StepHeader,
@@ -258,7 +259,7 @@ fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 6] {
     ]
 }
 
-fn admin_requests() -> [(&'static str, AdminRequest); 3] {
+fn admin_requests() -> [(&'static str, AdminRequest); 5] {
     let request = |call| AdminRequest { versions: VersionRange { min: 1, max: 1 }, call };
     let deploy = AdminCall::Deploy {
         name: DeploymentName::new("demo").unwrap(),
@@ -273,6 +274,21 @@ fn admin_requests() -> [(&'static str, AdminRequest); 3] {
         (
             "AdminCreateToken",
             request(AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 3600 }),
+        ),
+        (
+            "AdminCreateKey",
+            request(AdminCall::Access(AccessCall::CreateKey {
+                name: KeyName::new("alice").unwrap(),
+                limits: KeyLimits { requests_per_minute: Some(60), concurrent: None },
+                expires_s: Some(3600),
+            })),
+        ),
+        (
+            "AdminRemoveNode",
+            request(AdminCall::Access(AccessCall::RemoveNode {
+                node: NodeId::worker(2),
+                force: true,
+            })),
         ),
     ]
 }
@@ -374,6 +390,8 @@ fn control_messages_have_golden_bytes() {
     coordinator_messages().iter().for_each(|(name, message)| check_message(name, message));
     admin_requests().iter().for_each(|(name, message)| check_message(name, message));
     check_message("AdminToken", &AdminReply::Token { token: "shoal1.worker.aa.bb".to_owned() });
+    let key = AccessReply::Key { secret: "sk-shoal-aa".to_owned() };
+    check_message("AdminKey", &AdminReply::Access(key));
     let join = JoinRequest {
         versions: VersionRange { min: 1, max: 1 },
         secret: [7; 32],

@@ -17,7 +17,7 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join};
-use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Identity, close_code};
+use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Identity, SharedLease, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -152,7 +152,7 @@ impl Worker {
             devices: vec![device.clone()],
             numerics: vec![Numerics::N1],
         };
-        let heads = Heads::default();
+        let (heads, lease) = (Heads::default(), Arc::new(SharedLease::default()));
         let threads = std::num::NonZeroUsize::new(device.threads as usize);
         let (agent, handle) = Agent::start(AgentParts {
             register,
@@ -161,6 +161,7 @@ impl Worker {
             endpoint: endpoint.clone(),
             links: Arc::clone(&links),
             heads: heads.clone(),
+            lease: Arc::clone(&lease),
             models: Models {
                 data: config.data,
                 builtin: config.builtin,
@@ -168,7 +169,7 @@ impl Worker {
             },
             budget: device.memory,
         });
-        let intake = Intake::new(identity.node, heads);
+        let intake = Intake::new(identity.node, heads, lease);
         Ok(Self { id: identity.node, agent, handle, endpoint, intake, links })
     }
 

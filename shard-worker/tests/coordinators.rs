@@ -33,7 +33,8 @@ impl Talk {
     }
 
     async fn until(&mut self, what: &str, holds: impl Fn(&Said) -> bool) -> Said {
-        let waited = tokio::time::timeout(PATIENCE, self.said.wait_for(|said| holds(said))).await;
+        let mut heard = self.said.clone();
+        let waited = tokio::time::timeout(PATIENCE, heard.wait_for(|said| holds(said))).await;
         match waited {
             Ok(said) => said.unwrap().clone(),
             Err(_) => panic!("never: {what}; {:?}", self.said.borrow()),

@@ -10,12 +10,13 @@ use cluster::relay::Relay;
 use cluster::*;
 use shoal_protocol::control::ShardState;
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{NodeId, TokenId};
+use shoal_protocol::id::{Attempt, NodeId, TokenId};
+use shoal_protocol::liveness::LEASE;
 use shoal_protocol::plan::{PeerAddress, PretendSpec};
-use shoal_protocol::request::{FinishReason, HeadEvent};
+use shoal_protocol::request::{FinishReason, Generate, HeadEvent, SamplingRecord};
 
 /// How long a stream may go on behind the death of a worker that it needs.
-const NOTICED_WITHIN: Duration = Duration::from_secs(2);
+const NOTICED_WITHIN: Duration = Duration::from_millis(1300);
 
 async fn start(cluster: &Cluster, count: u32) -> Vec<TestWorker> {
     let mut workers = Vec::new();
@@ -154,6 +155,44 @@ async fn a_silent_worker_ends_the_streams_with_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_a_coordinator_finishes_its_streams_and_takes_no_new_work() {
+    let cluster = Cluster::new();
+    let mut workers = start(&cluster, 1).await;
+    // 0.9 s of tokens would be over before the lease is; these take twice its length.
+    let tokens = 2 * (LEASE.as_millis() / 60) as u32;
+    let slow = PretendSpec { layer_step_ns: 60_000_000 / u64::from(SPEC.layers), ..SPEC };
+    deploy(&layout_of(slow.clone(), 1, &nodes(&workers)), &mut workers).await;
+    let connection = dial_head(&cluster, &workers[0]).await;
+    let mut running = Stream::open(&connection, &request(&[1, 2, 3], tokens)).await;
+    assert!(running.next().await.is_some());
+    let (_, last) = Stream::open(&connection, &request(&[4], 1)).await.finish().await;
+    expect_done(&last);
+
+    // The control link ends and nobody answers any more; requests still arrive.
+    let worker = workers.remove(0);
+    drop(worker.to);
+    let begun = Instant::now();
+    let refused = loop {
+        let (_, last) = Stream::open(&connection, &request(&[5], 1)).await.finish().await;
+        match last {
+            HeadEvent::Done { .. } => assert!(begun.elapsed() < LEASE * 2, "it is never refused"),
+            last => break last,
+        }
+    };
+    expect_failed(&refused, ErrorCode::NotReady, "takes no new work");
+    assert!(begun.elapsed() > LEASE - Duration::from_secs(1), "after {:?}", begun.elapsed());
+    let mut rest = 1;
+    let last = loop {
+        match running.next().await.expect("a last event") {
+            HeadEvent::Token { .. } => rest += 1,
+            last => break last,
+        }
+    };
+    expect_done(&last);
+    assert_eq!(rest, tokens, "what ran has finished");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn survivors_serve_again_in_a_new_generation() {
     let cluster = Cluster::new();
     let mut workers = start(&cluster, 3).await;
@@ -240,5 +279,81 @@ async fn a_drained_cluster_lets_its_streams_out() {
     assert_eq!(tokens, 20);
     for worker in workers {
         within(worker.task).await.unwrap();
+    }
+}
+
+/// All events of an answer.
+async fn events_of(mut stream: Stream) -> Vec<HeadEvent> {
+    let mut events = Vec::new();
+    while let Some(event) = stream.next().await {
+        events.push(event);
+    }
+    events
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resumed_answer_is_the_rest_of_the_same_one_bit_for_bit() {
+    let cluster = Cluster::new();
+    let mut workers = start(&cluster, 2).await;
+    deploy(&layout(1, &nodes(&workers)), &mut workers).await;
+    let connection = dial_head(&cluster, &workers[0]).await;
+    let sampling = SamplingRecord {
+        seed: 77,
+        stream: 3,
+        temperature: 1.3,
+        top_k: 40,
+        presence_penalty: 0.7,
+        frequency_penalty: 0.3,
+        repetition_penalty: 1.2,
+        logprobs: 3,
+        ..SamplingRecord::GREEDY
+    };
+    // A prompt that ends within a block, and an answer over several.
+    let prompt: Vec<TokenId> = (0..21).map(|t| (t * 31) % SPEC.vocab).collect();
+    let mut whole = Generate { sampling, ..request(&prompt, 40) };
+    let undisturbed = events_of(Stream::open(&connection, &whole).await).await;
+    let tokens: Vec<TokenId> = undisturbed
+        .iter()
+        .filter_map(|event| match event {
+            HeadEvent::Token { header, .. } => Some(header.token),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(tokens.len(), 40);
+    // Also one that ends by a token: the resumed one must end there, too.
+    let ends = [vec![], vec![tokens[30]]];
+    for stop_tokens in ends {
+        whole.stop_tokens = stop_tokens;
+        let undisturbed = events_of(Stream::open(&connection, &whole).await).await;
+        let last = undisturbed.len() - 1;
+        for known in (0..last).step_by(3).chain([last - 1, last]) {
+            let mut resumed = whole.clone();
+            resumed.attempt = Attempt(whole.attempt.0 + 1);
+            resumed.tokens.extend(&tokens[..known]);
+            let rest = events_of(Stream::open(&connection, &resumed).await).await;
+            assert_eq!(rest.len(), undisturbed.len() - known, "after {known} tokens");
+            for (event, expected) in rest.iter().zip(&undisturbed[known..]) {
+                assert_eq!(words(event, resumed.attempt), words(expected, whole.attempt));
+            }
+        }
+    }
+}
+
+/// What an event says, bit for bit, but for how long it took. Checks whose it is.
+fn words(event: &HeadEvent, attempt: Attempt) -> Vec<u32> {
+    match event {
+        HeadEvent::Token { header, candidates } => {
+            assert_eq!(header.attempt, attempt.0);
+            let candidates = candidates.iter().flat_map(|c| [c.token, c.logprob.to_bits()]);
+            [header.index, header.token, header.logprob.to_bits()]
+                .into_iter()
+                .chain(candidates)
+                .collect()
+        }
+        HeadEvent::Done { header, reason } => {
+            assert_eq!(header.attempt, attempt.0);
+            vec![*reason as u32, header.tokens, header.stop_token]
+        }
+        HeadEvent::Failed { message, .. } => panic!("{message}"),
     }
 }

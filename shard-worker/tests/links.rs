@@ -23,7 +23,7 @@ use shoal_shard_worker::stage::{
     ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links,
     StageInput, StepData, records_of,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 const W1: NodeId = NodeId::worker(1);
 const W2: NodeId = NodeId::worker(2);
@@ -251,7 +251,8 @@ fn ends(cluster: &Cluster) -> [End; 2] {
         let (events_to, events) = mpsc::channel(4);
         let inlet = Inlet::Stage { hidden, pool: pool.clone(), to };
         let counters = Default::default();
-        let ends = LinkEnds { inlet, outlet, events: events_to, counters };
+        let ends =
+            LinkEnds { inlet, outlet, events: events_to, counters, work: watch::channel(0).1 };
         let ring = LinkPlan::of(&assignment).unwrap().unwrap();
         let attached = links.attach(ring, ends);
         End { _links: links, _attached: attached, frames, inputs, events, received_into: pool }

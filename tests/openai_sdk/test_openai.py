@@ -5,6 +5,7 @@ SHOAL_MODEL.
 """
 
 import os
+import signal
 import unittest
 
 import openai
@@ -171,6 +172,28 @@ class Sdk(unittest.TestCase):
                 return [answer.choices[0].message.content for answer in answers]
 
         self.assertEqual(asyncio.run(ask()), [ANSWER] * 8)
+
+
+@unittest.skipUnless("SHOAL_VICTIM" in os.environ, "no worker is named to be killed")
+class Survival(unittest.TestCase):
+    def test_a_stream_survives_the_kill_of_a_worker(self):
+        client = openai.OpenAI(base_url=URL, api_key="unused", max_retries=0, timeout=30)
+        arguments = {
+            "model": os.environ["SHOAL_SLOW_MODEL"],
+            "prompt": list(range(10, 30)),
+            "max_tokens": 300,
+            "temperature": 1.0,
+            "seed": 3,
+            "extra_body": {"ignore_eos": True, "return_token_ids": True},
+        }
+        undisturbed = client.completions.create(**arguments).choices[0].token_ids
+        self.assertEqual(len(undisturbed), 300)
+        seen = []
+        for chunk in client.completions.create(**arguments, stream=True):
+            seen += chunk.choices[0].token_ids or []
+            if len(seen) == 20:
+                os.kill(int(os.environ["SHOAL_VICTIM"]), signal.SIGKILL)
+        self.assertEqual(seen, undisturbed)
 
 
 if __name__ == "__main__":

@@ -7,3 +7,4 @@
 pub mod api;
 pub mod model;
 pub mod proc;
+pub mod slow;

@@ -1,134 +1,19 @@
 //! What breaks, and what a user sees of it: words and an end, never a hang.
 
 use std::net::TcpListener;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use shoal_protocol::admin::{ClusterView, DeploymentPhase};
-use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::{Api, Event};
 use shoal_tests::model::{RandomLlama, copy, demo};
-use shoal_tests::proc::{Admin, Process, Signal, Up, UpOptions, signal, wait_until_gone};
-
-/// How long a client may wait for the news that a worker is lost.
-const NEWS_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long a deployment that is ready may turn requests away: until the coordinator has found the
-/// new links.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+use shoal_tests::proc::{Process, Signal, Up, UpOptions, signal, wait_until_gone};
+use shoal_tests::slow::{SLOW, slow_stream};
 
 /// How long a cluster of three may take to serve again.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// A model whose tokens take 6 ms, so that a stream lasts long enough to break.
-const SLOW: PretendSpec = PretendSpec {
-    layers: 6,
-    hidden: 64,
-    vocab: 1000,
-    max_context: 4096,
-    seed: 5,
-    layer_step_ns: 1_000_000,
-    layer_row_ns: 0,
-    layer_weight_bytes: 1 << 20,
-};
-
-fn slow_stream(api: &Api) -> Result<shoal_tests::api::Stream> {
-    let prompt: Vec<u32> = (10..30).collect();
-    let options = json!({"max_tokens": 2000, "ignore_eos": true, "return_token_ids": true});
-    api.stream(prompt, options)
-}
-
-fn some_tokens(api: &Api) -> Result<Value> {
-    let prompt: Vec<u32> = (10..30).collect();
-    let options = json!({"max_tokens": 20, "ignore_eos": true, "return_token_ids": true});
-    Ok(api.complete(prompt, options)?.ok()?.body["choices"][0]["token_ids"].clone())
-}
-
-/// The process that holds a stage of a deployment.
-fn holder(view: &ClusterView, deployment: &str, stage: usize) -> Result<u32> {
-    let mut replicas = view.plan.replicas.iter();
-    let replica = replicas.find(|r| r.deployment.as_str() == deployment).context("a plan")?;
-    let node = replica.stages[stage].shards[0].node;
-    Ok(view.workers.iter().find(|w| w.id == node).context("its worker")?.pid)
-}
-
-/// Asks again, as a client does, where a link turns out to be gone that nobody had used meanwhile: for
-/// a moment, and never again once it is served.
-fn served<T: PartialEq + std::fmt::Debug>(admin: &Admin, ask: impl Fn() -> Result<T>) -> Result<T> {
-    let until = Instant::now() + SETTLE_TIMEOUT;
-    let answer = loop {
-        match ask() {
-            Err(error) if error.to_string().contains("HTTP 503") && Instant::now() < until => {
-                let mut views = 0;
-                let another = |_: &ClusterView| {
-                    views += 1;
-                    views > 1
-                };
-                // Whether the view changes or not, it is time to ask again.
-                let _ = admin.wait_until("different", Duration::from_millis(50), another);
-            }
-            outcome => break outcome?,
-        }
-    };
-    for _ in 0..5 {
-        assert_eq!(ask().context("it was served a moment ago")?, answer);
-    }
-    Ok(answer)
-}
-
-/// Breaks the worker of each stage in the middle of a stream.
-fn break_each_stage(how: Signal, mend: Option<Signal>) -> Result<()> {
-    let up = Up::start(&UpOptions::default())?;
-    let admin = up.admin()?;
-    let mut view = admin.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
-    let api = Api::new(up.url(), "slow");
-    let undisturbed = some_tokens(&api)?;
-    for stage in 0..3 {
-        let pid = holder(&view, "slow", stage)?;
-        let mut stream = slow_stream(&api)?;
-        for _ in 0..5 {
-            assert!(matches!(stream.event()?, Event::Chunk(_)));
-        }
-        signal(pid, how)?;
-        let broken_at = Instant::now();
-        let (_, end) = stream.rest()?;
-        let waited = broken_at.elapsed();
-        let Event::Error(error) = end else { panic!("stage {stage} broke: {end:?}") };
-        assert!(waited < NEWS_TIMEOUT, "stage {stage}: the news took {waited:?}");
-        let message = error["error"]["message"].as_str().unwrap_or_default();
-        assert!(!message.is_empty(), "stage {stage}: {error}");
-        if let Some(mend) = mend {
-            signal(pid, mend)?;
-        }
-        // The client may hear of it before the coordinator does; where that has seen it and mended it
-        // by now, there is nothing to wait for.
-        let _ = admin.wait_until("noticed", NEWS_TIMEOUT, |seen| {
-            seen.workers.iter().any(|w| !w.connected)
-                || seen.deployments.iter().any(|d| d.phase != DeploymentPhase::Ready)
-        });
-        // Another generation of both deployments, or the same one, but served.
-        admin.wait_until("served again", RECOVERY_TIMEOUT, |view| {
-            view.workers.iter().all(|w| w.connected)
-                && view.deployments.iter().all(|d| d.phase == DeploymentPhase::Ready)
-        })?;
-        view = admin.wait_for_phase("slow", DeploymentPhase::Ready, RECOVERY_TIMEOUT)?;
-        assert_eq!(served(&admin, || some_tokens(&api))?, undisturbed, "stage {stage}");
-        let sum = || Ok(up.api().chat("What is 2 plus 2?", json!({}))?.ok()?.text().to_owned());
-        assert_eq!(served(&admin, sum)?, "2 plus 2 is 4.");
-    }
-    Ok(())
-}
-
-#[test]
-fn a_killed_worker_ends_its_streams_with_words_and_comes_back() -> Result<()> {
-    break_each_stage(Signal::KILL, None)
-}
-
-#[test]
-fn a_frozen_worker_ends_its_streams_with_words_and_comes_back() -> Result<()> {
-    break_each_stage(Signal::STOP, Some(Signal::CONT))
-}
 
 #[test]
 fn a_client_that_hangs_up_is_cancelled() -> Result<()> {

@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use shoal_protocol::plan::ModelSource;
 use shoal_tests::proc::{Process, Up, UpOptions};
+use shoal_tests::slow::{SLOW, holder};
 
 /// Set to 1 where PyPI cannot be reached.
 const SKIP: &str = "SHOAL_SKIP_OPENAI_SDK";
@@ -34,11 +36,14 @@ fn the_openai_sdk_passes() -> Result<()> {
         )
     })?;
     let up = Up::start(&UpOptions::default())?;
+    let view = up.admin()?.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
     let mut tests = Command::new(python);
     tests
         .arg(folder().join("test_openai.py"))
         .env("SHOAL_URL", format!("{}/v1", up.url()))
         .env("SHOAL_MODEL", "demo")
+        .env("SHOAL_SLOW_MODEL", "slow")
+        .env("SHOAL_VICTIM", holder(&view, "slow", 1)?.to_string())
         .env("NO_PROXY", "127.0.0.1");
     let finished = Process::spawn(tests)?.finish(TESTS_TIMEOUT)?;
     print!("{}{}", finished.stdout, finished.stderr);

@@ -25,6 +25,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Files and folders that take time and randomness as arguments and return what is to be done.
 const PURE: &[&str] = &[
+    "coordinator/src/api/auth.rs",
     "coordinator/src/api/fields.rs",
     "coordinator/src/api/generation.rs",
     "coordinator/src/api/messages.rs",
@@ -41,8 +42,15 @@ const PURE: &[&str] = &[
     "coordinator/src/control/reconcile",
     "coordinator/src/control/shape.rs",
     "coordinator/src/control/state",
+    "coordinator/src/control/store/etcd/chunks.rs",
+    "coordinator/src/control/store/etcd/entry.rs",
+    "coordinator/src/control/store/etcd/keys.rs",
+    "coordinator/src/control/store/etcd/tail.rs",
+    "coordinator/src/control/store/etcd/url.rs",
     "coordinator/src/dispatch/sequence.rs",
+    "coordinator/src/recovery/course.rs",
     "coordinator/src/router",
+    "protocol/src/access.rs",
     "protocol/src/activation.rs",
     "protocol/src/admin.rs",
     "protocol/src/control.rs",
@@ -50,6 +58,7 @@ const PURE: &[&str] = &[
     "protocol/src/frame.rs",
     "protocol/src/id.rs",
     "protocol/src/join.rs",
+    "protocol/src/liveness",
     "protocol/src/model/config.rs",
     "protocol/src/model/memory.rs",
     "protocol/src/model/mod.rs",

@@ -11,6 +11,7 @@ mod engine;
 mod frames;
 mod hop;
 mod planner;
+pub mod route;
 
 /// All of them, in order.
 pub fn run(report: &mut Report) -> Result<()> {

@@ -42,7 +42,7 @@ fn defaults_are_those_of_the_help() {
 #[test]
 fn values_are_read() {
     let line = "shoal up m --workers 2 --stages 1 --precision bf16 --worker-memory 600MiB \
-                --worker-threads 4 --listen localhost:0 --no-respawn --json";
+                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c";
     let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
     assert_eq!(up.model, Some("m".into()));
     assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
@@ -51,6 +51,7 @@ fn values_are_read() {
     assert_eq!(up.worker_threads.map(NonZeroU32::get), Some(4));
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
     assert!(up.no_respawn && up.json);
+    assert_eq!(up.policy, Policy::P2c);
 }
 
 #[test]
@@ -74,6 +75,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal up --memory 1GiB", "--worker-memory"),
         ("shoal status --jsno", "'--json'"),
         ("shoal coordinator --listne x", "'--listen'"),
+        ("shoal up --policy wrr", "dynamic_wrr"),
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
         ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
@@ -89,12 +91,19 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 127.0.0.1:1 --data d --device cuda:0", "it has cpu"),
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),
+        ("shoal keys craete x", "create"),
+        ("shoal keys create x --rpm 0", "from 1 up"),
+        ("shoal keys create x --expires 30", "30m"),
+        ("shoal keys revoke a/b", "letters, digits and"),
+        ("shoal coordinator --data d --listen :0 --cluster :0 --tls-cert c", "--tls-key"),
         ("shoal scale demo --stages some", "neither `auto` nor"),
         ("shoal scale demo --replicas 0", "from 1 up"),
         ("shoal drain c1", "write w2 or worker-2"),
         ("shoal drain two", "write w2 or worker-2"),
         ("shoal drain w2 --timeout 5s", "--wait"),
         ("shoal coordinator --data d", "--cluster"),
+        ("shoal coordinator --store http://a", "a store is etcd://"),
+        ("shoal coordinator --store etcd://a:b", "`a:b` is not HOST or HOST:PORT"),
         ("shoal", "Usage"),
     ] {
         let said = mistake(line);
@@ -130,4 +139,14 @@ fn a_damaged_token_is_not_repeated() {
         let said = mistake(&format!("shoal worker --join 127.0.0.1:1 --data d --token {token}"));
         assert!(!said.contains("c0ffee") && said.contains("--token"), "{said}");
     }
+}
+
+#[test]
+fn a_password_in_a_url_is_not_repeated() {
+    for url in ["etcd://u:c0ffee@a:b", "http://u:c0ffee@a", "etcd://u:c0ffee%x@a", "c0ffee"] {
+        let said = mistake(&format!("shoal coordinator --store {url}"));
+        assert!(!said.contains("c0ffee") && said.contains("--store"), "{said}");
+    }
+    let line = "shoal coordinator --data d --listen :0 --cluster :0 --store etcd://u:c0ffee@a";
+    assert!(!format!("{:?}", parse(line).unwrap()).contains("c0ffee"));
 }

@@ -3,6 +3,8 @@
 //! Nothing here opens a socket or a file. A wrong word exits with 2 and names the nearest right
 //! one.
 
+mod access;
+mod coordinators;
 mod moves;
 mod nearest;
 mod values;
@@ -15,15 +17,24 @@ use std::time::Duration;
 use clap::builder::styling::Styles;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use shoal_coordinator::config::EtcdUrl;
+use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
+pub use self::access::{
+    KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
+    TokenRevokeArgs,
+};
+pub use self::coordinators::CoordinatorsCommand;
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
-use self::values::{address, count, device, duration, name, nonzero, precision, size, token};
+use self::values::{
+    address, count, device, duration, name, nonzero, policy, precision, size, store, token,
+};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 
@@ -72,11 +83,17 @@ pub enum Command {
     /// Run a worker: this machine's share of the layers
     #[command(after_help = WORKER_EXAMPLES)]
     Worker(WorkerArgs),
-    /// Make the tokens with which nodes join
+    /// Make, list and revoke the tokens with which nodes join
     Token {
         /// What to do with tokens.
         #[command(subcommand)]
         command: TokenCommand,
+    },
+    /// Show the coordinators, and which of them vote
+    Coordinators {
+        /// What to do with coordinators.
+        #[command(subcommand)]
+        command: CoordinatorsCommand,
     },
     /// Serve a model, and wait until it is ready
     #[command(after_help = DEPLOY_EXAMPLES)]
@@ -90,6 +107,18 @@ pub enum Command {
     /// Talk to a deployment
     #[command(after_help = CHAT_EXAMPLES)]
     Chat(ChatArgs),
+    /// Make, list and revoke the keys of the public API
+    Keys {
+        /// What to do with keys.
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
+    /// List the nodes of the cluster, and remove one for ever
+    Nodes {
+        /// What to do with nodes.
+        #[command(subcommand)]
+        command: NodesCommand,
+    },
     /// Serve a model with more or fewer replicas or stages, spread over the workers there are now
     #[command(after_help = SCALE_EXAMPLES)]
     Scale(ScaleArgs),
@@ -138,7 +167,8 @@ pub struct UpArgs {
     /// Compute threads of each worker [default: an even share of the cores]
     #[arg(long, value_name = "T", value_parser = count)]
     pub worker_threads: Option<NonZeroU32>,
-    /// Where to take the public API; port 0 picks a free one
+    /// Where to take the public API; port 0 picks a free one; addresses that others reach need an API
+    /// key (`shoal keys create`)
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
     pub listen: SocketAddr,
     /// Keep identities, state and logs in this folder [default: a fresh folder, removed at the end]
@@ -154,11 +184,16 @@ pub struct UpArgs {
     /// no terminal (`make demo`)
     #[arg(long, hide = true, conflicts_with_all = ["json", "model"])]
     pub demo: bool,
+    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
+    pub policy: Policy,
 }
 
 const COORDINATOR_EXAMPLES: &str = "\
-Example:
+Examples:
   shoal coordinator --data /var/lib/shoal --listen 127.0.0.1:8000 --cluster 10.0.0.1:4000
+  SHOAL_ETCD_PASSWORD_FILE=/etc/shoal/etcd shoal coordinator … \
+    --store etcds://shoal@10.0.0.7:2379,10.0.0.8:2379 --store-ca /etc/etcd/ca.pem
 
 At its first start it makes the cluster's CA and an admin context file in DIR; operator verbs take
 that file with --context. Stopped and started again with the same DIR it finds its deployments.";
@@ -169,15 +204,66 @@ pub struct CoordinatorArgs {
     /// Identity, state and the admin context file are kept here
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Where to take the public API (HTTP); port 0 picks a free one
+    /// Where to take the public API (HTTP); port 0 picks a free one; addresses that others reach need
+    /// an API key (`shoal keys create`)
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub listen: SocketAddr,
+    /// Serve the public API with TLS: the certificate and what is between it and its authority, PEM;
+    /// looked at again every few seconds
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// Where to take the cluster's conversations (QUIC, mutual TLS); port 0 picks a free one
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub cluster: SocketAddr,
+    /// Where others reach --cluster, if that is another address
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub advertise: Option<SocketAddr>,
+    /// Join the cluster of the coordinators with these --cluster addresses, instead of founding one
+    #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',')]
+    pub join: Vec<SocketAddr>,
+    /// What `shoal token create --role coordinator` printed; the environment variable keeps it out
+    /// of the list of processes
+    #[arg(
+        long,
+        value_name = "T",
+        env = "SHOAL_TOKEN",
+        hide_env_values = true,
+        value_parser = token
+    )]
+    pub token: Option<JoinToken>,
+    /// Where the cluster's state is kept.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
+    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
+    pub policy: Policy,
+}
+
+/// Where the cluster's state is kept.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct StoreArgs {
+    /// Keep the cluster's state in an etcd: etcd://[USER@]HOST:PORT[,HOST:PORT…][/PREFIX], or
+    /// etcds:// for TLS [default: in --data]
+    #[arg(long, value_name = "URL", value_parser = store)]
+    pub store: Option<EtcdUrl>,
+    /// Who signs etcd's certificate (PEM), for etcds://
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_CA_FILE")]
+    pub store_ca: Option<PathBuf>,
+    /// Our certificate (PEM), where etcd asks for one
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_CERT_FILE")]
+    pub store_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_KEY_FILE")]
+    pub store_key: Option<PathBuf>,
+    /// The password of the URL's user, in one line
+    #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_PASSWORD_FILE")]
+    pub store_password_file: Option<PathBuf>,
 }
 
 const WORKER_EXAMPLES: &str = "\
@@ -237,6 +323,10 @@ pub enum TokenCommand {
     /// Make a token and print it to stdout
     #[command(after_help = TOKEN_EXAMPLES)]
     Create(TokenCreateArgs),
+    /// Show the tokens that can still be used
+    List(ListArgs),
+    /// Take a token back
+    Revoke(TokenRevokeArgs),
 }
 
 const TOKEN_EXAMPLES: &str = "\
@@ -268,12 +358,15 @@ pub struct TokenCreateArgs {
 pub enum TokenRole {
     /// Runs shards.
     Worker,
+    /// Serves the API and holds the state, beside other coordinators.
+    Coordinator,
 }
 
 impl From<TokenRole> for Role {
     fn from(role: TokenRole) -> Self {
         match role {
             TokenRole::Worker => Role::Worker,
+            TokenRole::Coordinator => Role::Coordinator,
         }
     }
 }
@@ -351,7 +444,9 @@ const CHAT_EXAMPLES: &str = "\
 Examples:
   shoal chat                                  a conversation; Ctrl-D ends it, /new forgets it
   shoal chat --ask 'What is 47 plus 38?'      one question
-  shoal chat demo < questions.txt             one question a line, each on its own";
+  shoal chat demo < questions.txt             one question a line, each on its own
+
+Where the API needs a key, the environment variable SHOAL_API_KEY holds it.";
 
 /// `shoal chat`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -391,11 +486,12 @@ impl Args {
     }
 }
 
-/// A token that cannot be read is as secret as one that can: the error does not repeat it.
+/// A token that cannot be read is as secret as one that can, and so is a store's URL, which may hold
+/// a password: the error does not repeat it.
 fn hide_secrets(mut error: clap::Error) -> clap::Error {
-    let token = |context: &ContextValue| matches!(context, ContextValue::String(flag) if flag.starts_with("--token"));
+    let secret = |context: &ContextValue| matches!(context, ContextValue::String(flag) if flag.starts_with("--token") || flag.starts_with("--store "));
     if error.kind() == ErrorKind::ValueValidation
-        && error.get(ContextKind::InvalidArg).is_some_and(token)
+        && error.get(ContextKind::InvalidArg).is_some_and(secret)
     {
         let hidden = ContextValue::String("(not shown)".to_owned());
         error.insert(ContextKind::InvalidValue, hidden);

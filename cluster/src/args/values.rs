@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use shoal_coordinator::config::{BadUrl, EtcdUrl};
+use shoal_coordinator::router::policy::Policy;
+use shoal_protocol::access::KeyName;
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::{Precision, StagesAsked};
@@ -64,6 +67,31 @@ pub fn name(text: &str) -> Result<DeploymentName, String> {
     text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
 }
 
+/// How replicas are chosen.
+pub fn policy(text: &str) -> Result<Policy, String> {
+    text.parse()
+        .map_err(|error: shoal_coordinator::router::policy::UnknownPolicy| error.to_string())
+}
+
+/// An API key's name.
+pub fn key_name(text: &str) -> Result<KeyName, String> {
+    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
+}
+
+/// A node, by its id.
+pub fn node(text: &str) -> Result<NodeId, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not a node; write w3, as `shoal nodes list` does"))
+}
+
+/// The beginning of a join token's id.
+pub fn token_id(text: &str) -> Result<String, String> {
+    // Whoever pastes the token itself has not meant to have it in an error.
+    let id = text.len() >= 4 && text.len() <= 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    id.then(|| text.to_owned())
+        .ok_or_else(|| "that is no id of a token; `shoal token list` shows them".to_owned())
+}
+
 /// A number of stages, or `auto`.
 pub fn stages(text: &str) -> Result<StagesAsked, String> {
     if text == "auto" {
@@ -86,6 +114,11 @@ pub fn worker(text: &str) -> Result<NodeId, String> {
 /// What `shoal token create` printed.
 pub fn token(text: &str) -> Result<JoinToken, String> {
     text.parse().map_err(|error: shoal_protocol::join::BadJoinToken| error.to_string())
+}
+
+/// Which etcd, and where in it.
+pub fn store(text: &str) -> Result<EtcdUrl, String> {
+    text.parse().map_err(|error: BadUrl| error.to_string())
 }
 
 /// What this build can compute on.

@@ -25,7 +25,14 @@ pub async fn run(args: ChatArgs) -> Result<(), Failure> {
     let view = client.status().await?;
     client.close().await;
     let model = choose(args.name, &view)?;
-    let mut chat = Chat::new(&url(view.coordinator.api), model, args.max_tokens.map(|n| n.get()));
+    let api = view.coordinator.api;
+    if view.coordinator.tls {
+        return Err(Failure::failed(format!(
+            "the API at {api} speaks TLS, and `shoal chat` speaks plain HTTP alone; use another client \
+             of OpenAI's API, with the name that the certificate is for"
+        )));
+    }
+    let mut chat = Chat::new(&url(api, false), model, args.max_tokens.map(|n| n.get()));
     let stdin = std::io::stdin();
     match args.ask {
         Some(question) => chat.ask_alone(&question),
@@ -69,14 +76,24 @@ fn choose(name: Option<DeploymentName>, view: &ClusterView) -> Result<Deployment
     }
 }
 
+/// Where the API key is looked for.
+const KEY_VARIABLE: &str = "SHOAL_API_KEY";
+
 /// Whom we talk to, and what has been said.
-#[derive(Debug)]
 pub struct Chat {
     agent: ureq::Agent,
     url: String,
+    key: Option<String>,
     model: DeploymentName,
     max_tokens: Option<u32>,
     messages: Vec<Value>,
+}
+
+/// The key stays out of logs.
+impl std::fmt::Debug for Chat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Chat({} at {})", self.model, self.url)
+    }
 }
 
 impl Chat {
@@ -89,7 +106,9 @@ impl Chat {
             .build()
             .new_agent();
         let url = format!("{url}/v1/chat/completions");
-        Self { agent, url, model, max_tokens, messages: Vec::new() }
+        // In the environment, where a list of processes does not show it.
+        let key = std::env::var(KEY_VARIABLE).ok().filter(|key| !key.is_empty());
+        Self { agent, url, key, model, max_tokens, messages: Vec::new() }
     }
 
     /// Asks one question that knows of no other, and prints the answer.
@@ -133,9 +152,11 @@ impl Chat {
         if let Some(max_tokens) = self.max_tokens {
             body["max_completion_tokens"] = max_tokens.into();
         }
-        let response = self
-            .agent
-            .post(&self.url)
+        let mut request = self.agent.post(&self.url);
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let response = request
             .send_json(&body)
             .map_err(|error| Failure::unreachable(format!("{}: {error}", self.url)))?;
         let status = response.status();

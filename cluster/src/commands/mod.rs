@@ -1,8 +1,11 @@
 //! The operator's verbs, one file each. They know the admin API and, for `chat`, the public one.
 
 pub mod chat;
+pub mod coordinators;
 pub mod deploy;
 pub mod drain;
+pub mod keys;
+pub mod nodes;
 pub mod plan;
 pub mod rollout;
 pub mod scale;
@@ -11,10 +14,13 @@ pub mod status;
 pub mod token;
 pub mod undeploy;
 
-use shoal_protocol::admin::ClusterView;
+use shoal_protocol::access::AccessReply;
+use shoal_protocol::admin::{AdminReply, ClusterView};
 use shoal_protocol::id::DeploymentName;
 
+use crate::client::unexpected;
 use crate::failure::Failure;
+use crate::output::json;
 
 /// How alike two names must be (Jaro-Winkler) for one to be offered for the other.
 const ALIKE_MIN: f64 = 0.75;
@@ -40,6 +46,17 @@ fn check_exists(name: &DeploymentName, view: &ClusterView) -> Result<(), Failure
         true => Ok(()),
         false => Err(no_such_deployment(name, view)),
     }
+}
+
+/// An answer about access to another question than ours.
+fn unexpected_access(reply: &AccessReply) -> Failure {
+    unexpected(&AdminReply::Access(reply.clone()))
+}
+
+/// Prints one line of JSON.
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let line = json::line(value).map_err(|error| Failure::failed(error.to_string()))?;
+    print(&format!("{line}\n"))
 }
 
 /// Prints data. A reader that has gone (`| head`) is no failure.

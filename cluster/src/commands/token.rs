@@ -1,13 +1,47 @@
-//! `shoal token create`.
+//! `shoal token create | list | revoke`.
 
 use shoal_protocol::admin::{AdminCall, AdminReply};
 
-use crate::args::TokenCreateArgs;
+use shoal_protocol::access::{AccessCall, AccessReply};
+
+use crate::args::{ListArgs, TokenCommand, TokenCreateArgs, TokenRevokeArgs};
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
+use crate::output::access;
+
+/// Does what was typed.
+pub async fn run(command: TokenCommand) -> Result<(), Failure> {
+    match command {
+        TokenCommand::Create(args) => create(args).await,
+        TokenCommand::List(args) => list(args).await,
+        TokenCommand::Revoke(args) => revoke(args).await,
+    }
+}
+
+async fn list(args: ListArgs) -> Result<(), Failure> {
+    let client = AdminClient::open(args.cluster.context.as_deref()).await?;
+    match client.access(AccessCall::ListTokens).await? {
+        AccessReply::Tokens(tokens) if args.json => {
+            super::print_json(&access::TokenList::from(&tokens[..]))
+        }
+        AccessReply::Tokens(tokens) => super::print(&access::tokens(&tokens)),
+        other => Err(super::unexpected_access(&other)),
+    }
+}
+
+async fn revoke(args: TokenRevokeArgs) -> Result<(), Failure> {
+    let client = AdminClient::open(args.cluster.context.as_deref()).await?;
+    match client.access(AccessCall::RevokeToken { id: args.id.clone() }).await? {
+        AccessReply::Done => {
+            eprintln!("nobody joins with {} any more; who has joined stays", args.id);
+            Ok(())
+        }
+        other => Err(super::unexpected_access(&other)),
+    }
+}
 
 /// Makes a token and prints it, and nothing else, to stdout.
-pub async fn create(args: TokenCreateArgs) -> Result<(), Failure> {
+async fn create(args: TokenCreateArgs) -> Result<(), Failure> {
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
     let call = AdminCall::CreateToken {
         role: args.role.into(),

@@ -14,7 +14,7 @@ use shoal_protocol::units::{Bytes, LayerRange};
 use super::progress::{Stand, stand};
 use super::{json, table};
 
-fn check(file: &str, found: &str) {
+pub(super) fn check(file: &str, found: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/output/golden").join(file);
     if std::env::var_os("SHOAL_UPDATE_GOLDEN").is_some() {
         std::fs::write(&path, found).unwrap();
@@ -117,12 +117,14 @@ fn cluster() -> ClusterView {
         }],
     };
     ClusterView {
+        coordinators: Vec::new(),
         coordinator: CoordinatorView {
             id: NodeId::coordinator(1),
             pid: 100,
             build: "0.1.0".to_owned(),
             api: ([0, 0, 0, 0], 8000).into(),
             cluster: ([127, 0, 0, 1], 4000).into(),
+            tls: false,
         },
         workers: vec![
             worker(1, true, vec![report(0, ShardState::Ready)]),

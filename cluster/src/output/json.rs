@@ -77,7 +77,7 @@ pub fn ready<'a>(
     Some(Ready {
         event: "ready",
         version: 1,
-        url: url(view.coordinator.api),
+        url: url(view.coordinator.api, view.coordinator.tls),
         context,
         model,
         mesh: first.mesh(),
@@ -88,13 +88,14 @@ pub fn ready<'a>(
 }
 
 /// The URL of the public API at an address; one that listens everywhere is reached by loopback.
-pub fn url(api: SocketAddr) -> String {
+pub fn url(api: SocketAddr, tls: bool) -> String {
     let ip = match api.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
         ip => ip,
     };
-    format!("http://{}", SocketAddr::new(ip, api.port()))
+    let scheme = if tls { "https" } else { "http" };
+    format!("{scheme}://{}", SocketAddr::new(ip, api.port()))
 }
 
 /// One line without its line feed.

@@ -1,5 +1,6 @@
 //! What people and scripts get to see: data for stdout, talk for stderr.
 
+pub mod access;
 pub mod json;
 pub mod progress;
 pub mod table;

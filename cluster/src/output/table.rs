@@ -75,7 +75,7 @@ pub fn status(view: &ClusterView) -> String {
         c.id,
         c.pid,
         c.build,
-        super::json::url(c.api),
+        super::json::url(c.api, c.tls),
         c.cluster
     );
     if view.workers.is_empty() {
@@ -158,6 +158,21 @@ fn deployments(view: &ClusterView) -> Table {
             of(|r| r.generation.to_string()),
         ]);
         table.note(deployment.name.as_str(), &deployment.reason);
+    }
+    table
+}
+
+/// The coordinators: who votes, who leads.
+pub fn coordinators(view: &ClusterView) -> Table {
+    let mut table = Table::new(&["COORDINATOR", "ADDRESS", "BUILD", "VOTE", "LEADS"]);
+    for peer in &view.coordinators {
+        table.row([
+            peer.id.to_string(),
+            peer.cluster.to_string(),
+            peer.build.clone(),
+            peer.vote.as_str().to_owned(),
+            if peer.leads { "leads" } else { NOTHING }.to_owned(),
+        ]);
     }
     table
 }

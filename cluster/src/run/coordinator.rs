@@ -1,12 +1,14 @@
 //! `shoal coordinator`: configuration → node → drain.
 
+use shoal_coordinator::api::tls;
+use shoal_coordinator::config::{EtcdConfig, StoreConfig, TlsFiles};
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
 use super::lock::FolderLock;
 use super::stop::Stop;
 use super::{DRAIN_TIMEOUT, explain_start};
-use crate::args::CoordinatorArgs;
+use crate::args::{CoordinatorArgs, StoreArgs};
 use crate::builtin;
 use crate::failure::Failure;
 
@@ -19,9 +21,18 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     };
     let config = CoordinatorConfig {
         data: args.data,
+        store: store(args.store),
         listen: args.listen,
+        tls: args
+            .tls_cert
+            .zip(args.tls_key)
+            .map(|(certificate, key)| tls::TlsFiles { certificate, key }),
         cluster: args.cluster,
+        advertise: args.advertise,
+        join: args.join,
+        token: args.token,
         builtin: builtin::ALL.to_vec(),
+        policy: args.policy,
     };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,
@@ -37,9 +48,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     let why = tokio::select! {
         why = stop.requested() => why,
         // What is left of it would serve an old picture for ever.
-        part = coordinator.failed() => {
-            return Err(Failure::failed(format!("{part}; the log above says why: start it again")));
-        }
+        why = coordinator.failed() => return Err(Failure::failed(why)),
     };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {
@@ -51,4 +60,17 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         why = stop.requested() => tracing::warn!(%id, "{why} again; ending at once"),
     }
     Ok(())
+}
+
+/// Where the state is kept. Flags for an etcd that is not used are ignored where they come from the
+/// environment of all coordinators.
+fn store(args: StoreArgs) -> StoreConfig {
+    let tls = TlsFiles { ca: args.store_ca, certificate: args.store_cert, key: args.store_key };
+    match args.store {
+        None => StoreConfig::Raft,
+        Some(url) => {
+            let password = args.store_password_file;
+            StoreConfig::Etcd(Box::new(EtcdConfig { url, tls, password }))
+        }
+    }
 }

@@ -1,5 +1,5 @@
 //! Processes that run a cluster: configuration in, a node, a drain in order. The only files that name
-//! the two libraries are `coordinator` and `worker`.
+//! the two libraries are `coordinator` and `worker`, and `args`, which reads a store's URL.
 
 pub mod announce;
 pub mod coordinator;

@@ -8,9 +8,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use shoal_protocol::error::ErrorCode;
 
+use super::auth::Denied;
 use super::refusal::Refusal;
 use super::tokenize::{Gone, LoadError};
-use crate::dispatch::DispatchError;
+use crate::recovery::RecoveryError;
 use crate::router::RouteError;
 
 /// An error as a client sees it.
@@ -26,6 +27,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When to try again.
     pub retry_after: Option<Duration>,
+    /// OpenAI's word for it where it is not that of the code; then it is the `reason` too.
+    pub word: Option<&'static str>,
 }
 
 /// The value of the `reason` label; travels with the response to the counter of requests.
@@ -50,7 +53,7 @@ impl ApiError {
     /// An error whose status follows from its code.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let status = status(code);
-        Self { code, status, message: message.into(), param: None, retry_after: None }
+        Self { code, status, message: message.into(), param: None, retry_after: None, word: None }
     }
 
     /// An error of HTTP's own, such as 404 or 413.
@@ -70,7 +73,7 @@ impl ApiError {
             message: &self.message,
             r#type: kind(self.status),
             param: self.param.as_deref(),
-            code: openai_code(self.code),
+            code: self.word.unwrap_or_else(|| openai_code(self.code)),
         };
         // A struct of texts always serialises.
         serde_json::to_string(&Body { error: inner }).unwrap_or_default()
@@ -97,6 +100,8 @@ fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::StorageFailed
         | ErrorCode::DoesNotFit => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        // Clients try a 5xx again by themselves.
+        ErrorCode::Quarantined => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::ProtocolViolation | ErrorCode::VersionMismatch => StatusCode::BAD_GATEWAY,
         ErrorCode::BadModel | ErrorCode::ComputeFailed | ErrorCode::Internal => {
             StatusCode::INTERNAL_SERVER_ERROR
@@ -107,7 +112,8 @@ fn status(code: ErrorCode) -> StatusCode {
 /// OpenAI's `type` for a status.
 fn kind(status: StatusCode) -> &'static str {
     match status.as_u16() {
-        401 => "authentication_error",
+        // As OpenAI has it: a wrong key is a wrong request.
+        401 => "invalid_request_error",
         403 => "permission_error",
         429 => "rate_limit_error",
         400..=499 => "invalid_request_error",
@@ -133,7 +139,10 @@ impl IntoResponse for ApiError {
             // HTTP counts in whole seconds; 0 would mean at once.
             headers.insert(header::RETRY_AFTER, after.as_secs().max(1).into());
         }
-        response.extensions_mut().insert(Reason(self.code.label()));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response.extensions_mut().insert(Reason(self.word.unwrap_or(self.code.label())));
         response
     }
 }
@@ -148,6 +157,23 @@ impl From<Refusal> for ApiError {
     }
 }
 
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        let (code, word) = match &denied {
+            Denied::Rate { .. } | Denied::Concurrent { .. } => {
+                (ErrorCode::Overloaded, "rate_limit_exceeded")
+            }
+            Denied::Missing
+            | Denied::NotBearer
+            | Denied::Unknown
+            | Denied::Expired { .. }
+            | Denied::Revoked { .. } => (ErrorCode::BadToken, "invalid_api_key"),
+        };
+        let retry_after = denied.retry_after();
+        Self { retry_after, word: Some(word), ..Self::new(code, denied.to_string()) }
+    }
+}
+
 impl From<RouteError> for ApiError {
     fn from(error: RouteError) -> Self {
         let api =
@@ -159,8 +185,8 @@ impl From<RouteError> for ApiError {
     }
 }
 
-impl From<DispatchError> for ApiError {
-    fn from(error: DispatchError) -> Self {
+impl From<RecoveryError> for ApiError {
+    fn from(error: RecoveryError) -> Self {
         let code = error.code();
         let retry_after = code.retryable().then_some(Duration::from_secs(1));
         Self { retry_after, ..Self::new(code, error.to_string()) }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, RequestId};
 use shoal_protocol::request::SamplingRecord;
@@ -16,13 +17,14 @@ use super::openai::completions::Completions;
 use super::openai::{Shape, Whole};
 use super::places::Place;
 use super::prepare::{ModelFacts, Prepared, prepare};
-use super::session::{Facts, Session, Started, Stops};
+use super::session::{Facts, Session, Stops};
 use super::surface::Endpoint;
 use super::tokenize::TextKey;
 use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
-use crate::dispatch::{DispatchError, Sequence, Target};
-use crate::router;
+use crate::dispatch::Sequence;
+use crate::recovery::{LastingAnswer, RecoveryError};
+use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
 
 /// How long a stream waits for its first token before it begins: a failure in that time still gets a
@@ -94,7 +96,7 @@ async fn begin(
     request: &ValidRequest,
     arrived: Instant,
 ) -> Result<Session, ApiError> {
-    let table = context.table.borrow().clone();
+    let table = table_that_serves(context, &request.model).await;
     let deployment = router::find(&table, &request.model)?;
     let model = model_facts(context, &table, deployment).await?;
     let text = model.text.clone();
@@ -105,13 +107,14 @@ async fn begin(
         context.texts.compute(move || prepare(&request, &model, seed, now)).await??
     };
     // Tokenising a long prompt takes time in which the layout may have changed.
-    let table = context.table.borrow().clone();
+    let table = table_that_serves(context, &request.model).await;
     let deployment = router::find(&table, &request.model)?;
     let places = places(context, &table, deployment, request, &prepared)?;
     let mut metrics = context.telemetry.request(&request.model, arrived, places.len());
     let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
-    let started = start(context, places, request, &prepared, RequestId(id), deadline).await;
-    let started = started.inspect_err(|error| metrics.failed(error.code()))?;
+    let id_of = RequestId(id);
+    let answers = start(context, deployment, places, &prepared, id_of, deadline).await;
+    let answers = answers.inspect_err(|error| metrics.failed(error.code()))?;
     let facts = Facts {
         id: match endpoint {
             Endpoint::Chat => format!("chatcmpl-{id:016x}"),
@@ -125,8 +128,25 @@ async fn begin(
         return_token_ids: request.return_token_ids,
     };
     let stops = Stops { texts: &request.stop, tokens: &request.stop_token_ids };
-    let session = Session::new(facts, text, stops, started, metrics, deadline);
+    let session = Session::new(facts, text, stops, answers, metrics, deadline);
     Ok(session.cut_off_when(context.stopped()))
+}
+
+/// The table as soon as somebody serves the model; the last one seen where that does not come soon, or
+/// where there is nothing to wait for. It says why.
+async fn table_that_serves(context: &ApiContext, model: &str) -> Arc<ServingTable> {
+    let mut table = context.table.clone();
+    let known = |table: &Arc<ServingTable>| {
+        router::find(table, model).map_or(true, |deployment| {
+            deployment.phase == DeploymentPhase::Failed
+                || deployment.replicas.iter().any(|r| r.ready && r.requests.is_some())
+        })
+    };
+    let waited = tokio::time::timeout(context.limits.ready_patience, table.wait_for(known)).await;
+    match waited {
+        Ok(Ok(table)) => Arc::clone(&table),
+        _ => Arc::clone(&context.table.borrow()),
+    }
 }
 
 async fn model_facts(
@@ -150,15 +170,20 @@ async fn model_facts(
 /// they share.
 fn places(
     context: &ApiContext,
-    table: &ServingTable,
+    table: &Arc<ServingTable>,
     deployment: &ServedDeployment,
     request: &ValidRequest,
     prepared: &Prepared,
 ) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
-    for _ in &prepared.prompts {
-        let dice = random()?;
-        places.extend(context.places.take(dice, table, deployment, u32::from(request.n))?);
+    for prompt in &prepared.prompts {
+        let request = RouteRequest {
+            sequences: u32::from(request.n),
+            prompt_tokens: prompt.tokens.len() as u32,
+            max_tokens: prompt.max_tokens,
+            ..RouteRequest::default()
+        };
+        places.extend(context.places.take(random()?, table, deployment, &request)?);
     }
     Ok(places)
 }
@@ -166,29 +191,26 @@ fn places(
 /// Asks the heads.
 async fn start(
     context: &ApiContext,
+    deployment: &ServedDeployment,
     places: Vec<Place>,
-    request: &ValidRequest,
     prepared: &Prepared,
     id: RequestId,
     deadline: tokio::time::Instant,
-) -> Result<Vec<Started>, DispatchError> {
-    let n = usize::from(request.n);
-    let mut started = Vec::with_capacity(places.len());
+) -> Result<Vec<LastingAnswer>, RecoveryError> {
+    let n = (places.len() / prepared.prompts.len()).max(1);
+    let mut answers = Vec::with_capacity(places.len());
+    let mut reached = true;
     for (i, place) in places.into_iter().enumerate() {
         let sequence = sequence(prepared, i / n, i % n, i, id);
-        let ticket = &place.ticket;
-        let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
-        // One after the other: the first makes the connection, the others find it.
-        match context.dispatcher.start(target, sequence, deadline).await {
-            Ok(answer) => started.push(Started { answer, place }),
-            Err(error) => {
-                place.failed();
-                tracing::warn!(request = %id, replica = %ticket.replica, %error, "cannot begin");
-                return Err(error);
-            }
+        let mut answer = context.resumer.answer(deployment, sequence, deadline);
+        // One after the other: the first makes the connection, the others find it. Where there is
+        // none, each goes on by itself.
+        if reached {
+            reached = answer.begin(place).await?;
         }
+        answers.push(answer);
     }
-    Ok(started)
+    Ok(answers)
 }
 
 fn sequence(

@@ -76,7 +76,8 @@ pub async fn ready(State(context): State<Arc<ApiContext>>) -> Response {
 /// `GET /metrics`: Prometheus' text format.
 pub async fn metrics(State(context): State<Arc<ApiContext>>) -> Result<Response, ApiError> {
     let table = context.table.borrow().clone();
-    let text = context.telemetry.render(&table, context.dispatcher.stale_events());
+    let standings = context.places.standings(&table);
+    let text = context.telemetry.render(&table, context.dispatcher.stale_events(), &standings);
     let text = text.map_err(|error| {
         tracing::error!(%error, "the metrics cannot be rendered");
         ApiError::new(ErrorCode::Internal, "the metrics cannot be rendered")

@@ -1,12 +1,14 @@
 //! ● The request plane: HTTP in OpenAI's words.
 //!
 //! ```text
-//! POST ─► read ─► validate (○) ─► tokenize ─► places: router (○) ─► dispatch ══shoal-req══► heads
+//! POST ─► gate: auth (○) ─► read ─► validate (○) ─► tokenize ─► places: router (○) ─► dispatch ══shoal-req══► heads
 //! client ◄─ sse, or one object ◄─ openai shapes ◄─ session ◄─ stream (○): text ◄───────── tokens
 //! ```
 
+pub mod auth;
 pub mod error;
 mod fields;
+mod gate;
 mod generate;
 mod generation;
 mod health;
@@ -24,6 +26,7 @@ pub mod stream;
 mod strftime;
 mod surface;
 mod template;
+pub mod tls;
 pub mod tokenize;
 pub mod validate;
 
@@ -41,18 +44,24 @@ use axum::routing::{get, post};
 use tokio::sync::watch;
 
 use crate::dispatch::Dispatcher;
+use crate::recovery::Resumer;
 use crate::router;
 use crate::router::admission::AdmissionLimits;
+use crate::router::policy::Policy;
 use crate::serving::ServingTable;
 use crate::telemetry::Telemetry;
 use error::{ApiError, Reason};
+use gate::Door;
+pub use gate::Gate;
 use places::Places;
 pub use serve::serve;
 use surface::Endpoint;
+use tls::Tls;
 use tokenize::ModelTexts;
 
 /// Every route and every layer, behind a listener at this address.
 fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
+    let door = Door { gate: context.gate.clone(), listener };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
@@ -63,7 +72,7 @@ fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(listener, from_here))
+        .layer(from_fn_with_state(door, gate::pass))
         .layer(from_fn_with_state(Arc::clone(&context), count))
         .with_state(context)
 }
@@ -81,10 +90,13 @@ pub struct ApiContext {
     pub limits: Limits,
     /// `true`: finish what runs, take nothing new.
     pub draining: watch::Receiver<bool>,
+    gate: Gate,
+    tls: Option<Arc<Tls>>,
     /// `true`: what is not complete by now is ended with words.
     cut: watch::Receiver<bool>,
     texts: ModelTexts,
     places: Arc<Places>,
+    resumer: Resumer,
 }
 
 /// The bounds of the request plane. Each is there against a client that asks for more than it may.
@@ -100,6 +112,9 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// How long an answer may take from the moment it is sent to a head.
     pub request_deadline: Duration,
+    /// How long a new request waits for a replica that is being made ready; then it is refused. A
+    /// worker that is started again serves within a second or two.
+    pub ready_patience: Duration,
     /// How long answers may take to finish once the coordinator stops; then they end with an error.
     pub drain: Duration,
     /// What a deployment may have open.
@@ -114,6 +129,7 @@ impl Default for Limits {
             header_timeout: Duration::from_secs(15),
             body_timeout: Duration::from_secs(30),
             request_deadline: Duration::from_secs(600),
+            ready_patience: Duration::from_secs(5),
             drain: Duration::from_secs(4),
             admission: AdmissionLimits::default(),
         }
@@ -140,16 +156,42 @@ impl ApiContext {
             cut_off.send_replace(true);
         });
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let places = Arc::new(Places::new(Policy::default(), limits.admission));
+        let resumer = Resumer::new(
+            dispatcher.clone(),
+            table.clone(),
+            Arc::clone(&places),
+            Arc::clone(&telemetry),
+        );
         Self {
             table,
             dispatcher,
             telemetry,
             limits,
             draining,
+            gate: Gate::without_keys(),
+            tls: None,
             cut,
             texts: ModelTexts::new(cores),
-            places: Arc::new(Places::new(limits.admission)),
+            places,
+            resumer,
         }
+    }
+
+    /// The same, with another way to choose replicas; before anything is served.
+    pub fn with_policy(self, policy: Policy) -> Self {
+        let places = Arc::new(Places::new(policy, self.limits.admission));
+        Self { resumer: self.resumer.through(Arc::clone(&places)), places, ..self }
+    }
+
+    /// The same request plane, behind this gate.
+    pub fn behind(self, gate: Gate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// The same request plane, with TLS.
+    pub fn over(self, tls: Arc<Tls>) -> Self {
+        Self { tls: Some(tls), ..self }
     }
 
     /// Resolves when the coordinator has been stopping for as long as answers may take to finish.
@@ -199,16 +241,6 @@ async fn not_found(uri: Uri) -> ApiError {
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::http(StatusCode::METHOD_NOT_ALLOWED, format!("{path} does not take {method:.16}"))
-}
-
-/// Lets only this machine's own requests through to a listener that is meant for them.
-async fn from_here(
-    State(listener): State<SocketAddr>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    origin::check(listener, request.version(), request.uri(), request.headers())?;
-    Ok(next.run(request).await)
 }
 
 /// Counts every response by route, status and reason.

@@ -1,6 +1,6 @@
 //! ○ Whom a listener on loopback takes requests from: programs of this machine, and no web page.
 //!
-//! There are no API keys, so the listener's address is the only lock. A browser on this machine stands
+//! As long as no API key was made the listener's address is the only lock. A browser on this machine stands
 //! behind it, and runs other people's pages: one can have its own name resolve to 127.0.0.1 (DNS
 //! rebinding), or send a plain POST across origins. The first shows its name in `Host`, the second in
 //! `Origin`.

@@ -1,22 +1,33 @@
 //! ● The router behind a lock and a clock; places at replicas that give themselves back.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::units;
 
 use crate::router::admission::AdmissionLimits;
+use crate::router::book::Outcome;
+use crate::router::budget::RetryBudget;
 use crate::router::policy::Policy;
-use crate::router::{RouteError, Router, Ticket};
+use crate::router::{RouteError, RouteRequest, Router, Standing, Ticket, dice};
 use crate::serving::{ServedDeployment, ServingTable};
 
 /// All places of this coordinator.
 #[derive(Debug)]
 pub struct Places {
-    /// Held for a decision, which is a few comparisons; never across an await.
-    router: Mutex<Router>,
+    /// Held for a decision or a token's time, which is a microsecond; never across an await.
+    inner: Mutex<Inner>,
     /// Where the router's time begins.
     origin: Instant,
+}
+
+#[derive(Debug)]
+struct Inner {
+    router: Router,
+    budget: RetryBudget,
+    /// The table that the router has seen; kept, so that its address is nobody else's.
+    table: Option<Arc<ServingTable>>,
 }
 
 /// One sequence's place at a replica; dropping it gives it back.
@@ -25,34 +36,60 @@ pub struct Place {
     places: Arc<Places>,
     /// Where the place is.
     pub ticket: Ticket,
+    /// How the sequence ended. One that is dropped before its end says nothing of the replica.
+    outcome: Outcome,
 }
 
 impl Places {
     /// No place is taken.
-    pub fn new(limits: AdmissionLimits) -> Self {
-        let router = Mutex::new(Router::new(Policy::default(), limits));
-        Self { router, origin: Instant::now() }
+    pub fn new(policy: Policy, limits: AdmissionLimits) -> Self {
+        let router = Router::new(policy, limits);
+        let inner = Inner { router, budget: RetryBudget::default(), table: None };
+        Self { inner: Mutex::new(inner), origin: Instant::now() }
     }
 
-    /// `count` places at one replica. `dice` breaks ties between replicas.
+    /// Places at one replica, as many as the request has sequences. `dice` breaks ties between
+    /// replicas.
     pub fn take(
         self: &Arc<Self>,
         dice: u64,
-        table: &ServingTable,
+        table: &Arc<ServingTable>,
         deployment: &ServedDeployment,
-        count: u32,
+        request: &RouteRequest<'_>,
     ) -> Result<Vec<Place>, RouteError> {
+        let now = self.now();
         let ticket = {
-            let mut router = self.router();
-            router.tidy(table);
-            router.admit(self.now(), dice, deployment, count)?
+            let mut inner = self.inner();
+            inner.observe(now, table);
+            if request.avoid.is_empty() {
+                inner.budget.request(now);
+            }
+            inner.router.admit(now, dice, deployment, request)?
         };
-        let place = |_| Place { places: Arc::clone(self), ticket: ticket.clone() };
-        Ok((0..count).map(place).collect())
+        let place = |_| Place {
+            places: Arc::clone(self),
+            ticket: ticket.clone(),
+            outcome: Outcome::default(),
+        };
+        Ok((0..request.sequences).map(place).collect())
     }
 
-    fn router(&self) -> MutexGuard<'_, Router> {
-        self.router.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether something that failed may be tried again: takes one retry off the budget.
+    pub fn may_retry(&self) -> bool {
+        self.inner().budget.retry(self.now())
+    }
+
+    /// Where each replica stands, by deployment.
+    pub fn standings(&self, table: &Arc<ServingTable>) -> Vec<(String, Standing)> {
+        let now = self.now();
+        let mut inner = self.inner();
+        inner.observe(now, table);
+        let standings = inner.router.standings(now);
+        standings.map(|(name, standing)| (name.as_str().to_owned(), standing)).collect()
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn now(&self) -> units::Instant {
@@ -60,15 +97,45 @@ impl Places {
     }
 }
 
+impl Inner {
+    fn observe(&mut self, now: units::Instant, table: &Arc<ServingTable>) {
+        if !self.table.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, table)) {
+            self.router.observe(now, table);
+            self.table = Some(Arc::clone(table));
+        }
+    }
+}
+
 impl Place {
-    /// The replica did not answer, or was lost.
-    pub fn failed(&self) {
-        self.places.router().failed(self.places.now(), &self.ticket);
+    /// A token came. With the first one the head says how many microseconds its prompt took.
+    pub fn token(&mut self, prefill_us: Option<u32>) {
+        let now = self.places.now();
+        let mut inner = self.places.inner();
+        match prefill_us {
+            Some(us) => {
+                let prefill = Duration::from_micros(u64::from(us));
+                inner.router.first_token(now, &mut self.ticket, prefill);
+            }
+            None => inner.router.token(now, &mut self.ticket),
+        }
+    }
+
+    /// The answer is complete.
+    pub fn complete(&mut self) {
+        self.outcome = Outcome::Complete;
+    }
+
+    /// The answer ended with an error: whose fault it is decides what it says of the replica.
+    pub fn failed(&mut self, code: ErrorCode) {
+        self.outcome = Outcome::of(code);
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.router().ended(&self.ticket);
+        let now = self.places.now();
+        // Only spreads back-offs: a coordinator's own clock is dice enough.
+        let dice = dice::mix(now.0);
+        self.places.inner().router.ended(now, dice, &self.ticket, self.outcome);
     }
 }

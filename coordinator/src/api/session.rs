@@ -15,10 +15,10 @@ use shoal_protocol::id::TokenId;
 use shoal_protocol::request::FinishReason;
 
 use super::error::ApiError;
-use super::places::Place;
 use super::stream::{Delta, TextStream};
 use super::tokenize::ModelText;
-use crate::dispatch::{Answer, AnswerEvent, DispatchError, Token};
+use crate::dispatch::{AnswerEvent, Token};
+use crate::recovery::{LastingAnswer, RecoveryError};
 use crate::telemetry::{Finished, Outcome, RequestMetrics};
 
 /// The answers of a request.
@@ -141,14 +141,6 @@ impl Finish {
     }
 }
 
-/// An answer that goes into a session, with its place at the router.
-pub struct Started {
-    /// The answer.
-    pub answer: Answer,
-    /// Gives the place back.
-    pub place: Place,
-}
-
 struct Choice {
     text: TextStream,
     tokens: usize,
@@ -158,13 +150,13 @@ struct Choice {
 
 struct Step {
     choice: usize,
-    started: Started,
-    event: Result<AnswerEvent, DispatchError>,
+    answer: Box<LastingAnswer>,
+    event: Result<AnswerEvent, RecoveryError>,
 }
 
-async fn step(choice: usize, mut started: Started) -> Step {
-    let event = started.answer.next().await;
-    Step { choice, started, event }
+async fn step(choice: usize, mut answer: Box<LastingAnswer>) -> Step {
+    let event = answer.next().await;
+    Step { choice, answer, event }
 }
 
 impl Session {
@@ -173,7 +165,7 @@ impl Session {
         facts: Facts,
         text: Option<Arc<ModelText>>,
         stops: Stops<'_>,
-        started: Vec<Started>,
+        answers: Vec<LastingAnswer>,
         metrics: RequestMetrics,
         deadline: tokio::time::Instant,
     ) -> Self {
@@ -185,10 +177,10 @@ impl Session {
             stop_token_ids: Arc::clone(&stop_token_ids),
             last: now,
         };
-        let choices = started.iter().map(|_| choice()).collect();
+        let choices = answers.iter().map(|_| choice()).collect();
         let running = FuturesUnordered::new();
-        for (i, started) in started.into_iter().enumerate() {
-            running.push(Box::pin(step(i, started)) as BoxFuture<'static, Step>);
+        for (i, answer) in answers.into_iter().enumerate() {
+            running.push(Box::pin(step(i, Box::new(answer))) as BoxFuture<'static, Step>);
         }
         let (ahead, cut_off) = (VecDeque::new(), Box::pin(std::future::pending()));
         Self { facts, text, choices, running, ahead, metrics, cut_off, deadline }
@@ -224,7 +216,7 @@ impl Session {
     }
 
     async fn receive(&mut self) -> Option<Result<Update, ApiError>> {
-        let Step { choice, started, event } = tokio::select! {
+        let Step { choice, answer, event } = tokio::select! {
             // What is complete is given out, whatever else happens.
             biased;
             step = self.running.next() => step?,
@@ -241,17 +233,12 @@ impl Session {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
-                let (code, ticket) = (error.code(), &started.place.ticket);
-                let (request, replica, generation) =
-                    (&self.facts.id, ticket.replica, ticket.generation);
+                let (code, request) = (error.code(), &self.facts.id);
                 match code.fault() {
-                    Fault::Caller => tracing::debug!(request, %replica, %error, "refused"),
-                    Fault::Cluster => {
-                        tracing::warn!(request, %replica, %generation, %error, "an answer failed");
+                    Fault::Caller if code != ErrorCode::Quarantined => {
+                        tracing::debug!(request, choice, %error, "refused");
                     }
-                }
-                if matches!(error, DispatchError::Lost { .. } | DispatchError::Connect { .. }) {
-                    started.place.failed();
+                    _ => tracing::warn!(request, choice, %error, "an answer failed"),
                 }
                 self.metrics.failed(code);
                 self.running.clear();
@@ -266,9 +253,9 @@ impl Session {
             &mut self.metrics,
         );
         if update.finish.is_none() {
-            self.running.push(Box::pin(step(choice, started)));
+            self.running.push(Box::pin(step(choice, answer)));
         }
-        // Otherwise `started` drops here: an answer that ran into a stop string is cancelled.
+        // Otherwise `answer` drops here: an answer that ran into a stop string is cancelled.
         Some(Ok(update))
     }
 }

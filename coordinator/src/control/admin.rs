@@ -17,6 +17,7 @@ use shoal_protocol::version::VersionRange;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::access::AccessServer;
 use super::agents::Agents;
 use super::changes::{Changes, speed_of};
 use super::models::Models;
@@ -39,6 +40,8 @@ const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// Answers operators.
 #[derive(Clone, Debug)]
 pub struct AdminServer {
+    /// Answers what is asked about keys, tokens and nodes.
+    pub access: AccessServer,
     /// The replicated state.
     pub store: ControlStore,
     /// The connected workers.
@@ -148,6 +151,14 @@ impl AdminServer {
                 self.create_token(operator, role, uses, expires_s).await
             }
             AdminCall::ExplainPlan { name } => self.explain(&name),
+            AdminCall::ChangeVoters { add, remove } => {
+                tracing::info!(%operator, ?add, ?remove, "change of the coordinators that vote");
+                super::voters::change(&self.store, &add, &remove).await?;
+                Ok(AdminReply::Accepted)
+            }
+            AdminCall::Access(call) => {
+                Ok(AdminReply::Access(self.access.answer(operator, call).await?))
+            }
             AdminCall::Scale { name, replicas, stages, dry_run } => {
                 let scale = DeploymentCommand::Scale { name, replicas, stages };
                 self.changes().make(operator, Change::Deployment(scale), dry_run).await
@@ -226,12 +237,6 @@ impl AdminServer {
         uses: u32,
         expires_s: u64,
     ) -> Result<AdminReply, WireError> {
-        if role == Role::Coordinator {
-            return Err(WireError::new(
-                ErrorCode::Unsupported,
-                "this version runs one coordinator; tokens are for workers and admins",
-            ));
-        }
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("no randomness: {error}"))

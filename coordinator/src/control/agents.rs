@@ -23,10 +23,11 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::quic::ca::CertificateAuthority;
-use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silence, close_code};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::admit::{admit, record};
+use super::authority::Authority;
 use super::reconcile::ObservedWorker;
 use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
 use super::state::KeyFingerprint;
@@ -49,7 +50,7 @@ const THINGS_MAX: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Agents {
     store: ControlStore,
-    ca: Arc<CertificateAuthority>,
+    authority: Authority,
     registry: Arc<Mutex<Registry>>,
     /// Counts changes.
     changed: Arc<watch::Sender<u64>>,
@@ -73,6 +74,8 @@ enum SessionEnd {
     Protocol(&'static str),
     #[error("its link broke: {0}")]
     Link(String),
+    #[error("it is given up: {0}")]
+    Silent(Silence),
     #[error("it ended the conversation")]
     Finished,
     #[error("a newer connection of the same worker took its place")]
@@ -81,10 +84,10 @@ enum SessionEnd {
 
 impl Agents {
     /// Nobody is connected yet.
-    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
+    pub fn new(store: ControlStore, authority: Authority) -> Self {
         let changed = Arc::new(watch::Sender::new(0));
         let registry = Arc::new(Mutex::new(Registry::new(SystemTime::now())));
-        Self { store, ca, registry, changed }
+        Self { store, authority, registry, changed }
     }
 
     /// Fires whenever a worker comes, goes or reports.
@@ -96,6 +99,7 @@ impl Agents {
     pub fn observe(&self) -> BTreeMap<NodeId, ObservedWorker> {
         let of = |worker: &Worker| ObservedWorker {
             connected: worker.link.is_some(),
+            silent_for: worker.link.as_ref().map_or(Duration::MAX, |link| link.pulse.silent_for()),
             register: worker.register.clone(),
             report: worker.report.clone(),
             pushed: worker.pushed.clone(),
@@ -223,7 +227,10 @@ impl Agents {
         let code = match end {
             SessionEnd::Refused(_) => close_code::REFUSED,
             SessionEnd::NoRegistration | SessionEnd::Protocol(_) => close_code::PROTOCOL,
-            SessionEnd::Link(_) | SessionEnd::Finished | SessionEnd::Replaced => close_code::DONE,
+            SessionEnd::Link(_)
+            | SessionEnd::Silent(_)
+            | SessionEnd::Finished
+            | SessionEnd::Replaced => close_code::DONE,
         };
         tracing::info!(%node, address = %connection.remote_address(), "control link ended: {end}");
         connection.close(code, &end.to_string());
@@ -279,8 +286,9 @@ impl Agents {
         receiver: FrameReceiver,
     ) -> SessionEnd {
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let pulse = Arc::new(Pulse::default());
         let register = registered.register.clone();
-        let Some(session) = self.connected(node, registered, connection, outbox) else {
+        let Some(session) = self.connected(node, registered, connection, &pulse, outbox) else {
             return SessionEnd::Replaced;
         };
         // Both halves run until one of them ends; a message is never left half-read for the other.
@@ -289,6 +297,7 @@ impl Agents {
             end = speak(sender, messages) => end,
             refused = record(&self.store, node, &register) => SessionEnd::Refused(refused.into()),
             reason = connection.closed() => SessionEnd::Link(reason.to_string()),
+            silence = pulse.follow(connection) => SessionEnd::Silent(silence),
         };
         self.disconnected(node, session);
         end
@@ -346,7 +355,8 @@ impl Agents {
         if recorded != Some(KeyFingerprint(key)) {
             return Err("it has another key on record".into());
         }
-        self.ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
+        let ca = self.authority.required().map_err(|error| error.to_string())?;
+        ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
     }
 
     fn connected(
@@ -354,6 +364,7 @@ impl Agents {
         node: NodeId,
         registered: Registered,
         connection: &Connection,
+        pulse: &Arc<Pulse>,
         outbox: mpsc::Sender<CoordinatorMessage>,
     ) -> Option<u64> {
         let Registered { register, coordinators } = registered;
@@ -379,8 +390,8 @@ impl Agents {
             address = %register.activations,
             "worker registered"
         );
-        let connection = connection.clone();
-        let link = Link { session, connection, outbox, probes: BTreeMap::new() };
+        let (connection, pulse) = (connection.clone(), Arc::clone(pulse));
+        let link = Link { session, connection, pulse, outbox, probes: BTreeMap::new() };
         // They may have changed since the welcome.
         if registry.coordinators != coordinators {
             link.send(node, CoordinatorMessage::Coordinators(registry.coordinators.clone()));

@@ -155,13 +155,20 @@ impl Executor {
         Instant(self.origin.elapsed().as_micros().min(u128::from(u64::MAX)) as u64)
     }
 
+    /// The workers that have registered here and belong to the cluster.
+    fn members(&self, state: &ClusterState) -> BTreeMap<NodeId, ObservedWorker> {
+        let mut workers = self.agents.observe();
+        workers.retain(|node, _| state.nodes.get(*node).is_some());
+        workers
+    }
+
     /// `None` where the runtime is ending.
     async fn decide(&mut self, state: &Arc<ClusterState>) -> Option<Decision> {
         let observed = Observed {
             now: self.now(),
             since: Instant(0),
             follows: self.leads.is_none(),
-            workers: self.agents.observe(),
+            workers: self.members(state),
             history: std::mem::take(&mut self.history),
         };
         let state = Arc::clone(state);
@@ -191,11 +198,13 @@ impl Executor {
     }
 
     fn show(&self, state: &ClusterState, decision: &Decision) {
-        let seen = self.agents.observe();
+        let seen = self.members(state);
         let stands = self.stands(state, decision);
         let table = self.table(state, &stands, &seen);
         self.shown.table.send_replace(Arc::new(table));
-        let view = view(&self.coordinator, state, &stands, &seen);
+        let mut view = view(&self.coordinator, state, &stands, &seen);
+        let (members, standing) = (self.store.members(), self.store.standing());
+        view.coordinators = super::voters::view(state, &members.borrow(), *standing.borrow());
         self.shown.view.send_if_modified(|shown| {
             let changed = **shown != view;
             if changed {
@@ -253,7 +262,7 @@ impl Executor {
             workers_total: state.nodes.workers().count(),
         };
         for (name, deployment) in state.deployments.iter() {
-            let Some(Phase { reason, .. }) = stands.deployments.get(name).cloned() else {
+            let Some(Phase { phase, reason }) = stands.deployments.get(name).cloned() else {
                 continue;
             };
             let folder = self.folders.of(name).ok().flatten();
@@ -269,6 +278,7 @@ impl Executor {
                 context_max: context_max.unwrap_or(deployment.shape.context_max()),
                 replicas: plans.iter().filter_map(|plan| served(plan, stands, seen)).collect(),
                 reason,
+                phase,
             };
             table.deployments.insert(name.clone(), Arc::new(served));
         }
@@ -360,6 +370,7 @@ fn view(
         workers: workers.collect(),
         deployments: deployments.collect(),
         plan: state.plans.to_plan(),
+        coordinators: Vec::new(),
     }
 }
 

@@ -1,19 +1,21 @@
-//! ● The coordinator's side of `shoal-join`: the one conversation with somebody unknown.
+//! ● The coordinator's side of `shoal-join` and `shoal-renew`: the conversations with somebody unknown.
 //!
 //! So every step is bounded before it is taken: how often (a token bucket), how many at once, how
 //! long, how much (4 KiB). The secret is spent by a committed command before a certificate is
-//! signed; a joiner that breaks off in between has used its token up, which is the safe side.
+//! signed; a joiner that breaks off in between has used its token up, which is the safe side. A node that
+//! was removed gets no new certificate: the state is read as all coordinators have it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX};
+use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
-use shoal_protocol::quic::{Connection, close_code};
+use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 
+use super::authority::Authority;
 use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash};
 use super::store::ControlStore;
 
@@ -26,7 +28,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long to wait until the joiner has its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Joins per second, for ever: a rack that starts at once is in within seconds, and guessing 32
+/// Joins per second, and renewals: a rack that starts at once is in within seconds, and guessing 32
 /// random bytes at this rate is hopeless.
 const JOINS_PER_SECOND: f64 = 20.0;
 
@@ -36,22 +38,30 @@ const JOINS_BURST: f64 = 40.0;
 /// Joins in progress: each holds 4 KiB and waits for one sync of the disk.
 const JOINS_AT_ONCE: usize = 16;
 
-/// Lets nodes in.
+/// What somebody unknown wants.
+#[derive(Debug)]
+enum Wish {
+    Join(JoinRequest),
+    Renew(RenewRequest),
+}
+
+/// Lets nodes in, or back in. Each conversation has a server of its own, so that strangers who ask to
+/// join do not use up the rate of nodes that come back.
 #[derive(Clone, Debug)]
 pub struct JoinServer {
     store: ControlStore,
-    ca: Arc<CertificateAuthority>,
+    authority: Authority,
     bucket: Arc<Mutex<Bucket>>,
     places: Arc<Semaphore>,
 }
 
 impl JoinServer {
     /// A server that issues certificates of this CA.
-    pub fn new(store: ControlStore, ca: Arc<CertificateAuthority>) -> Self {
+    pub fn new(store: ControlStore, authority: Authority) -> Self {
         let bucket = Bucket { tokens: JOINS_BURST, filled: Instant::now() };
         Self {
             store,
-            ca,
+            authority,
             bucket: Arc::new(Mutex::new(bucket)),
             places: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
         }
@@ -72,8 +82,7 @@ impl JoinServer {
         let ask = async {
             let (sender, mut receiver) =
                 connection.accept_bi().await.map_err(|error| error.to_string())?;
-            let request = receiver.message::<JoinRequest>(MESSAGE_LEN_MAX).await;
-            Ok::<_, String>((sender, request.ok().flatten()))
+            Ok::<_, String>((sender, wish(connection.alpn(), &mut receiver).await))
         };
         let asked = tokio::time::timeout(REQUEST_TIMEOUT, ask).await;
         let (mut sender, request) =
@@ -94,15 +103,41 @@ impl JoinServer {
         Ok(())
     }
 
-    async fn answer(&self, request: Option<JoinRequest>) -> Result<JoinReply, WireError> {
+    async fn answer(&self, wish: Option<Wish>) -> Result<JoinReply, WireError> {
         if !self.within_rate() {
             return Err(overloaded());
         }
         let _place = self.places.try_acquire().map_err(|_| overloaded())?;
-        let request = request.ok_or_else(|| {
-            WireError::new(ErrorCode::InvalidRequest, "this is not a request to join")
+        match wish {
+            Some(Wish::Join(request)) => self.join(&request, SystemTime::now()).await,
+            Some(Wish::Renew(request)) => self.renew(&request, SystemTime::now()).await,
+            None => {
+                let words = "this is not a request to join or to renew a certificate";
+                Err(WireError::new(ErrorCode::InvalidRequest, words))
+            }
+        }
+    }
+
+    /// A new certificate for the key that is on record, and for no other.
+    async fn renew(&self, request: &RenewRequest, now: SystemTime) -> Result<JoinReply, WireError> {
+        VersionRange::OURS
+            .negotiate(request.versions)
+            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+        let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
+            WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
-        self.join(&request, SystemTime::now()).await
+        let (node, state) = (request.node, self.store.read().await?);
+        let known = state.nodes.get(node).ok_or(Refusal::UnknownNode { node })?;
+        if known.key != KeyFingerprint(key) {
+            let words = format!("{node} has another key on record than the one that asks");
+            return Err(WireError::new(ErrorCode::PermissionDenied, words));
+        }
+        let ca = self.authority.required()?;
+        let certificate = ca
+            .issue(&request.csr, node, now)
+            .map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
+        tracing::info!(%node, "is back with an expired certificate: renewed");
+        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
@@ -113,6 +148,7 @@ impl JoinServer {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
         let token = TokenHash::of(&request.secret);
+        let ca = self.authority.required()?;
         // Nobody without a good token gets as far as the queue of changes.
         if !self.store.state().tokens.is_good(&token, Timestamp::of(now)) {
             return Err(Refusal::BadToken.into());
@@ -126,9 +162,9 @@ impl JoinServer {
         let internal = |why: String| WireError::new(ErrorCode::Internal, why);
         let node = node.ok_or_else(|| internal("no node came of the join".into()))?;
         let certificate =
-            self.ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
+            ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
-        Ok(JoinReply::Joined { node, certificate, ca: self.ca.certificate().to_vec() })
+        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
     }
 
     fn within_rate(&self) -> bool {
@@ -137,8 +173,21 @@ impl JoinServer {
     }
 }
 
+async fn wish(alpn: Alpn, receiver: &mut FrameReceiver) -> Option<Wish> {
+    match alpn {
+        Alpn::Renew => {
+            let request = receiver.message(MESSAGE_LEN_MAX).await;
+            request.ok().flatten().map(Wish::Renew)
+        }
+        _ => {
+            let request = receiver.message(MESSAGE_LEN_MAX).await;
+            request.ok().flatten().map(Wish::Join)
+        }
+    }
+}
+
 fn overloaded() -> WireError {
-    WireError::new(ErrorCode::Overloaded, "too many nodes join at once; try again in a second")
+    WireError::new(ErrorCode::Overloaded, "too many nodes come at once; try again in a second")
 }
 
 /// A token bucket.
@@ -176,7 +225,7 @@ mod tests {
             raft::open(data.path(), NodeId::coordinator(1), WhenEmpty::Found, Box::new(|_| {}))
                 .unwrap();
         let now = SystemTime::now();
-        let ca = Arc::new(CertificateAuthority::create(now).unwrap());
+        let ca = CertificateAuthority::create(now).unwrap();
         let someone = ca.issue_identity(NodeId::worker(9), now).unwrap();
         let csr = someone.renewal_request().unwrap();
         let request = JoinRequest { versions: VersionRange::OURS, secret: [7; 32], csr };
@@ -184,7 +233,7 @@ mod tests {
         let token = TokenCommand::Create { hash, role: Role::Worker, uses: 2, expires };
         store.propose(Change::Token(token)).await.unwrap();
 
-        let server = JoinServer::new(store, ca);
+        let server = JoinServer::new(store, Authority::holding(ca));
         let joined = server.join(&request, now + Duration::from_secs(59)).await.unwrap();
         let first = NodeId::worker(1);
         assert!(matches!(joined, JoinReply::Joined { node, .. } if node == first), "{joined:?}");

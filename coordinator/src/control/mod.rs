@@ -5,17 +5,22 @@
 //! admin, join, agents (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► executor (●) ─► agents ══shoal-ctl══► workers
 //! ```
 
+pub mod access;
 pub mod admin;
 mod admit;
 pub mod agents;
+pub mod authority;
 pub mod changes;
 pub mod executor;
 mod folders;
 pub mod join;
+pub mod membership;
 pub mod models;
+pub mod peers;
 pub mod planner;
 pub mod reconcile;
 mod registry;
 pub mod shape;
 pub mod state;
 pub mod store;
+mod voters;

@@ -1,13 +1,14 @@
 //! ● What a coordinator holds of its workers: plain data, and the way to each that is connected.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, Register, Report};
 use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Assignment;
-use shoal_protocol::quic::{Connection, close_code};
+use shoal_protocol::quic::{Connection, Pulse, close_code};
 use tokio::sync::{mpsc, oneshot};
 
 /// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
@@ -75,6 +76,7 @@ impl Link {
 pub(super) struct Link {
     pub session: u64,
     pub connection: Connection,
+    pub pulse: Arc<Pulse>,
     pub outbox: mpsc::Sender<CoordinatorMessage>,
     pub probes: BTreeMap<u64, oneshot::Sender<Result<[u8; 32], WireError>>>,
 }

@@ -105,6 +105,11 @@ impl Dispatcher {
         self.stale.load(Ordering::Relaxed)
     }
 
+    /// Ends the connections to nodes of which this does not hold; answers that they owe fail.
+    pub fn keep(&self, member: impl Fn(NodeId) -> bool) {
+        self.pool.keep(member);
+    }
+
     /// Ends every connection; answers that are under way fail.
     pub fn close(&self) {
         self.pool.close();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use shoal_protocol::id::NodeId;
-use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, close_code};
+use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, Pulse, close_code};
 
 /// How long a request waits for a connection to its head. Loopback and LAN need milliseconds; the
 /// rest is a peer that is not there.
@@ -52,6 +52,7 @@ impl Pool {
                 .connect(address, Expect::Node(head), Alpn::Requests, CONNECT_DEADLINE)
                 .await?;
             *connection = Some(new.clone());
+            tokio::spawn(watch_over(head, new.clone()));
             Ok(new)
         };
         tokio::time::timeout(CONNECT_DEADLINE, connect).await.unwrap_or_else(|_| {
@@ -63,6 +64,18 @@ impl Pool {
         })
     }
 
+    /// Ends the connections to nodes of which this does not hold.
+    pub fn keep(&self, member: impl Fn(NodeId) -> bool) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|(node, _), slot| {
+            let stays = member(*node);
+            if !stays && let Ok(Some(connection)) = slot.try_lock().as_deref() {
+                connection.close(close_code::REFUSED, "this node was removed");
+            }
+            stays
+        });
+    }
+
     /// Ends every connection.
     pub fn close(&self) {
         let slots = std::mem::take(&mut *self.slots.lock().unwrap_or_else(PoisonError::into_inner));
@@ -71,6 +84,19 @@ impl Pool {
                 connection.close(close_code::DONE, "the coordinator stops");
             }
         }
+    }
+}
+
+/// Ends a connection whose head is dead, and with it the answers that wait there. The head beats often
+/// while it has streams of ours.
+async fn watch_over(head: NodeId, connection: Connection) {
+    let pulse = Pulse::default();
+    tokio::select! {
+        silence = pulse.follow(&connection) => {
+            tracing::warn!("{head} is given up: {silence}");
+            connection.close(close_code::DONE, "nothing was heard of you");
+        }
+        _ = connection.closed() => {}
     }
 }
 

@@ -111,6 +111,11 @@ impl DispatchError {
 }
 
 impl Answer {
+    /// What is known of it: enough to go on elsewhere.
+    pub fn sequence(&self) -> &Sequence {
+        &self.sequence
+    }
+
     /// The next event. After an error, or after `Done`, there is none: drop the answer.
     pub async fn next(&mut self) -> Result<AnswerEvent, DispatchError> {
         let deadline = self.deadline;

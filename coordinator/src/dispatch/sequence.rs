@@ -91,6 +91,16 @@ impl Sequence {
         }
     }
 
+    /// Tokens that an attempt computes before it draws the next one: the prompt, and what was drawn.
+    pub fn len(&self) -> usize {
+        self.prompt.len() + self.received.len()
+    }
+
+    /// Tokens that the answer may still have.
+    pub fn left(&self) -> u32 {
+        self.max_tokens.saturating_sub(self.received.len() as u32)
+    }
+
     /// Takes an event: only the current attempt's, and of its tokens only the next.
     pub fn take(&mut self, event: HeadEvent) -> Taken {
         let (request, attempt, choice) = match &event {

@@ -1,60 +1,67 @@
 //! ○ Which replica gets a request, and whether it gets one at all.
 //!
 //! ```text
-//! admit(now, dice, table, name, n) ─► Ticket{replica, head, address} | RouteError
-//! ended(ticket)  one of its n sequences is over        failed(now, ticket)  the head did not answer
+//! observe(now, table)             what there is, on every change of the table
+//! admit(now, dice, name, request) ─► filters ─► policy ─► Ticket{replica, head, address} | RouteError
+//! first_token, token(ticket)      how fast it is       ended(ticket, outcome)  whether it works
 //! ```
 //!
 //! The router is told the time and the dice. It keeps, per replica, what it sent since the head's
 //! last report: reports are up to 250 ms old, and in that time a burst would all go one way.
 
 pub mod admission;
+pub mod book;
+pub mod breaker;
+pub mod budget;
+pub mod dice;
+mod error;
+mod fleet;
 pub mod policy;
+pub mod prefix;
+pub mod sim;
+pub mod speed;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use shoal_protocol::control::HeadReport;
-use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Generation, NodeId, ReplicaId};
+use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::plan::BLOCK_TOKENS;
 use shoal_protocol::units::Instant;
 
-use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
+use crate::serving::{ServedDeployment, ServingTable};
 use admission::AdmissionLimits;
-use policy::{Policy, View};
-
-/// How long a replica that failed us is only used where there is no other: two reports and the time
-/// that QUIC needs to notice a dead peer.
-const SUSPECT_FOR: Duration = Duration::from_secs(2);
+use book::{Book, Outcome};
+pub use error::{RouteError, find};
+use fleet::Fleet;
+pub use fleet::{Standing, State};
+use policy::Policy;
 
 /// When to try again where no replica is ready: loading takes seconds.
 const NOT_READY_RETRY: Duration = Duration::from_secs(2);
-
-/// Books of replicas that are gone are dropped when there are this many more than replicas.
-const STALE_BOOKS_MAX: usize = 64;
 
 /// The router of one coordinator.
 #[derive(Debug, Default)]
 pub struct Router {
     policy: Policy,
     limits: AdmissionLimits,
-    books: BTreeMap<(ReplicaId, Generation), Book>,
+    /// In the table's order. A handful, and tickets know their place in it.
+    fleets: Vec<Fleet>,
 }
 
-/// What we know of a replica besides the head's report.
-#[derive(Debug, Default)]
-struct Book {
-    report: Option<HeadReport>,
-    /// Counts reports, so that a ticket knows whether it is older than the last.
-    epoch: u64,
-    /// Sequences sent since the report.
-    sent: u32,
-    /// Sequences over since the report, of those that it counted.
-    over: u32,
-    /// Sequences of ours that are open.
-    open: u32,
-    suspect_until: Instant,
+/// What is to be known of a request to choose a replica.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RouteRequest<'a> {
+    /// Sequences, all for one replica: they share a prompt, and so its KV blocks.
+    pub sequences: u32,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// The most tokens of each answer.
+    pub max_tokens: u32,
+    /// The prompt's blocks (`prefix::block_hashes`), where replicas keep a prefix cache. They keep
+    /// none yet: empty.
+    pub block_hashes: &'a [u64],
+    /// Where it was tried before: used only where there is nothing else.
+    pub avoid: &'a [(ReplicaId, Generation)],
 }
 
 /// A place for some sequences at a replica. Each of them must be given back by `Router::ended`.
@@ -69,202 +76,163 @@ pub struct Ticket {
     /// Where it takes requests.
     pub address: SocketAddr,
     epoch: u64,
-}
-
-/// Why a request has no place.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RouteError {
-    /// No deployment has this name.
-    #[error("there is no model `{name}`; {}", known_names(.known))]
-    NotFound {
-        /// What was asked for.
-        name: String,
-        /// What there is.
-        known: Vec<String>,
-    },
-    /// No replica is ready.
-    #[error("the model `{name}` is not ready: {reason}")]
-    NotReady {
-        /// The deployment.
-        name: String,
-        /// What is missing.
-        reason: String,
-        /// When to try again.
-        retry_after: Duration,
-    },
-    /// The deployment has as much open as it may.
-    #[error(
-        "the model `{name}` has {load} answers running or waiting, and {asked} more would pass its \
-         bound of {bound}; try again in {} s", .retry_after.as_secs()
-    )]
-    Overloaded {
-        /// The deployment.
-        name: String,
-        /// What is open.
-        load: u32,
-        /// What was asked for.
-        asked: u32,
-        /// The bound.
-        bound: u32,
-        /// When to try again.
-        retry_after: Duration,
-    },
-}
-
-/// The most names that an error lists.
-const NAMES_MAX: usize = 16;
-
-fn known_names(known: &[String]) -> String {
-    if known.is_empty() {
-        return "nothing is deployed yet (`shoal deploy MODEL` does it)".to_owned();
-    }
-    let more = if known.len() > NAMES_MAX { ", …" } else { "" };
-    format!("these are deployed: {}{more}", known[..known.len().min(NAMES_MAX)].join(", "))
-}
-
-impl RouteError {
-    /// Its code.
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            RouteError::NotFound { .. } => ErrorCode::NotFound,
-            RouteError::NotReady { .. } => ErrorCode::NotReady,
-            RouteError::Overloaded { .. } => ErrorCode::Overloaded,
-        }
-    }
-
-    /// When to try again, where that may help.
-    pub fn retry_after(&self) -> Option<Duration> {
-        match self {
-            RouteError::NotFound { .. } => None,
-            RouteError::NotReady { retry_after, .. }
-            | RouteError::Overloaded { retry_after, .. } => Some(*retry_after),
-        }
-    }
-}
-
-/// The deployment that a client means.
-pub fn find<'a>(
-    table: &'a ServingTable,
-    name: &str,
-) -> Result<&'a std::sync::Arc<ServedDeployment>, RouteError> {
-    // Names are few: a look-up by text needs no parse of a name that may be anything.
-    table.deployments.values().find(|deployment| deployment.name.as_str() == name).ok_or_else(
-        || RouteError::NotFound {
-            name: name.chars().take(96).collect(),
-            known: table.deployments.keys().map(|name| name.as_str().to_owned()).collect(),
-        },
-    )
+    prompt: u32,
+    sent: Instant,
+    /// When its last token came.
+    last: Option<Instant>,
+    tokens: u32,
+    /// Where its book was when it was made.
+    fleet: u32,
+    slot: u32,
 }
 
 impl Router {
     /// A router with these bounds.
     pub fn new(policy: Policy, limits: AdmissionLimits) -> Self {
-        Self { policy, limits, books: BTreeMap::new() }
+        Self { policy, limits, fleets: Vec::new() }
     }
 
-    /// A place for `sequences` sequences, all at one replica: they share a prompt, and so its KV
-    /// blocks.
+    /// How it chooses.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// Takes over a new table. Replicas that are gone are forgotten.
+    pub fn observe(&mut self, now: Instant, table: &ServingTable) {
+        let mut old = std::mem::take(&mut self.fleets);
+        for deployment in table.deployments.values() {
+            let known = old.iter().position(|fleet| fleet.name == deployment.name);
+            let mut fleet = match known {
+                Some(i) => old.swap_remove(i),
+                None => Fleet::new(deployment.name.clone()),
+            };
+            fleet.observe(now, &deployment.replicas);
+            self.fleets.push(fleet);
+        }
+    }
+
+    /// A place for the request's sequences, all at one replica.
     pub fn admit(
         &mut self,
         now: Instant,
         dice: u64,
         deployment: &ServedDeployment,
-        sequences: u32,
+        request: &RouteRequest<'_>,
     ) -> Result<Ticket, RouteError> {
-        let ready: Vec<(&ServedReplica, SocketAddr)> = deployment
-            .replicas
-            .iter()
-            .filter(|replica| replica.ready)
-            .filter_map(|replica| Some((replica, replica.requests?)))
-            .collect();
-        let views: Vec<View> = ready.iter().map(|(replica, _)| self.view(now, replica)).collect();
-        let name = deployment.name.as_str();
-        let Some(chosen) = self.policy.choose(&views, dice) else {
-            let reason = match deployment.reason.as_str() {
-                "" => "none of its replicas is ready",
-                reason => reason,
-            };
-            return Err(RouteError::NotReady {
-                name: name.to_owned(),
-                reason: reason.to_owned(),
-                retry_after: NOT_READY_RETRY,
-            });
+        let at = self.fleets.iter().position(|fleet| fleet.name == deployment.name);
+        let not_ready = || RouteError::NotReady {
+            name: deployment.name.as_str().to_owned(),
+            reason: match deployment.reason.as_str() {
+                "" => "none of its replicas is ready".to_owned(),
+                reason => reason.to_owned(),
+            },
+            retry_after: NOT_READY_RETRY,
         };
-        let load = views.iter().map(|view| view.load).sum::<u32>();
-        let bound = self.limits.bound(ready.len());
-        if load.saturating_add(sequences) > bound {
+        let at = at.ok_or_else(not_ready)?;
+        let fleet = &mut self.fleets[at];
+        let seen = fleet.filter(now, request.avoid);
+        if seen.ready == 0 {
+            return Err(not_ready());
+        }
+        let bound = self.limits.bound(seen.ready as usize);
+        if seen.load.saturating_add(request.sequences) > bound {
             return Err(RouteError::Overloaded {
-                name: name.to_owned(),
-                load,
-                asked: sequences,
+                name: deployment.name.as_str().to_owned(),
+                load: seen.load,
+                asked: request.sequences,
                 bound,
-                retry_after: admission::retry_after(load),
+                retry_after: admission::retry_after(seen.load),
             });
         }
-        let (replica, address) = ready[chosen];
-        let book = self.books.entry((replica.id, replica.generation)).or_default();
-        book.sent += sequences;
-        book.open += sequences;
+        let slot = fleet.choose(self.policy, now, dice, request, seen);
+        let book = &mut fleet.books[slot as usize];
+        let Some(address) = book.address else { return Err(not_ready()) };
+        let epoch = book.epoch;
+        book.send(now, request.sequences, request.prompt_tokens, request.block_hashes);
         Ok(Ticket {
-            replica: replica.id,
-            generation: replica.generation,
-            head: replica.head,
+            replica: book.id,
+            generation: book.generation,
+            head: book.head,
             address,
-            epoch: book.epoch,
+            epoch,
+            prompt: request.prompt_tokens,
+            sent: now,
+            last: None,
+            tokens: 0,
+            fleet: at as u32,
+            slot,
         })
     }
 
-    /// One sequence of a ticket is over, however it ended.
-    pub fn ended(&mut self, ticket: &Ticket) {
-        let Some(book) = self.books.get_mut(&(ticket.replica, ticket.generation)) else { return };
-        book.open = book.open.saturating_sub(1);
-        if book.epoch == ticket.epoch {
-            book.sent = book.sent.saturating_sub(1);
-        } else {
-            book.over += 1;
+    /// A sequence's first token came; its head says how long the prompt took.
+    pub fn first_token(&mut self, now: Instant, ticket: &mut Ticket, prefill: Duration) {
+        ticket.last = Some(now);
+        ticket.tokens = 1;
+        let prompt = ticket.prompt;
+        if let Some((book, _)) = self.find(ticket) {
+            book.first_token(now, prompt, Some(prefill));
         }
     }
 
-    /// The head of a ticket could not be reached or was lost.
-    pub fn failed(&mut self, now: Instant, ticket: &Ticket) {
-        let book = self.books.entry((ticket.replica, ticket.generation)).or_default();
-        book.suspect_until = now + SUSPECT_FOR;
-    }
-
-    /// Forgets replicas that are gone.
-    pub fn tidy(&mut self, table: &ServingTable) {
-        let replicas = || table.deployments.values().flat_map(|d| &d.replicas);
-        if self.books.len() > replicas().count() + STALE_BOOKS_MAX {
-            let known: Vec<_> = replicas().map(|r| (r.id, r.generation)).collect();
-            self.books.retain(|key, book| book.open > 0 || known.contains(key));
+    /// A further token of a sequence came.
+    pub fn token(&mut self, now: Instant, ticket: &mut Ticket) {
+        let last = ticket.last.replace(now);
+        ticket.tokens += 1;
+        // After a failure elsewhere an answer goes on here without a first token of its own.
+        let gap = last.map(|last| now.since(last));
+        let prompt = ticket.prompt;
+        let Some((book, _)) = self.find(ticket) else { return };
+        match gap {
+            Some(gap) => book.token(now, gap),
+            None => book.first_token(now, prompt, None),
         }
     }
 
-    fn view(&mut self, now: Instant, replica: &ServedReplica) -> View {
-        let book = self.books.entry((replica.id, replica.generation)).or_default();
-        if book.report != replica.load {
-            // A new report has counted what we sent before it, or nearly so: a request on its way
-            // at that moment is missed until the next one.
-            book.report = replica.load;
-            book.epoch += 1;
-            book.sent = 0;
-            book.over = 0;
-        }
-        let (reported, kv_usage) = match replica.load {
-            None => (0, 0.0),
-            Some(load) => (
-                load.running.saturating_add(load.waiting),
-                f64::from(load.blocks_used) / f64::from(load.blocks_total.max(1)),
-            ),
-        };
-        let estimate = reported.saturating_sub(book.over).saturating_add(book.sent);
-        View {
-            // What is ours is open for certain, whatever the report says.
-            load: estimate.max(book.open),
-            kv_usage,
-            suspect: now < book.suspect_until,
+    /// One sequence of a ticket is over.
+    pub fn ended(&mut self, now: Instant, dice: u64, ticket: &Ticket, outcome: Outcome) {
+        let prompt_left = if ticket.last.is_none() { ticket.prompt } else { 0 };
+        let took = now.since(ticket.sent);
+        let tokens = ticket.tokens;
+        let epoch = ticket.epoch;
+        let Some((book, answer)) = self.find(ticket) else { return };
+        book.end(now, epoch, prompt_left, took);
+        book.judge(now, outcome, dice);
+        if outcome == Outcome::Complete {
+            *answer = fleet::longer_or_shorter(*answer, tokens);
         }
     }
+
+    /// Where each replica stands and why, for metrics.
+    pub fn standings(&self, now: Instant) -> impl Iterator<Item = (&DeploymentName, Standing)> {
+        let policy = self.policy;
+        self.fleets.iter().flat_map(move |fleet| {
+            fleet.standings(policy, now).into_iter().map(|standing| (&fleet.name, standing))
+        })
+    }
+
+    /// The book of a ticket, where its replica is still there, and its fleet's mean answer.
+    fn find(&mut self, ticket: &Ticket) -> Option<(&mut Book, &mut Option<f64>)> {
+        let is = |book: &Book| book.id == ticket.replica && book.generation == ticket.generation;
+        let (mut fleet, mut slot) = (ticket.fleet as usize, ticket.slot as usize);
+        let hit = self.fleets.get(fleet).and_then(|fleet| fleet.books.get(slot)).is_some_and(is);
+        if !hit {
+            // The table has changed since.
+            (fleet, slot) =
+                self.fleets.iter().enumerate().find_map(|(at, fleet)| {
+                    fleet.books.iter().position(is).map(|slot| (at, slot))
+                })?;
+        }
+        let fleet = self.fleets.get_mut(fleet)?;
+        Some((fleet.books.get_mut(slot)?, &mut fleet.answer))
+    }
+}
+
+/// Tokens of a prompt that a replica has probably computed before.
+fn prefix_tokens(book: &Book, hashes: &[u64]) -> f64 {
+    if hashes.is_empty() {
+        return 0.0;
+    }
+    (book.prefix.known(hashes) * BLOCK_TOKENS as usize) as f64
 }
 
 #[cfg(test)]

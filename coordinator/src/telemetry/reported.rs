@@ -62,6 +62,11 @@ const SHARD_COUNTERS: &[ShardCounter] = &[
         "Packets to the next stage that the transport declared lost.",
         |c| c.lost_packets as f64,
     ),
+    (
+        "shoal_link_suspicions_total",
+        "How often a stage took a neighbour for dead and waited: all but the last were stalls.",
+        |c| c.suspicions as f64,
+    ),
 ];
 
 /// All families that follow from the table.
@@ -125,13 +130,17 @@ fn shards(table: &ServingTable, out: &mut Vec<MetricFamily>) -> Result<(), prome
     let rtt = GaugeVec::new(Opts::new("shoal_hop_rtt_seconds", rtt), LABELS)?;
     let ready = "1 where a shard takes steps, else 0.";
     let ready = GaugeVec::new(Opts::new("shoal_shard_ready", ready), LABELS)?;
+    let suspects = "Neighbours of a stage that are silent for longer than any stall of late.";
+    let suspects = GaugeVec::new(Opts::new("shoal_link_suspects", suspects), LABELS)?;
     for (node, shard) in &table.shards {
         let labels = labels(node, shard);
+        suspects.with_label_values(&labels).set(shard.counters.suspects as f64);
         rtt.with_label_values(&labels).set(shard.counters.link_rtt_us as f64 / 1e6);
         let is_ready = shard.state == ShardState::Ready;
         ready.with_label_values(&labels).set(f64::from(u8::from(is_ready)));
     }
     out.extend(rtt.collect());
+    out.extend(suspects.collect());
     out.extend(ready.collect());
     Ok(())
 }
@@ -206,6 +215,7 @@ mod tests {
             context_max: 1,
             replicas: vec![replica(4, 1), replica(5, 6)],
             reason: String::new(),
+            phase: shoal_protocol::admin::DeploymentPhase::Ready,
         };
         let mut table =
             ServingTable { workers_total: 3, workers_connected: 2, ..Default::default() };

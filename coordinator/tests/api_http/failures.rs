@@ -1,6 +1,6 @@
 //! What a client sees when something dies, and what a head sees when a client goes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use shoal_coordinator::api::Limits;
@@ -25,8 +25,6 @@ async fn a_failure_before_the_first_token_has_a_status_of_its_own() {
     let setup = Setup::new().await;
     for (code, status) in [
         (ErrorCode::Overloaded, 429),
-        (ErrorCode::NotReady, 503),
-        (ErrorCode::StaleGeneration, 503),
         (ErrorCode::ComputeFailed, 500),
         (ErrorCode::InvalidRequest, 400),
     ] {
@@ -45,7 +43,7 @@ async fn a_failure_in_the_middle_ends_the_stream_with_an_error_event() {
     let setup = Setup::new().await;
     let tokens = setup.says("1 plus");
     for (end, code, part) in [
-        (End::Failed(ErrorCode::WorkerLost, "w2 was lost"), "worker_lost", "w2 was lost"),
+        (End::Failed(ErrorCode::ComputeFailed, "it is NaN"), "compute_failed", "it is NaN"),
         (End::Cut, "protocol_violation", "before the answer was complete"),
         (End::Gap, "protocol_violation", "was expected"),
     ] {
@@ -60,7 +58,7 @@ async fn a_failure_in_the_middle_ends_the_stream_with_an_error_event() {
         assert_eq!(text, "1 plus");
     }
     let metrics = get(setup.http, "/metrics").await.body;
-    let line = "shoal_answers_failed_total{model_name=\"demo\",reason=\"worker_lost\"} 1";
+    let line = "shoal_answers_failed_total{model_name=\"demo\",reason=\"compute_failed\"} 1";
     assert!(metrics.contains(line), "{metrics}");
 }
 
@@ -103,28 +101,6 @@ async fn a_client_that_hangs_up_cancels_all_its_answers() {
     let metrics = get(setup.http, "/metrics").await.body;
     let line = "vllm:request_success_total{finished_reason=\"abort\",model_name=\"demo\"} 8";
     assert!(metrics.contains(line), "{metrics}");
-}
-
-#[tokio::test]
-async fn a_head_that_vanishes_is_an_error_within_two_seconds() {
-    let mut setup = Setup::new().await;
-    setup.head.set(script(vec![40, 41], End::Silence));
-    let http = setup.http;
-    let running = tokio::spawn(async move { post(http, COMPLETIONS, &body(true)).await });
-    setup.head.sees(|seen| seen.requests.len() == 1).await;
-    let since = Instant::now();
-    setup.head.vanish();
-    let (events, done) = running.await.expect("no panic").events();
-    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
-    assert!(!done);
-    let error = &events.last().expect("events")["error"];
-    assert_eq!(error["code"], "worker_lost");
-    assert!(error["message"].as_str().is_some_and(|text| text.contains("w1")), "{error}");
-    // The next request finds nobody, and says so in time.
-    let since = Instant::now();
-    let response = post(setup.http, COMPLETIONS, &body(false)).await;
-    assert_eq!((response.status, &response.json()["error"]["code"]), (503, &json!("worker_lost")));
-    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
 }
 
 #[tokio::test]

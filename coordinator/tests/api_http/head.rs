@@ -1,6 +1,7 @@
 //! A head that answers by script, over real QUIC on a runtime of its own (so that it can vanish
 //! without a word, as a killed process does).
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,14 +9,16 @@ use std::time::Duration;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::FrameKind;
 use shoal_protocol::id::TokenId;
-use shoal_protocol::quic::{Alpn, Connection, Endpoint, FrameReceiver, FrameSender, Identity};
+use shoal_protocol::quic::{
+    Alpn, Connection, Endpoint, FrameReceiver, FrameSender, Identity, close_code,
+};
 use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_LOGPROBS,
     TokenHeader,
 };
 use tokio::sync::watch;
 
-/// What the head does with every sequence.
+/// What the head does with every sequence. One of which it is told a part goes on behind it.
 #[derive(Clone, Debug)]
 pub struct Script {
     /// The answer; cut at `max_tokens`.
@@ -36,6 +39,8 @@ pub enum End {
     Silence,
     /// The stream ends without `Done`.
     Cut,
+    /// The stream is reset.
+    Reset,
     /// A token with an index that leaves a gap.
     Gap,
     /// The last token once more, and one of another attempt; then done.
@@ -53,6 +58,8 @@ pub struct Seen {
 pub struct Head {
     pub address: SocketAddr,
     pub script: Arc<Mutex<Script>>,
+    /// What the next sequences get instead, one each.
+    first: Arc<Mutex<VecDeque<Script>>>,
     seen: watch::Receiver<Seen>,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -71,7 +78,8 @@ impl Head {
             .block_on(async { Endpoint::bind(any, Arc::new(identity), &[Alpn::Requests]) })
             .expect("a free port");
         let address = endpoint.local_address();
-        let world = World { script: Arc::clone(&script), seen: seen_by };
+        let first = Arc::<Mutex<VecDeque<Script>>>::default();
+        let world = World { script: Arc::clone(&script), first: Arc::clone(&first), seen: seen_by };
         runtime.spawn(async move {
             while let Some(accepting) = endpoint.accept().await {
                 let world = world.clone();
@@ -81,11 +89,16 @@ impl Head {
                 });
             }
         });
-        Self { address, script, seen, runtime: Some(runtime) }
+        Self { address, script, first, seen, runtime: Some(runtime) }
     }
 
     pub fn set(&self, script: Script) {
         *self.script.lock().expect("no panic") = script;
+    }
+
+    /// The next sequences get one of these each, later ones the script that is set.
+    pub fn set_first(&self, scripts: impl IntoIterator<Item = Script>) {
+        self.first.lock().expect("no panic").extend(scripts);
     }
 
     /// Waits until what the head has seen passes `ok`.
@@ -120,6 +133,7 @@ impl Drop for Head {
 #[derive(Clone)]
 struct World {
     script: Arc<Mutex<Script>>,
+    first: Arc<Mutex<VecDeque<Script>>>,
     seen: watch::Sender<Seen>,
 }
 
@@ -136,7 +150,8 @@ impl World {
         assert_eq!(frame.kind, FrameKind::Generate);
         let body = receive.body(&frame, 1 << 20).await.expect("a body");
         let request = Generate::decode(frame.header(), &body).expect("a valid request");
-        let script = self.script.lock().expect("no panic").clone();
+        let first = self.first.lock().expect("no panic").pop_front();
+        let script = first.unwrap_or_else(|| self.script.lock().expect("no panic").clone());
         self.seen.send_modify(|seen| seen.requests.push(request.clone()));
         tokio::select! {
             // The answer first: at its end the coordinator finishes its half.
@@ -156,9 +171,17 @@ impl World {
 
 async fn play(send: &mut FrameSender, request: &Generate, script: &Script) {
     let tokens = script.tokens.iter().take(request.max_tokens as usize);
-    let mut sent = 0;
-    for (index, token) in tokens.enumerate() {
-        if index > 0 && !script.pace.is_zero() {
+    let known = request.tokens.len() - request.prompt_len as usize;
+    let mut sent = known as u32;
+    if request.attempt.0 > 0 {
+        // What an attempt before it might still have said, and what is known already.
+        say(send, token_event(request, request.attempt.0 - 1, sent, 3)).await;
+        if sent > 0 {
+            say(send, token_event(request, request.attempt.0, sent - 1, 3)).await;
+        }
+    }
+    for (index, token) in tokens.enumerate().skip(known) {
+        if index > known && !script.pace.is_zero() {
             tokio::time::sleep(script.pace).await;
         }
         say(send, token_event(request, request.attempt.0, index as u32, *token)).await;
@@ -192,6 +215,7 @@ async fn play(send: &mut FrameSender, request: &Generate, script: &Script) {
         }
         End::Silence => std::future::pending().await,
         End::Cut => {}
+        End::Reset => send.reset(close_code::STALE),
         End::Gap => say(send, token_event(request, request.attempt.0, sent + 1, 1)).await,
         End::Twice => {
             say(send, token_event(request, request.attempt.0, sent - 1, 1)).await;

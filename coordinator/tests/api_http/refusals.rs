@@ -151,7 +151,8 @@ async fn what_is_over_the_bound_is_told_when_to_come_back() {
 
 #[tokio::test]
 async fn what_is_not_ready_says_why() {
-    let setup = Setup::new().await;
+    let limits = Limits { ready_patience: Duration::from_millis(50), ..Limits::default() };
+    let setup = Setup::with(limits).await;
     let body = json!({"model": "demo", "prompt": "x"});
     setup.change(|demo| {
         demo.replicas[0].ready = false;

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use shoal_coordinator::api::tls::Tls;
 use shoal_coordinator::api::tokenize::ModelText;
-use shoal_coordinator::api::{ApiContext, Limits, serve};
+use shoal_coordinator::api::{ApiContext, Gate, Limits, serve};
 use shoal_coordinator::dispatch::Dispatcher;
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_coordinator::telemetry::Telemetry;
+use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId, TokenId};
 use shoal_protocol::quic::Endpoint;
@@ -30,6 +32,7 @@ pub struct Setup {
     pub draining: watch::Sender<bool>,
     pub text: ModelText,
     pub server: JoinHandle<()>,
+    ca: CertificateAuthority,
 }
 
 fn demo_folder() -> PathBuf {
@@ -53,6 +56,7 @@ fn deployment(name: &str, folder: Option<PathBuf>, head: SocketAddr) -> ServedDe
             load: Some(HeadReport { replica: id, blocks_total: 10, ..HeadReport::default() }),
         }],
         reason: String::new(),
+        phase: DeploymentPhase::Ready,
     }
 }
 
@@ -62,6 +66,14 @@ impl Setup {
     }
 
     pub async fn with(limits: Limits) -> Self {
+        Self::behind(limits, Gate::without_keys()).await
+    }
+
+    pub async fn behind(limits: Limits, gate: Gate) -> Self {
+        Self::over(limits, gate, None).await
+    }
+
+    pub async fn over(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -85,8 +97,18 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let server = serve(listener, context);
-        Self { http, head, table, draining, text, server }
+        let context = context.behind(gate);
+        let server = match tls {
+            Some(tls) => serve(listener, context.over(tls)),
+            None => serve(listener, context),
+        };
+        Self { http, head, table, draining, text, server, ca }
+    }
+
+    /// Another worker with a head, of which the table does not know yet.
+    pub fn another_head(&self, node: NodeId, script: Script) -> Head {
+        let identity = self.ca.issue_identity(node, SystemTime::now()).expect("an identity");
+        std::thread::spawn(|| Head::start(identity, script)).join().expect("a head")
     }
 
     /// The head answers every sequence with this text, then its end token.

@@ -1,12 +1,14 @@
 //! A coordinator on loopback, an operator, and workers that speak `shoal-ctl` and compute nothing.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shoal_coordinator::config::CoordinatorConfig;
-use shoal_coordinator::node::{Coordinator, StartError};
+use shoal_coordinator::config::{CoordinatorConfig, StoreConfig};
+use shoal_coordinator::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentView};
 use shoal_protocol::control::{
     CoordinatorMessage, DeviceInfo, Register, Report, ShardCounters, ShardReport, ShardState,
@@ -35,7 +37,18 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 pub fn config(data: &Path) -> CoordinatorConfig {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
-    CoordinatorConfig { data: data.to_owned(), listen: any, cluster: any, builtin: Vec::new() }
+    CoordinatorConfig {
+        data: data.to_owned(),
+        store: StoreConfig::Raft,
+        listen: any,
+        tls: None,
+        cluster: any,
+        advertise: None,
+        join: Vec::new(),
+        token: None,
+        builtin: Vec::new(),
+        policy: Default::default(),
+    }
 }
 
 pub async fn start(config: CoordinatorConfig) -> Result<Coordinator, StartError> {
@@ -55,18 +68,20 @@ impl Operator {
     }
 
     pub async fn call(&self, call: AdminCall) -> AdminReply {
-        within("the call", async {
-            let expect = Expect::Role(Role::Coordinator);
-            let connection =
-                self.endpoint.connect(self.address, expect, Alpn::Admin, DEADLINE).await.unwrap();
-            let (mut sender, mut receiver) = connection.open_bi().await.unwrap();
-            let request = AdminRequest { versions: VersionRange::OURS, call };
-            let max = shoal_protocol::admin::MESSAGE_LEN_MAX;
-            sender.send_message(&request, max).await.unwrap();
-            sender.finish();
-            receiver.message(max).await.unwrap().unwrap()
-        })
-        .await
+        within("the call", self.call_slowly(call)).await
+    }
+
+    /// A call that may take longer than `DEADLINE`.
+    pub async fn call_slowly(&self, call: AdminCall) -> AdminReply {
+        let expect = Expect::Role(Role::Coordinator);
+        let connection =
+            self.endpoint.connect(self.address, expect, Alpn::Admin, DEADLINE).await.unwrap();
+        let (mut sender, mut receiver) = connection.open_bi().await.unwrap();
+        let request = AdminRequest { versions: VersionRange::OURS, call };
+        let max = shoal_protocol::admin::MESSAGE_LEN_MAX;
+        sender.send_message(&request, max).await.unwrap();
+        sender.finish();
+        receiver.message(max).await.unwrap().unwrap()
     }
 
     pub async fn token(&self, role: Role, uses: u32, expires_s: u64) -> JoinToken {
@@ -209,6 +224,11 @@ impl FakeWorker {
     pub async fn until_told(&mut self, is_it: impl Fn(&[Assignment]) -> bool) -> Vec<Assignment> {
         let told = self.told.wait_for(|told| told.as_deref().is_some_and(&is_it));
         within("being told", told).await.unwrap().clone().unwrap()
+    }
+
+    /// Waits until the coordinator has ended its link.
+    pub async fn gone(&mut self) {
+        (&mut self.task).await.unwrap();
     }
 
     pub fn die(self) {

@@ -93,3 +93,27 @@ async fn a_busy_socket_asks_for_a_proof_and_bounds_each_source() {
     }
     assert_eq!(server.handshakes.lock().all, 0);
 }
+
+#[tokio::test]
+async fn without_a_certificate_there_are_the_conversations_of_strangers_alone() {
+    let ca = CertificateAuthority::create(SystemTime::now()).unwrap();
+    let any = (Ipv4Addr::LOCALHOST, 0).into();
+    let identity = ca.issue_identity(NodeId::coordinator(1), SystemTime::now()).unwrap();
+    let server = Endpoint::bind(any, Arc::new(identity), &Alpn::ALL).unwrap();
+    for alpn in Alpn::ALL {
+        let client = Endpoint::open(any).unwrap();
+        let address = server.local_address();
+        let accept = async { server.accept().await.unwrap().establish().await };
+        let connect = client.connect_pinned(address, ca.fingerprint(), alpn, SOON);
+        match tokio::join!(connect, accept).1 {
+            Ok(connection) => {
+                assert!(matches!(alpn, Alpn::Join | Alpn::Renew), "{alpn} was begun by nobody");
+                assert_eq!((connection.peer(), connection.alpn()), (None, alpn));
+            }
+            Err(AcceptError::NoCertificate { .. }) => {
+                assert!(!alpn.without_client_certificate(), "{alpn}");
+            }
+            Err(other) => panic!("{alpn}: {other}"),
+        }
+    }
+}

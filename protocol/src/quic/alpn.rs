@@ -17,11 +17,23 @@ pub enum Alpn {
     Admin,
     /// Joiner → coordinator, without a client certificate.
     Join,
+    /// Coordinator → coordinator.
+    Raft,
+    /// Node whose certificate has expired → coordinator, without a client certificate.
+    Renew,
 }
 
 impl Alpn {
-    const ALL: [Alpn; 5] =
-        [Alpn::Requests, Alpn::Activations, Alpn::Control, Alpn::Admin, Alpn::Join];
+    /// All of them.
+    pub const ALL: [Alpn; 7] = [
+        Alpn::Requests,
+        Alpn::Activations,
+        Alpn::Control,
+        Alpn::Admin,
+        Alpn::Join,
+        Alpn::Raft,
+        Alpn::Renew,
+    ];
 
     /// The name on the wire.
     pub fn as_str(self) -> &'static str {
@@ -31,6 +43,8 @@ impl Alpn {
             Alpn::Control => "shoal-ctl",
             Alpn::Admin => "shoal-admin",
             Alpn::Join => "shoal-join",
+            Alpn::Raft => "shoal-raft",
+            Alpn::Renew => "shoal-renew",
         }
     }
 
@@ -42,18 +56,18 @@ impl Alpn {
         Self::ALL.into_iter().find(|alpn| alpn.as_bytes() == bytes)
     }
 
-    /// Whether the client has no certificate yet.
+    /// Whether the client has no certificate, or none any more.
     pub fn without_client_certificate(self) -> bool {
-        self == Alpn::Join
+        matches!(self, Alpn::Join | Alpn::Renew)
     }
 
     /// Whether a client of this role may begin the conversation.
     pub(super) fn admits(self, client: Role) -> bool {
         match self {
-            Alpn::Requests => client == Role::Coordinator,
+            Alpn::Requests | Alpn::Raft => client == Role::Coordinator,
             Alpn::Activations | Alpn::Control => client == Role::Worker,
             Alpn::Admin => client == Role::Admin,
-            Alpn::Join => true,
+            Alpn::Join | Alpn::Renew => true,
         }
     }
 }

@@ -90,19 +90,30 @@ impl CertificateAuthority {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(CaError::Io { path: path.display().to_string(), source }),
         };
-        let damaged = |why: String| CaError::Damaged { path: path.display().to_string(), why };
-        let file: CaFile = postcard::from_bytes(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(file.key))
-            .map_err(|e| damaged(e.to_string()))?;
-        Ok(Some(Self { certificate: file.certificate, key }))
+        Self::from_bytes(&bytes)
+            .map(Some)
+            .map_err(|why| CaError::Damaged { path: path.display().to_string(), why })
+    }
+
+    /// The CA whose key another coordinator has handed over; words where the bytes are none.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let file: CaFile = postcard::from_bytes(bytes).map_err(|e| e.to_string())?;
+        let key =
+            KeyPair::try_from(&PrivatePkcs8KeyDer::from(file.key)).map_err(|e| e.to_string())?;
+        Ok(Self { certificate: file.certificate, key })
+    }
+
+    /// The CA with its key: for another coordinator that votes, and for its file.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, CaError> {
+        let file = CaFile { certificate: self.certificate.clone(), key: self.key.serialize_der() };
+        postcard::to_stdvec(&file)
+            .map_err(|e| CaError::Io { path: "in memory".to_owned(), source: io::Error::other(e) })
     }
 
     /// Writes the CA, readable by its owner alone.
     pub fn save(&self, path: &Path) -> Result<(), CaError> {
-        let file = CaFile { certificate: self.certificate.clone(), key: self.key.serialize_der() };
         let io = |source| CaError::Io { path: path.display().to_string(), source };
-        let bytes = postcard::to_stdvec(&file).map_err(|e| io(io::Error::other(e)))?;
-        write_secret(path, &bytes).map_err(io)
+        write_secret(path, &self.to_bytes()?).map_err(io)
     }
 
     /// The CA's certificate, DER.

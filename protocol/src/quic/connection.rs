@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::{ConnectionError, VarInt};
+use quinn::{ConnectionError, SendDatagramError, VarInt};
 use rustls_pki_types::CertificateDer;
 
 use super::alpn::Alpn;
@@ -20,6 +20,8 @@ pub struct LinkStats {
     pub lost_packets: u64,
     /// Packets sent.
     pub sent_packets: u64,
+    /// Frames of the transport that came in packets whose seal was good.
+    pub received_frames: u64,
     /// Bytes sent in UDP datagrams.
     pub sent_bytes: u64,
     /// Sends to the kernel: fewer than packets where segmentation offload works.
@@ -83,6 +85,16 @@ impl Connection {
         self.inner.accept_uni().await.map(FrameReceiver::new)
     }
 
+    /// Sends a small message that may be lost. It goes before what waits in streams.
+    pub(super) fn send_datagram(&self, message: bytes::Bytes) -> Result<(), SendDatagramError> {
+        self.inner.send_datagram(message)
+    }
+
+    /// The next small message of the peer. Cancel safe.
+    pub(super) async fn read_datagram(&self) -> Result<bytes::Bytes, ConnectionError> {
+        self.inner.read_datagram().await
+    }
+
     /// Ends the connection, with a reason that the peer can log.
     pub fn close(&self, code: u32, reason: &str) {
         self.inner.close(VarInt::from_u32(code), reason.as_bytes());
@@ -105,6 +117,12 @@ impl Connection {
             rtt: stats.path.rtt,
             lost_packets: stats.path.lost_packets,
             sent_packets: stats.path.sent_packets,
+            received_frames: stats.frame_rx.acks
+                + stats.frame_rx.datagram
+                + stats.frame_rx.ping
+                + stats.frame_rx.stream
+                + stats.frame_rx.max_data
+                + stats.frame_rx.max_stream_data,
             sent_bytes: stats.udp_tx.bytes,
             sends: stats.udp_tx.ios,
             mtu: stats.path.current_mtu,

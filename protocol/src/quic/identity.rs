@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -108,6 +109,13 @@ impl Identity {
     pub fn key_fingerprint(&self) -> Option<[u8; 32]> {
         let (_, parsed) = x509_parser::parse_x509_certificate(&self.certificate).ok()?;
         Some(*blake3::hash(parsed.tbs_certificate.subject_pki.raw).as_bytes())
+    }
+
+    /// The last moment at which its certificate is good; `None` where it cannot be read.
+    pub fn expires(&self) -> Option<SystemTime> {
+        let (_, parsed) = x509_parser::parse_x509_certificate(&self.certificate).ok()?;
+        let seconds = parsed.validity().not_after.timestamp();
+        Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?))
     }
 
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {

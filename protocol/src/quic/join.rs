@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use rcgen::{CertificateParams, KeyPair};
+use serde::Serialize;
 
 use super::alpn::Alpn;
 use super::close_code;
@@ -48,14 +49,37 @@ pub async fn join(
     token: &JoinToken,
     deadline: Duration,
 ) -> Result<Identity, JoinError> {
+    let key = KeyPair::generate()?;
+    let csr = CertificateParams::default().serialize_request(&key)?.der().to_vec();
+    let request = JoinRequest { versions: VersionRange::OURS, secret: token.secret, csr };
+    match ask(address, token.ca_fingerprint, Alpn::Join, &request, deadline).await? {
+        JoinReply::Joined { node, certificate, ca } => {
+            if *blake3::hash(&ca).as_bytes() != token.ca_fingerprint {
+                let why = "its CA is not the one that the token names".to_owned();
+                return Err(JoinError::Broken { address, why });
+            }
+            Ok(Identity { node, certificate, key: key.serialize_der(), ca })
+        }
+        JoinReply::Refused(error) => Err(error.into()),
+    }
+}
+
+/// One question to a coordinator whose CA has this fingerprint, without a certificate of our own.
+/// Nothing is sent to anybody else.
+pub(super) async fn ask<R: Serialize>(
+    address: SocketAddr,
+    ca_fingerprint: [u8; 32],
+    alpn: Alpn,
+    request: &R,
+    deadline: Duration,
+) -> Result<JoinReply, JoinError> {
     let any: SocketAddr = if address.is_ipv4() {
         (Ipv4Addr::UNSPECIFIED, 0).into()
     } else {
         (Ipv6Addr::UNSPECIFIED, 0).into()
     };
     let endpoint = Endpoint::open(any)?;
-    let connection =
-        endpoint.connect_pinned(address, token.ca_fingerprint, Alpn::Join, deadline).await?;
+    let connection = endpoint.connect_pinned(address, ca_fingerprint, alpn, deadline).await?;
     let broken = |why: String| JoinError::Broken { address, why };
     // Every node of the cluster has a certificate of this CA; the secret is for coordinators alone.
     let peer = connection.peer();
@@ -64,14 +88,11 @@ pub async fn join(
         return Err(broken("the node there is no coordinator".to_owned()));
     }
 
-    let key = KeyPair::generate()?;
-    let csr = CertificateParams::default().serialize_request(&key)?.der().to_vec();
-    let request = JoinRequest { versions: VersionRange::OURS, secret: token.secret, csr };
     let exchange = async {
         let (mut sender, mut receiver) =
             connection.open_bi().await.map_err(|e| broken(e.to_string()))?;
         sender
-            .send_message(&request, MESSAGE_LEN_MAX)
+            .send_message(request, MESSAGE_LEN_MAX)
             .await
             .map_err(|e: SendError| broken(e.to_string()))?;
         sender.finish();
@@ -84,15 +105,7 @@ pub async fn join(
     let reply = tokio::time::timeout(deadline, exchange)
         .await
         .map_err(|_| broken(format!("no answer within {deadline:?}")))??;
-    connection.close(close_code::DONE, "joined");
+    connection.close(close_code::DONE, "done");
     endpoint.drained(Duration::from_millis(200)).await;
-    match reply {
-        JoinReply::Joined { node, certificate, ca } => {
-            if *blake3::hash(&ca).as_bytes() != token.ca_fingerprint {
-                return Err(broken("its CA is not the one that the token names".to_owned()));
-            }
-            Ok(Identity { node, certificate, key: key.serialize_der(), ca })
-        }
-        JoinReply::Refused(error) => Err(error.into()),
-    }
+    Ok(reply)
 }

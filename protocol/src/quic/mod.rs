@@ -20,6 +20,8 @@ mod endpoint;
 mod error;
 pub mod identity;
 pub mod join;
+mod pulse;
+pub mod renew;
 mod settings;
 mod stream;
 mod tls;
@@ -31,8 +33,9 @@ pub use context::AdminContext;
 pub use endpoint::Endpoint;
 pub use error::{AcceptError, ConnectError, EndpointError};
 pub use identity::Identity;
+pub use pulse::{Loss, Pulse, SharedLease, Silence};
 pub use settings::{IDLE_TIMEOUT, KEEP_ALIVE};
-pub use stream::{FrameReceiver, FrameSender, RecvError, SendError};
+pub use stream::{FrameHead, FrameReceiver, FrameSender, RecvError, SendError};
 
 /// Connections ended on purpose carry one of these codes.
 pub mod close_code {

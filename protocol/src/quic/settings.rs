@@ -24,6 +24,10 @@ const MTU_MAX: u16 = 6500;
 /// Streams that a peer may have open at once: requests in flight on one connection to a head.
 const STREAMS_MAX: u32 = 4096;
 
+/// Bytes of beats that wait in either direction: a second's worth of them. Older ones are dropped, and
+/// say nothing any more.
+const DATAGRAMS_BUFFER: usize = 4 << 10;
+
 /// The least credit window: one frame of a decode step and some records, whatever the kernel gave.
 const WINDOW_MIN: usize = 64 << 10;
 
@@ -58,7 +62,8 @@ pub(super) fn transport(granted: usize, local: SocketAddr) -> Arc<TransportConfi
         .send_window(SOCKET_BUFFER as u64)
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(STREAMS_MAX))
-        .datagram_receive_buffer_size(None)
+        .datagram_receive_buffer_size(Some(DATAGRAMS_BUFFER))
+        .datagram_send_buffer_size(DATAGRAMS_BUFFER)
         .enable_segmentation_offload(true)
         .congestion_controller_factory(Arc::new(congestion));
     let mut discovery = MtuDiscoveryConfig::default();

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register, Report};
 use shoal_protocol::id::NodeId;
-use shoal_protocol::quic::Endpoint;
 use shoal_protocol::quic::identity::write_secret;
+use shoal_protocol::quic::{Endpoint, SharedLease};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
 
@@ -40,6 +40,10 @@ pub(super) struct Coordinators {
     /// What they say.
     pub told: mpsc::Sender<Told>,
     pub renewal: Arc<Renewal>,
+    /// What flows at this worker: while anything does, they hear of it often.
+    pub work: watch::Receiver<usize>,
+    /// Renewed by whatever they send.
+    pub lease: Arc<SharedLease>,
     /// Who they are.
     pub book: Arc<watch::Sender<Book>>,
     /// Where that is kept.

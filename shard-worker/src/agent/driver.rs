@@ -12,7 +12,7 @@ use shoal_protocol::control::{
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::plan::{Assignment, ModelSource};
-use shoal_protocol::quic::Endpoint;
+use shoal_protocol::quic::{Endpoint, SharedLease};
 use shoal_protocol::units::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -52,6 +52,8 @@ pub struct AgentParts {
     pub links: Arc<Links>,
     /// Where heads are found by requests.
     pub heads: Heads,
+    /// What the coordinators renew.
+    pub lease: Arc<SharedLease>,
     /// Where models come from.
     pub models: Models,
     /// The memory that all shards together may take.
@@ -147,6 +149,8 @@ impl Agent {
             reports: reports_inbox,
             told: told_to,
             renewal: Arc::new(renewal),
+            work: parts.links.work().subscribe(),
+            lease: parts.lease,
             book: Arc::new(watch::Sender::new(Book::new(&parts.kept))),
             file: parts.models.data.join(FILE_NAME),
         };
@@ -178,6 +182,7 @@ impl Agent {
     pub async fn run(mut self) {
         let mut ticks = tokio::time::interval(REPORT_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut suspicions = self.links.suspicions();
         let mut draining = false;
         while !(draining && self.lifecycle.is_empty()) {
             tokio::select! {
@@ -187,6 +192,10 @@ impl Agent {
                 () = asked_to_drain(&mut self.drain), if !draining => {
                     draining = true;
                     self.handle(lifecycle::Event::Drain);
+                }
+                // A suspicion is news that does not wait for the next tick.
+                Ok(()) = suspicions.changed() => {
+                    self.reports.send_replace(self.report());
                 }
                 _ = ticks.tick() => {
                     self.note_progress();

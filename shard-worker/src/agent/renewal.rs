@@ -1,15 +1,21 @@
 //! Certificates live for a day: a worker asks for the next one over a conversation that the present
 //! one has let it into, keeps it, and shows it from then on. Any coordinator can answer; one is asked
-//! at a time.
+//! at a time. A worker that was off for longer gets its next one by `shoal-renew` before it begins a
+//! conversation.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::control::WorkerMessage;
-use shoal_protocol::quic::Endpoint;
+use shoal_protocol::quic::renew::{is_due, renew};
+use shoal_protocol::quic::{Endpoint, Identity};
 
 use crate::stage::Links;
+
+/// How long a coordinator may take to renew an expired certificate.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a certificate is not replaced: a third of its life, so that one failure is not the end.
 const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
@@ -35,6 +41,9 @@ impl Asked {
         due
     }
 }
+
+/// Whatever stands between a worker and its next certificate; it goes into the log.
+type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Where a new certificate has to go.
 #[derive(Debug)]
@@ -76,12 +85,28 @@ impl Renewal {
         }
     }
 
-    fn try_take(
-        &self,
-        certificate: Vec<u8>,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    /// Has an expired certificate renewed by the coordinator at `address`; one that is good stays.
+    pub async fn refresh(&self, address: SocketAddr) -> Result<(), Fault> {
+        match self.endpoint.identity() {
+            Some(present) if is_due(&present, SystemTime::now()) => {
+                let renewed = renew(address, &present, RENEW_TIMEOUT).await?;
+                let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+                self.show(renewed)?;
+                asked.taken = Some(Instant::now());
+                tracing::info!("the certificate had expired and is renewed");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn try_take(&self, certificate: Vec<u8>) -> Result<(), Fault> {
         let Some(present) = self.endpoint.identity() else { return Ok(()) };
-        let renewed = Arc::new(present.renewed(certificate)?);
+        self.show(present.renewed(certificate)?)
+    }
+
+    fn show(&self, renewed: Identity) -> Result<(), Fault> {
+        let renewed = Arc::new(renewed);
         renewed.save(&self.file)?;
         self.links.renew(Arc::clone(&renewed))?;
         self.endpoint.renew(renewed)?;

@@ -2,6 +2,7 @@
 //! for as long as the coordinator is one; the shards never notice.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::control::{
@@ -9,7 +10,9 @@ use shoal_protocol::control::{
     WorkerMessage,
 };
 use shoal_protocol::id::{NodeId, Role};
-use shoal_protocol::quic::{Alpn, Connection, Expect, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::quic::{
+    Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
+};
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
@@ -76,6 +79,8 @@ enum SessionEnd {
     Timeout,
     #[error("the conversation broke off: {0}")]
     Broken(String),
+    #[error("{0} is given up: {1}")]
+    Silent(NodeId, Silence),
     #[error(transparent)]
     Named(#[from] BadCoordinators),
     #[error("{0} is no coordinator of this cluster any more")]
@@ -138,6 +143,9 @@ impl Session {
         expect: Expect,
         pause: &mut Duration,
     ) -> SessionEnd {
+        if let Err(error) = self.shared.renewal.refresh(address).await {
+            return SessionEnd::Unreachable(error.to_string());
+        }
         let endpoint = &self.shared.endpoint;
         let connection =
             match endpoint.connect(address, expect, Alpn::Control, WELCOME_TIMEOUT).await {
@@ -185,6 +193,8 @@ impl Session {
         };
         *pause = RETRY_PAUSE_MIN;
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
+        let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
+        let work = self.shared.work.clone();
         let Coordinators { book, renewal, told, reports, .. } = &mut self.shared;
         let mut dropped = book.subscribe();
         let ear = Ear { node, at, book, told, answers: &self.answers };
@@ -192,6 +202,7 @@ impl Session {
         tokio::select! {
             end = listen(receiver, renewal, ear) => end,
             end = report(sender, reports, &mut self.answers_inbox, renewal) => end,
+            silence = pulse.keep(connection, work) => SessionEnd::Silent(node, silence),
             _ = dropped.wait_for(|book| !book.known().contains_key(&node)) => SessionEnd::Left(node),
         }
     }

@@ -10,10 +10,14 @@ use std::time::Duration;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::{NodeId, ReplicaId};
-use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, RecvError, close_code};
+use shoal_protocol::liveness::LEASE;
+use shoal_protocol::quic::{
+    Connection, FrameReceiver, FrameSender, Pulse, RecvError, SharedLease, close_code,
+};
 use shoal_protocol::request::{
     Generate, GenerateHeader, HeadEvent, STOP_TOKENS_MAX, SamplingRecord,
 };
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::driver::{HeadClient, Heads, failed};
@@ -27,6 +31,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Intake {
     me: NodeId,
     heads: Heads,
+    lease: Arc<SharedLease>,
     next_key: Arc<AtomicU64>,
 }
 
@@ -44,17 +49,28 @@ enum IntakeError {
 }
 
 impl Intake {
-    /// Requests go to these heads.
-    pub fn new(me: NodeId, heads: Heads) -> Self {
-        Self { me, heads, next_key: Arc::default() }
+    /// Requests go to these heads, as long as the lease holds.
+    pub fn new(me: NodeId, heads: Heads, lease: Arc<SharedLease>) -> Self {
+        Self { me, heads, lease, next_key: Arc::default() }
     }
 
     /// Serves a connection until it ends.
     pub async fn serve(&self, connection: Connection) {
         // QUIC bounds the streams that the peer may have open at once.
         let mut streams = JoinSet::new();
+        // While streams are open the coordinator hears of us often, and we of it.
+        let (open, work) = watch::channel(0);
+        let pulse = Pulse::default();
+        let silence = pulse.keep(&connection, work);
+        tokio::pin!(silence);
         loop {
+            open.send_replace(streams.len());
             tokio::select! {
+                silence = &mut silence => {
+                    tracing::warn!("the coordinator of {} streams: {silence}", streams.len());
+                    connection.close(close_code::DONE, "nothing was heard of you");
+                    break;
+                }
                 stream = connection.accept_bi() => {
                     let Ok((sender, receiver)) = stream else { break };
                     let intake = self.clone();
@@ -74,12 +90,21 @@ impl Intake {
     async fn serve_stream(&self, mut sender: FrameSender, mut receiver: FrameReceiver) {
         let read = tokio::time::timeout(REQUEST_TIMEOUT, self.read_request(&mut receiver)).await;
         match read.unwrap_or(Err(IntakeError::Timeout)) {
-            Ok((request, Some(head))) => self.run(sender, receiver, request, head).await,
-            Ok((request, None)) => {
-                let words = format!(
-                    "{} runs no head of {}: the layout has changed or is not up yet; try again",
-                    self.me, request.replica
-                );
+            Ok((request, Some(head))) if self.lease.holds() => {
+                self.run(sender, receiver, request, head).await;
+            }
+            Ok((request, head)) => {
+                let words = match head {
+                    None => format!(
+                        "{} runs no head of {}: the layout has changed or is not up yet; try again",
+                        self.me, request.replica
+                    ),
+                    Some(_) => format!(
+                        "{} has heard no coordinator on its control links for {LEASE:?}: it finishes \
+                         what runs and takes no new work; try another replica, or again",
+                        self.me
+                    ),
+                };
                 let why = WireError::new(ErrorCode::NotReady, words);
                 let _ = send_event(&mut sender, failed(&request, &why)).await;
                 sender.finish();

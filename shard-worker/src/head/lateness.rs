@@ -1,8 +1,9 @@
 //! ○ Which step is late: a suspicion, long before the engine gives a generation up.
 //!
-//! A step may take microseconds or seconds, so lateness is measured against the steps before it. A
-//! suspicion is for the log alone. What ends a generation is certain: a link's idle time-out (1.5 s),
-//! which notices every peer that is dead or frozen, or the engine's step time-out.
+//! A step may take microseconds or seconds, so lateness is measured against the steps before it. It is
+//! for the log alone: a peer whose steps are late and whose beats come is slow, not dead. What ends a
+//! generation is a link whose other end is silent beyond doubt (`shoal_protocol::liveness`, at most 1.2 s),
+//! or the engine's step time-out.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -1,11 +1,12 @@
 //! What a shard counts: written by its threads, read by reports.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use shoal_protocol::control::ShardCounters;
-use shoal_protocol::quic::Connection;
+use shoal_protocol::liveness::Verdict;
+use shoal_protocol::quic::{Connection, Pulse};
 
 /// The counters of one shard. They are independent of each other: a report may be a step behind in
 /// one and not in the other.
@@ -19,6 +20,8 @@ pub struct Counters {
     send_us: AtomicU64,
     /// The link to the next stage, whose transport counts for itself.
     link: OnceLock<Connection>,
+    /// Of the stage before and of the next one.
+    pulses: OnceLock<[Arc<Pulse>; 2]>,
 }
 
 impl Counters {
@@ -42,9 +45,15 @@ impl Counters {
         let _ = self.link.set(connection);
     }
 
+    /// The neighbours' pulses.
+    pub fn watched(&self, pulses: [Arc<Pulse>; 2]) {
+        let _ = self.pulses.set(pulses);
+    }
+
     /// All of them, as they are now.
     pub fn snapshot(&self) -> ShardCounters {
         let link = self.link.get().map(Connection::stats).unwrap_or_default();
+        let pulses = self.pulses.get().map_or(&[][..], |pulses| &pulses[..]);
         ShardCounters {
             steps: self.steps.load(Ordering::Relaxed),
             rows: self.rows.load(Ordering::Relaxed),
@@ -54,6 +63,9 @@ impl Counters {
             send_us: self.send_us.load(Ordering::Relaxed),
             link_rtt_us: micros(link.rtt),
             lost_packets: link.lost_packets,
+            suspicions: pulses.iter().map(|pulse| pulse.suspicions()).sum(),
+            suspects: pulses.iter().filter(|pulse| pulse.verdict() >= Verdict::Suspect).count()
+                as u64,
         }
     }
 }

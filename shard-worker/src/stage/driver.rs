@@ -24,6 +24,7 @@ use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
 use super::table::{SpanBuffer, StageFault, StageTable};
 use super::wire::{LinkFrame, StageInput, StepData};
+use super::work::WorkShare;
 use crate::model::{Batch, ComputeError, ShardModel};
 
 /// Where a stage's results go.
@@ -152,6 +153,8 @@ pub struct StageParts {
     pub outlet: Outlet,
     /// What it counts.
     pub counters: Arc<Counters>,
+    /// Its part of what flows at the worker.
+    pub work: WorkShare,
 }
 
 /// What the thread owns.
@@ -165,6 +168,7 @@ pub struct Stage {
     counters: Arc<Counters>,
     /// How many are open.
     sequences: watch::Sender<usize>,
+    work: WorkShare,
     /// Kept for their memory.
     spans: SpanBuffer,
     logits: Vec<f32>,
@@ -176,10 +180,10 @@ struct Closed;
 impl Stage {
     /// A stage without steps.
     pub fn new(parts: StageParts) -> Self {
-        let StageParts { index, last, table, model, pool, outlet, counters } = parts;
+        let StageParts { index, last, table, model, pool, outlet, counters, work } = parts;
         let (spans, logits) = (SpanBuffer::default(), Vec::new());
         let sequences = watch::Sender::new(0);
-        Self { index, last, table, model, pool, outlet, counters, sequences, spans, logits }
+        Self { index, last, table, model, pool, outlet, counters, sequences, work, spans, logits }
     }
 
     fn run(
@@ -204,12 +208,12 @@ impl Stage {
         match input {
             StageInput::Open(open) => {
                 self.table.open(&open).map_err(fault)?;
-                self.sequences.send_replace(self.table.len());
+                self.count();
                 Ok(self.hand_on(|| LinkFrame::Open(open)))
             }
             StageInput::Close(close) => {
                 self.table.close(&close).map_err(fault)?;
-                self.sequences.send_replace(self.table.len());
+                self.count();
                 Ok(self.hand_on(|| LinkFrame::Close(close)))
             }
             StageInput::Step { step, records, data } => {
@@ -235,6 +239,12 @@ impl Stage {
                 })
             }
         }
+    }
+
+    fn count(&mut self) {
+        let open = self.table.len();
+        self.sequences.send_replace(open);
+        self.work.set(open);
     }
 
     /// Sends a frame to the next stage; behind the last one there is none.

@@ -82,6 +82,7 @@ fn start(index: u32, model: AddOne) -> Bench {
         pool: pool.clone(),
         outlet: Outlet::Link(frame),
         counters: Arc::default(),
+        work: crate::stage::Work::default().share(),
     });
     let thread = ComputeThread::start("test".to_owned(), stage, inputs).unwrap();
     Bench { input, frames, thread, pool }

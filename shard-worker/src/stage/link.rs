@@ -11,31 +11,26 @@
 //!
 //! A worker has one endpoint for all its links, on a thread of its own, so that neither requests nor
 //! reports delay a frame. A link that is lost stays lost: what was in flight is gone, so the shard
-//! needs a new generation.
+//! needs a new generation. Each end of a link watches the other one's pulse.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use shoal_protocol::activation::LinkHello;
-use shoal_protocol::frame::{Flat, FrameError, FrameKind};
-use shoal_protocol::id::{Generation, NodeId, ReplicaId, StageIndex};
 use shoal_protocol::quic::{
-    Accepting, Alpn, Connection, Endpoint, EndpointError, Expect, FrameReceiver, FrameSender,
-    Identity, RecvError, SendError, close_code,
+    Alpn, Connection, Endpoint, EndpointError, Expect, FrameSender, Identity, Loss, Pulse,
+    close_code,
 };
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use super::counters::Counters;
+use super::door::{Expected, HELLO_TIMEOUT, Waiting, accept_all, read_hello, send_hello};
 use super::ring::{LinkPlan, Neighbour};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame};
-
-/// How long a peer may take to say which link it is, and to answer. Beyond the handshake this is one
-/// round trip.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+use super::work::Work;
 
 /// The pause after the first failed dial; it doubles up to `REDIAL_PAUSE_MAX`. Neighbours load for
 /// seconds to minutes, and nothing waits on a link that could be up.
@@ -44,15 +39,8 @@ const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// The longest pause between dials.
 const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(400);
 
-/// Links that say hello at once. A worker has two for each shard, and only members of the cluster get
-/// so far: strangers are counted by the endpoint, where their handshakes are.
-const HELLOS_MAX: usize = 64;
-
 /// Up, up, lost: a shard's links have no more to say.
 pub const LINK_EVENTS_MAX: usize = 4;
-
-/// How long peers are given to hear of the end when the process stops.
-const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// What a shard hears of its links.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +61,8 @@ pub struct LinkLost {
     pub neighbour: Neighbour,
     /// Whether the neighbour broke the protocol, rather than being lost.
     pub violation: bool,
+    /// How it was lost, where it said nothing.
+    pub loss: Option<Loss>,
     /// What happened.
     pub why: String,
 }
@@ -88,6 +78,8 @@ pub struct LinkEnds {
     pub events: mpsc::Sender<LinkEvent>,
     /// What the downstream link counts.
     pub counters: Arc<Counters>,
+    /// How many sequences are open at the shard: while there are any, its neighbours are heard often.
+    pub work: watch::Receiver<usize>,
 }
 
 /// A worker's `shoal-act` endpoint, on its own thread.
@@ -97,18 +89,10 @@ pub struct Links {
     runtime: tokio::runtime::Handle,
     waiting: Waiting,
     refused: Arc<AtomicU64>,
+    suspicions: Arc<watch::Sender<u64>>,
+    work: Work,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
-}
-
-/// Shards whose upstream has not dialled yet. Held for one look-up, never over an await.
-/// A replica that moves has two generations at once.
-type Waiting = Arc<Mutex<HashMap<(ReplicaId, Generation, StageIndex), Expected>>>;
-
-#[derive(Debug)]
-struct Expected {
-    from: Neighbour,
-    linked: oneshot::Sender<(Connection, FrameReceiver)>,
 }
 
 /// No thread or no socket for activations.
@@ -139,7 +123,10 @@ impl Links {
         let thread = std::thread::Builder::new()
             .name("shoal-act".to_owned())
             .spawn(move || runtime.block_on(serve))?;
-        Ok(Self { endpoint, runtime: handle, waiting, refused, stop, thread: Some(thread) })
+        let suspicions = Arc::new(watch::Sender::new(0));
+        let thread = Some(thread);
+        let (runtime, work) = (handle, Work::default());
+        Ok(Self { endpoint, runtime, waiting, refused, suspicions, work, stop, thread })
     }
 
     /// Where neighbours dial.
@@ -162,10 +149,24 @@ impl Links {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// Changes whenever a neighbour becomes a suspect, or is heard again.
+    pub fn suspicions(&self) -> watch::Receiver<u64> {
+        self.suspicions.subscribe()
+    }
+
+    /// What flows at all shards of this worker.
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
     /// Links a shard with its neighbours until the guard is dropped or a link is lost.
     pub fn attach(&self, plan: LinkPlan, ends: LinkEnds) -> Attached {
         let (leave, left) = oneshot::channel();
-        let work = link_shard(self.endpoint.clone(), Arc::clone(&self.waiting), plan, ends, left);
+        let pulse = || Arc::new(Pulse::default().telling(Arc::clone(&self.suspicions)));
+        let pulses = [pulse(), pulse()];
+        ends.counters.watched(pulses.clone());
+        let waiting = Arc::clone(&self.waiting);
+        let work = link_shard(self.endpoint.clone(), waiting, plan, ends, pulses, left);
         Attached { leave: Some(leave), task: self.runtime.spawn(work) }
     }
 
@@ -216,165 +217,16 @@ impl Attached {
     }
 }
 
-/// Lets in the stages that are expected until told to stop.
-async fn accept_all(
-    endpoint: Endpoint,
-    waiting: Waiting,
-    refused: Arc<AtomicU64>,
-    mut stop: watch::Receiver<bool>,
-) {
-    let mut handshakes = JoinSet::new();
-    let places = Arc::new(Semaphore::new(HELLOS_MAX));
-    loop {
-        tokio::select! {
-            accepting = endpoint.accept() => {
-                let Some(accepting) = accepting else { break };
-                let (waiting, refused) = (Arc::clone(&waiting), Arc::clone(&refused));
-                let places = Arc::clone(&places);
-                handshakes.spawn(async move {
-                    if let Err(error) = accept_one(accepting, &waiting, &places).await {
-                        refused.fetch_add(1, Ordering::Relaxed);
-                        tracing::debug!("link refused: {error}");
-                    }
-                });
-            }
-            Some(done) = handshakes.join_next() => {
-                if let Err(error) = done {
-                    tracing::error!("a link handshake panicked: {error}");
-                }
-            }
-            // An error means that the owner is gone, which is the same.
-            _ = stop.wait_for(|stop| *stop) => break,
-        }
-    }
-    handshakes.shutdown().await;
-    endpoint.close(close_code::DRAINING, "the worker is stopping");
-    endpoint.drained(GOODBYE_TIMEOUT).await;
-}
-
-/// A link that was not let in.
-#[derive(Debug, thiserror::Error)]
-enum HelloError {
-    #[error(transparent)]
-    Accept(#[from] shoal_protocol::quic::AcceptError),
-    #[error("{0}")]
-    Connection(String),
-    #[error(transparent)]
-    Receive(#[from] RecvError),
-    #[error(transparent)]
-    Send(#[from] SendError),
-    #[error("no hello within {HELLO_TIMEOUT:?}")]
-    Timeout,
-    #[error("{peer} says that it is {hello:?}: {why}")]
-    NotExpected { peer: NodeId, hello: LinkHello, why: &'static str },
-}
-
-async fn accept_one(
-    accepting: Accepting,
-    waiting: &Waiting,
-    places: &Semaphore,
-) -> Result<(), HelloError> {
-    let connection = accepting.establish().await?;
-    let Ok(_place) = places.try_acquire() else {
-        connection.close(close_code::REFUSED, "too many links at once; try again");
-        return Err(HelloError::Connection(format!("{HELLOS_MAX} others say hello")));
-    };
-    let greeted = async {
-        let (sender, mut receiver) =
-            connection.accept_bi().await.map_err(|e| HelloError::Connection(e.to_string()))?;
-        let hello = read_hello(&mut receiver).await?;
-        Ok::<_, HelloError>((sender, receiver, hello))
-    };
-    let greeted = tokio::time::timeout(HELLO_TIMEOUT, greeted).await;
-    let (mut sender, receiver, hello) = match greeted.unwrap_or(Err(HelloError::Timeout)) {
-        Ok(greeted) => greeted,
-        Err(error) => {
-            connection.close(close_code::PROTOCOL, "a LinkHello was expected");
-            return Err(error);
-        }
-    };
-    let expected = match expected_by(waiting, &hello, connection.peer()) {
-        Ok(expected) => expected,
-        Err((code, why)) => {
-            connection.close(code, why);
-            let peer = connection.peer().unwrap_or(NodeId::worker(0));
-            return Err(HelloError::NotExpected { peer, hello, why });
-        }
-    };
-    let answer = LinkHello { from_stage: hello.to_stage, to_stage: hello.from_stage, ..hello };
-    if let Err(error) = send_hello(&mut sender, &answer).await {
-        // The dialler has not heard that it is in, and will knock again.
-        expect_again(waiting, &hello, expected);
-        return Err(error.into());
-    }
-    sender.finish();
-    // It fails where the shard has just been withdrawn: dropping the connection tells the peer.
-    let _ = expected.linked.send((connection, receiver));
-    Ok(())
-}
-
-/// Takes the place that this hello may fill, or says why there is none.
-fn expected_by(
-    waiting: &Waiting,
-    hello: &LinkHello,
-    peer: Option<NodeId>,
-) -> Result<Expected, (u32, &'static str)> {
-    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = place_of(hello);
-    let Some(expected) = waiting.get(&key) else {
-        let same = |(replica, _, stage): &(_, _, _)| (*replica, *stage) == (key.0, key.2);
-        let why = match waiting.keys().any(same) {
-            true => "another generation is assigned here",
-            false => "that stage waits for no link here",
-        };
-        return Err((close_code::STALE, why));
-    };
-    if expected.from.stage.0 != hello.from_stage {
-        return Err((close_code::REFUSED, "another stage is expected on this link"));
-    }
-    if Some(expected.from.node) != peer {
-        return Err((close_code::REFUSED, "that stage belongs to another worker"));
-    }
-    waiting.remove(&key).ok_or((close_code::STALE, "that stage waits for no link here"))
-}
-
-/// The place that a link is for.
-fn place_of(hello: &LinkHello) -> (ReplicaId, Generation, StageIndex) {
-    (ReplicaId(hello.replica), Generation(hello.generation), StageIndex(hello.to_stage))
-}
-
-/// Gives a place back that was taken for a link that did not come about.
-fn expect_again(waiting: &Waiting, hello: &LinkHello, expected: Expected) {
-    let key = place_of(hello);
-    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    // A shard that has left since is not brought back, and a newer one's place is its own.
-    if !expected.linked.is_closed() {
-        waiting.entry(key).or_insert(expected);
-    }
-}
-
-async fn read_hello(receiver: &mut FrameReceiver) -> Result<LinkHello, RecvError> {
-    let head = receiver.next().await?.ok_or(RecvError::Truncated)?;
-    if head.kind != FrameKind::LinkHello {
-        return Err(FrameError::UnexpectedKind { found: head.kind, expected: "LinkHello" }.into());
-    }
-    head.body_within(0)?;
-    Ok(LinkHello::read_from(head.header())?)
-}
-
-async fn send_hello(sender: &mut FrameSender, hello: &LinkHello) -> Result<(), SendError> {
-    sender.send(FrameKind::LinkHello, hello, bytes::Bytes::new(), bytes::Bytes::new()).await
-}
-
 /// A shard's links, from the first dial to the first loss.
 async fn link_shard(
     endpoint: Endpoint,
     waiting: Waiting,
     plan: LinkPlan,
     ends: LinkEnds,
+    [from_upstream, from_downstream]: [Arc<Pulse>; 2],
     left: oneshot::Receiver<Goodbye>,
 ) {
-    let LinkEnds { inlet, outlet, events, counters } = ends;
+    let LinkEnds { inlet, outlet, events, counters, work } = ends;
     let key = (plan.replica, plan.generation, plan.stage);
     let (linked, upstream) = oneshot::channel();
     let expected = Expected { from: plan.upstream, linked };
@@ -389,7 +241,12 @@ async fn link_shard(
         };
         let connection = upstream_open.insert(connection);
         let _ = events.send(LinkEvent::UpstreamUp).await;
-        match wire::receive(receiver, &inlet, &plan).await {
+        let pulse = &*from_upstream;
+        let end = tokio::select! {
+            end = wire::receive(receiver, &inlet, &plan, pulse) => end,
+            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        match end {
             // The shard has stopped; it knows why, and says goodbye with words.
             Ok(()) => std::future::pending().await,
             Err(end) => plan.upstream.lost(end, connection),
@@ -400,7 +257,12 @@ async fn link_shard(
         let connection = downstream_open.insert(connection);
         counters.linked(connection.clone());
         let _ = events.send(LinkEvent::DownstreamUp).await;
-        match wire::send(sender, connection, outlet, &counters).await {
+        let pulse = &*from_downstream;
+        let end = tokio::select! {
+            end = wire::send(sender, connection, outlet, &counters, pulse) => end,
+            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        match end {
             Ok(()) => std::future::pending().await,
             Err(end) => plan.downstream.lost(end, connection),
         }
@@ -425,12 +287,16 @@ async fn link_shard(
 impl Neighbour {
     fn lost(self, end: LinkEnd, connection: &Connection) -> LinkLost {
         let violation = matches!(end, LinkEnd::Violation(_));
+        let loss = match &end {
+            LinkEnd::Silent(silence) => Some(silence.loss),
+            LinkEnd::Gone(_) | LinkEnd::Violation(_) => None,
+        };
         // The connection knows more than the stream: whether it timed out, or the words of the peer.
         let why = match connection.close_reason() {
             Some(reason) if !violation => reason.to_string(),
             _ => end.to_string(),
         };
-        LinkLost { neighbour: self, violation, why }
+        LinkLost { neighbour: self, violation, loss, why }
     }
 }
 

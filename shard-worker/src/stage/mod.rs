@@ -1,16 +1,19 @@
 //! A stage: what it knows of its sequences, and how steps reach it and leave it.
 //!
 //! `table` and `ring` are pure; the rest are shells: `shard` puts one together out of `driver` (the compute
-//! thread) and `link` (the ring of streams), whose frames `wire` reads and writes.
+//! thread) and `link` (the ring of streams), into which `door` lets neighbours and whose frames `wire`
+//! reads and writes.
 
 mod buffer;
 mod counters;
+mod door;
 mod driver;
 mod link;
 mod ring;
 mod shard;
 pub mod table;
 mod wire;
+mod work;
 
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
@@ -19,3 +22,4 @@ pub use link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links, 
 pub use ring::{BadRing, LinkPlan, Neighbour};
 pub use shard::{DRAIN_TIMEOUT, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop, StartError};
 pub use wire::{Inlet, LinkFrame, StageInput, StepData};
+pub use work::{Work, WorkShare};

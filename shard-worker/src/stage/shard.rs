@@ -158,13 +158,15 @@ impl Shard {
             pool,
             outlet,
             counters: Arc::clone(&counters),
+            work: links.work().share(),
         });
         let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
         let thread = ComputeThread::start(name, stage, inputs)?;
         let (link_to, link_events) = mpsc::channel(LINK_EVENTS_MAX);
         let attached = ring.map(|ring| {
-            let counters = Arc::clone(&counters);
-            links.attach(ring, LinkEnds { inlet, outlet: outlet_frames, events: link_to, counters })
+            let (outlet, events) = (outlet_frames, link_to);
+            let (counters, work) = (Arc::clone(&counters), thread.sequences());
+            links.attach(ring, LinkEnds { inlet, outlet, events, counters, work })
         });
         let client = head.as_ref().map(Head::client);
         let (stop, stopped) = oneshot::channel();

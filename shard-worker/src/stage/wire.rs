@@ -12,7 +12,9 @@ use shoal_protocol::activation::{
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::Generation;
 use shoal_protocol::plan::ReplicaLimits;
-use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, RecvError, SendError};
+use shoal_protocol::quic::{
+    Connection, FrameHead, FrameReceiver, FrameSender, Pulse, RecvError, SendError, Silence,
+};
 use shoal_protocol::request::SamplingRecord;
 use tokio::sync::mpsc;
 
@@ -103,6 +105,9 @@ pub(super) enum LinkEnd {
     /// The neighbour or the way to it is gone.
     #[error("{0}")]
     Gone(String),
+    /// The neighbour is silent, beyond doubt.
+    #[error("{0}")]
+    Silent(Silence),
     /// The neighbour sent what it may not.
     #[error("it broke the protocol: {0}")]
     Violation(String),
@@ -134,15 +139,18 @@ pub(super) async fn receive(
     mut receiver: FrameReceiver,
     inlet: &Inlet,
     plan: &LinkPlan,
+    pulse: &Pulse,
 ) -> Result<(), LinkEnd> {
     loop {
+        let head = receiver.next().await?.ok_or_else(finished)?;
+        pulse.heard();
         let taken = match inlet {
             Inlet::Stage { hidden, pool, to } => {
-                let input = receive_input(&mut receiver, *hidden, pool, plan).await?;
+                let input = receive_input(&mut receiver, &head, *hidden, pool, plan).await?;
                 to.send(input).await.is_ok()
             }
             Inlet::Head { to } => {
-                to.send(receive_samples(&mut receiver, plan).await?).await.is_ok()
+                to.send(receive_samples(&mut receiver, &head, plan).await?).await.is_ok()
             }
         };
         if !taken {
@@ -153,12 +161,12 @@ pub(super) async fn receive(
 
 async fn receive_input(
     receiver: &mut FrameReceiver,
+    head: &FrameHead,
     hidden: usize,
     pool: &BufferPool,
     plan: &LinkPlan,
 ) -> Result<StageInput, LinkEnd> {
     let limits = &plan.limits;
-    let head = receiver.next().await?.ok_or_else(finished)?;
     match head.kind {
         FrameKind::Step => {
             let row_len = hidden * FLOAT_LEN;
@@ -175,7 +183,7 @@ async fn receive_input(
         }
         FrameKind::Open => {
             OpenHeader::read_from(head.header())?;
-            let body = receiver.body(&head, open_body_max(limits)).await?;
+            let body = receiver.body(head, open_body_max(limits)).await?;
             let open = Open::decode(head.header(), &body, limits)?;
             check_generation(open.generation.0, plan)?;
             Ok(StageInput::Open(open))
@@ -192,14 +200,14 @@ async fn receive_input(
 
 async fn receive_samples(
     receiver: &mut FrameReceiver,
+    head: &FrameHead,
     plan: &LinkPlan,
 ) -> Result<Samples, LinkEnd> {
-    let head = receiver.next().await?.ok_or_else(finished)?;
     if head.kind != FrameKind::Samples {
         return Err(FrameError::UnexpectedKind { found: head.kind, expected: "Samples" }.into());
     }
     SamplesHeader::read_from(head.header())?;
-    let body = receiver.body(&head, Samples::body_len_max(&plan.limits)).await?;
+    let body = receiver.body(head, Samples::body_len_max(&plan.limits)).await?;
     let samples = Samples::decode(head.header(), &body, &plan.limits)?;
     check_generation(samples.generation.0, plan)?;
     Ok(samples)
@@ -227,6 +235,7 @@ pub(super) async fn send(
     connection: &Connection,
     mut outlet: mpsc::Receiver<LinkFrame>,
     counters: &Counters,
+    pulse: &Pulse,
 ) -> Result<(), LinkEnd> {
     loop {
         let frame = tokio::select! {
@@ -236,6 +245,7 @@ pub(super) async fn send(
         };
         let Some(frame) = frame else { return Ok(()) };
         send_frame(&mut sender, frame, counters).await?;
+        pulse.sent();
     }
 }
 

@@ -76,12 +76,14 @@ mod tests {
             replicas: Vec::new(),
         };
         ClusterView {
+            coordinators: Vec::new(),
             coordinator: CoordinatorView {
                 id: NodeId::coordinator(1),
                 pid: 1,
                 build: String::new(),
                 api: address,
                 cluster: address,
+                tls: false,
             },
             workers: workers.iter().map(worker).collect(),
             deployments: deployments.iter().map(deployment).collect(),

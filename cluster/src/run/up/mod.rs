@@ -101,9 +101,12 @@ async fn start_coordinator(
 ) -> Result<PathBuf, Failure> {
     let arguments = |listen: String, cluster: String| {
         let data = folder.data("coordinator").to_string_lossy().into_owned();
+        let policy = args.policy.name();
         ["coordinator", "--data", &data, "--listen", &listen, "--cluster", &cluster]
+            .into_iter()
+            .chain(["--policy", policy])
             .map(str::to_owned)
-            .to_vec()
+            .collect()
     };
     let recipe = Recipe {
         who: "coordinator".to_owned(),
@@ -113,7 +116,7 @@ async fn start_coordinator(
     };
     match family.add(recipe).await? {
         (place, Announcement::Coordinator { id, api, cluster, context }) => {
-            eprintln!("{id}: takes requests at {}", json::url(api));
+            eprintln!("{id}: takes requests at {}", json::url(api, false));
             // Started again it must be found where it was.
             family.set_arguments(place, arguments(api.to_string(), cluster.to_string()));
             Ok(context)

@@ -1,5 +1,7 @@
 //! How a replica is: the observations about its current layout, boiled down to what follows.
 
+use std::time::Duration;
+
 use shoal_protocol::control::{ShardReport, ShardState};
 use shoal_protocol::error::{ErrorCode, Fault, WireError};
 use shoal_protocol::id::NodeId;
@@ -7,7 +9,7 @@ use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::{Bytes, Instant};
 
 use super::words::place_of;
-use super::{LINK_SETTLE, Observed, RECONNECT_GRACE, Watched, patience};
+use super::{LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, Watched, patience};
 
 /// How a replica is.
 #[derive(Debug)]
@@ -61,7 +63,9 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
     let shards = current_shards(plan, observed);
     if let Some((node, error)) = failed(&shards) {
         watched.ready_since = None;
-        return of_failure(node, error, now, watched);
+        let silence = |node| observed.workers.get(&node).map(|worker| worker.silent_for);
+        let silence = plan.nodes().filter_map(silence).max().unwrap_or_default();
+        return of_failure(node, error, silence, now, watched);
     }
     watched.unlinked_since = None;
     if observed.follows {
@@ -83,7 +87,8 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
     Health::Loading { until: outlook.until, reason }
 }
 
-fn needs_plan(reason: String) -> Health {
+/// It needs a new layout, and no worker is to blame.
+pub(super) fn needs_plan(reason: String) -> Health {
     Health::NeedsPlan { reason, blame: Vec::new() }
 }
 
@@ -144,15 +149,29 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut Watched) ->
     Some(needs_plan(reason))
 }
 
-fn of_failure(node: NodeId, error: &WireError, now: Instant, history: &mut Watched) -> Health {
+/// `silence`: how long ago the last one of the layout's workers was heard.
+fn of_failure(
+    node: NodeId,
+    error: &WireError,
+    silence: Duration,
+    now: Instant,
+    history: &mut Watched,
+) -> Health {
     let reason = format!("{node}: {error}");
     if cannot_be_mended(error) {
         return Health::Hopeless { reason };
     }
     if error.code == ErrorCode::WorkerLost {
-        let until = *history.unlinked_since.get_or_insert(now) + LINK_SETTLE;
-        if now < until {
-            return Health::Awaiting { until, reason };
+        let since = *history.unlinked_since.get_or_insert(now);
+        let all_heard = silence < now.since(since);
+        if !all_heard && now < since + LINK_SETTLE {
+            // That somebody was heard is no event.
+            return Health::Awaiting { until: now + LINK_SETTLE_LOOK, reason };
+        }
+        if all_heard {
+            let reason =
+                format!("{reason}; all its workers were heard since, so it is a link or a shard");
+            return needs_plan(reason);
         }
     }
     // A link has two ends, and a number that is used up says nothing about the worker.

@@ -109,7 +109,13 @@ impl World {
             numerics: vec![Numerics::N1],
         };
         let report = Report::default();
-        let worker = ObservedWorker { connected: true, register, report, pushed: None };
+        let worker = ObservedWorker {
+            connected: true,
+            silent_for: Duration::ZERO,
+            register,
+            report,
+            pushed: None,
+        };
         self.observed.workers.insert(NodeId::worker(number), worker);
     }
 
@@ -308,6 +314,39 @@ fn a_lost_worker_is_planned_around_at_once() {
 }
 
 #[test]
+fn a_removed_worker_is_replaced_or_nobody_goes_on_with_it() {
+    let mut world = World::ready(3, None, 10_000);
+    let remove = |number| Change::Node(NodeCommand::Remove { node: NodeId::worker(number) });
+    world.apply(remove(2));
+    world.observed.workers.remove(&NodeId::worker(2));
+    // The others keep what they have until the next round, which has the new layout.
+    world.expect(
+        10_100,
+        &[
+            "adopt r1 g2 (2x1 on w1, w3): w2 was removed",
+            "m is Loading: g2 is being made: 2x1 on w1, w3",
+        ],
+    );
+    world.expect(
+        10_101,
+        &[
+            "assign w1 1 shard: r1 g2: stage 0 with layers 0..3",
+            "assign w3 1 shard: r1 g2: stage 1 with layers 3..6",
+            "m is Loading: g2: w1 is told, w3 is told",
+        ],
+    );
+    world.report(1, ShardState::Ready);
+    world.report(3, ShardState::Ready);
+    world.expect(10_200, &["m is Ready: g2 2x1 on w1, w3"]);
+    world.apply(remove(3));
+    world.observed.workers.remove(&NodeId::worker(3));
+    world.observed.now = Instant(60_000 * MS);
+    let decision = world.round().to_string();
+    assert!(decision.starts_with("assign w1 0 shards: no more r1 g2\n"), "{decision}");
+    assert!(decision.contains("m is Waiting: w3 was removed; "), "{decision}");
+}
+
+#[test]
 fn a_worker_that_was_started_again_gets_its_layers_back_in_a_new_generation() {
     let mut world = World::ready(3, Some(3), 10_000);
     world.connect(2, 2);
@@ -355,12 +394,33 @@ fn a_broken_link_waits_for_its_cause_and_is_then_replaced() {
     world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
     world.expect(10_000, &["m is Loading: w1: the link to w2 broke"]);
     let wake_at = world.round().wake_at;
-    assert_eq!(wake_at, Some(Instant(12_000 * MS)));
-    // Both ends are still there two seconds later: the same workers, linked anew.
+    assert_eq!(wake_at, Some(Instant(10_020 * MS)));
+    // One that is silent since may be found dead any moment; two seconds are enough for that.
+    world.worker(2).silent_for = Duration::from_millis(40);
+    world.expect(10_030, &["m is Loading: w1: the link to w2 broke"]);
+    world.worker(2).silent_for = Duration::from_millis(2010);
+    world.expect(11_999, &["m is Loading: w1: the link to w2 broke"]);
     world.expect(
         12_000,
         &[
             "adopt r1 g2 (3x1 on w1, w2, w3): w1: the link to w2 broke",
+            "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
+        ],
+    );
+}
+
+#[test]
+fn a_broken_link_between_two_that_are_heard_is_replaced_at_once() {
+    let mut world = World::ready(3, None, 10_000);
+    world.fail(1, ErrorCode::WorkerLost, "the link to w2 broke");
+    world.expect(10_000, &["m is Loading: w1: the link to w2 broke"]);
+    world.worker(2).silent_for = Duration::from_millis(9);
+    // The same workers, linked anew.
+    world.expect(
+        10_020,
+        &[
+            "adopt r1 g2 (3x1 on w1, w2, w3): w1: the link to w2 broke; all its workers were heard \
+             since, so it is a link or a shard",
             "m is Loading: g2 is being made: 3x1 on w1, w2, w3",
         ],
     );

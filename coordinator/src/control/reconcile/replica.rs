@@ -29,7 +29,11 @@ impl Round<'_> {
         if plan.is_some_and(|plan| history.next.generation == plan.generation) {
             history.current = std::mem::take(&mut history.next);
         }
-        let health = health::of(plan, observed, &mut history.current);
+        let removed = plan.map_or_else(Vec::new, |plan| self.removed(plan));
+        let health = match removed.is_empty() {
+            true => health::of(plan, observed, &mut history.current),
+            false => health::needs_plan(format!("{} was removed", removed.join(", "))),
+        };
         let stable = |since| observed.now.since(since) >= STABLE_AFTER;
         if history.current.ready_since.is_some_and(stable) {
             history.failures = 0;
@@ -87,6 +91,10 @@ impl Round<'_> {
         let drained = next.nodes().find(|node| self.target.drains.contains(*node));
         if let Some(node) = drained.filter(|_| !observed.follows) {
             return self.abandon(next, format!("{node} is drained by now"));
+        }
+        let removed = self.removed(next);
+        if !removed.is_empty() && !observed.follows {
+            return self.abandon(next, format!("{} was removed", removed.join(", ")));
         }
         if asked < deployment.asked && !observed.follows {
             return self.abandon(next, "something else was asked for by now".into());

@@ -13,6 +13,13 @@ impl Round<'_> {
         let mut wanted = Vec::new();
         for plan in self.target.plans.all() {
             let Some((stage, rank)) = seat_of(plan, node) else { continue };
+            // Nobody may go on with a node that was removed, whether another takes its place or not.
+            // What is given up in this round is kept for its heirs until the next one.
+            let stays =
+                self.plans.iter().any(|p| (p.id, p.generation) == (plan.id, plan.generation));
+            if stays && !self.removed(plan).is_empty() {
+                continue;
+            }
             // What was said once of a generation stays said: its workers may come back under other
             // addresses only as a new generation.
             let before = pushed.unwrap_or_default().iter().find(|assignment| {
@@ -37,6 +44,12 @@ impl Round<'_> {
         }
         let reason = reason_for(pushed, &wanted);
         self.decision.actions.push(Action::Assign { node, assignments: wanted, reason });
+    }
+
+    /// The workers of a layout that do not belong to the cluster any more.
+    pub(super) fn removed(&self, plan: &ReplicaPlan) -> Vec<String> {
+        let gone = plan.nodes().filter(|node| self.target.nodes.get(*node).is_none());
+        gone.map(|node| node.to_string()).collect()
     }
 
     /// Where the workers of a layout are; `None` where one has not been heard of yet.

@@ -90,7 +90,8 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
         match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {
             None => found.push(Violation::Orphan(plan.id)),
             Some(deployment) => {
-                if let Some(fault) = plans::fault(plan, deployment.shape.layers(), &state.nodes) {
+                let given = |node| state.nodes.was_given(node);
+                if let Some(fault) = plans::fault(plan, deployment.shape.layers(), given) {
                     found.push(Violation::BadPlan(plan.id, fault));
                 }
             }

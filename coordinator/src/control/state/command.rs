@@ -13,6 +13,10 @@
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
 //! | [`DeploymentCommand::Scale`] | an admin | the name is taken, the number of replicas within bounds |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
+//! | [`NodeCommand::Remove`] | an admin | the node is known, no coordinator, and not the cluster's own admin |
+//! | [`TokenCommand::Revoke`] | an admin | the token is known |
+//! | [`KeyCommand::Create`] | an admin | no good key has the name, no key ever had the hash, limits and expiry within bounds |
+//! | [`KeyCommand::Revoke`] | an admin | the key is known and not revoked yet |
 //! | [`PlanCommand::Prepare`] | the reconciler | the same, and there is a layout that serves meanwhile |
 //! | [`PlanCommand::Promote`], [`PlanCommand::Abandon`] | the reconciler | the generation is the one that was prepared |
 //! | [`PlanCommand::Confirm`] | the reconciler | the generation is the one that serves |
@@ -22,13 +26,15 @@ use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use shoal_protocol::access::KeyName;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{
     DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
 };
 
 use super::{
-    CoordinatorCommand, DeploymentCommand, DrainCommand, NodeCommand, PlanCommand, TokenCommand,
+    CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand, PlanCommand,
+    TokenCommand,
 };
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
@@ -82,6 +88,8 @@ pub enum Change {
     Plan(PlanCommand),
     /// Which coordinators there are.
     Coordinator(CoordinatorCommand),
+    /// Who may use the public API.
+    Key(KeyCommand),
     /// Which workers are to hold nothing.
     Drain(DrainCommand),
 }
@@ -143,6 +151,21 @@ pub enum Effect {
     NodeRemoved {
         /// Which.
         node: NodeId,
+    },
+    /// The public API has a key more.
+    KeyCreated {
+        /// Which.
+        name: KeyName,
+    },
+    /// A key opens nothing any more.
+    KeyRevoked {
+        /// Which.
+        name: KeyName,
+    },
+    /// A token may not be used any more.
+    TokenRevoked {
+        /// What its users would have been.
+        role: Role,
     },
     /// A deployment is to be served in another way.
     DeploymentScaled {
@@ -287,6 +310,47 @@ pub enum Refusal {
         /// What is wrong.
         fault: String,
     },
+    /// A good key has the name.
+    #[error(
+        "an API key named `{name}` exists already; `shoal keys revoke {name}` first, or choose another name"
+    )]
+    KeyNameTaken {
+        /// Which.
+        name: KeyName,
+    },
+    /// No key was ever called that, as far as the list goes back.
+    #[error("there is no API key named `{name}`; `shoal keys list` shows them")]
+    UnknownKey {
+        /// Which.
+        name: KeyName,
+    },
+    /// It opens nothing already.
+    #[error("the API key `{name}` was revoked before; `shoal keys list` shows when")]
+    KeyRevokedBefore {
+        /// Which.
+        name: KeyName,
+    },
+    /// The same secret twice.
+    #[error("this API key is or was in use already; make a new one with `shoal keys create NAME`")]
+    KeyUsedBefore,
+    /// A limit of a new key is out of bounds.
+    #[error("a key's limit is 1 to {max}, not {limit}", max = super::keys::LIMIT_MAX)]
+    BadKeyLimit {
+        /// What was asked.
+        limit: u32,
+    },
+    /// The expiry of a new key is out of bounds.
+    #[error("a key expires after 1 second to {} days, or never", super::keys::EXPIRY_MAX.as_secs() / 86_400)]
+    BadKeyExpiry,
+    /// A node that is not removed like this.
+    #[error("{node} cannot be removed: {}", match node.role {
+        Role::Coordinator => "it is a coordinator, and has a vote",
+        _ => "it is the admin that the coordinators write their context files for",
+    })]
+    NotToBeRemoved {
+        /// Which.
+        node: NodeId,
+    },
     /// The number of replicas is out of bounds.
     #[error("a deployment has 1 to {max} replicas, not {replicas}; `shoal undeploy` ends it", max = super::deployments::REPLICAS_MAX)]
     BadReplicas {
@@ -312,6 +376,8 @@ pub enum Noun {
     Deployments,
     /// Nodes.
     Nodes,
+    /// API keys.
+    Keys,
     /// Replicas.
     Replicas,
 }
@@ -322,6 +388,7 @@ impl fmt::Display for Noun {
             Noun::Tokens => "join tokens",
             Noun::Deployments => "deployments",
             Noun::Nodes => "nodes of this role",
+            Noun::Keys => "API keys",
             Noun::Replicas => "numbers of replicas given",
         })
     }
@@ -336,6 +403,8 @@ pub enum Advice {
     Undeploy,
     /// Nothing helps.
     NewCluster,
+    /// Take one back.
+    RevokeKey,
 }
 
 impl fmt::Display for Advice {
@@ -344,6 +413,7 @@ impl fmt::Display for Advice {
             Advice::WaitForExpiry => "use those, or wait until one expires",
             Advice::Undeploy => "`shoal undeploy` one first",
             Advice::NewCluster => "their numbers are used up; start a new cluster",
+            Advice::RevokeKey => "`shoal keys revoke` one first",
         })
     }
 }
@@ -365,6 +435,12 @@ impl Refusal {
             | Refusal::NotAWorker { .. } => ErrorCode::InvalidRequest,
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
+            Refusal::UnknownKey { .. } => ErrorCode::NotFound,
+            Refusal::KeyNameTaken { .. } | Refusal::KeyUsedBefore => ErrorCode::AlreadyExists,
+            Refusal::KeyRevokedBefore { .. }
+            | Refusal::BadKeyLimit { .. }
+            | Refusal::NotToBeRemoved { .. }
+            | Refusal::BadKeyExpiry => ErrorCode::InvalidRequest,
         }
     }
 }

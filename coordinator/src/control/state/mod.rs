@@ -6,14 +6,15 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`drains`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
-//! never enters the log. Time enters as data, stamped by whoever proposes.
+//! [`plans`], [`keys`], [`drains`]; this file only dispatches. What is soft (who is connected, load,
+//! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
 pub mod command;
 pub mod coordinators;
 pub mod deployments;
 pub mod drains;
+pub mod keys;
 pub mod nodes;
 pub mod plans;
 pub mod snapshot;
@@ -28,6 +29,7 @@ pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
 pub use deployments::{Deployment, DeploymentCommand, Deployments, REPLICAS_MAX};
 pub use drains::{DrainCommand, Drains};
+pub use keys::{ApiKey, KeyCommand, KeyHash, Keys};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
@@ -45,10 +47,12 @@ pub struct ClusterState {
     pub plans: Plans,
     /// Which coordinators there are, and which of them vote.
     pub coordinators: Coordinators,
-    /// Which workers are to hold nothing.
-    pub drains: Drains,
     /// The latest stamp of a command. Clocks of coordinators differ; time in the log never goes back.
     clock: Timestamp,
+    /// Who may use the public API.
+    pub keys: Keys,
+    /// Which workers are to hold nothing.
+    pub drains: Drains,
     /// The last command of each client and what it came to, so that a command that is sent twice is
     /// applied once.
     last: BTreeMap<NodeId, Applied>,
@@ -103,10 +107,20 @@ impl ClusterState {
         same.then(|| last.result.clone())
     }
 
+    /// Whether nobody but the founder and its operator can belong to it.
+    pub fn is_new(&self) -> bool {
+        self.nodes.iter().count() < 2 && self.coordinators.iter().next().is_none()
+    }
+
     /// The number of the client's last command in this start of it; 0 where there was none.
     pub fn last_sequence(&self, client: NodeId, incarnation: Incarnation) -> u64 {
         let last = self.last.get(&client).filter(|applied| applied.incarnation == incarnation);
         last.map_or(0, |applied| applied.sequence)
+    }
+
+    /// The start under which a client's last command was made; the lowest where there was none.
+    pub fn last_incarnation(&self, client: NodeId) -> Incarnation {
+        self.last.get(&client).map_or(Incarnation::default(), |applied| applied.incarnation)
     }
 
     fn dispatch(&mut self, command: &Command, at: Timestamp) -> Result<Vec<Effect>, Refusal> {
@@ -123,9 +137,15 @@ impl ClusterState {
             Change::Node(NodeCommand::Start { node, incarnation, build }) => {
                 self.nodes.start(*node, *incarnation, build)
             }
+            Change::Node(NodeCommand::Remove { node }) => {
+                let effects = self.nodes.remove(*node)?;
+                self.drains.forget(*node);
+                Ok(effects)
+            }
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
+            Change::Token(TokenCommand::Revoke { hash }) => self.tokens.revoke(hash),
             Change::Deployment(DeploymentCommand::Create { spec, shape, replicas }) => {
                 self.deployments.create(spec, shape, *replicas, at)
             }
@@ -147,6 +167,10 @@ impl ClusterState {
             }
             Change::Plan(command) => self.plans.change(command, &self.deployments, &self.nodes),
             Change::Drain(command) => self.drains.change(command, &self.nodes, at),
+            Change::Key(KeyCommand::Create { name, hash, limits, expires }) => {
+                self.keys.create(name, *hash, *limits, *expires, at)
+            }
+            Change::Key(KeyCommand::Revoke { name }) => self.keys.revoke(name, at),
             Change::Coordinator(change) => self.change_coordinators(change),
         }
     }

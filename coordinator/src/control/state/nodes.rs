@@ -40,6 +40,11 @@ pub enum NodeCommand {
         /// The version of its binary.
         build: String,
     },
+    /// A node is forgotten for ever: its certificate opens nothing any more, and is not renewed.
+    Remove {
+        /// Which.
+        node: NodeId,
+    },
 }
 
 /// All nodes, and the numbers that were given.
@@ -105,6 +110,20 @@ impl Nodes {
 
     pub(super) fn forget(&mut self, id: NodeId) {
         self.by_id.remove(&id);
+    }
+
+    /// Forgets a node. Coordinators vote and the first admin is the cluster's own, so both stay.
+    pub(super) fn remove(&mut self, node: NodeId) -> Result<Vec<Effect>, Refusal> {
+        if node.role == Role::Coordinator || node == NodeId::admin(1) {
+            return Err(Refusal::NotToBeRemoved { node });
+        }
+        self.by_id.remove(&node).ok_or(Refusal::UnknownNode { node })?;
+        Ok(vec![Effect::NodeRemoved { node }])
+    }
+
+    /// Whether a node has, or had, this id.
+    pub(super) fn was_given(&self, node: NodeId) -> bool {
+        node.number >= 1 && node.number <= self.given(node.role)
     }
 
     pub(super) fn start(

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use shoal_protocol::id::{Generation, PlanRevision, ReplicaId, Role};
+use shoal_protocol::id::{Generation, NodeId, PlanRevision, ReplicaId, Role};
 use shoal_protocol::plan::{Plan, ReplicaPlan};
 
 use super::command::{Effect, Refusal};
@@ -255,7 +255,8 @@ impl Plans {
         if plan.model != deployment.spec.model {
             return Err(bad("it names another model than its deployment".into()));
         }
-        match fault(plan, deployment.shape.layers(), nodes) {
+        let known = |node| nodes.get(node).is_some();
+        match fault(plan, deployment.shape.layers(), known) {
             Some(fault) => Err(bad(fault)),
             None => Ok(deployment.asked),
         }
@@ -275,8 +276,13 @@ impl Plans {
     }
 }
 
-/// What is wrong with a layout of a model with this many layers.
-pub(super) fn fault(plan: &ReplicaPlan, layers: u32, nodes: &Nodes) -> Option<String> {
+/// What is wrong with a layout of a model with this many layers. A new one names nodes that are there;
+/// one that is there may name some that were removed since.
+pub(super) fn fault(
+    plan: &ReplicaPlan,
+    layers: u32,
+    known: impl Fn(NodeId) -> bool,
+) -> Option<String> {
     let mut next = 0;
     for (index, stage) in plan.stages.iter().enumerate() {
         if stage.layers.start != next || stage.layers.is_empty() {
@@ -287,7 +293,7 @@ pub(super) fn fault(plan: &ReplicaPlan, layers: u32, nodes: &Nodes) -> Option<St
             return Some(format!("stage {index} has no shard"));
         }
         for shard in &stage.shards {
-            if shard.node.role != Role::Worker || nodes.get(shard.node).is_none() {
+            if shard.node.role != Role::Worker || !known(shard.node) {
                 return Some(format!("stage {index} is on {}, no worker of ours", shard.node));
             }
         }

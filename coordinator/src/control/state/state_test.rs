@@ -207,6 +207,55 @@ fn an_older_process_with_the_same_identity_is_refused() {
 }
 
 #[test]
+fn a_removed_node_is_forgotten_and_its_number_is_not_given_again() {
+    let mut dialog = Dialog::with_workers(2);
+    let (w1, w2, w3) = (NodeId::worker(1), NodeId::worker(2), NodeId::worker(3));
+    let remove = |node| Change::Node(NodeCommand::Remove { node });
+    dialog.say(0, create("x"), {
+        Ok(vec![Effect::DeploymentCreated { name: name("x"), replica: ReplicaId(1) }])
+    });
+    dialog.say(0, adopt("x", 1, 1, &[(0, 2, 1), (2, 4, 2)]), adopted(1, 1, 1));
+    // The layout that names it stays, for its successor to follow; a new one must not name it.
+    dialog.say(0, remove(w2), Ok(vec![Effect::NodeRemoved { node: w2 }]));
+    dialog.say(0, remove(w2), Err(Refusal::UnknownNode { node: w2 }));
+    let fault = "stage 0 is on w2, no worker of ours".to_owned();
+    let refusal = Refusal::BadPlan { replica: ReplicaId(1), fault };
+    dialog.say(0, adopt("x", 1, 2, &[(0, 4, 2)]), Err(refusal));
+    let start = NodeCommand::Start { node: w2, incarnation: Incarnation(9), build: "0.1".into() };
+    dialog.say(0, Change::Node(start), Err(Refusal::UnknownNode { node: w2 }));
+    dialog.say(0, enrol(Role::Worker), Ok(vec![Effect::NodeAdded { node: w3 }]));
+    dialog.say(0, adopt("x", 1, 2, &[(0, 4, 3)]), adopted(2, 1, 2));
+    dialog.say(0, remove(w1), Ok(vec![Effect::NodeRemoved { node: w1 }]));
+
+    for role in [Role::Coordinator, Role::Admin, Role::Admin] {
+        let number = dialog.state.nodes.given(role) + 1;
+        let node = NodeId { role, number };
+        dialog.say(0, enrol(role), Ok(vec![Effect::NodeAdded { node }]));
+    }
+    for node in [NodeId::coordinator(1), NodeId::admin(1)] {
+        dialog.say(0, remove(node), Err(Refusal::NotToBeRemoved { node }));
+    }
+    let a2 = NodeId::admin(2);
+    dialog.say(0, remove(a2), Ok(vec![Effect::NodeRemoved { node: a2 }]));
+}
+
+#[test]
+fn a_token_that_was_taken_back_is_as_if_it_had_never_been() {
+    let mut dialog = Dialog::new();
+    let hour = Duration::from_secs(3600);
+    let created = Ok(vec![Effect::TokenCreated { role: Role::Worker }]);
+    dialog.say(0, token(1, Role::Worker, 2, hour), created.clone());
+    dialog.say(0, token(2, Role::Worker, 2, hour), created);
+    let hash = TokenHash::of(&[1; 32]);
+    let revoke = Change::Token(TokenCommand::Revoke { hash });
+    let revoked = Ok(vec![Effect::TokenRevoked { role: Role::Worker }]);
+    dialog.say(0, revoke.clone(), revoked);
+    dialog.say(0, join(1), Err(Refusal::BadToken));
+    dialog.say(0, revoke, Err(Refusal::BadToken));
+    dialog.say(0, join(2), Ok(vec![Effect::NodeAdded { node: NodeId::worker(1) }]));
+}
+
+#[test]
 fn generations_belong_to_one_replica_and_never_go_back() {
     let mut dialog = Dialog::with_workers(3);
     let created = |text, replica| {

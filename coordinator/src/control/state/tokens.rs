@@ -50,6 +50,11 @@ pub enum TokenCommand {
         /// How long it is good for.
         expires: Duration,
     },
+    /// Take one back.
+    Revoke {
+        /// The hash of its secret.
+        hash: TokenHash,
+    },
 }
 
 /// All tokens that can still be used, as far as was known when the state last changed.
@@ -106,6 +111,13 @@ impl Tokens {
         self.alive.retain(|token| token.expires >= at);
         self.alive.push(Token { hash, role, uses_left: uses, expires: at + expires });
         Ok(vec![Effect::TokenCreated { role }])
+    }
+
+    /// Forgets a token.
+    pub(super) fn revoke(&mut self, hash: &TokenHash) -> Result<Vec<Effect>, Refusal> {
+        let found = self.alive.iter().position(|token| token.hash == *hash);
+        let token = self.alive.remove(found.ok_or(Refusal::BadToken)?);
+        Ok(vec![Effect::TokenRevoked { role: token.role }])
     }
 
     /// Takes one use and says what its user becomes.

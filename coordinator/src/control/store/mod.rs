@@ -7,6 +7,8 @@
 //! [`ControlStore`] is a handle; what serves it ([`raft`]) owns the only copy of the state that changes.
 //! Everyone else reads immutable copies.
 
+pub mod etcd;
+mod kind;
 pub mod raft;
 
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use std::time::Duration;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use tokio::sync::{mpsc, oneshot, watch};
+
+pub use kind::{OpenError, StoreConfig, StoreOwner, open};
 
 use super::state::{Change, ClusterState, Effect, Refusal};
 
@@ -63,6 +67,8 @@ pub struct Standing {
 enum Message {
     Propose {
         change: Change,
+        /// Who led when it was proposed: what a leader wants is not made once another leads.
+        under: Standing,
         reply: oneshot::Sender<Result<Vec<Effect>, ProposeError>>,
     },
     /// Answered when this coordinator's copy holds all that was committed anywhere before.
@@ -83,12 +89,18 @@ pub enum ReadError {
     /// The store has ended.
     #[error("this coordinator is stopping")]
     Stopped,
+    /// The store is another service, and that does not answer.
+    #[error("the state could not be read: {why}; what runs goes on")]
+    Unavailable {
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 impl From<ReadError> for WireError {
     fn from(error: ReadError) -> Self {
         let code = match &error {
-            ReadError::NoQuorum => ErrorCode::StorageFailed,
+            ReadError::NoQuorum | ReadError::Unavailable { .. } => ErrorCode::StorageFailed,
             ReadError::Stopped => ErrorCode::Draining,
         };
         WireError::new(code, error.to_string())
@@ -120,13 +132,24 @@ pub enum ProposeError {
          taken later"
     )]
     TimedOut,
+    /// The store is another service, and that does not take it. What is there can still be read.
+    #[error(
+        "the change could not be stored: {why}; what runs goes on: try again when the store answers \
+         (`shoal status` shows whether the change was taken)"
+    )]
+    Unavailable {
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 impl From<ProposeError> for WireError {
     fn from(error: ProposeError) -> Self {
         let code = match &error {
             ProposeError::Refused(refusal) => refusal.code(),
-            ProposeError::Storage { .. } | ProposeError::TimedOut => ErrorCode::StorageFailed,
+            ProposeError::Storage { .. }
+            | ProposeError::Unavailable { .. }
+            | ProposeError::TimedOut => ErrorCode::StorageFailed,
             ProposeError::Stopped => ErrorCode::Draining,
         };
         WireError::new(code, error.to_string())
@@ -137,8 +160,9 @@ impl ControlStore {
     /// Makes a change durable and applies it. When this returns, `state` shows it.
     pub async fn propose(&self, change: Change) -> Result<Vec<Effect>, ProposeError> {
         let (reply, answer) = oneshot::channel();
+        let under = *self.standing.borrow();
         let exchange = async {
-            let sent = self.proposals.send(Message::Propose { change, reply }).await;
+            let sent = self.proposals.send(Message::Propose { change, under, reply }).await;
             sent.map_err(|_| ProposeError::Stopped)?;
             answer.await.map_err(|_| ProposeError::Stopped)?
         };

@@ -228,8 +228,9 @@ impl Voter {
         }
         let progress = self.node.raft.prs();
         let committed = self.node.raft.raft_log.committed;
-        let caught_up =
-            |id: u64| progress.get(id).is_some_and(|p| p.matched + membership::NEAR >= committed);
+        // One that has nothing yet may wait for a snapshot, however short the log is.
+        let near = |matched: u64| matched > 0 && matched + membership::NEAR >= committed;
+        let caught_up = |id: u64| progress.get(id).is_some_and(|p| near(p.matched));
         let wanted = membership::wanted(&self.state);
         let step =
             membership::next(&wanted, self.node.store().conf(), self.node.raft.id, caught_up);

@@ -177,7 +177,7 @@ impl Shell {
     fn take(&mut self, message: Message) {
         let now = self.now();
         match message {
-            Message::Propose { change, reply } => self.proposals.push(now, change, reply),
+            Message::Propose { change, reply, .. } => self.proposals.push(now, change, reply),
             Message::Read { reply } => self.reads.push(now, reply),
             Message::Stop => {}
         }
@@ -218,7 +218,8 @@ impl Shell {
         loop {
             let now = self.now();
             let Some((voter, _)) = &mut self.live else { return };
-            if let Some(command) = self.proposals.due(now, Timestamp::of(SystemTime::now()))
+            if voter.leader().is_some()
+                && let Some(command) = self.proposals.due(now, Timestamp::of(SystemTime::now()))
                 && voter.propose(command)
             {
                 self.proposals.sent(now);

@@ -1,0 +1,178 @@
+//! ● Who this coordinator is: it founds a cluster, joins one, or finds itself again in its data folder.
+//!
+//! | in the folder | with `--join` | what happens |
+//! |---|---|---|
+//! | nothing | no | it founds a cluster: a CA, a log with one voter |
+//! | nothing | yes | it joins: an identity, an empty log that waits for the leader |
+//! | `ca.key`, `state.redb` | either | it goes on as what it was |
+//! | `identity`, `state.redb` | either | the same, of one that joined |
+//! | anything else | either | refused: a vote may be lost, or numbers would be given twice |
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use shoal_protocol::id::{NodeId, Role};
+use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::quic::identity::Identity;
+use shoal_protocol::quic::join;
+
+use crate::config::CoordinatorConfig;
+use crate::control::authority::Authority;
+use crate::control::peers::Outboxes;
+use crate::control::state::{Change, KeyFingerprint, NodeCommand};
+use crate::control::store::raft::{self, SendMessage, WhenEmpty};
+use crate::control::store::{self, ControlStore, StoreOwner};
+use crate::start_error::StartError;
+
+/// The CA's file in the data folder.
+pub(crate) const CA_FILE: &str = "ca.key";
+
+/// The file of an identity that a token has bought.
+pub(crate) const IDENTITY_FILE: &str = "identity";
+
+/// Who founds a cluster.
+const FOUNDER: NodeId = NodeId::coordinator(1);
+
+/// The admin certificate that a coordinator writes for its operator.
+pub(crate) const OPERATOR: NodeId = NodeId::admin(1);
+
+/// How long a coordinator may take to let this one in.
+const JOIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a coordinator begins with.
+pub(crate) struct Begun {
+    pub me: NodeId,
+    pub store: ControlStore,
+    pub owner: StoreOwner,
+    pub authority: Authority,
+    pub identity: Identity,
+    pub outboxes: Outboxes,
+}
+
+/// Finds out who this is.
+pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartError> {
+    let data = &config.data;
+    create_folder(data)?;
+    let has_state = config.store.may_have_state(data);
+    let ca = CertificateAuthority::load(&data.join(CA_FILE))?;
+    let joined = Identity::load(&data.join(IDENTITY_FILE))?;
+    let incomplete =
+        |found, missing| StartError::Incomplete { path: data.to_owned(), found, missing };
+    match (joined, ca) {
+        (Some(identity), _) if identity.node.role != Role::Coordinator => {
+            Err(StartError::NoCoordinator { path: data.to_owned(), node: identity.node })
+        }
+        (Some(_), _) if !has_state => Err(incomplete("an identity", "the cluster's state")),
+        (Some(identity), Some(ca)) => {
+            let fresh = ca.issue_identity(identity.node, SystemTime::now())?;
+            open(config, fresh, Authority::holding(ca), WhenEmpty::Wait).await
+        }
+        (Some(identity), None) => {
+            let authority = Authority::awaiting(&identity.ca);
+            open(config, identity, authority, WhenEmpty::Wait).await
+        }
+        (None, Some(_)) if !has_state => Err(incomplete("the CA's key", "the cluster's state")),
+        (None, Some(ca)) => {
+            let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
+            let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Wait).await?;
+            finish_founding(begun).await
+        }
+        (None, None) => match (&config.join[..], &config.token) {
+            ([], _) => found(config).await,
+            (_, None) => Err(StartError::NoToken { path: data.to_owned() }),
+            (addresses, Some(_)) if data.join(raft::FILE_NAME).exists() => {
+                tracing::warn!("a join broke off here before; joining {addresses:?} again");
+                enter(config).await
+            }
+            _ => enter(config).await,
+        },
+    }
+}
+
+/// Founds a cluster. The state is written before the CA's key, so a founding that is cut off leaves a
+/// state without nodes that anybody relies on, and is begun anew.
+async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
+    let data = &config.data;
+    let ca = CertificateAuthority::create(SystemTime::now())?;
+    let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
+    let path = data.join(CA_FILE);
+    let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Found).await?;
+    if !begun.store.state().is_new() {
+        let (found, missing) = ("the cluster's state", "the CA's key");
+        return Err(StartError::Incomplete { path: data.to_owned(), found, missing });
+    }
+    let begun = finish_founding(begun).await?;
+    if let Some(ca) = begun.authority.current() {
+        ca.save(&path)?;
+    }
+    tracing::info!("founded a cluster in {}", data.display());
+    Ok(begun)
+}
+
+/// The founder and its operator have numbers, before anybody else gets one.
+async fn finish_founding(begun: Begun) -> Result<Begun, StartError> {
+    for node in [FOUNDER, OPERATOR] {
+        if begun.store.state().nodes.get(node).is_none() && begun.store.state().is_new() {
+            // Both get new keys at each start, so the CA stands for the key that renews them.
+            let key = KeyFingerprint(begun.authority.fingerprint());
+            let enrol = Change::Node(NodeCommand::Enrol { role: node.role, key });
+            begun.store.propose(enrol).await?;
+        }
+    }
+    Ok(begun)
+}
+
+/// Joins the cluster of whoever answers first.
+async fn enter(config: &CoordinatorConfig) -> Result<Begun, StartError> {
+    let data = &config.data;
+    let Some(token) = &config.token else {
+        return Err(StartError::NoToken { path: data.to_owned() });
+    };
+    if token.role != Role::Coordinator {
+        return Err(StartError::WrongToken { role: token.role });
+    }
+    let mut last = None;
+    for address in &config.join {
+        match join::join(*address, token, JOIN_DEADLINE).await {
+            Ok(identity) => {
+                tracing::info!(node = %identity.node, %address, "joined the cluster");
+                let authority = Authority::awaiting(&identity.ca);
+                // The log's file first: an identity without it would be taken for a lost vote.
+                let begun = open(config, identity.clone(), authority, WhenEmpty::Wait).await?;
+                identity.save(&data.join(IDENTITY_FILE))?;
+                return Ok(begun);
+            }
+            Err(error) => {
+                tracing::warn!(%address, "cannot join there: {error}");
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) => Err(StartError::Join(error)),
+        None => Err(StartError::NoToken { path: data.to_owned() }),
+    }
+}
+
+async fn open(
+    config: &CoordinatorConfig,
+    identity: Identity,
+    authority: Authority,
+    empty: WhenEmpty,
+) -> Result<Begun, StartError> {
+    let outboxes = Outboxes::default();
+    let send: SendMessage = {
+        let outboxes = outboxes.clone();
+        Box::new(move |message| outboxes.push(message))
+    };
+    let me = identity.node;
+    let (store, owner) = store::open(&config.store, &config.data, me, empty, send).await?;
+    Ok(Begun { me, store, owner, authority, identity, outboxes })
+}
+
+fn create_folder(path: &Path) -> Result<(), StartError> {
+    // Keys lie in it.
+    let created = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    created.map_err(|source| StartError::Data { path: path.to_owned(), source })
+}

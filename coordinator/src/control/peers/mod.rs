@@ -1,0 +1,158 @@
+//! ● Coordinator ↔ coordinator: messages of the log, who is who, and the CA's key for those that vote.
+//!
+//! ```text
+//! outbox ─► carrier (one per peer): connect ─► Hello ─► Welcome ─► messages ══shoal-raft══► serve ─► the log's thread
+//! ```
+//!
+//! Each direction has a connection of its own, which its sender dials. A hello is where an old backup is
+//! found out: a start number that is behind the one on record is refused, and the process that shows it
+//! ends with reason and advice.
+
+mod carrier;
+mod outbox;
+mod serve;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use shoal_protocol::control::CoordinatorAddress;
+use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::peer::PeerHello;
+use shoal_protocol::quic::Endpoint;
+use shoal_protocol::version::VersionRange;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+pub use outbox::Outboxes;
+
+use super::authority::Authority;
+use super::store::ControlStore;
+use super::store::raft::NetworkEvent;
+
+/// Coordinators that are remembered at once: those of the state, and a joiner or two.
+const ADDRESSES_MAX: usize = 64;
+
+/// What a coordinator tells the others of itself.
+#[derive(Clone, Debug)]
+pub struct Myself {
+    /// Its identity.
+    pub node: NodeId,
+    /// Its start number.
+    pub incarnation: Incarnation,
+    /// Drawn at its start.
+    pub boot: u64,
+    /// Where it takes the cluster's conversations, as others reach it.
+    pub cluster: SocketAddr,
+    /// The version of its binary.
+    pub build: String,
+}
+
+/// The other coordinators. Cheap to clone.
+#[derive(Clone)]
+pub struct Peers {
+    me: Arc<Myself>,
+    endpoint: Endpoint,
+    store: ControlStore,
+    network: mpsc::Sender<NetworkEvent>,
+    outboxes: Outboxes,
+    authority: Authority,
+    /// Where coordinators have been seen, which is newer than what the state says.
+    seen: Arc<Mutex<BTreeMap<NodeId, SocketAddr>>>,
+    /// Why this process must end, once another coordinator has said so.
+    ghost: Arc<watch::Sender<Option<String>>>,
+}
+
+impl std::fmt::Debug for Peers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Peers of {}", self.me.node)
+    }
+}
+
+impl Peers {
+    /// Nobody is connected yet.
+    pub fn new(
+        me: Myself,
+        endpoint: Endpoint,
+        store: ControlStore,
+        network: mpsc::Sender<NetworkEvent>,
+        outboxes: Outboxes,
+        authority: Authority,
+    ) -> Self {
+        Self {
+            me: Arc::new(me),
+            endpoint,
+            store,
+            network,
+            outboxes,
+            authority,
+            seen: Arc::default(),
+            ghost: Arc::new(watch::Sender::new(None)),
+        }
+    }
+
+    /// Carries messages until `stop` becomes true. `seeds` are where other coordinators may be, for one
+    /// whose state does not say it yet.
+    pub async fn run(self, seeds: Vec<SocketAddr>, mut stop: watch::Receiver<bool>) {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(self.clone().announce());
+        for seed in seeds {
+            tasks.spawn(self.clone().find(seed));
+        }
+        let mut carried = Vec::new();
+        loop {
+            for (id, outbox) in self.outboxes.all() {
+                if !carried.contains(&id) {
+                    carried.push(id);
+                    tasks.spawn(self.clone().carry(id, outbox));
+                }
+            }
+            tokio::select! {
+                () = self.outboxes.news() => {}
+                Some(_) = tasks.join_next() => {}
+                _ = stop.wait_for(|stop| *stop) => return,
+            }
+        }
+    }
+
+    /// Resolves when this process must end, and says why.
+    pub async fn ghost(&self) -> String {
+        let mut ghost = self.ghost.subscribe();
+        let found = ghost.wait_for(Option::is_some).await;
+        // The sender lives as long as this does.
+        found.ok().and_then(|why| why.clone()).unwrap_or_default()
+    }
+
+    fn hello(&self) -> PeerHello {
+        PeerHello {
+            versions: VersionRange::OURS,
+            node: self.me.node,
+            incarnation: self.me.incarnation,
+            boot: self.me.boot,
+            cluster: self.me.cluster,
+            build: self.me.build.clone(),
+        }
+    }
+
+    fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
+        let seen = self.seen().get(&node).copied();
+        seen.or_else(|| self.store.state().coordinators.get(node).map(|record| record.cluster))
+    }
+
+    fn saw(&self, node: NodeId, address: SocketAddr) {
+        let mut seen = self.seen();
+        if node != self.me.node && (seen.len() < ADDRESSES_MAX || seen.contains_key(&node)) {
+            seen.insert(node, address);
+        }
+    }
+
+    fn addresses(&self) -> Vec<CoordinatorAddress> {
+        let state = self.store.state();
+        let known = state.coordinators.iter();
+        known.map(|(node, record)| CoordinatorAddress { node, cluster: record.cluster }).collect()
+    }
+
+    fn seen(&self) -> MutexGuard<'_, BTreeMap<NodeId, SocketAddr>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

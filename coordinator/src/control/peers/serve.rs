@@ -1,0 +1,164 @@
+//! ● The receiving side: who may speak, and what is done with what they say.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use prost::Message as _;
+use raft::prelude::Message;
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::frame::FrameKind;
+use shoal_protocol::id::NodeId;
+use shoal_protocol::peer::{
+    LOG_MESSAGE_LEN_MAX, MESSAGE_LEN_MAX, PeerHello, PeerReply, PeerRequest,
+};
+use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
+use shoal_protocol::version::VersionRange;
+use tokio::time::timeout;
+
+use super::Peers;
+use crate::control::state::Refusal;
+use crate::control::store::raft::NetworkEvent;
+
+/// How long a peer may take to say what it wants.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a refusal may take to arrive before the connection is closed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+impl Peers {
+    /// Holds one coordinator's conversation, to its end.
+    pub async fn serve(&self, connection: Connection) {
+        // The endpoint lets coordinators alone begin this conversation.
+        let Some(node) = connection.peer() else { return };
+        if let Err(why) = self.converse(node, &connection).await {
+            tracing::info!(%node, "a coordinator's conversation ended: {why}");
+        }
+        connection.close(close_code::DONE, "");
+    }
+
+    async fn converse(&self, node: NodeId, connection: &Connection) -> Result<(), String> {
+        let ask = async {
+            let (sender, mut receiver) =
+                connection.accept_bi().await.map_err(|error| error.to_string())?;
+            let request = receiver.message::<PeerRequest>(MESSAGE_LEN_MAX).await;
+            let request = request.map_err(|error| error.to_string())?;
+            Ok::<_, String>((sender, receiver, request.ok_or("it said nothing")?))
+        };
+        let asked = timeout(REQUEST_TIMEOUT, ask).await;
+        let (mut sender, receiver, request) =
+            asked.map_err(|_| format!("it said nothing for {REQUEST_TIMEOUT:?}"))??;
+        let (reply, listens) = match request {
+            PeerRequest::Log(hello) => {
+                match self.admit(node, &hello, connection.remote_address()) {
+                    Ok(version) => {
+                        (PeerReply::Welcome { version, coordinators: self.addresses() }, true)
+                    }
+                    Err(refusal) => (PeerReply::Refused(refusal), false),
+                }
+            }
+            PeerRequest::CaKey { versions } => match self.hand_over(node, versions) {
+                Ok(authority) => (PeerReply::CaKey { authority }, false),
+                Err(refusal) => (PeerReply::Refused(refusal), false),
+            },
+        };
+        if let PeerReply::Refused(refusal) = &reply {
+            tracing::warn!(%node, "a coordinator was refused: {refusal}");
+        }
+        let sent = sender.send_message(&reply, MESSAGE_LEN_MAX).await;
+        sent.map_err(|error| error.to_string())?;
+        if listens {
+            return self.listen(u64::from(node.number), receiver).await;
+        }
+        sender.finish();
+        let _ = timeout(LAST_WORDS, connection.closed()).await;
+        Ok(())
+    }
+
+    /// Whether a coordinator may take part; the version that both will speak.
+    fn admit(&self, node: NodeId, hello: &PeerHello, remote: SocketAddr) -> Result<u16, WireError> {
+        let version = negotiate(hello.versions)?;
+        if hello.node != node {
+            let text = format!("the certificate is {node}'s, the greeting {}'s", hello.node);
+            return Err(WireError::new(ErrorCode::InvalidRequest, text));
+        }
+        let state = self.store.state();
+        if state.is_new() {
+            // This one has joined and knows nothing yet: whoever has a certificate may tell it.
+            self.saw(node, reachable(hello.cluster, remote));
+            return Ok(version);
+        }
+        let unknown = || Refusal::UnknownNode { node };
+        let last = state.nodes.get(node).ok_or_else(unknown)?.incarnation;
+        let record = state.coordinators.get(node);
+        let another = record.is_some_and(|record| record.boot != hello.boot);
+        if last
+            .is_some_and(|last| hello.incarnation < last || (hello.incarnation == last && another))
+        {
+            let text = format!(
+                "{node} has been started since with this or a later start number, so its data folder is \
+                 an old backup or a copy: what it voted since is lost. Remove it (`shoal coordinators \
+                 remove {node}`) and join anew on an empty folder"
+            );
+            return Err(WireError::new(ErrorCode::PermissionDenied, text));
+        }
+        let hello = PeerHello { cluster: reachable(hello.cluster, remote), ..hello.clone() };
+        self.saw(node, hello.cluster);
+        let current = record.is_some_and(|record| record.cluster == hello.cluster) && !another;
+        if !current || last != Some(hello.incarnation) {
+            let (store, announcement) = (self.store.clone(), self.announcement(&hello));
+            tokio::spawn(async move {
+                if let Err(error) = store.propose(announcement).await {
+                    tracing::info!(%node, "where it is was not written down: {error}");
+                }
+            });
+        }
+        Ok(version)
+    }
+
+    /// The CA's key, for a coordinator that votes.
+    fn hand_over(&self, node: NodeId, versions: VersionRange) -> Result<Vec<u8>, WireError> {
+        negotiate(versions)?;
+        if !self.store.state().coordinators.voters().contains(&node) {
+            let text = format!("{node} does not vote, so it does not get the CA's key");
+            return Err(WireError::new(ErrorCode::NotReady, text));
+        }
+        let ca = self.authority.current().ok_or_else(|| {
+            WireError::new(ErrorCode::NotReady, "this coordinator has no CA key yet".to_owned())
+        })?;
+        tracing::info!(%node, "the CA's key is handed over");
+        ca.to_bytes().map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))
+    }
+
+    async fn listen(&self, id: u64, mut receiver: FrameReceiver) -> Result<(), String> {
+        loop {
+            let head = receiver.next().await.map_err(|error| error.to_string())?;
+            let Some(head) = head else { return Ok(()) };
+            if head.kind != FrameKind::Message {
+                return Err(format!("{:?} is no message of the log", head.kind));
+            }
+            let body = receiver.body(&head, LOG_MESSAGE_LEN_MAX).await;
+            let body = body.map_err(|error| error.to_string())?;
+            let message = Message::decode(body.as_slice()).map_err(|error| error.to_string())?;
+            if message.from != id || message.to != u64::from(self.me.node.number) {
+                return Err(format!("a message from {} to {}", message.from, message.to));
+            }
+            if self.network.send(NetworkEvent::Message(Box::new(message))).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// One that listens everywhere is found where its connection came from.
+fn reachable(mut address: SocketAddr, remote: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(remote.ip());
+    }
+    address
+}
+
+fn negotiate(versions: VersionRange) -> Result<u16, WireError> {
+    VersionRange::OURS
+        .negotiate(versions)
+        .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))
+}

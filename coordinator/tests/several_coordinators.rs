@@ -1,0 +1,281 @@
+//! Several coordinators of one cluster: joined, promoted, killed, replaced; over real sockets and files.
+
+mod control_support;
+
+use std::path::Path;
+
+use control_support::*;
+use shoal_coordinator::config::CoordinatorConfig;
+use shoal_coordinator::{Coordinator, StartError};
+use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
+use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::{NodeId, Role};
+use shoal_protocol::plan::ModelSource;
+
+const C: [NodeId; 4] = [
+    NodeId::coordinator(1),
+    NodeId::coordinator(2),
+    NodeId::coordinator(3),
+    NodeId::coordinator(4),
+];
+
+struct Cluster {
+    folders: Vec<tempfile::TempDir>,
+    nodes: Vec<Option<Coordinator>>,
+}
+
+impl Cluster {
+    async fn of_one() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let first = start(config(folder.path())).await.unwrap();
+        Self { folders: vec![folder], nodes: vec![Some(first)] }
+    }
+
+    async fn of_three() -> Self {
+        let mut cluster = Self::of_one().await;
+        cluster.join(0).await;
+        cluster.join(0).await;
+        let add = vec![C[1], C[2]];
+        let reply = cluster.operator(0).call(AdminCall::ChangeVoters { add, remove: vec![] }).await;
+        assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
+        for index in 0..3 {
+            cluster.until_votes(index, &C[..3]).await;
+        }
+        cluster
+    }
+
+    fn node(&self, index: usize) -> &Coordinator {
+        self.nodes[index].as_ref().expect("it runs")
+    }
+
+    fn data(&self, index: usize) -> &Path {
+        self.folders[index].path()
+    }
+
+    fn operator(&self, index: usize) -> Operator {
+        Operator::of(self.node(index))
+    }
+
+    /// Another coordinator joins through one that is there.
+    async fn join(&mut self, through: usize) {
+        let token = self.operator(0).token(Role::Coordinator, 1, 60).await;
+        let folder = tempfile::tempdir().unwrap();
+        let address = self.node(through).cluster_address();
+        let config =
+            CoordinatorConfig { join: vec![address], token: Some(token), ..config(folder.path()) };
+        self.nodes.push(Some(start(config).await.unwrap()));
+        self.folders.push(folder);
+    }
+
+    /// As kill -9 does: nobody is told.
+    fn kill(&mut self, index: usize) {
+        drop(self.nodes[index].take());
+    }
+
+    async fn restart(&mut self, index: usize) {
+        let folder = self.data(index).to_owned();
+        self.nodes[index] = Some(start_when_free(config(&folder)).await);
+    }
+
+    async fn until_votes(&self, index: usize, expected: &[NodeId]) {
+        until(self.node(index), "do they vote", |view| {
+            let votes = |peer: &&PeerView| peer.vote == Vote::Voter;
+            view.coordinators.iter().filter(votes).map(|peer| peer.id).eq(expected.iter().copied())
+        })
+        .await;
+    }
+
+    /// Who leads, as the coordinator at `index` sees it.
+    async fn leader(&self, index: usize) -> usize {
+        let view = until(self.node(index), "does somebody lead", |view| {
+            view.coordinators
+                .iter()
+                .any(|peer| peer.leads && self.nodes[peer.id.number as usize - 1].is_some())
+        })
+        .await;
+        view.coordinators.iter().position(|peer| peer.leads).unwrap()
+    }
+
+    async fn deploy(&self, index: usize, name: &str) -> AdminReply {
+        self.operator(index).deploy(name, ModelSource::Pretend(pretend()), Some(1)).await
+    }
+}
+
+/// The folder's lock goes with the thread that had it, a moment after its coordinator.
+async fn start_when_free(config: CoordinatorConfig) -> Coordinator {
+    within("the folder", async {
+        loop {
+            match Coordinator::start(config.clone()).await {
+                Ok(coordinator) => return coordinator,
+                Err(StartError::Store(_)) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_becomes_three_and_each_takes_changes() {
+    let cluster = Cluster::of_three().await;
+    for index in 0..3 {
+        // Each of them has the CA's key, so each of them writes its operator a context.
+        let context = cluster.node(index).admin_context().to_owned();
+        within("the CA's key", async {
+            while !context.exists() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+    // A follower forwards what it is asked, and a worker joins through any of them.
+    let leader = cluster.leader(0).await;
+    let follower = (0..3).find(|index| *index != leader).unwrap();
+    let token = cluster.operator(follower).token(Role::Worker, 1, 60).await;
+    let address = cluster.node((leader + 2) % 3).cluster_address();
+    let worker = try_join(address, &token).await.unwrap();
+    assert_eq!(worker.node, NodeId::worker(1));
+    let refused = refusal(cluster.deploy(follower, "m").await);
+    assert_eq!(refused.code, ErrorCode::DoesNotFit, "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_even_number_of_voters_is_refused_with_advice() {
+    let mut cluster = Cluster::of_one().await;
+    cluster.join(0).await;
+    until(cluster.node(0), "does it learn", |view| {
+        view.coordinators.iter().any(|peer| peer.id == C[1] && peer.vote == Vote::Learner)
+    })
+    .await;
+    let add = AdminCall::ChangeVoters { add: vec![C[1]], remove: vec![] };
+    let refused = refusal(cluster.operator(0).call(add).await);
+    assert!(refused.message.contains("say 1, 3 or 5"), "{refused}");
+    let stranger = AdminCall::ChangeVoters { add: vec![C[1], C[3]], remove: vec![] };
+    let refused = refusal(cluster.operator(0).call(stranger).await);
+    assert!(refused.message.contains("c4 is not a node"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_is_killed_and_nothing_that_was_made_is_lost() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    let survivor = (0..3).find(|index| *index != leader).unwrap();
+    let token = cluster.operator(leader).token(Role::Worker, 2, 60).await;
+    cluster.kill(leader);
+    assert_ne!(cluster.leader(survivor).await, leader);
+    let address = cluster.node(survivor).cluster_address();
+    let joined = within("a join without the old leader", async {
+        loop {
+            // The certificate authority's key may still be on its way to a new voter.
+            match try_join(address, &token).await {
+                Ok(identity) => return identity,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    })
+    .await;
+    assert_eq!(joined.node, NodeId::worker(1));
+    cluster.restart(leader).await;
+    until(cluster.node(leader), "does it know the worker", |view| view.workers.len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_stop_at_once_and_find_everything_again() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.operator(0).token(Role::Worker, 1, 60).await;
+    for index in 0..3 {
+        cluster.kill(index);
+    }
+    for index in 0..3 {
+        cluster.restart(index).await;
+    }
+    for index in 0..3 {
+        cluster.until_votes(index, &C[..3]).await;
+        cluster.leader(index).await;
+    }
+    cluster.operator(1).token(Role::Worker, 1, 60).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_majority_changes_are_refused_and_the_view_stays() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.kill(1);
+    cluster.kill(2);
+    let call = AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 60 };
+    let refused = tokio::time::timeout(DEADLINE * 2, cluster.operator(0).call_slowly(call)).await;
+    let refused = refusal(refused.unwrap());
+    assert_eq!(refused.code, ErrorCode::StorageFailed, "{refused}");
+    assert_eq!(cluster.node(0).view().coordinators.len(), 3);
+    cluster.restart(1).await;
+    cluster.leader(0).await;
+    cluster.operator(0).token(Role::Worker, 1, 60).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_coordinator_is_replaced_and_its_old_folder_is_refused() {
+    let mut cluster = Cluster::of_three().await;
+    let lost = (0..3).find(|index| *index != 0).unwrap();
+    cluster.kill(lost);
+    cluster.join(0).await;
+    until(cluster.node(0), "does it learn", |view| {
+        view.coordinators.iter().any(|peer| peer.id == C[3] && peer.vote == Vote::Learner)
+    })
+    .await;
+    let call = AdminCall::ChangeVoters { add: vec![C[3]], remove: vec![C[lost]] };
+    let reply = tokio::time::timeout(DEADLINE * 2, cluster.operator(0).call_slowly(call)).await;
+    assert!(matches!(reply.unwrap(), AdminReply::Accepted));
+    let expected: Vec<_> = C.iter().copied().filter(|id| *id != C[lost]).collect();
+    cluster.until_votes(3, &expected).await;
+    cluster.operator(3).token(Role::Worker, 1, 60).await;
+}
+
+/// A backup of a data folder is older than what its coordinator has promised since.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.kill(2);
+    let backup = tempfile::tempdir().unwrap();
+    cluster.restart(2).await;
+    cluster.leader(2).await;
+    cluster.nodes[2].take().unwrap().drain().await;
+    copy(cluster.data(2), backup.path());
+    // It runs on, twice; then the backup is put back.
+    for _ in 0..2 {
+        cluster.restart(2).await;
+        let node = C[2];
+        until(cluster.node(0), "is it seen", |view| {
+            view.coordinators.iter().any(|peer| peer.id == node)
+        })
+        .await;
+        cluster.operator(2).token(Role::Worker, 1, 60).await;
+        cluster.nodes[2].take().unwrap().drain().await;
+    }
+    let mut ghost = start_when_free(config(backup.path())).await;
+    let why = within("the refusal", ghost.failed()).await;
+    assert!(why.contains("an old backup or a copy"), "{why}");
+    assert!(why.contains("shoal coordinators remove c3"), "{why}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_state_is_not_voted_with_again() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.kill(2);
+    let data = cluster.data(2).to_owned();
+    within("the file", async {
+        while std::fs::remove_file(data.join("state.redb")).is_err() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let error = start(config(&data)).await.unwrap_err().to_string();
+    assert!(error.contains("has an identity but not the cluster's state"), "{error}");
+}

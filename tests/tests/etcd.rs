@@ -1,0 +1,128 @@
+//! `shoal coordinator --store etcd://…`: a coordinator that keeps nothing of the cluster's state itself.
+
+use std::net::TcpListener;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
+use shoal_protocol::id::Role;
+use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_tests::api::Api;
+use shoal_tests::proc::{Admin, Process, Signal};
+use tempfile::TempDir;
+
+/// Set to 1 where no etcd can be installed.
+const SKIP: &str = "SHOAL_SKIP_ETCD";
+
+/// How long a process may take to start on a machine that is busy.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a coordinator that was started again may take to serve what it served.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
+
+const MODEL: PretendSpec = PretendSpec {
+    layers: 4,
+    hidden: 64,
+    vocab: 1000,
+    max_context: 4096,
+    seed: 5,
+    layer_step_ns: 1000,
+    layer_row_ns: 0,
+    layer_weight_bytes: 1 << 20,
+};
+
+/// An etcd with one member, on free ports.
+fn etcd(folder: &TempDir) -> Result<(Process, u16)> {
+    let free = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
+    let [client, peer] = [free[0].local_addr()?.port(), free[1].local_addr()?.port()];
+    drop(free);
+    let url = |port: u16| format!("http://127.0.0.1:{port}");
+    let mut command = Command::new("etcd");
+    command
+        .arg("--data-dir")
+        .arg(folder.path().join("etcd"))
+        .args(["--listen-client-urls", &url(client), "--advertise-client-urls", &url(client)])
+        .args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)])
+        .args(["--initial-cluster", &format!("default={}", url(peer))]);
+    let process = Process::spawn(command).with_context(|| {
+        format!(
+            "install etcd (Debian: apt-get install etcd-server, or scripts/setup.sh test), or set \
+             {SKIP}=1 to skip this test"
+        )
+    })?;
+    Ok((process, client))
+}
+
+struct Coordinator {
+    process: Process,
+    announced: Value,
+}
+
+impl Coordinator {
+    fn start(folder: &TempDir, store: &str, api: &str, cluster: &str) -> Result<Self> {
+        let data = folder.path().join("c1");
+        let data = data.to_string_lossy();
+        let flags = ["--listen", api, "--cluster", cluster, "--store", store, "--announce"];
+        let args = ["coordinator", "--data", &data].into_iter().chain(flags);
+        let mut process = Process::shoal(args)?;
+        let announced = serde_json::from_str(&process.line(START_TIMEOUT)?)?;
+        Ok(Self { process, announced })
+    }
+
+    fn text(&self, field: &str) -> &str {
+        self.announced[field].as_str().unwrap_or_default()
+    }
+
+    fn admin(&self) -> Result<Admin> {
+        Admin::open(self.text("context").as_ref())
+    }
+}
+
+fn tokens(api: &str) -> Result<Value> {
+    let prompt: Vec<u32> = (10..30).collect();
+    let options = json!({"max_tokens": 20, "ignore_eos": true, "return_token_ids": true});
+    let api = Api::new(&format!("http://{api}"), "pretend");
+    Ok(api.complete(prompt, options)?.ok()?.body["choices"][0]["token_ids"].clone())
+}
+
+#[test]
+fn a_coordinator_on_etcd_serves_and_finds_its_state_after_kill_9() -> Result<()> {
+    if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
+        // Past the capture of the test runner, so that a skip is seen.
+        let line = format!("SKIPPED: a coordinator on etcd was not tested, because {SKIP}=1\n");
+        let terminal = std::fs::OpenOptions::new().append(true).open("/dev/stderr");
+        terminal.and_then(|mut out| std::io::Write::write_all(&mut out, line.as_bytes()))?;
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let (_etcd, port) = etcd(&folder)?;
+    let store = format!("etcd://127.0.0.1:{port}");
+    let first = Coordinator::start(&folder, &store, "127.0.0.1:0", "127.0.0.1:0")?;
+    let admin = first.admin()?;
+    let call = AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 600 };
+    let AdminReply::Token { token } = admin.call(call)? else { panic!("no token") };
+    let data = folder.path().join("w1");
+    let (join, data) = (first.text("cluster"), data.to_string_lossy());
+    let _worker = Process::shoal(["worker", "--join", join, "--token", &token, "--data", &data])?;
+    admin.wait_until("joined", START_TIMEOUT, |view| view.workers.iter().any(|w| w.connected))?;
+    let before = admin.deploy("pretend", ModelSource::Pretend(MODEL), 1)?;
+    let answer = tokens(first.text("api"))?;
+
+    let (api, cluster) = (first.text("api").to_owned(), first.text("cluster").to_owned());
+    first.process.signal(Signal::KILL)?;
+    drop(first);
+    let second = Coordinator::start(&folder, &store, &api, &cluster)?;
+    let admin = second.admin()?;
+    let after = admin.wait_for_phase("pretend", DeploymentPhase::Ready, RECOVERY_TIMEOUT)?;
+    let workers = |view: &shoal_protocol::admin::ClusterView| -> Vec<_> {
+        view.workers.iter().map(|worker| worker.id).collect()
+    };
+    assert_eq!(workers(&after), workers(&before));
+    assert_eq!(tokens(&api)?, answer);
+    // The folder holds who it is, and nothing of the state; etcd holds the state, and no key.
+    assert!(folder.path().join("c1/ca.key").is_file());
+    assert!(!folder.path().join("c1/state.redb").exists());
+    Ok(())
+}
