@@ -81,7 +81,8 @@ impl Renewal {
             if let Some(ca) = self.authority.current() {
                 return ca;
             }
-            tokio::time::sleep(ASK_EVERY).await;
+            // It votes as soon as the state says so.
+            let _ = tokio::time::timeout(ASK_EVERY, self.peers.state_changed()).await;
         }
     }
 }

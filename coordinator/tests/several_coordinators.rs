@@ -2,6 +2,7 @@
 
 mod control_support;
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use control_support::*;
@@ -22,13 +23,15 @@ const C: [NodeId; 4] = [
 struct Cluster {
     folders: Vec<tempfile::TempDir>,
     nodes: Vec<Option<Coordinator>>,
+    addresses: Vec<SocketAddr>,
 }
 
 impl Cluster {
     async fn of_one() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let first = start(config(folder.path())).await.unwrap();
-        Self { folders: vec![folder], nodes: vec![Some(first)] }
+        let addresses = vec![first.cluster_address()];
+        Self { folders: vec![folder], nodes: vec![Some(first)], addresses }
     }
 
     async fn of_three() -> Self {
@@ -36,7 +39,8 @@ impl Cluster {
         cluster.join(0).await;
         cluster.join(0).await;
         let add = vec![C[1], C[2]];
-        let reply = cluster.operator(0).call(AdminCall::ChangeVoters { add, remove: vec![] }).await;
+        let reply =
+            cluster.operator(0).await.call(AdminCall::ChangeVoters { add, remove: vec![] }).await;
         assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
         for index in 0..3 {
             cluster.until_votes(index, &C[..3]).await;
@@ -52,18 +56,28 @@ impl Cluster {
         self.folders[index].path()
     }
 
-    fn operator(&self, index: usize) -> Operator {
+    async fn operator(&self, index: usize) -> Operator {
+        let context = self.node(index).admin_context().to_owned();
+        // It is written when the CA's key is there.
+        within("the operator's context", async {
+            while !context.exists() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
         Operator::of(self.node(index))
     }
 
     /// Another coordinator joins through one that is there.
     async fn join(&mut self, through: usize) {
-        let token = self.operator(0).token(Role::Coordinator, 1, 60).await;
+        let token = self.operator(0).await.token(Role::Coordinator, 1, 60).await;
         let folder = tempfile::tempdir().unwrap();
         let address = self.node(through).cluster_address();
         let config =
             CoordinatorConfig { join: vec![address], token: Some(token), ..config(folder.path()) };
-        self.nodes.push(Some(start(config).await.unwrap()));
+        let node = start(config).await.unwrap();
+        self.addresses.push(node.cluster_address());
+        self.nodes.push(Some(node));
         self.folders.push(folder);
     }
 
@@ -72,9 +86,11 @@ impl Cluster {
         drop(self.nodes[index].take());
     }
 
+    /// Under the address that the others know.
     async fn restart(&mut self, index: usize) {
-        let folder = self.data(index).to_owned();
-        self.nodes[index] = Some(start_when_free(config(&folder)).await);
+        let cluster = self.addresses[index];
+        let config = CoordinatorConfig { cluster, ..config(self.data(index)) };
+        self.nodes[index] = Some(start_when_free(config).await);
     }
 
     async fn until_votes(&self, index: usize, expected: &[NodeId]) {
@@ -97,7 +113,7 @@ impl Cluster {
     }
 
     async fn deploy(&self, index: usize, name: &str) -> AdminReply {
-        self.operator(index).deploy(name, ModelSource::Pretend(pretend()), Some(1)).await
+        self.operator(index).await.deploy(name, ModelSource::Pretend(pretend()), Some(1)).await
     }
 }
 
@@ -107,7 +123,9 @@ async fn start_when_free(config: CoordinatorConfig) -> Coordinator {
         loop {
             match Coordinator::start(config.clone()).await {
                 Ok(coordinator) => return coordinator,
-                Err(StartError::Store(_)) => tokio::task::yield_now().await,
+                Err(StartError::Store(_) | StartError::Cluster(_)) => {
+                    tokio::task::yield_now().await
+                }
                 Err(error) => panic!("{error}"),
             }
         }
@@ -120,23 +138,17 @@ async fn one_becomes_three_and_each_takes_changes() {
     let cluster = Cluster::of_three().await;
     for index in 0..3 {
         // Each of them has the CA's key, so each of them writes its operator a context.
-        let context = cluster.node(index).admin_context().to_owned();
-        within("the CA's key", async {
-            while !context.exists() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+        cluster.operator(index).await;
     }
     // A follower forwards what it is asked, and a worker joins through any of them.
     let leader = cluster.leader(0).await;
     let follower = (0..3).find(|index| *index != leader).unwrap();
-    let token = cluster.operator(follower).token(Role::Worker, 1, 60).await;
+    let token = cluster.operator(follower).await.token(Role::Worker, 1, 60).await;
     let address = cluster.node((leader + 2) % 3).cluster_address();
     let worker = try_join(address, &token).await.unwrap();
     assert_eq!(worker.node, NodeId::worker(1));
     let refused = refusal(cluster.deploy(follower, "m").await);
-    assert_eq!(refused.code, ErrorCode::DoesNotFit, "{refused}");
+    assert_eq!(refused.code, ErrorCode::NotReady, "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -148,10 +160,10 @@ async fn an_even_number_of_voters_is_refused_with_advice() {
     })
     .await;
     let add = AdminCall::ChangeVoters { add: vec![C[1]], remove: vec![] };
-    let refused = refusal(cluster.operator(0).call(add).await);
+    let refused = refusal(cluster.operator(0).await.call(add).await);
     assert!(refused.message.contains("say 1, 3 or 5"), "{refused}");
     let stranger = AdminCall::ChangeVoters { add: vec![C[1], C[3]], remove: vec![] };
-    let refused = refusal(cluster.operator(0).call(stranger).await);
+    let refused = refusal(cluster.operator(0).await.call(stranger).await);
     assert!(refused.message.contains("c4 is not a node"), "{refused}");
 }
 
@@ -160,7 +172,7 @@ async fn the_leader_is_killed_and_nothing_that_was_made_is_lost() {
     let mut cluster = Cluster::of_three().await;
     let leader = cluster.leader(0).await;
     let survivor = (0..3).find(|index| *index != leader).unwrap();
-    let token = cluster.operator(leader).token(Role::Worker, 2, 60).await;
+    let token = cluster.operator(leader).await.token(Role::Worker, 2, 60).await;
     cluster.kill(leader);
     assert_ne!(cluster.leader(survivor).await, leader);
     let address = cluster.node(survivor).cluster_address();
@@ -182,7 +194,7 @@ async fn the_leader_is_killed_and_nothing_that_was_made_is_lost() {
 #[tokio::test(flavor = "multi_thread")]
 async fn all_stop_at_once_and_find_everything_again() {
     let mut cluster = Cluster::of_three().await;
-    cluster.operator(0).token(Role::Worker, 1, 60).await;
+    cluster.operator(0).await.token(Role::Worker, 1, 60).await;
     for index in 0..3 {
         cluster.kill(index);
     }
@@ -193,7 +205,7 @@ async fn all_stop_at_once_and_find_everything_again() {
         cluster.until_votes(index, &C[..3]).await;
         cluster.leader(index).await;
     }
-    cluster.operator(1).token(Role::Worker, 1, 60).await;
+    cluster.operator(1).await.token(Role::Worker, 1, 60).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -202,13 +214,14 @@ async fn without_a_majority_changes_are_refused_and_the_view_stays() {
     cluster.kill(1);
     cluster.kill(2);
     let call = AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 60 };
-    let refused = tokio::time::timeout(DEADLINE * 2, cluster.operator(0).call_slowly(call)).await;
+    let refused =
+        tokio::time::timeout(DEADLINE * 2, cluster.operator(0).await.call_slowly(call)).await;
     let refused = refusal(refused.unwrap());
     assert_eq!(refused.code, ErrorCode::StorageFailed, "{refused}");
     assert_eq!(cluster.node(0).view().coordinators.len(), 3);
     cluster.restart(1).await;
     cluster.leader(0).await;
-    cluster.operator(0).token(Role::Worker, 1, 60).await;
+    cluster.operator(0).await.token(Role::Worker, 1, 60).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,11 +235,12 @@ async fn a_lost_coordinator_is_replaced_and_its_old_folder_is_refused() {
     })
     .await;
     let call = AdminCall::ChangeVoters { add: vec![C[3]], remove: vec![C[lost]] };
-    let reply = tokio::time::timeout(DEADLINE * 2, cluster.operator(0).call_slowly(call)).await;
+    let reply =
+        tokio::time::timeout(DEADLINE * 2, cluster.operator(0).await.call_slowly(call)).await;
     assert!(matches!(reply.unwrap(), AdminReply::Accepted));
     let expected: Vec<_> = C.iter().copied().filter(|id| *id != C[lost]).collect();
     cluster.until_votes(3, &expected).await;
-    cluster.operator(3).token(Role::Worker, 1, 60).await;
+    cluster.operator(3).await.token(Role::Worker, 1, 60).await;
 }
 
 /// A backup of a data folder is older than what its coordinator has promised since.
@@ -247,7 +261,7 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
             view.coordinators.iter().any(|peer| peer.id == node)
         })
         .await;
-        cluster.operator(2).token(Role::Worker, 1, 60).await;
+        cluster.operator(2).await.token(Role::Worker, 1, 60).await;
         cluster.nodes[2].take().unwrap().drain().await;
     }
     let mut ghost = start_when_free(config(backup.path())).await;

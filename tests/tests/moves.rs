@@ -31,12 +31,19 @@ const SLOW: PretendSpec = PretendSpec {
 /// A stream takes about a second: less than a layout that retires waits for it.
 const TOKENS: u32 = 150;
 
+/// Such a stream takes twelve seconds: more than a layout that retires waits for it.
+const TOKENS_LONG: u32 = 2000;
+
 /// Streams at once.
 const CLIENTS: u32 = 4;
 
 fn ask(api: &Api, client: u32) -> Result<Vec<u64>> {
+    ask_for(api, client, TOKENS)
+}
+
+fn ask_for(api: &Api, client: u32, tokens: u32) -> Result<Vec<u64>> {
     let prompt: Vec<u32> = (10 + client..30 + client).collect();
-    let options = json!({"max_tokens": TOKENS, "ignore_eos": true, "return_token_ids": true});
+    let options = json!({"max_tokens": tokens, "ignore_eos": true, "return_token_ids": true});
     let (chunks, end) = api.stream(prompt, options)?.rest()?;
     if end != Event::Done {
         bail!("after {} chunks: {end:?}", chunks.len());
@@ -169,6 +176,43 @@ fn no_request_fails_while_a_worker_is_drained() -> Result<()> {
     assert!(load.stop()? > 10);
     up.stop(&[])?;
     Ok(())
+}
+
+#[test]
+fn a_stream_that_outlasts_its_layout_goes_on_at_the_next_one() -> Result<()> {
+    let (up, admin) = up(3, "600MiB")?;
+    slow(&admin, 2)?;
+    let api = Api::new(up.url(), "slow");
+    let view = settled(&admin, "slow", |places| places.len() == 1)?;
+    let (head, before) = (places(&view, "slow")[0][0], resumed(&api)?);
+    let clients: Vec<_> = (0..2)
+        .map(|client| {
+            let api = api.clone();
+            std::thread::spawn(move || ask_for(&api, client, TOKENS_LONG))
+        })
+        .collect();
+    admin.wait_until("both run", MOVE_TIMEOUT, |view| {
+        let heads = view.workers.iter().flat_map(|worker| &worker.heads);
+        heads.map(|head| head.running).sum::<u32>() == 2
+    })?;
+    let drained =
+        up.verb(&["drain", &head.to_string(), "--wait", "--timeout", "20s"])?.expect_code(0);
+    assert!(resumed(&api)? >= before + 2.0, "they ended before: {}", drained.stdout);
+    for (client, stream) in (0..).zip(clients) {
+        let found = stream.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+        // Only now, so that both begin as the only ones.
+        assert_eq!(found, ask_for(&api, client, TOKENS_LONG)?, "client {client}");
+    }
+    up.stop(&[])?;
+    Ok(())
+}
+
+/// Attempts that took an answer on, so far.
+fn resumed(api: &Api) -> Result<f64> {
+    let text = api.get("/metrics")?.body;
+    let lines = text.as_str().context("a text")?.lines();
+    let of = lines.filter(|line| line.starts_with("shoal_resumed_attempts_total{"));
+    Ok(of.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
 #[test]

@@ -50,6 +50,12 @@ impl Authority {
         })
     }
 
+    /// Resolves when the key is here.
+    pub async fn held(&self) {
+        // The sender lives as long as this does.
+        let _ = self.key.subscribe().wait_for(Option::is_some).await;
+    }
+
     /// The key has come. One of another CA is refused with `false`.
     pub fn receive(&self, ca: CertificateAuthority) -> bool {
         let ours = ca.certificate() == &*self.certificate;

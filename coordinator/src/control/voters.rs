@@ -61,6 +61,15 @@ pub(super) async fn change(
             return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
         }
     }
+    // The last one that holds the CA's key must not be the first to be lost.
+    let holds = |state: &Arc<ClusterState>| {
+        voters.iter().all(|node| state.coordinators.get(*node).is_some_and(|r| r.holds_key))
+    };
+    if tokio::time::timeout(SETTLE_TIMEOUT, store.watch().wait_for(holds)).await.is_err() {
+        let text = "they vote, but not each of them holds the CA's key yet; the log of each says whether \
+                    it is reached";
+        return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
+    }
     remove_all(store, remove).await
 }
 

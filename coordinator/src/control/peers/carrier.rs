@@ -239,14 +239,24 @@ impl Peers {
         }
     }
 
-    /// Writes down where this coordinator is, as soon as there is somebody to write it.
+    /// Writes down where this coordinator is, as soon as there is somebody to write it, and then that it
+    /// holds the CA's key, as soon as it does.
     pub(super) async fn announce(self) {
         loop {
             match self.store.propose(self.announcement(&self.hello())).await {
-                Ok(_) => return,
+                Ok(_) => break,
                 Err(error) => tracing::debug!("not announced yet: {error}"),
             }
             tokio::time::sleep(FIND_EVERY).await;
+        }
+        self.authority.held().await;
+        let node = self.me.node;
+        while self.store.state().coordinators.get(node).is_some_and(|record| !record.holds_key) {
+            let received = CoordinatorCommand::KeyReceived { node };
+            if let Err(error) = self.store.propose(Change::Coordinator(received)).await {
+                tracing::debug!("that the key is here was not written down yet: {error}");
+                tokio::time::sleep(FIND_EVERY).await;
+            }
         }
     }
 

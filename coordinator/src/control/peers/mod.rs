@@ -123,6 +123,13 @@ impl Peers {
         found.ok().and_then(|why| why.clone()).unwrap_or_default()
     }
 
+    /// Resolves when the state has changed since this call.
+    pub async fn state_changed(&self) {
+        let mut state = self.store.watch();
+        state.mark_unchanged();
+        let _ = state.changed().await;
+    }
+
     fn hello(&self) -> PeerHello {
         PeerHello {
             versions: VersionRange::OURS,

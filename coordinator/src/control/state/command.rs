@@ -10,6 +10,7 @@
 //! | [`DeploymentCommand::Remove`] | an admin | the name is taken |
 //! | [`CoordinatorCommand::Announce`] | a coordinator, for itself or for one that has connected to it | the node is known, its start is not older than the last one |
 //! | [`CoordinatorCommand::SetVoters`] | an admin | all have announced themselves; 1, 3 or 5 |
+//! | [`CoordinatorCommand::KeyReceived`] | a coordinator, for itself | it has announced itself |
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
 //! | [`DeploymentCommand::Scale`] | an admin | the name is taken, the number of replicas within bounds |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |

@@ -37,6 +37,11 @@ pub enum CoordinatorCommand {
         /// All of them.
         voters: BTreeSet<NodeId>,
     },
+    /// A coordinator holds the CA's key from now on: its loss is no longer the loss of another's.
+    KeyReceived {
+        /// Which.
+        node: NodeId,
+    },
     /// A coordinator belongs to the cluster no longer.
     Remove {
         /// Which.
@@ -58,6 +63,8 @@ pub struct CoordinatorRecord {
     pub cluster: SocketAddr,
     /// Drawn at its last start.
     pub boot: u64,
+    /// Whether it holds the CA's key.
+    pub holds_key: bool,
 }
 
 impl Coordinators {
@@ -101,8 +108,15 @@ impl Coordinators {
             // Who founds the cluster votes.
             self.voters.insert(node);
         }
-        self.by_id.insert(node, record);
+        let holds_key = self.by_id.get(&node).is_some_and(|known| known.holds_key);
+        self.by_id.insert(node, CoordinatorRecord { holds_key, ..record });
         Ok(effects)
+    }
+
+    pub(super) fn received_key(&mut self, node: NodeId) -> Result<Vec<Effect>, Refusal> {
+        let record = self.by_id.get_mut(&node).ok_or(Refusal::UnknownNode { node })?;
+        record.holds_key = true;
+        Ok(Vec::new())
     }
 
     pub(super) fn set_voters(&mut self, voters: &BTreeSet<NodeId>) -> Result<Vec<Effect>, Refusal> {

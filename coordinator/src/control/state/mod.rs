@@ -178,10 +178,11 @@ impl ClusterState {
     fn change_coordinators(&mut self, change: &CoordinatorCommand) -> Result<Vec<Effect>, Refusal> {
         match change {
             CoordinatorCommand::Announce { node, incarnation, boot, cluster, build } => {
-                let record = CoordinatorRecord { cluster: *cluster, boot: *boot };
+                let record = CoordinatorRecord { cluster: *cluster, boot: *boot, holds_key: false };
                 self.coordinators.announce(*node, *incarnation, record, build, &mut self.nodes)
             }
             CoordinatorCommand::SetVoters { voters } => self.coordinators.set_voters(voters),
+            CoordinatorCommand::KeyReceived { node } => self.coordinators.received_key(*node),
             CoordinatorCommand::Remove { node } => self.coordinators.remove(*node, &mut self.nodes),
         }
     }
