@@ -29,11 +29,8 @@ pub use self::access::{
     TokenRevokeArgs,
 };
 pub use self::coordinators::CoordinatorsCommand;
-<<<<<<< HEAD
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
-=======
->>>>>>> main
 use self::nearest::name_the_nearest_flag;
 use self::values::{
     address, count, device, duration, name, nonzero, policy, precision, size, store, token,
