@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify fix bench doc setup-build setup-test
+.PHONY: help demo test test-full verify fix bench faults doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -37,6 +37,10 @@ fix: setup-build ## change what a machine can change: format, lints
 bench: setup-build ## measure, and write bench/RESULTS.md
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench all --out bench/RESULTS.md
+
+faults: setup-build ## kill, freeze and stop real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
+	cargo build --release --locked --package shoal
+	SHOAL_BIN=$$(scripts/target-dir)/release/shoal cargo run --release --locked --package shoal-tests --bin shoal-faults -- --times $${TIMES:-5} --out bench/FAULTS.md
 
 doc: setup-build ## the code's own documentation
 	cargo doc --workspace --no-deps --locked --document-private-items
