@@ -170,7 +170,13 @@ impl fmt::Display for Report {
             )?;
         }
         let (half, most) = (quantile(&self.usual, 0.5), quantile(&self.usual, 0.99));
-        writeln!(f, "| none | - | {} | 0 | 0 | 0 | 0 | {} | {} |", self.usual.len(), ms(half), ms(most))
+        writeln!(
+            f,
+            "| none | - | {} | 0 | 0 | 0 | 0 | {} | {} |",
+            self.usual.len(),
+            ms(half),
+            ms(most)
+        )
     }
 }
 
@@ -247,7 +253,8 @@ impl Trial {
             let mut first = None;
             for coordinator in 0..COORDINATORS {
                 let stream = start(trial.cluster.api(coordinator), deployment);
-                let seen = stream.thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
+                let seen =
+                    stream.thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
                 if let Some(error) = seen.error {
                     bail!("an undisturbed stream failed: {error}");
                 }

@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use clap::CommandFactory;
 
+use super::values::duration;
 use super::*;
 
 fn parse(line: &str) -> Result<Args, clap::Error> {

@@ -5,9 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use shoal_coordinator::control::state::{
-    Change, CoordinatorCommand, KeyFingerprint, NodeCommand,
-};
+use shoal_coordinator::control::state::{Change, CoordinatorCommand, KeyFingerprint, NodeCommand};
 use shoal_coordinator::control::store::ControlStore;
 use shoal_coordinator::control::store::raft::{
     self, NetworkEvent, RaftStore, SendMessage, WhenEmpty,
@@ -86,8 +84,7 @@ impl RaftFixture {
         let mut owners = vec![first];
         let mut others = Vec::new();
         for number in 2..=VOTERS {
-            let (store, owner) =
-                self.open_when_free(coordinator(number), WhenEmpty::Wait).await;
+            let (store, owner) = self.open_when_free(coordinator(number), WhenEmpty::Wait).await;
             owners.push(owner);
             others.push(store);
         }
