@@ -5,7 +5,7 @@ use shoal_protocol::plan::StagesAsked;
 
 use super::tests::World;
 use super::*;
-use crate::control::state::{Change, DeploymentCommand, DrainCommand};
+use crate::control::state::{Change, DeploymentCommand, DrainCommand, NodeCommand};
 
 fn name() -> DeploymentName {
     DeploymentName::new("m").unwrap()
@@ -254,6 +254,31 @@ fn a_lost_worker_in_the_middle_of_a_move_is_left_to_the_next_layout() {
     }
     world.settle();
     assert_eq!(world.layouts(), ["r1 g2: w3 w4"]);
+}
+
+#[test]
+fn a_removed_worker_is_no_place_to_move_to_and_nobody_stays_with_it() {
+    let mut world = served(4, Some(2), 1, 420);
+    let remove = |world: &mut World, number| {
+        let node = NodeId::worker(number);
+        world.apply(Change::Node(NodeCommand::Remove { node }));
+        world.observed.workers.remove(&node);
+    };
+    world.drain(2, true);
+    world.round();
+    world.round();
+    assert_eq!(world.layouts(), ["r1 g1: w1 w2", "next r1 g2: w3 w4"]);
+    remove(&mut world, 3);
+    let decision = world.round();
+    assert!(decision.to_string().starts_with("abandon r1 g2: w3 was removed\n"), "{decision}");
+    assert_eq!(decision.replicas[&ReplicaId(1)].phase, DeploymentPhase::Ready, "{decision}");
+    // The one that is drained goes too, before the next layout is there.
+    remove(&mut world, 2);
+    world.settle();
+    let places: Vec<_> = world.state.plans.all().flat_map(|plan| plan.nodes()).collect();
+    assert_eq!(places.len(), 2, "{:?}", world.layouts());
+    assert!([1, 4].iter().all(|number| places.contains(&NodeId::worker(*number))), "{places:?}");
+    assert!(!world.state.drains.contains(NodeId::worker(2)));
 }
 
 #[test]

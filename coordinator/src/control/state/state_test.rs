@@ -445,4 +445,9 @@ fn workers_are_drained_and_nobody_else() {
     assert!(dialog.state.drains.contains(w1));
     dialog.say(0, end(w1), changed(false));
     dialog.say(0, end(w1), Ok(vec![]));
+    // Whoever is removed is not drained either.
+    dialog.say(0, begin(w1), changed(true));
+    let remove = Change::Node(NodeCommand::Remove { node: w1 });
+    dialog.say(0, remove, Ok(vec![Effect::NodeRemoved { node: w1 }]));
+    assert!(!dialog.state.drains.contains(w1));
 }
