@@ -78,6 +78,10 @@ pub fn status(view: &ClusterView) -> String {
         super::json::url(c.api, c.tls),
         c.cluster
     );
+    if view.coordinators.len() > 1 {
+        out.push_str(&coordinators(view).to_string());
+        out.push('\n');
+    }
     if view.workers.is_empty() {
         out.push_str(
             "no worker has joined; `shoal token create --role worker` makes a token for one\n",
