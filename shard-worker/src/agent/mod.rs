@@ -18,6 +18,7 @@ pub mod memory;
 mod models;
 mod orders;
 mod renewal;
+mod sameness;
 mod session;
 
 pub use coordinators::{FILE_NAME as COORDINATORS_FILE, read_kept};
