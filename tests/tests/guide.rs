@@ -95,7 +95,8 @@ fn free_address() -> Result<String> {
 /// A script that runs each block in the same shell and keeps what it printed.
 fn script(blocks: &[Block<'_>], folder: &Path) -> Result<String> {
     // What a block started ends with the script, however that ends.
-    let mut script = "set -euo pipefail\ntrap 'kill -KILL $(jobs -p) 2> /dev/null || true' EXIT\n".to_owned();
+    let mut script =
+        "set -euo pipefail\ntrap 'kill -KILL $(jobs -p) 2> /dev/null || true' EXIT\n".to_owned();
     for (at, block) in blocks.iter().enumerate() {
         std::fs::write(folder.join(format!("{at}.sh")), block.commands.join("\n") + "\n")?;
         let path = folder.display();
