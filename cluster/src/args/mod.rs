@@ -32,7 +32,7 @@ pub use self::coordinators::CoordinatorsCommand;
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
-pub use self::tokens::{TokenCommand, TokenCreateArgs};
+pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";

@@ -55,8 +55,9 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest such wait: a person who has mended the cause should not have to wait longer.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
-/// A layout that was ready for so long counts as a success: the next failure is a first one.
-pub const STABLE_AFTER: Duration = Duration::from_secs(30);
+/// A layout that was ready for so long counts as a success: what ends it then is a loss, not a layout
+/// that does not work, and the next one is made at once.
+pub const STABLE_AFTER: Duration = Duration::from_secs(2);
 
 /// What this coordinator sees of the workers, and what it remembers.
 #[derive(Clone, Debug, Default, PartialEq)]
