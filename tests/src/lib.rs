@@ -7,4 +7,5 @@
 pub mod api;
 pub mod model;
 pub mod proc;
+pub mod sim;
 pub mod slow;

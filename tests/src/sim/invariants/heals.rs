@@ -1,0 +1,68 @@
+//! **After the faults stop everything heals within a bound**: one leader, one state, every deployment
+//! ready at every coordinator, every answer complete, and nothing under way.
+
+use shoal_protocol::admin::DeploymentPhase;
+
+use crate::sim::wire::Event;
+use crate::sim::world::World;
+
+/// Patience of the cores: 30 s of back-off after many layouts that did not last, 10 s for a shard that
+/// was not told, 10 s for a change that nobody answers.
+const BOUND_US: u64 = 75_000_000;
+
+impl World {
+    /// Looks whether all is well; ends the run then, or where it has taken too long.
+    pub fn check_healing(&mut self) {
+        self.check_places();
+        match self.unwell() {
+            None => self.finished = true,
+            Some(words) if self.now > self.calm_since + BOUND_US => {
+                self.violate("heals", words);
+            }
+            Some(_) => self.at(self.now + 50_000, Event::Check),
+        }
+    }
+
+    /// What is not well yet.
+    fn unwell(&self) -> Option<String> {
+        if !self.operator.is_done() {
+            return Some("a coordinator is still being replaced".into());
+        }
+        let mut states = Vec::new();
+        let mut leaders = 0;
+        for (id, machine) in &self.coordinators {
+            let Some(process) = &machine.process else { return Some(format!("{id} is down")) };
+            leaders += u32::from(process.standing.leading);
+            states.push(&process.state);
+            for (name, _) in process.state.deployments.iter() {
+                let served = process.desk.table.deployments.get(name);
+                match served {
+                    Some(served) if served.phase == DeploymentPhase::Ready => {}
+                    Some(served) => {
+                        let (phase, why) = (served.phase, &served.reason);
+                        return Some(format!("{id}: {name} is {phase:?}: {why}"));
+                    }
+                    None => return Some(format!("{id}: {name} is unknown")),
+                }
+            }
+            if !process.executor.is_idle() {
+                return Some(format!("{id} is still acting"));
+            }
+        }
+        if leaders != 1 {
+            return Some(format!("{leaders} lead"));
+        }
+        if states.windows(2).any(|pair| pair[0] != pair[1]) {
+            return Some("the coordinators' states differ".into());
+        }
+        let waiting = self.clients.waiting();
+        if waiting > 0 {
+            return Some(format!("{waiting} answers are not complete"));
+        }
+        let open = |operation: &&crate::sim::history::Operation| {
+            operation.ended.is_none() && operation.began > self.calm_since
+        };
+        let open = self.history.operations.iter().filter(open).count();
+        (open > 0).then(|| format!("{open} operations are not answered"))
+    }
+}
