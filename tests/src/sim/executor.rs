@@ -54,6 +54,13 @@ impl Executor {
     }
 }
 
+impl std::fmt::Debug for Executor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (leads, busy, wake, todo) = (self.leads, self.busy, self.wake, self.todo.len());
+        write!(f, "executor: leads {leads:?}, busy {busy:?}, wake {wake}, {todo} to do")
+    }
+}
+
 impl World {
     /// Something has changed: the executor looks in a moment.
     pub fn look_soon(&mut self, id: NodeId, process: &mut Process) {

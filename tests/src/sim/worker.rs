@@ -56,6 +56,8 @@ pub struct WorkerProcess {
     pub shards: BTreeMap<ShardKey, Shard>,
     /// The memory of shards that have stopped: for an heir, or not free yet.
     pub left: BTreeMap<ShardKey, Bytes>,
+    /// All layouts of which a shard has ever run in this life.
+    pub ran: BTreeSet<ShardKey>,
     /// What its heads compute.
     pub running: BTreeMap<(RequestId, Attempt), Running>,
 }
@@ -99,6 +101,7 @@ impl World {
             loads: BTreeMap::new(),
             shards: BTreeMap::new(),
             left: BTreeMap::new(),
+            ran: BTreeSet::new(),
             running: BTreeMap::new(),
         });
         let first = self.now + self.dice.range(1_000, 50_000);
@@ -245,6 +248,7 @@ impl World {
         let ring = BTreeMap::new();
         let shard = Shard { assignment, bytes, ring, linked: false, broken: false };
         process.shards.insert(key, shard);
+        process.ran.insert(key);
         let life = process.life;
         self.at(self.now + 1_000, Event::Ring { at: id, life, key });
     }

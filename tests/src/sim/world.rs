@@ -96,10 +96,10 @@ impl World {
         }
         let until = world.dice.range(1_500_000, 5_000_000);
         world.plan_faults(until);
-        for client in 0..world.dice.range(3, 9) {
+        for client in 0..world.dice.range(4, 14) {
             let name = if world.dice.one_in(3) { "n" } else { "m" };
             let Ok(name) = DeploymentName::new(name) else { continue };
-            let (seed, tokens) = (world.dice.bits(), world.dice.range(4, 60) as u32);
+            let (seed, tokens) = (world.dice.bits(), world.dice.range(4, 160) as u32);
             world.clients.add(client, name, seed, tokens);
             let when = world.dice.range(0, until);
             world.at(when, Event::Ask { client });

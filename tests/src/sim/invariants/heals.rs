@@ -17,10 +17,39 @@ impl World {
         match self.unwell() {
             None => self.finished = true,
             Some(words) if self.now > self.calm_since + BOUND_US => {
-                self.violate("heals", words);
+                let views = self.views();
+                self.violate("heals", format!("{words}\n{views}"));
             }
             Some(_) => self.at(self.now + 50_000, Event::Check),
         }
+    }
+
+    /// Each coordinator's view and each worker's, for whoever looks for the cause.
+    fn views(&self) -> String {
+        let mut lines = Vec::new();
+        for (id, machine) in &self.coordinators {
+            let Some(process) = &machine.process else { continue };
+            let leads = process.standing.leading;
+            for (name, served) in &process.desk.table.deployments {
+                let generations: Vec<u64> =
+                    served.replicas.iter().map(|replica| replica.generation.0).collect();
+                lines.push(format!(
+                    "{id} leads {leads}: {name} g{generations:?} {:?}: {}",
+                    served.phase, served.reason
+                ));
+            }
+            let linked = process.agents.workers.iter().filter(|(_, known)| known.link.is_some());
+            let linked: Vec<String> = linked.map(|(node, _)| node.to_string()).collect();
+            lines.push(format!("{id} hears {}; {:?}", linked.join(" "), process.executor));
+        }
+        for (id, worker) in &self.workers {
+            let Some(process) = &worker.process else { continue };
+            for shard in process.lifecycle.report(|_| Default::default()) {
+                let (replica, generation) = (shard.replica, shard.generation);
+                lines.push(format!("{id}: {replica} {generation} {:?}", shard.state));
+            }
+        }
+        lines.join("\n")
     }
 
     /// What is not well yet.

@@ -1,5 +1,5 @@
 //! **One plan is active per replica and generation.** When a shard says that it is linked, each other
-//! worker of its layout runs a shard of exactly this layout, so that the stages fit together; and no
+//! worker of its layout runs, or has just run, a shard of exactly this layout, so that the stages fit together; and no
 //! generation ever has two layouts.
 
 use shoal_protocol::id::NodeId;
@@ -21,20 +21,16 @@ impl World {
             let there = self.workers.get(&node).and_then(|worker| worker.process.as_ref());
             // It may have ended since, which the shard will hear of.
             let Some(there) = there.filter(|process| process.life == *life) else { continue };
-            let theirs = there.shards.iter().filter(|(other, _)| other.replica == key.replica);
-            let known = theirs.clone().any(|(other, _)| *other == key)
-                || there.left.contains_key(&key)
-                || theirs.clone().count() == 0;
+            // It may have gone on to the next layout since.
+            let known = there.ran.contains(&key);
             if !known {
                 let words = format!("{id} is linked as {key} with another layout at {node}");
                 return self.violate("one_plan", words);
             }
-            let twin = theirs.filter(|(other, _)| **other == key);
-            for (_, twin) in twin {
-                if twin.assignment.replica != ours {
-                    self.violate("one_plan", format!("{key} has two layouts: {id} and {node}"));
-                    return;
-                }
+            let twin = there.shards.get(&key).map(|twin| &twin.assignment.replica);
+            if twin.is_some_and(|twin| *twin != ours) {
+                let words = format!("{key} has two layouts: at {id} and at {node}");
+                return self.violate("one_plan", words);
             }
         }
     }
