@@ -29,6 +29,10 @@ pub enum Fault {
     Kill(NodeId),
     /// A machine ends; what was not synced is gone.
     PowerCut(NodeId),
+    /// A coordinator loses its power for a moment.
+    Flicker(NodeId),
+    /// The others reach each other only by way of this coordinator, whose power flickers.
+    Torn(NodeId),
     /// All coordinators lose their power at once.
     Blackout,
     /// A machine stops for so many milliseconds, and goes on.
@@ -78,7 +82,11 @@ impl World {
             let Some(machine) = self.dice.pick(&all) else { return };
             let Some(coordinator) = self.dice.pick(&coordinators) else { return };
             let Some(other) = self.dice.pick(&all) else { return };
-            let fault = match self.dice.range(0, 18) {
+            let Some(worker) = self.dice.pick(&workers) else { return };
+            let fault = match self.dice.range(0, 24) {
+                18..=20 => Fault::Torn(coordinator),
+                21 | 22 => Fault::Freeze(worker, self.dice.range(400, 2_500)),
+                23 => Fault::Cut(worker, coordinator),
                 0 | 1 => Fault::Cut(machine, other),
                 2 => Fault::Isolate(machine),
                 3 | 4 => Fault::Mend,
@@ -120,6 +128,23 @@ impl World {
             Fault::Rough(rough) => self.net.rough = rough,
             Fault::Kill(node) => self.kill(node, false),
             Fault::PowerCut(node) => self.kill(node, true),
+            Fault::Flicker(node) => {
+                self.kill(node, true);
+                let back = self.now + self.dice.range(500, 15_000);
+                self.at(back, Event::Start { at: node });
+            }
+            Fault::Torn(node) => {
+                let all = self.coordinators.keys().copied();
+                let others: Vec<NodeId> = all.filter(|other| *other != node).collect();
+                for from in &others {
+                    let ways = others.iter().filter(|to| *to != from).map(|to| (*from, *to));
+                    self.net.cut.extend(ways);
+                }
+                for _ in 0..12 {
+                    let at = self.now + self.dice.range(0, 1_500_000);
+                    self.at(at, Event::Fault(Fault::Flicker(node)));
+                }
+            }
             Fault::Blackout => {
                 let all: Vec<NodeId> = self.coordinators.keys().copied().collect();
                 all.into_iter().for_each(|node| self.kill(node, true));

@@ -1,6 +1,8 @@
 //! **After the faults stop everything heals within a bound**: one leader, one state, every deployment
-//! ready at every coordinator, every answer complete, and nothing under way.
+//! ready at every coordinator, no shard that no layout has, every answer complete, and nothing under
+//! way.
 
+use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::admin::DeploymentPhase;
 
 use crate::sim::wire::Event;
@@ -52,6 +54,21 @@ impl World {
         lines.join("\n")
     }
 
+    /// A shard that no layout has.
+    fn ghost(&self, state: &ClusterState) -> Option<String> {
+        let processes = self.workers.iter().filter_map(|(id, w)| Some((*id, w.process.as_ref()?)));
+        for (id, process) in processes {
+            for key in process.shards.keys().chain(process.left.keys()) {
+                let plan = state.plans.get(key.replica);
+                let plan = plan.filter(|plan| plan.generation == key.generation);
+                if !plan.is_some_and(|plan| plan.nodes().any(|node| node == id)) {
+                    return Some(format!("{id} still has {key}"));
+                }
+            }
+        }
+        None
+    }
+
     /// What is not well yet.
     fn unwell(&self) -> Option<String> {
         if !self.operator.is_done() {
@@ -83,6 +100,9 @@ impl World {
         }
         if states.windows(2).any(|pair| pair[0] != pair[1]) {
             return Some("the coordinators' states differ".into());
+        }
+        if let Some(ghost) = states.first().and_then(|state| self.ghost(state)) {
+            return Some(ghost);
         }
         let waiting = self.clients.waiting();
         if waiting > 0 {
