@@ -23,12 +23,7 @@ fn nothing_that_must_not_be_is_in_any_seed() {
     let caught = hunt(1, SEEDS, None, 1);
     if let Some(first) = caught.first {
         let violation = first.violation.expect("it failed");
-        panic!(
-            "{}: {}\nagain: {}",
-            violation.invariant,
-            violation.words,
-            replay(first.seed, None)
-        );
+        panic!("{}: {}\nagain: {}", violation.invariant, violation.words, replay(first.seed, None));
     }
     assert_eq!(caught.seeds, SEEDS);
     let [_, faults, tokens, losses, _, reigns, compactions, operations, _] = caught.counts;

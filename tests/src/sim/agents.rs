@@ -111,7 +111,8 @@ impl World {
             if older.register.incarnation == register.incarnation {
                 report = older.report;
             }
-            if older.link.is_some_and(|link| link.life != life) {
+            // The other end has given the conversation before up, and its answers with it.
+            if older.link.is_some() {
                 self.head_is_gone(at, process, from);
             }
             if self.bug == Some(Bug::PushedNotForgotten) {
@@ -121,8 +122,15 @@ impl World {
         let link = Link::new(self.now, session, life);
         let look = link.detector.next_look().0;
         self.at(look, Event::Look { at, life: process.life, peer: from, session });
-        let known =
-            Known { register, report, pushed, outranked: None, floor: 0, link: Some(link), asked: 0 };
+        let known = Known {
+            register,
+            report,
+            pushed,
+            outranked: None,
+            floor: 0,
+            link: Some(link),
+            asked: 0,
+        };
         process.agents.workers.insert(from, known);
         self.record_starts(process);
         let welcome = Payload::Welcome { from: at, session, life: process.life };
@@ -194,6 +202,7 @@ impl World {
             next = judge(link);
             if next.is_none() {
                 process.links.remove(&peer);
+                process.nobody_waits(peer);
             }
         }
         if let Some(next) = next {

@@ -125,7 +125,12 @@ impl World {
             None => self.lost(id, process, request, Loss::Unreachable, ErrorCode::WorkerLost),
             Some(life) => {
                 let generate = Box::new(generate);
-                self.send(id, head, life, Payload::Generate { from: id, life: process.life, generate });
+                self.send(
+                    id,
+                    head,
+                    life,
+                    Payload::Generate { from: id, life: process.life, generate },
+                );
             }
         }
     }
@@ -219,7 +224,14 @@ impl World {
         }
     }
 
-    fn lost(&mut self, id: NodeId, process: &mut Process, request: u64, loss: Loss, code: ErrorCode) {
+    fn lost(
+        &mut self,
+        id: NodeId,
+        process: &mut Process,
+        request: u64,
+        loss: Loss,
+        code: ErrorCode,
+    ) {
         let dice = self.dice.bits();
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         let Some(running) = &answer.running else { return };
@@ -228,7 +240,9 @@ impl World {
         let cancel =
             Payload::Cancel { request: answer.sequence.request, attempt: answer.sequence.attempt };
         let verdict = answer.recovery.lost(Instant(self.now), dice, at, loss);
-        if life != 0 {
+        // A stream that is given up with its conversation takes no word along.
+        let link = process.agents.workers.get(&head).and_then(|known| known.link.as_ref());
+        if link.is_some_and(|link| link.life == life) {
             self.send(id, head, life, cancel);
         }
         self.release(process, request, Outcome::of(code));
@@ -248,7 +262,8 @@ impl World {
         };
         if !honest {
             let got = answer.sequence.received.len();
-            let words = format!("request {request} ended after {got} tokens: {loss:?}, {verdict:?}");
+            let words =
+                format!("request {request} ended after {got} tokens: {loss:?}, {verdict:?}");
             self.violate("streams", words);
         }
         self.checks.quarantined += u64::from(matches!(verdict, GiveUp::Quarantined { .. }));
@@ -278,8 +293,15 @@ impl World {
                 Some(running) => {
                     let at = (running.ticket.replica, running.ticket.generation);
                     let silent = self.now >= answer.last_event + SILENCE_US;
-                    if silent && deployment.is_some_and(|deployment| is_superseded(deployment, at)) {
-                        self.lost(id, process, request, Loss::Superseded, ErrorCode::StaleGeneration);
+                    if silent && deployment.is_some_and(|deployment| is_superseded(deployment, at))
+                    {
+                        self.lost(
+                            id,
+                            process,
+                            request,
+                            Loss::Superseded,
+                            ErrorCode::StaleGeneration,
+                        );
                     }
                 }
                 None => self.try_again(id, process, request, deployment.map(|d| d.as_ref())),

@@ -79,7 +79,10 @@ impl Disk {
             }
             if entry.term < last.1 {
                 let (index, term) = (entry.index, entry.term);
-                return Err(format!("entry {index} is of term {term}, the one before of {}", last.1));
+                return Err(format!(
+                    "entry {index} is of term {term}, the one before of {}",
+                    last.1
+                ));
             }
             last = (entry.index, entry.term);
         }
@@ -101,9 +104,8 @@ impl Platter {
         }
         if let Some(first) = write.entries.first() {
             let last = write.entries.last().map_or(first.index, |entry| entry.index);
-            let keeps = |index| {
-                index < first.index || bug == Some(Bug::KeepOldTail) && index > last
-            };
+            let keeps =
+                |index| index < first.index || bug == Some(Bug::KeepOldTail) && index > last;
             self.entries.retain(|entry| keeps(entry.index));
             self.entries.extend_from_slice(&write.entries);
             self.entries.sort_by_key(|entry| entry.index);

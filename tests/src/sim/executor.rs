@@ -165,7 +165,8 @@ impl World {
     fn members(&self, process: &Process) -> BTreeMap<NodeId, ObservedWorker> {
         let of = |(node, known): (&NodeId, &super::agents::Known)| {
             process.state.nodes.get(*node)?;
-            let silent = known.link.as_ref().map(|link| link.detector.silent_for(Instant(self.now)));
+            let silent =
+                known.link.as_ref().map(|link| link.detector.silent_for(Instant(self.now)));
             let worker = ObservedWorker {
                 connected: known.link.is_some(),
                 silent_for: silent.unwrap_or(Duration::MAX),
@@ -188,7 +189,8 @@ impl World {
         };
         let decision = reconcile(&process.state, &observed);
         self.show_table(process, &decision, &observed.workers);
-        let wake = decision.wake_at.map_or(PERIOD_US, |at| at.since(observed.now).as_micros() as u64);
+        let wake =
+            decision.wake_at.map_or(PERIOD_US, |at| at.since(observed.now).as_micros() as u64);
         process.executor.history = decision.history;
         process.executor.under = process.standing;
         process.executor.todo = decision.actions.into();

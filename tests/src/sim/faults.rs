@@ -2,9 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use shoal_coordinator::control::state::{
-    Change, CoordinatorCommand, KeyFingerprint, NodeCommand,
-};
+use shoal_coordinator::control::state::{Change, CoordinatorCommand, KeyFingerprint, NodeCommand};
 use shoal_protocol::id::{Incarnation, NodeId, Role};
 
 use super::bug::Bug;

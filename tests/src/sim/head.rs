@@ -36,6 +36,11 @@ pub fn oracle(seed: u64, tokens: &[TokenId]) -> TokenId {
 }
 
 impl WorkerProcess {
+    /// A coordinator is gone, and with it whoever wanted its answers.
+    pub fn nobody_waits(&mut self, coordinator: NodeId) {
+        self.running.retain(|_, running| running.from != coordinator);
+    }
+
     /// What its heads report.
     pub fn heads(&self) -> Vec<HeadReport> {
         let heads = self.shards.iter().filter(|(_, shard)| shard.assignment.is_first());

@@ -58,7 +58,13 @@ impl Net {
     }
 
     /// Puts a parcel on its way; when to look for it.
-    pub fn send(&mut self, now: u64, dice: &mut Dice, way: (NodeId, NodeId), parcel: Parcel) -> u64 {
+    pub fn send(
+        &mut self,
+        now: u64,
+        dice: &mut Dice,
+        way: (NodeId, NodeId),
+        parcel: Parcel,
+    ) -> u64 {
         let at = now + self.delay(dice, way.0, way.1);
         let channel = self.channels.entry(way).or_default();
         // Nothing overtakes on a stream.

@@ -283,7 +283,9 @@ impl World {
     /// A shard looks for the others of its layout.
     pub fn ring(&mut self, id: NodeId, life: u64, key: ShardKey) {
         self.worker(id, life, |world, process| {
-            let Some(shard) = process.shards.get(&key).filter(|shard| !shard.broken) else { return };
+            let Some(shard) = process.shards.get(&key).filter(|shard| !shard.broken) else {
+                return;
+            };
             let others: BTreeSet<NodeId> =
                 shard.assignment.replica.nodes().filter(|node| *node != id).collect();
             let missing: Vec<NodeId> =

@@ -12,7 +12,8 @@ impl World {
             for (replica, generation, open) in process.desk.router.open() {
                 let runs = process.desk.running((replica, generation.0));
                 if open != runs {
-                    wrong = Some(format!("{id}: {open} open at {replica} {generation}, {runs} run"));
+                    wrong =
+                        Some(format!("{id}: {open} open at {replica} {generation}, {runs} run"));
                 }
             }
         }

@@ -152,7 +152,8 @@ impl Voter {
             ..Config::default()
         };
         let node = RawNode::new(&config, log, &bridge::logger(id))?;
-        let mut voter = Self { node, dice, ticks: 0, state, compaction: (COMPACT_EVERY, KEEP_ENTRIES) };
+        let mut voter =
+            Self { node, dice, ticks: 0, state, compaction: (COMPACT_EVERY, KEEP_ENTRIES) };
         voter.draw();
         Ok(voter)
     }
