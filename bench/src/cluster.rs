@@ -153,6 +153,7 @@ impl Cluster {
             source: ModelSource::Pretend(spec),
             stages: Some(stages),
             precision: None,
+            replicas: 1,
         };
         let context = AdminContext::load(Path::new(&self.context()))?.context("no context file")?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -7,10 +7,11 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [micro|split|route|all] [--pairs N=7] [--models DIR] [--out FILE]
+usage: shoal-bench [micro|split|route|election|all] [--pairs N=7] [--models DIR] [--out FILE]
   micro   frames, a hop, the engine, the planner
   split   real clusters on loopback: split against unsplit, loading
   route   the router: a simulated bad replica under each policy; the time of a pick
+  election  how long three coordinators are without a leader when theirs dies
   all     micro and split; the default
   --pairs   pairs of runs of each comparison, taken in turn
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
@@ -29,7 +30,7 @@ fn main() -> Result<()> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
-            "micro" | "split" | "route" | "all" => what = arg,
+            "micro" | "split" | "route" | "election" | "all" => what = arg,
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--out" => out = Some(value()?.into()),
@@ -39,6 +40,9 @@ fn main() -> Result<()> {
     let mut report = Report::default();
     if what == "route" {
         micro::route::run(&mut report)?;
+    }
+    if what == "election" {
+        micro::election::run(&mut report)?;
     }
     if what == "split" || what == "all" {
         scenarios::run(&settings, &mut report)?;

@@ -168,6 +168,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Plan(_) => "a plan",
         AdminReply::Refused(_) => "a refusal",
         AdminReply::Access(_) => "another answer about access",
+        AdminReply::Change(_) => "a change",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))
 }

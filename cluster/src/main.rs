@@ -18,7 +18,7 @@ mod run;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::args::{Args, ChildArgs, Command};
+use crate::args::{Args, ChildArgs, Command, RolloutCommand};
 use crate::failure::{Exit, Failure};
 use crate::run::announce::Announcement;
 
@@ -58,6 +58,12 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Keys { command } => commands::keys::run(command).await,
             Command::Nodes { command } => commands::nodes::run(command).await,
+            Command::Scale(args) => commands::scale::run(args).await,
+            Command::Drain(args) => commands::drain::run(args).await,
+            Command::Undrain(args) => commands::drain::undo(args).await,
+            Command::Rollout { command: RolloutCommand::Status(args) } => {
+                commands::rollout::status(args).await
+            }
         }
     });
     if let (Err(failure), Some(ChildArgs { announce: true, .. })) = (&outcome, child) {

@@ -15,8 +15,11 @@ mod local;
 mod process;
 #[path = "store_contract/proxy.rs"]
 mod proxy;
+#[path = "store_contract/raft.rs"]
+mod raft;
 #[path = "store_contract/secure.rs"]
 mod secure;
 
 contract!(lone_raft_store, crate::local::Local);
+contract!(raft_store, crate::raft::RaftFixture);
 contract!(etcd_store, crate::etcd::EtcdFixture);

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::access::{AccessCall, AccessReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
-use crate::id::{DeploymentName, NodeId, Role};
-use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan};
+use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
+use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan, StagesAsked};
 use crate::version::VersionRange;
 
 /// The largest admin message.
@@ -44,6 +44,8 @@ pub enum AdminCall {
         stages: Option<u32>,
         /// `None`: as stored.
         precision: Option<Precision>,
+        /// Full copies of the model.
+        replicas: u32,
     },
     /// Stop serving a model.
     Undeploy {
@@ -73,6 +75,27 @@ pub enum AdminCall {
     },
     /// API keys, join tokens and nodes.
     Access(AccessCall),
+    /// Serve a model with another number of replicas or stages, spread over the workers that there are
+    /// now.
+    Scale {
+        /// Which.
+        name: DeploymentName,
+        /// Full copies of the model; `None`: as many as there are.
+        replicas: Option<u32>,
+        /// Pipeline stages of each.
+        stages: StagesAsked,
+        /// Change nothing, and answer with `Change`.
+        dry_run: bool,
+    },
+    /// Move everything off a worker, and place nothing new on it; or allow it again.
+    Drain {
+        /// Which.
+        node: NodeId,
+        /// Whether it is to hold nothing.
+        draining: bool,
+        /// Change nothing, and answer with `Change`.
+        dry_run: bool,
+    },
 }
 
 /// What the coordinator answers.
@@ -93,6 +116,8 @@ pub enum AdminReply {
     Refused(WireError),
     /// To `Access`.
     Access(AccessReply),
+    /// To a dry run: what would change.
+    Change(Box<ChangeView>),
 }
 
 /// The whole cluster, as the answering coordinator sees it.
@@ -187,6 +212,8 @@ pub struct WorkerView {
     pub shards: Vec<ShardReport>,
     /// Its heads.
     pub heads: Vec<HeadReport>,
+    /// Whether it is to hold nothing: what runs there moves elsewhere.
+    pub draining: bool,
 }
 
 /// A deployment.
@@ -200,6 +227,34 @@ pub struct DeploymentView {
     pub phase: DeploymentPhase,
     /// Why it is in that phase, for people; what is missing where something is.
     pub reason: String,
+    /// Pipeline stages that were asked for; `None`: as many as there are workers for each replica.
+    pub stages: Option<u32>,
+    /// How often it was asked for: once by `Deploy`, and with each `Scale`.
+    pub asked: u64,
+    /// Its replicas: as many as are wanted.
+    pub replicas: Vec<ReplicaView>,
+}
+
+impl DeploymentView {
+    /// Whether it is served as was asked for, and nothing is under way.
+    pub fn is_settled(&self) -> bool {
+        self.replicas.iter().all(|replica| replica.settled)
+    }
+}
+
+/// A replica, whether it has a layout or not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaView {
+    /// Its number.
+    pub id: ReplicaId,
+    /// Whether it takes requests.
+    pub phase: DeploymentPhase,
+    /// Why, for people.
+    pub reason: String,
+    /// Whether it is served as was asked for, and nothing is under way.
+    pub settled: bool,
+    /// The layout that is being made beside the one that serves.
+    pub next: Option<ReplicaPlan>,
 }
 
 /// Where a deployment is.
@@ -214,6 +269,17 @@ pub enum DeploymentPhase {
     Ready,
     /// It cannot be served as it is; the reason says what to do.
     Failed,
+}
+
+/// What a change would come to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChangeView {
+    /// The layouts that would be replaced or dropped.
+    pub before: Vec<ReplicaPlan>,
+    /// The layouts that would take their place.
+    pub after: Vec<ReplicaPlan>,
+    /// The same in words, with bytes and speeds, line by line.
+    pub explanation: Vec<String>,
 }
 
 /// The plan of one deployment, explained.

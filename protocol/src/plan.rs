@@ -150,6 +150,18 @@ pub struct DeploymentSpec {
     pub precision: Option<Precision>,
 }
 
+/// Into how many stages a deployment that is scaled is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum StagesAsked {
+    /// As was asked for before.
+    #[default]
+    Same,
+    /// As many as there are workers for each replica now.
+    Auto,
+    /// So many.
+    Exactly(u32),
+}
+
 /// Bounds that all shards of a replica agree on. Nothing in them may come from a peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaLimits {

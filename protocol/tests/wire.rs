@@ -266,6 +266,7 @@ fn admin_requests() -> [(&'static str, AdminRequest); 5] {
         source: ModelSource::Builtin { name: "demo".to_owned() },
         stages: Some(3),
         precision: Some(Precision::F32),
+        replicas: 2,
     };
     [
         ("AdminStatus", request(AdminCall::Status)),

@@ -72,6 +72,7 @@ const PURE: &[&str] = &[
     "shard-worker/src/agent/book.rs",
     "shard-worker/src/agent/lifecycle.rs",
     "shard-worker/src/agent/orders.rs",
+    "shard-worker/src/agent/sameness.rs",
     "shard-worker/src/engine",
     "shard-worker/src/head/lateness.rs",
     "shard-worker/src/sample",

@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use crate::measure::{Report, Series};
 
+pub mod election;
 mod engine;
 mod frames;
 mod hop;

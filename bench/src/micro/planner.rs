@@ -39,6 +39,7 @@ pub fn run() -> Result<Section> {
             budget: Bytes(share / 2 + share * u64::from(number) / u64::from(workers) + (2 << 30)),
             used: Bytes(0),
             numerics: vec![Numerics::N1],
+            sibling: false,
         };
         let inventory = Inventory { workers: (1..=workers).map(candidate).collect() };
         let shape = ModelShape::Pretend(pretend);
@@ -48,6 +49,7 @@ pub fn run() -> Result<Section> {
             spec: &spec,
             shape: &shape,
             previous: None,
+            replicas: 1,
         };
         plan(&inventory, &job)
             .map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;

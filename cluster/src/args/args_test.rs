@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use clap::CommandFactory;
 
+use super::values::duration;
 use super::*;
 
 fn parse(line: &str) -> Result<Args, clap::Error> {
@@ -55,6 +58,18 @@ fn values_are_read() {
 }
 
 #[test]
+fn a_worker_has_two_names() {
+    for line in ["shoal drain w12", "shoal drain worker-12 --wait --timeout 30s"] {
+        let Command::Drain(drain) = parse(line).unwrap().command else { panic!("not drain") };
+        assert_eq!(drain.node.to_string(), "w12", "{line}");
+    }
+    let Command::Scale(scale) = parse("shoal scale m --stages auto").unwrap().command else {
+        panic!("not scale")
+    };
+    assert_eq!(scale.stages, Some(shoal_protocol::plan::StagesAsked::Auto));
+}
+
+#[test]
 fn a_mistake_names_what_would_be_right() {
     for (line, expected) in [
         ("shoal up --worker 3", "'--workers'"),
@@ -66,7 +81,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal up --policy wrr", "dynamic_wrr"),
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
-        ("shoal undeploy demo --no-wait", "`shoal deploy` has a flag '--no-wait'"),
+        ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
         ("shoal up --precision f64", "use f32, bf16 or f16"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
@@ -84,6 +99,11 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal keys create x --expires 30", "30m"),
         ("shoal keys revoke a/b", "letters, digits and"),
         ("shoal coordinator --data d --listen :0 --cluster :0 --tls-cert c", "--tls-key"),
+        ("shoal scale demo --stages some", "neither `auto` nor"),
+        ("shoal scale demo --replicas 0", "from 1 up"),
+        ("shoal drain c1", "write w2 or worker-2"),
+        ("shoal drain two", "write w2 or worker-2"),
+        ("shoal drain w2 --timeout 5s", "--wait"),
         ("shoal coordinator --data d", "--cluster"),
         ("shoal coordinator --store http://a", "a store is etcd://"),
         ("shoal coordinator --store etcd://a:b", "`a:b` is not HOST or HOST:PORT"),
@@ -97,7 +117,7 @@ fn a_mistake_names_what_would_be_right() {
 #[test]
 fn help_shows_examples_and_hides_what_is_internal() {
     let mut root = Args::command();
-    for verb in ["up", "coordinator", "worker", "deploy", "chat"] {
+    for verb in ["up", "coordinator", "worker", "deploy", "chat", "scale", "drain"] {
         let help = root.find_subcommand_mut(verb).expect(verb).render_help().to_string();
         assert!(help.contains("Example"), "{verb}: {help}");
         assert!(!help.contains("lifeline") && !help.contains("announce"), "{verb}: {help}");

@@ -5,20 +5,21 @@
 
 mod access;
 mod coordinators;
+mod moves;
 mod nearest;
+mod tokens;
 mod values;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::builder::styling::Styles;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand};
 use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
-use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::id::DeploymentName;
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
@@ -28,10 +29,11 @@ pub use self::access::{
     TokenRevokeArgs,
 };
 pub use self::coordinators::CoordinatorsCommand;
+use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
+pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
-use self::values::{
-    address, count, device, duration, name, nonzero, policy, precision, size, store, token,
-};
+pub use self::tokens::{TokenCommand, TokenCreateArgs};
+use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 
@@ -115,6 +117,20 @@ pub enum Command {
         /// What to do with nodes.
         #[command(subcommand)]
         command: NodesCommand,
+    },
+    /// Serve a model with more or fewer replicas or stages, spread over the workers there are now
+    #[command(after_help = SCALE_EXAMPLES)]
+    Scale(ScaleArgs),
+    /// Move everything off a worker, and place nothing new on it
+    #[command(after_help = DRAIN_EXAMPLES)]
+    Drain(DrainArgs),
+    /// Let a worker that was drained hold something again
+    Undrain(UndrainArgs),
+    /// Follow a change until the deployment is served as was asked for
+    Rollout {
+        /// What to do with a rollout.
+        #[command(subcommand)]
+        command: RolloutCommand,
     },
 }
 
@@ -300,60 +316,6 @@ pub struct ChildArgs {
     pub announce: bool,
 }
 
-/// `shoal token …`.
-#[derive(Debug, Subcommand)]
-pub enum TokenCommand {
-    /// Make a token and print it to stdout
-    #[command(after_help = TOKEN_EXAMPLES)]
-    Create(TokenCreateArgs),
-    /// Show the tokens that can still be used
-    List(ListArgs),
-    /// Take a token back
-    Revoke(TokenRevokeArgs),
-}
-
-const TOKEN_EXAMPLES: &str = "\
-Examples:
-  shoal token create --role worker                            for one worker, within the hour
-  shoal token create --role worker --uses 8 --expires 30m     for eight
-
-A token carries the fingerprint of the cluster's CA, so a joiner knows whom it talks to.";
-
-/// `shoal token create`.
-#[derive(Debug, Clone, ClapArgs)]
-pub struct TokenCreateArgs {
-    /// What its user will be
-    #[arg(long, value_enum)]
-    pub role: TokenRole,
-    /// How many nodes may use it
-    #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
-    pub uses: NonZeroU32,
-    /// How long it is good for: 90s, 30m, 1h, 7d
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
-    pub expires: Duration,
-    /// Which cluster.
-    #[command(flatten)]
-    pub cluster: ClusterArgs,
-}
-
-/// The roles that a token can give.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TokenRole {
-    /// Runs shards.
-    Worker,
-    /// Serves the API and holds the state, beside other coordinators.
-    Coordinator,
-}
-
-impl From<TokenRole> for Role {
-    fn from(role: TokenRole) -> Self {
-        match role {
-            TokenRole::Worker => Role::Worker,
-            TokenRole::Coordinator => Role::Coordinator,
-        }
-    }
-}
-
 const DEPLOY_EXAMPLES: &str = "\
 Examples:
   shoal deploy /models/qwen3-0.6b                      as `qwen3-0.6b`, a stage per worker
@@ -373,6 +335,9 @@ pub struct DeployArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
+    /// How many full copies of the model to serve
+    #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
+    pub replicas: NonZeroU32,
     /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,

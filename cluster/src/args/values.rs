@@ -7,9 +7,9 @@ use std::time::Duration;
 use shoal_coordinator::config::{BadUrl, EtcdUrl};
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::access::KeyName;
-use shoal_protocol::id::{DeploymentName, NodeId};
+use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
 
 /// For defaults, which are from 1 up.
@@ -90,6 +90,25 @@ pub fn token_id(text: &str) -> Result<String, String> {
     let id = text.len() >= 4 && text.len() <= 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
     id.then(|| text.to_owned())
         .ok_or_else(|| "that is no id of a token; `shoal token list` shows them".to_owned())
+}
+
+/// A number of stages, or `auto`.
+pub fn stages(text: &str) -> Result<StagesAsked, String> {
+    if text == "auto" {
+        return Ok(StagesAsked::Auto);
+    }
+    let bad = |_| format!("`{text}` is neither `auto` nor a whole number from 1 up");
+    text.parse::<NonZeroU32>().map(|n| StagesAsked::Exactly(n.get())).map_err(bad)
+}
+
+/// A worker, as `shoal status` or as `shoal up` calls it.
+pub fn worker(text: &str) -> Result<NodeId, String> {
+    let short = text.strip_prefix("worker-").map(|number| format!("w{number}"));
+    let id: Result<NodeId, _> = short.as_deref().unwrap_or(text).parse();
+    match id {
+        Ok(id) if id.role == Role::Worker => Ok(id),
+        _ => Err(format!("`{text}` is not a worker; write w2 or worker-2")),
+    }
 }
 
 /// What `shoal token create` printed.

@@ -1,17 +1,22 @@
 //! `shoal deploy MODEL`: asks for it, and waits until it is served.
 
 use std::path::Path;
+use std::time::Duration;
 
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::plan::ModelSource;
 
+use super::rollout;
 use crate::args::DeployArgs;
 use crate::builtin;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
 use crate::output::progress::{Progress, Stand, stand};
 use crate::output::table;
+
+/// How long to wait until every replica is served: the weights of a large model take a while.
+const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Serves a model.
 pub async fn run(args: DeployArgs) -> Result<(), Failure> {
@@ -23,6 +28,7 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         source,
         stages: args.stages.map(std::num::NonZeroU32::get),
         precision: args.precision,
+        replicas: args.replicas.get(),
     };
     match client.call(call).await? {
         AdminReply::Accepted => eprintln!("{name}: accepted"),
@@ -32,7 +38,10 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
-    let view = wait_until_ready(&client, &name).await?;
+    let view = match args.replicas.get() {
+        1 => wait_until_ready(&client, &name).await?,
+        _ => rollout::wait(&client, &name, 0, ROLLOUT_TIMEOUT).await?,
+    };
     client.close().await;
     eprintln!("{name}: ready");
     super::print(&table::stages(&view, |d| d.name == name).to_string())

@@ -3,9 +3,12 @@
 pub mod chat;
 pub mod coordinators;
 pub mod deploy;
+pub mod drain;
 pub mod keys;
 pub mod nodes;
 pub mod plan;
+pub mod rollout;
+pub mod scale;
 pub mod sse;
 pub mod status;
 pub mod token;

@@ -4,7 +4,7 @@ use shoal_protocol::admin::{AdminCall, AdminReply};
 
 use shoal_protocol::access::{AccessCall, AccessReply};
 
-use crate::args::{ListArgs, TokenCommand, TokenCreateArgs, TokenRevokeArgs};
+use crate::args::{ListArgs, TokenCommand, TokenCreateArgs, TokenRevokeArgs, TokenRole};
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
 use crate::output::access;
@@ -55,7 +55,14 @@ async fn create(args: TokenCreateArgs) -> Result<(), Failure> {
         AdminReply::Token { token } => {
             super::print(&format!("{token}\n"))?;
             eprintln!("good for {} use(s); on the other machine type", args.uses);
-            eprintln!("  shoal worker --join {join} --token TOKEN --data DIR");
+            match args.role {
+                TokenRole::Worker => {
+                    eprintln!("  shoal worker --join {join} --token TOKEN --data DIR");
+                }
+                TokenRole::Coordinator => eprintln!(
+                    "  shoal coordinator --join {join} --token TOKEN --data DIR --listen ADDR --cluster ADDR"
+                ),
+            }
             Ok(())
         }
         other => Err(unexpected(&other)),

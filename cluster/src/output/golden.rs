@@ -93,6 +93,7 @@ fn worker(number: u32, connected: bool, shards: Vec<ShardReport>) -> WorkerView 
         }],
         shards,
         heads: Vec::new(),
+        draining: number == 4,
     }
 }
 
@@ -105,6 +106,15 @@ fn cluster() -> ClusterView {
         source: ModelSource::Folder { path: format!("/models/{text}") },
         phase,
         reason: reason.to_owned(),
+        stages: None,
+        asked: 1,
+        replicas: vec![ReplicaView {
+            id: ReplicaId(1),
+            phase,
+            reason: reason.to_owned(),
+            settled: false,
+            next: None,
+        }],
     };
     ClusterView {
         coordinators: Vec::new(),
@@ -164,6 +174,14 @@ fn golden_plan() {
     check("plan-explained.txt", &table::plan(&view, true));
     let none = PlanView { replicas: Vec::new(), ..view };
     check("plan-none.txt", &table::plan(&none, false));
+}
+
+#[test]
+fn golden_change() {
+    let after = ReplicaPlan { generation: Generation(3), ..replica() };
+    let explanation = vec!["weights to read in all: 3.4 MiB".to_owned()];
+    let view = ChangeView { before: vec![replica()], after: vec![after], explanation };
+    check("change.txt", &table::change(&view));
 }
 
 #[test]

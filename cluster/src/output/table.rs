@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use shoal_protocol::admin::{ClusterView, DeploymentPhase, DeploymentView, PlanView, WorkerView};
+use shoal_protocol::admin::{
+    ChangeView, ClusterView, DeploymentPhase, DeploymentView, PlanView, WorkerView,
+};
 use shoal_protocol::control::{ShardReport, ShardState};
 use shoal_protocol::id::{NodeId, StageIndex};
 use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
@@ -76,6 +78,10 @@ pub fn status(view: &ClusterView) -> String {
         super::json::url(c.api, c.tls),
         c.cluster
     );
+    if view.coordinators.len() > 1 {
+        out.push_str(&coordinators(view).to_string());
+        out.push('\n');
+    }
     if view.workers.is_empty() {
         out.push_str(
             "no worker has joined; `shoal token create --role worker` makes a token for one\n",
@@ -112,7 +118,7 @@ fn workers(view: &ClusterView) -> Table {
         let or_nothing = |text: Option<String>| text.unwrap_or_else(|| NOTHING.to_owned());
         table.row([
             worker.id.to_string(),
-            if worker.connected { "up" } else { "down" }.to_owned(),
+            link(worker).to_owned(),
             or_nothing((worker.pid != 0).then(|| worker.pid.to_string())),
             or_nothing(worker.address.map(|a| a.to_string())),
             or_nothing(device.map(|d| format!("{} ({})", d.name, d.description))),
@@ -124,15 +130,32 @@ fn workers(view: &ClusterView) -> Table {
     table
 }
 
+fn link(worker: &WorkerView) -> &'static str {
+    match (worker.connected, worker.draining) {
+        (true, false) => "up",
+        (true, true) => "draining",
+        (false, false) => "down",
+        (false, true) => "down, draining",
+    }
+}
+
 fn deployments(view: &ClusterView) -> Table {
-    let mut table =
-        Table::new(&["DEPLOYMENT", "PHASE", "MESH", "PRECISION", "NUMERICS", "GENERATION"]);
+    let mut table = Table::new(&[
+        "DEPLOYMENT",
+        "PHASE",
+        "REPLICAS",
+        "MESH",
+        "PRECISION",
+        "NUMERICS",
+        "GENERATION",
+    ]);
     for deployment in &view.deployments {
         let replica = replicas(view, deployment).next();
         let of = |text: fn(&ReplicaPlan) -> String| replica.map_or(NOTHING.to_owned(), text);
         table.row([
             deployment.name.to_string(),
             phase(deployment.phase).to_owned(),
+            serving(deployment),
             of(ReplicaPlan::mesh),
             of(|r| r.precision.to_string()),
             of(|r| r.numerics.to_string()),
@@ -158,12 +181,51 @@ pub fn coordinators(view: &ClusterView) -> Table {
     table
 }
 
+/// `1/2`: replicas that take requests, of those that are wanted.
+fn serving(deployment: &DeploymentView) -> String {
+    let ready = |phase| phase == DeploymentPhase::Ready;
+    let serving = deployment.replicas.iter().filter(|replica| ready(replica.phase)).count();
+    format!("{serving}/{}", deployment.replicas.len())
+}
+
+/// What a change would come to.
+pub fn change(view: &ChangeView) -> String {
+    let mut out = String::new();
+    for (when, plans) in [("before", &view.before), ("after", &view.after)] {
+        for plan in plans {
+            let stages = plan.stages.iter().map(|stage| {
+                let nodes: Vec<_> = stage.shards.iter().map(|s| s.node.to_string()).collect();
+                format!("{} on {}", stage.layers, nodes.join("+"))
+            });
+            let stages: Vec<_> = stages.collect();
+            out.push_str(&format!(
+                "{when:<6}  {} of {}, {} {}: {}\n",
+                plan.id,
+                plan.deployment,
+                plan.generation,
+                plan.mesh(),
+                stages.join(", ")
+            ));
+        }
+    }
+    if !out.is_empty() {
+        out.push('\n');
+    }
+    for line in &view.explanation {
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
 /// Where each stage of the chosen deployments runs.
 pub fn stages(view: &ClusterView, wanted: impl Fn(&DeploymentView) -> bool) -> Table {
     let mut table =
         Table::new(&["STAGE", "LAYERS", "WORKER", "PID", "STATE", "WEIGHTS", "KV", "STEPS", "OF"]);
     for deployment in view.deployments.iter().filter(|d| wanted(d)) {
-        for replica in replicas(view, deployment) {
+        let nexts = deployment.replicas.iter().filter_map(|replica| replica.next.as_ref());
+        let current = replicas(view, deployment).map(|replica| (replica, ""));
+        for (replica, which) in current.chain(nexts.map(|next| (next, " next"))) {
             for (index, stage) in replica.stages.iter().enumerate() {
                 for shard in &stage.shards {
                     let report = report_of(view, replica, StageIndex(index as u32), shard);
@@ -177,7 +239,7 @@ pub fn stages(view: &ClusterView, wanted: impl Fn(&DeploymentView) -> bool) -> T
                         shard.memory.weights.to_string(),
                         shard.memory.kv.to_string(),
                         report.map_or(NOTHING.to_owned(), |r| r.counters.steps.to_string()),
-                        format!("{} {}", deployment.name, replica.id),
+                        format!("{} {}{which}", deployment.name, replica.id),
                     ]);
                     if let Some(ShardState::Failed(error)) = report.map(|r| &r.state) {
                         table.note(&format!("{} on {}", replica.id, shard.node), &error.message);

@@ -19,11 +19,12 @@ use tokio::task::JoinSet;
 
 use super::access::AccessServer;
 use super::agents::Agents;
+use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::explain;
 use super::reconcile::{Observed, dry_run, inventory_for};
 use super::shape::ModelShape;
-use super::state::{Change, DeploymentCommand, Refusal, TokenCommand, TokenHash};
+use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
 /// How long a caller may take to say what it wants.
@@ -126,7 +127,7 @@ impl AdminServer {
             AdminCall::Status | AdminCall::Watch => {
                 Ok(AdminReply::Status(Box::new(ClusterView::clone(&self.view.borrow()))))
             }
-            AdminCall::Deploy { name, source, stages, precision } => {
+            AdminCall::Deploy { name, source, stages, precision, replicas } => {
                 let free = self.store.state().deployments.get(&name).is_none();
                 if !free {
                     return Err(Refusal::NameTaken { name }.into());
@@ -138,7 +139,7 @@ impl AdminServer {
                 })??;
                 self.check_workers(&model).await?;
                 let spec = DeploymentSpec { name, model, stages, precision };
-                self.deploy(operator, spec, shape).await
+                self.deploy(operator, spec, shape, replicas).await
             }
             AdminCall::Undeploy { name } => {
                 tracing::info!(%operator, deployment = %name, "undeploy");
@@ -158,7 +159,22 @@ impl AdminServer {
             AdminCall::Access(call) => {
                 Ok(AdminReply::Access(self.access.answer(operator, call).await?))
             }
+            AdminCall::Scale { name, replicas, stages, dry_run } => {
+                let scale = DeploymentCommand::Scale { name, replicas, stages };
+                self.changes().make(operator, Change::Deployment(scale), dry_run).await
+            }
+            AdminCall::Drain { node, draining, dry_run } => {
+                let drain = match draining {
+                    true => DrainCommand::Begin { node },
+                    false => DrainCommand::End { node },
+                };
+                self.changes().make(operator, Change::Drain(drain), dry_run).await
+            }
         }
+    }
+
+    fn changes(&self) -> Changes<'_> {
+        Changes { store: &self.store, agents: &self.agents }
     }
 
     /// Asks every worker whether it reads the same model under the same path, before anything is
@@ -193,20 +209,25 @@ impl AdminServer {
         operator: NodeId,
         spec: DeploymentSpec,
         shape: ModelShape,
+        replicas: u32,
     ) -> Result<AdminReply, WireError> {
         let state = self.store.state();
         let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
         let planned = tokio::task::spawn_blocking(move || {
-            dry_run(&state, &observed, &spec, &shape).map(|plan| (spec, shape, plan.mesh()))
+            dry_run(&state, &observed, &spec, &shape, replicas)
+                .map(|plan| (spec, shape, plan.mesh()))
         });
         let planned = planned
             .await
             .map_err(|error| WireError::new(ErrorCode::Internal, format!("planning: {error}")))?;
         let (spec, shape, mesh) = planned?;
-        tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, "deploy");
-        let create = DeploymentCommand::Create { spec, shape };
-        self.store.propose(Change::Deployment(create)).await?;
-        Ok(AdminReply::Accepted)
+        tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, replicas, "deploy");
+        let create = Change::Deployment(DeploymentCommand::Create { spec, shape, replicas });
+        if replicas == 1 {
+            self.store.propose(create).await?;
+            return Ok(AdminReply::Accepted);
+        }
+        self.changes().make(operator, create, false).await
     }
 
     async fn create_token(
@@ -237,9 +258,15 @@ impl AdminServer {
         let mut view = PlanView { replicas: Vec::new(), explanation: Vec::new() };
         for replica in &deployment.replicas {
             if let Some(plan) = state.plans.get(*replica) {
-                let inventory = inventory_for(&state, &observed, *replica);
+                let inventory = inventory_for(&state, &observed, name, *replica);
                 view.explanation.extend(explain(plan, &deployment.shape, &inventory));
+                view.explanation.push(speed_of(plan, &deployment.shape, &observed));
                 view.replicas.push(plan.clone());
+            }
+            if let Some(next) = state.plans.next(*replica) {
+                view.explanation.push("being made beside it:".to_owned());
+                let inventory = inventory_for(&state, &observed, name, *replica);
+                view.explanation.extend(explain(next, &deployment.shape, &inventory));
             }
         }
         // Where it is says why there is no plan, or why the plan is not served.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! state ──┐
-//! agents ─┼─► reconcile ─┬─► Adopt ─► store          ┌─► ServingTable ─► api, router
+//! agents ─┼─► reconcile ─┬─► proposals ─► store      ┌─► ServingTable ─► api, router
 //! time ───┘              └─► Assign ─► agents        └─► ClusterView ─► admin, `shoal up`
 //! ```
 //!
@@ -18,17 +18,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::admin::{
-    ClusterView, CoordinatorView, DeploymentPhase, DeploymentView, WorkerView,
+    ClusterView, CoordinatorView, DeploymentPhase, DeploymentView, ReplicaView, WorkerView,
 };
 use shoal_protocol::id::{DeploymentName, NodeId, ReplicaId};
+use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::Instant;
 use tokio::sync::watch;
 
 use super::agents::Agents;
 use super::folders::Folders;
 use super::models::Models;
-use super::reconcile::{Action, Decision, History, Observed, ObservedWorker, Phase, reconcile};
-use super::state::{Change, ClusterState, PlanCommand};
+use super::reconcile::{
+    Action, Decision, History, Observed, ObservedWorker, Phase, Stand, reconcile,
+};
+use super::state::{Change, ClusterState};
 use super::store::{ControlStore, Standing};
 use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
 
@@ -182,30 +185,24 @@ impl Executor {
     }
 
     async fn act(&self, action: Action, epoch: u64) {
-        match action {
-            Action::Assign { node, assignments, .. } => {
+        let Some(command) = action.proposal() else {
+            if let Action::Assign { node, assignments, .. } = action {
                 self.agents.assign(node, epoch, assignments);
             }
-            Action::Adopt { plan, .. } => {
-                let replica = plan.id;
-                let change = Change::Plan(PlanCommand::Adopt { plan });
-                if let Err(error) = self.store.propose(change).await {
-                    tracing::warn!(%replica, %error, "a new layout was not taken");
-                }
-            }
+            return;
+        };
+        // What was not taken is decided anew from what is there then.
+        if let Err(error) = self.store.propose(Change::Plan(command)).await {
+            tracing::warn!(%error, "not taken: {action}");
         }
     }
 
     fn show(&self, state: &ClusterState, decision: &Decision) {
         let seen = self.members(state);
-        let phases: BTreeMap<_, _> = state
-            .deployments
-            .iter()
-            .map(|(name, _)| (name.clone(), self.phase_of(decision, name)))
-            .collect();
-        let table = self.table(state, &phases, &seen);
+        let stands = self.stands(state, decision);
+        let table = self.table(state, &stands, &seen);
         self.shown.table.send_replace(Arc::new(table));
-        let mut view = view(&self.coordinator, state, &phases, &seen);
+        let mut view = view(&self.coordinator, state, &stands, &seen);
         let (members, standing) = (self.store.members(), self.store.standing());
         view.coordinators = super::voters::view(state, &members.borrow(), *standing.borrow());
         self.shown.view.send_if_modified(|shown| {
@@ -217,24 +214,42 @@ impl Executor {
         });
     }
 
-    /// Where a deployment is. Without its tokenizer its head could be asked, and not answered for.
-    fn phase_of(&self, decision: &Decision, name: &DeploymentName) -> Phase {
-        let phase = decision.phases.get(name).cloned().unwrap_or(Phase {
-            phase: DeploymentPhase::Waiting,
-            reason: "it has not been looked at yet".into(),
-        });
-        match self.folders.of(name) {
-            Err(reason) if phase.phase == DeploymentPhase::Ready => {
-                Phase { phase: DeploymentPhase::Loading, reason }
+    /// Where each deployment and each of its replicas is. Without its tokenizer a head could be asked,
+    /// and not answered for.
+    fn stands(&self, state: &ClusterState, decision: &Decision) -> Stands {
+        let mut stands = Stands::default();
+        for (name, deployment) in state.deployments.iter() {
+            let unseen = || "it has not been looked at yet".to_owned();
+            let mut phase = decision
+                .phases
+                .get(name)
+                .cloned()
+                .unwrap_or_else(|| Phase { phase: DeploymentPhase::Waiting, reason: unseen() });
+            let missing = self.folders.of(name).err();
+            if let (Some(reason), DeploymentPhase::Ready) = (&missing, phase.phase) {
+                phase = Phase { phase: DeploymentPhase::Loading, reason: reason.clone() };
             }
-            _ => phase,
+            stands.deployments.insert(name.clone(), phase);
+            for id in &deployment.replicas {
+                let mut stand = decision.replicas.get(id).cloned().unwrap_or_else(|| Stand {
+                    phase: DeploymentPhase::Waiting,
+                    reason: unseen(),
+                    settled: false,
+                });
+                if let (Some(reason), DeploymentPhase::Ready) = (&missing, stand.phase) {
+                    let phase = DeploymentPhase::Loading;
+                    stand = Stand { phase, reason: reason.clone(), settled: false };
+                }
+                stands.replicas.insert(*id, stand);
+            }
         }
+        stands
     }
 
     fn table(
         &self,
         state: &ClusterState,
-        phases: &BTreeMap<DeploymentName, Phase>,
+        stands: &Stands,
         seen: &BTreeMap<NodeId, ObservedWorker>,
     ) -> ServingTable {
         let connected = || seen.iter().filter(|(_, worker)| worker.connected);
@@ -247,35 +262,21 @@ impl Executor {
             workers_total: state.nodes.workers().count(),
         };
         for (name, deployment) in state.deployments.iter() {
-            let Some(Phase { phase, reason }) = phases.get(name).cloned() else { continue };
-            let ready = phase == DeploymentPhase::Ready;
+            let Some(Phase { phase, reason }) = stands.deployments.get(name).cloned() else {
+                continue;
+            };
             let folder = self.folders.of(name).ok().flatten();
             let plans: Vec<_> =
                 deployment.replicas.iter().filter_map(|id| state.plans.get(*id)).collect();
-            let context_max = plans.iter().map(|plan| plan.limits.context_max).max();
-            let replicas = plans.iter().filter_map(|plan| {
-                let head = plan.head()?;
-                let worker = seen.get(&head).filter(|worker| worker.connected);
-                let load = worker.and_then(|worker| {
-                    let mut heads = worker.report.heads.iter();
-                    heads.find(|head| head.replica == plan.id && head.generation == plan.generation)
-                });
-                Some(ServedReplica {
-                    id: plan.id,
-                    generation: plan.generation,
-                    head,
-                    requests: worker.map(|worker| worker.register.requests),
-                    ready,
-                    load: load.copied(),
-                })
-            });
+            // What each of them can answer: which one is asked is the router's choice.
+            let context_max = plans.iter().map(|plan| plan.limits.context_max).min();
             let served = ServedDeployment {
                 name: name.clone(),
                 created: deployment.created.0,
                 folder,
                 vocab: deployment.shape.vocab(),
                 context_max: context_max.unwrap_or(deployment.shape.context_max()),
-                replicas: replicas.collect(),
+                replicas: plans.iter().filter_map(|plan| served(plan, stands, seen)).collect(),
                 reason,
                 phase,
             };
@@ -285,11 +286,41 @@ impl Executor {
     }
 }
 
+/// Where everything is, for people and for the router.
+#[derive(Debug, Default)]
+struct Stands {
+    deployments: BTreeMap<DeploymentName, Phase>,
+    replicas: BTreeMap<ReplicaId, Stand>,
+}
+
+/// A replica as the router sees it.
+fn served(
+    plan: &ReplicaPlan,
+    stands: &Stands,
+    seen: &BTreeMap<NodeId, ObservedWorker>,
+) -> Option<ServedReplica> {
+    let head = plan.head()?;
+    let worker = seen.get(&head).filter(|worker| worker.connected);
+    let load = worker.and_then(|worker| {
+        let mut heads = worker.report.heads.iter();
+        heads.find(|head| head.replica == plan.id && head.generation == plan.generation)
+    });
+    let stand = stands.replicas.get(&plan.id);
+    Some(ServedReplica {
+        id: plan.id,
+        generation: plan.generation,
+        head,
+        requests: worker.map(|worker| worker.register.requests),
+        ready: stand.is_some_and(|stand| stand.phase == DeploymentPhase::Ready),
+        load: load.copied(),
+    })
+}
+
 /// The cluster as people see it.
 fn view(
     coordinator: &CoordinatorView,
     state: &ClusterState,
-    phases: &BTreeMap<DeploymentName, Phase>,
+    stands: &Stands,
     seen: &BTreeMap<NodeId, ObservedWorker>,
 ) -> ClusterView {
     let workers = state.nodes.workers().map(|(id, node)| match seen.get(&id) {
@@ -302,6 +333,7 @@ fn view(
             devices: worker.register.devices.clone(),
             shards: worker.report.shards.clone(),
             heads: worker.report.heads.clone(),
+            draining: state.drains.contains(id),
         },
         None => WorkerView {
             id,
@@ -312,12 +344,26 @@ fn view(
             devices: Vec::new(),
             shards: Vec::new(),
             heads: Vec::new(),
+            draining: state.drains.contains(id),
         },
     });
     let deployments = state.deployments.iter().filter_map(|(name, deployment)| {
-        let Phase { phase, reason } = phases.get(name).cloned()?;
+        let Phase { phase, reason } = stands.deployments.get(name).cloned()?;
         let source = deployment.spec.model.source.clone();
-        Some(DeploymentView { name: name.clone(), source, phase, reason })
+        let replicas = deployment.replicas.iter().filter_map(|id| {
+            let Stand { phase, reason, settled } = stands.replicas.get(id).cloned()?;
+            let next = state.plans.next(*id).cloned();
+            Some(ReplicaView { id: *id, phase, reason, settled, next })
+        });
+        Some(DeploymentView {
+            name: name.clone(),
+            source,
+            phase,
+            reason,
+            stages: deployment.spec.stages,
+            asked: deployment.asked,
+            replicas: replicas.collect(),
+        })
     });
     ClusterView {
         coordinator: coordinator.clone(),

@@ -139,7 +139,8 @@ mod tests {
         let model = ModelRef { source, fingerprint: shape.fingerprint() };
         let name = DeploymentName::new(name).unwrap();
         let spec = DeploymentSpec { name, model, stages: None, precision: None };
-        let create = DeploymentCommand::Create { spec, shape: ModelShape::Pretend(shape) };
+        let create =
+            DeploymentCommand::Create { spec, shape: ModelShape::Pretend(shape), replicas: 1 };
         let change = Change::Deployment(create);
         let client = NodeId::coordinator(1);
         state

@@ -10,6 +10,7 @@ pub mod admin;
 mod admit;
 pub mod agents;
 pub mod authority;
+pub mod changes;
 pub mod executor;
 mod folders;
 pub mod join;

@@ -93,7 +93,8 @@ impl Operator {
 
     pub async fn deploy(&self, name: &str, source: ModelSource, stages: Option<u32>) -> AdminReply {
         let name = DeploymentName::new(name).unwrap();
-        self.call(AdminCall::Deploy { name, source, stages, precision: None }).await
+        let call = AdminCall::Deploy { name, source, stages, precision: None, replicas: 1 };
+        self.call(call).await
     }
 }
 

@@ -368,15 +368,25 @@ impl Agent {
         let Some(shard) = self.shards.remove(&key) else {
             return Some(lifecycle::Event::Stopped { key, kept: false });
         };
-        if let Some(head) = shard.head() {
-            self.heads.remove(key.replica, head);
-        }
+        let head = shard.head().cloned();
+        let heads = self.heads.clone();
+        let forget = move || {
+            if let Some(head) = &head {
+                heads.remove(key.replica, head);
+            }
+        };
         let events = self.events.clone();
+        // A layout that retires still answers those who have not heard of it.
+        if how != Stop::Retire {
+            forget();
+        }
         self.tasks.spawn(async move {
             let left = match how {
                 Stop::Drain => shard.stop(ShardStop::Drain, why).await,
+                Stop::Retire => shard.stop(ShardStop::Retire, why).await,
                 Stop::Now | Stop::Keep => shard.stop(ShardStop::Now, why).await,
             };
+            forget();
             let _ = events.send(Event::Stopped { key, left, keep: how == Stop::Keep }).await;
         });
         None

@@ -11,16 +11,23 @@
 //!      │ Adopt: the weights of the        │  Broken          │
 //!      │ generation before are kept       └──────► Failed ◄──┘
 //!      └──────────────────────────────► Linking
-//!   not wanted any more: Stop{Drain}; replaced: Stop{Now}; the memory is free at `Stopped`
+//!   not wanted any more: Stop{Retire}; replaced: Stop{Now}; the memory is free at `Stopped`
 //! ```
+//!
+//! While a replica moves, two of its generations are wanted at once: the one that serves and the next
+//! one. A generation that goes while a later one is here already is not replaced but retired: what
+//! runs there may finish.
 
 use std::collections::BTreeMap;
 
 use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
-use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::error::WireError;
 use shoal_protocol::id::{Generation, ReplicaId};
 use shoal_protocol::plan::{Assignment, ShardMemory};
 use shoal_protocol::units::Bytes;
+
+pub use super::sameness::memory_of;
+use super::sameness::{does_not_fit, is_same_layout, is_stale, same_weights, why_replaced};
 
 /// One shard of this worker: it has at most one for each generation of a replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,8 +84,11 @@ pub enum Event {
 /// How a shard is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// What runs may finish, within the drain deadline; then the weights are dropped.
+    /// This worker goes: what runs may finish, within the drain deadline; then the weights are dropped.
     Drain,
+    /// The whole layout goes, on all its workers: what runs may finish, and what is still on its way to
+    /// the head is taken; then the weights are dropped.
+    Retire,
     /// At once, and the weights are dropped.
     Now,
     /// At once; the weights are kept for the next generation.
@@ -137,13 +147,13 @@ struct Leaving {
 #[derive(Debug)]
 pub struct Lifecycle {
     budget: Bytes,
-    wanted: BTreeMap<ReplicaId, Slot>,
+    wanted: BTreeMap<ShardKey, Slot>,
     leaving: BTreeMap<ShardKey, Leaving>,
     abandoned: BTreeMap<LoadId, Bytes>,
     /// The newest generation that was ever wanted of each replica: nothing before it comes back.
     newest: BTreeMap<ReplicaId, Generation>,
     /// What the coordinator wants and cannot have: its generation is used up.
-    stale: BTreeMap<ReplicaId, Assignment>,
+    stale: BTreeMap<ShardKey, Assignment>,
     loads: u64,
     draining: bool,
     actions: Vec<Action>,
@@ -225,18 +235,22 @@ impl Lifecycle {
             counters: counters(ShardKey::of(assignment)),
         };
         let leaving = self.leaving.values().map(|l| (&l.assignment, ShardState::Draining));
-        let wanted = self.wanted.iter().filter(|(id, _)| !self.stale.contains_key(id));
+        let is_newest = |key: &ShardKey| self.newest.get(&key.replica) == Some(&key.generation);
+        let refused = |key: &ShardKey| {
+            is_newest(key) && self.stale.keys().any(|stale| stale.replica == key.replica)
+        };
+        let wanted = self.wanted.iter().filter(|(key, _)| !refused(key));
         let wanted = wanted.map(|(_, slot)| (&slot.assignment, slot.state()));
         let mut lines: Vec<_> =
             leaving.chain(wanted).map(|(assignment, state)| line(assignment, state)).collect();
-        lines.extend(self.stale.iter().map(|(id, told)| {
-            let newest = self.newest.get(id).copied().unwrap_or_default();
-            let state = ShardState::Failed(is_stale(ShardKey::of(told), newest));
-            match self.wanted.get(id) {
+        lines.extend(self.stale.iter().map(|(told, assignment)| {
+            let newest = self.newest.get(&told.replica).copied().unwrap_or_default();
+            let state = ShardState::Failed(is_stale(*told, newest));
+            match self.wanted.get(&ShardKey { generation: newest, ..*told }) {
                 Some(slot) => ShardReport { generation: newest, ..line(&slot.assignment, state) },
                 None => {
                     let memory = ShardMemory::default();
-                    ShardReport { generation: newest, memory, ..line(told, state) }
+                    ShardReport { generation: newest, memory, ..line(assignment, state) }
                 }
             }
         }));
@@ -244,61 +258,99 @@ impl Lifecycle {
     }
 
     fn assign(&mut self, assignments: Vec<Assignment>) {
-        let mut assignments: BTreeMap<ReplicaId, Assignment> =
-            assignments.into_iter().map(|a| (a.replica.id, a)).collect();
+        // By replica, the older generation first.
+        let mut assignments: BTreeMap<ShardKey, Assignment> =
+            assignments.into_iter().map(|a| (ShardKey::of(&a), a)).collect();
+        let stop = if self.draining { Stop::Drain } else { Stop::Retire };
         if self.draining {
             assignments.clear();
         }
         self.stale.clear();
-        let gone: Vec<ReplicaId> =
-            self.wanted.keys().copied().filter(|id| !assignments.contains_key(id)).collect();
-        for id in gone {
-            if let Some(slot) = self.wanted.remove(&id) {
-                let why = format!("{} is not wanted on this worker any more", slot.key());
-                self.let_go(slot, Stop::Drain, why);
-            }
-        }
-        for (id, assignment) in assignments {
-            let newest = self.newest.get(&id).copied();
-            let generation = assignment.replica.generation;
-            if newest.is_none_or(|newest| generation > newest) {
-                self.newest.insert(id, generation);
-                self.replace(id, assignment);
+        // What the past wants ends nothing: what runs stays until there is a layout after it.
+        let past: Vec<ReplicaId> = assignments
+            .iter()
+            .filter(|(key, assignment)| self.is_past(**key, assignment))
+            .map(|(key, _)| key.replica)
+            .collect();
+        let wanted = |key: &ShardKey| assignments.contains_key(key) || past.contains(&key.replica);
+        let gone: Vec<ShardKey> = self.wanted.keys().copied().filter(|key| !wanted(key)).collect();
+        let heirs: Vec<ShardKey> =
+            gone.iter().filter_map(|key| self.heir(*key, &assignments)).collect();
+        for key in gone {
+            // Whatever is replaced is let go when its heir takes its weights.
+            if heirs.iter().any(|heir| heir.replica == key.replica) {
                 continue;
             }
-            match self.wanted.get(&id) {
-                // Withdrawn and wanted again, as after a coordinator's restart.
-                None if newest == Some(generation) => self.replace(id, assignment),
-                // What we are already. A neighbour that has started again has another address, which
-                // its links have told us; that asks for a new generation, not for this one again.
-                Some(slot) if is_same_layout(&slot.assignment, &assignment) => {}
-                // The past, or a second layout under a number that is taken: the coordinator's data
-                // is older than what this worker knows. What runs stays until there is a layout that
-                // can take its weights over.
-                _ => {
-                    self.stale.insert(id, assignment);
-                }
+            if let Some(slot) = self.wanted.remove(&key) {
+                let why = format!("{key} is not wanted on this worker any more");
+                self.let_go(slot, stop, why);
             }
+        }
+        for (key, assignment) in assignments {
+            self.take(key, assignment, heirs.contains(&key));
         }
     }
 
-    fn replace(&mut self, id: ReplicaId, assignment: Assignment) {
-        let mut phase = Phase::Waiting { adopt: None };
-        if let Some(old) = self.wanted.remove(&id) {
-            let same = same_weights(&old.assignment, &assignment);
-            phase = match old.phase {
-                // The load goes on, for the new generation.
-                Phase::Loading { .. } if same => old.phase,
-                Phase::Waiting { adopt } if same => Phase::Waiting { adopt },
-                _ => {
-                    let runs = old.runs();
-                    let (from, why) = (old.key(), why_replaced(&old.assignment, &assignment));
-                    self.let_go(old, if same { Stop::Keep } else { Stop::Now }, why);
-                    Phase::Waiting { adopt: (runs && same).then_some(from) }
-                }
-            };
+    /// The new generation that takes the place of one that is gone: the first that was not here before.
+    /// Where a later one is here already there is none, because it was made to take over.
+    fn heir(&self, gone: ShardKey, all: &BTreeMap<ShardKey, Assignment>) -> Option<ShardKey> {
+        let of_replica = |key: &&ShardKey| key.replica == gone.replica;
+        let newest = self.newest.get(&gone.replica).copied();
+        let here = all.keys().filter(of_replica).any(|key| self.wanted.contains_key(key));
+        let new = |key: &&ShardKey| newest.is_none_or(|newest| key.generation > newest);
+        all.keys().filter(of_replica).find(new).copied().filter(|_| !here)
+    }
+
+    /// Whether an assignment is of the past, or a second layout under a number that is taken: the
+    /// coordinator's data is older than what this worker knows.
+    fn is_past(&self, key: ShardKey, assignment: &Assignment) -> bool {
+        let newest = self.newest.get(&key.replica).copied();
+        match self.wanted.get(&key) {
+            // What we are already. A neighbour that has started again has another address, which
+            // its links have told us; that asks for a new generation, not for this one again.
+            Some(slot) => !is_same_layout(&slot.assignment, assignment),
+            // The newest one may have been withdrawn and be wanted again, as after a coordinator's
+            // restart.
+            None => newest.is_some_and(|newest| key.generation < newest),
         }
-        self.wanted.insert(id, Slot { assignment, phase });
+    }
+
+    fn take(&mut self, key: ShardKey, assignment: Assignment, replaces: bool) {
+        if self.is_past(key, &assignment) {
+            self.stale.insert(key, assignment);
+        } else if !self.wanted.contains_key(&key) {
+            let newest = self.newest.entry(key.replica).or_default();
+            *newest = key.generation.max(*newest);
+            self.begin(key, assignment, replaces);
+        }
+    }
+
+    /// Begins a generation; in the place of those that are gone, if it `replaces` them.
+    fn begin(&mut self, key: ShardKey, assignment: Assignment, replaces: bool) {
+        let mut phase = Phase::Waiting { adopt: None };
+        let old: Vec<ShardKey> = match replaces {
+            true => self.wanted.keys().copied().filter(|k| k.replica == key.replica).collect(),
+            false => Vec::new(),
+        };
+        // The newest of them has the weights that are worth keeping.
+        for (behind, old) in old.into_iter().rev().enumerate() {
+            let Some(old) = self.wanted.remove(&old) else { continue };
+            let same = behind == 0 && same_weights(&old.assignment, &assignment);
+            let (from, why) = (old.key(), why_replaced(&old.assignment, &assignment));
+            match old.phase {
+                // The load goes on, for the new generation.
+                Phase::Loading { .. } if same => phase = old.phase,
+                Phase::Waiting { adopt } if same => phase = Phase::Waiting { adopt },
+                _ => {
+                    let keep = same && old.runs();
+                    self.let_go(old, if same { Stop::Keep } else { Stop::Now }, why);
+                    if keep {
+                        phase = Phase::Waiting { adopt: Some(from) };
+                    }
+                }
+            }
+        }
+        self.wanted.insert(key, Slot { assignment, phase });
     }
 
     /// Stops what is not wanted any more.
@@ -330,10 +382,8 @@ impl Lifecycle {
 
     fn stopped(&mut self, key: ShardKey, kept: bool) {
         self.leaving.remove(&key);
-        let heir = self
-            .wanted
-            .get_mut(&key.replica)
-            .filter(|slot| slot.phase == Phase::Waiting { adopt: Some(key) });
+        let heir =
+            self.wanted.values_mut().find(|slot| slot.phase == Phase::Waiting { adopt: Some(key) });
         match (heir, kept) {
             (Some(slot), true) => {
                 slot.phase = Phase::Linking;
@@ -347,20 +397,20 @@ impl Lifecycle {
 
     /// Starts the loads for which there is memory; refuses those for which there never will be.
     fn begin_waiting(&mut self) {
-        let waiting: Vec<ReplicaId> = self
+        let waiting: Vec<ShardKey> = self
             .wanted
             .iter()
             .filter(|(_, slot)| slot.phase == Phase::Waiting { adopt: None })
             // The same shard may still be on its way out.
-            .filter(|(_, slot)| !self.leaving.contains_key(&slot.key()))
-            .map(|(id, _)| *id)
+            .filter(|(key, _)| !self.leaving.contains_key(key))
+            .map(|(key, _)| *key)
             .collect();
-        for id in waiting {
+        for key in waiting {
             let leaving: Bytes =
                 self.leaving.values().map(|l| memory_of(&l.assignment).total()).sum();
             let leaving = leaving + self.abandoned.values().copied().sum();
             let held: Bytes = self.wanted.values().map(Slot::holds).sum();
-            let Some(slot) = self.wanted.get_mut(&id) else { continue };
+            let Some(slot) = self.wanted.get_mut(&key) else { continue };
             let needs = memory_of(&slot.assignment);
             if needs.total() + held > self.budget {
                 slot.phase = Phase::NotLoaded(does_not_fit(&slot.assignment, held, self.budget));
@@ -374,8 +424,7 @@ impl Lifecycle {
     }
 
     fn slot(&mut self, key: ShardKey) -> Option<&mut Slot> {
-        let slot = self.wanted.get_mut(&key.replica);
-        slot.filter(|slot| slot.key() == key)
+        self.wanted.get_mut(&key)
     }
 
     fn loading(&mut self, load: LoadId) -> Option<&mut Slot> {
@@ -418,69 +467,6 @@ impl Slot {
             Phase::NotLoaded(error) | Phase::Broken(error) => ShardState::Failed(error.clone()),
         }
     }
-}
-
-/// The memory that the plan gives this shard.
-pub fn memory_of(assignment: &Assignment) -> ShardMemory {
-    let stage = assignment.replica.stages.get(assignment.stage.0 as usize);
-    let shard = stage.and_then(|stage| stage.shards.iter().find(|s| s.rank == assignment.rank));
-    shard.map(|shard| shard.memory).unwrap_or_default()
-}
-
-/// Whether the weights and the cache of one can serve the other: the same part of the same model, in
-/// the same precision and the same bounds.
-fn same_weights(a: &Assignment, b: &Assignment) -> bool {
-    a.replica.model == b.replica.model
-        && a.replica.precision == b.replica.precision
-        && a.replica.numerics == b.replica.numerics
-        && a.replica.limits == b.replica.limits
-        && a.layers() == b.layers()
-        && a.rank == b.rank
-        && a.is_last() == b.is_last()
-        && memory_of(a) == memory_of(b)
-}
-
-/// A new layout says who was lost: those who are not where they were.
-fn why_replaced(old: &Assignment, new: &Assignment) -> String {
-    let (before, after) = (ShardKey::of(old), new.replica.generation);
-    let lost: Vec<String> = old
-        .peers
-        .iter()
-        .filter(|peer| !new.peers.contains(peer))
-        .map(|peer| peer.node.to_string())
-        .collect();
-    if lost.is_empty() {
-        return format!("{after} takes the place of {before}");
-    }
-    format!("{} was lost or restarted: {after} takes the place of {before}", lost.join(", "))
-}
-
-/// Whether both are the same shard of the same layout, wherever its neighbours are.
-fn is_same_layout(a: &Assignment, b: &Assignment) -> bool {
-    (&a.replica, a.stage, a.rank) == (&b.replica, b.stage, b.rank)
-}
-
-fn is_stale(told: ShardKey, newest: Generation) -> WireError {
-    let message = format!(
-        "{told} is wanted, but {newest} of it, or another layout under that number, has been here \
-         already, so the coordinator's data is older than this worker's (was it restored from a \
-         backup?); a generation after {newest} is needed"
-    );
-    WireError::new(ErrorCode::StaleGeneration, message)
-}
-
-fn does_not_fit(assignment: &Assignment, held: Bytes, budget: Bytes) -> WireError {
-    let ShardMemory { weights, kv, activations } = memory_of(assignment);
-    let total = memory_of(assignment).total();
-    let message = format!(
-        "layers {} of {} need {total} here (weights {weights} + KV {kv} + activations \
-         {activations}); this worker's budget is {budget}, of which other shards hold {held}: \
-         {} are missing; give it more with --memory, or add a worker",
-        assignment.layers(),
-        assignment.replica.model.source,
-        (total + held).saturating_sub(budget),
-    );
-    WireError::new(ErrorCode::DoesNotFit, message)
 }
 
 #[cfg(test)]

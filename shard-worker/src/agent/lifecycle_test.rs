@@ -1,6 +1,7 @@
 //! The life of shards as dialogs: what is told, and all that follows.
 
 use shoal_protocol::control::ShardState;
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, NodeId, RankIndex, StageIndex};
 use shoal_protocol::plan::{
     ModelRef, ModelSource, Numerics, PeerAddress, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
@@ -89,7 +90,7 @@ fn a_shard_lives_from_load_to_drain() {
     assert_eq!(states(&life), [(1, ShardState::Ready)]);
 
     assert_eq!(life.handle(Event::Assigned(vec![first])), [], "it is that already");
-    let stop = Action::Stop(key(1, 1), Stop::Drain, UNWANTED.to_owned());
+    let stop = Action::Stop(key(1, 1), Stop::Retire, UNWANTED.to_owned());
     assert_eq!(life.handle(Event::Assigned(vec![])), [stop]);
     assert_eq!(states(&life), [(1, ShardState::Draining)]);
     assert!(!life.is_empty());
@@ -217,7 +218,7 @@ fn what_does_not_fit_is_refused_with_the_arithmetic() {
 fn memory_is_given_when_it_is_free() {
     let mut life = ready(4, 60);
     let next = assignment(2, 1, 4, 50);
-    let stop = Action::Stop(key(1, 1), Stop::Drain, UNWANTED.to_owned());
+    let stop = Action::Stop(key(1, 1), Stop::Retire, UNWANTED.to_owned());
     assert_eq!(life.handle(Event::Assigned(vec![next.clone()])), [stop]);
     let load = Action::Load(LoadId(1), next);
     assert_eq!(life.handle(Event::Stopped { key: key(1, 1), kept: false }), [load]);
@@ -281,4 +282,57 @@ fn a_neighbour_with_another_address_makes_no_other_layout() {
     life.handle(Event::Broken(key(1, 1), error()));
     life.handle(Event::Assigned(vec![again]));
     assert_eq!(states(&life), [(1, ShardState::Failed(error()))]);
+}
+
+#[test]
+fn the_next_generation_is_made_beside_the_one_that_serves() {
+    let mut life = ready(4, 40);
+    let (first, second) = (assignment(1, 1, 4, 40), assignment(1, 2, 4, 40));
+    let both = vec![second.clone(), first.clone()];
+    let load = Action::Load(LoadId(1), second.clone());
+    assert_eq!(life.handle(Event::Assigned(both.clone())), [load]);
+    assert_eq!(states(&life), [(1, ShardState::Ready), (2, loading(0, 40))]);
+    life.handle(Event::Loaded(LoadId(1)));
+    life.handle(Event::Linked(key(1, 2)));
+    assert_eq!(states(&life), [(1, ShardState::Ready), (2, ShardState::Ready)]);
+    assert_eq!(life.handle(Event::Assigned(both)), [], "it is both already");
+    // It takes over: what runs in the old one may finish.
+    let stop = Action::Stop(key(1, 1), Stop::Retire, UNWANTED.to_owned());
+    assert_eq!(life.handle(Event::Assigned(vec![second])), [stop]);
+    assert_eq!(states(&life), [(1, ShardState::Draining), (2, ShardState::Ready)]);
+    assert_eq!(life.handle(Event::Assigned(vec![first])), [], "the past does not come back");
+    assert_eq!(states(&life), [(1, ShardState::Draining), (2, stale(2))]);
+}
+
+#[test]
+fn a_next_generation_that_is_given_up_leaves_the_one_that_serves_alone() {
+    let mut life = ready(4, 40);
+    let (first, second) = (assignment(1, 1, 4, 40), assignment(1, 2, 2, 30));
+    life.handle(Event::Assigned(vec![first.clone(), second]));
+    assert_eq!(life.handle(Event::Assigned(vec![first.clone()])), [Action::Cancel(LoadId(1))]);
+    assert_eq!(states(&life), [(1, ShardState::Ready)]);
+    life.handle(Event::LoadFailed(LoadId(1), error()));
+    // The one after it is made beside, too.
+    let third = assignment(1, 3, 2, 30);
+    let load = Action::Load(LoadId(2), third.clone());
+    assert_eq!(life.handle(Event::Assigned(vec![first, third])), [load]);
+}
+
+#[test]
+fn a_third_generation_replaces_both() {
+    let mut life = ready(4, 40);
+    let (first, second) = (assignment(1, 1, 4, 40), assignment(1, 2, 2, 30));
+    life.handle(Event::Assigned(vec![first, second]));
+    life.handle(Event::Loaded(LoadId(1)));
+    let third = assignment(1, 3, 2, 30);
+    let words = |old: &str| format!("g3 takes the place of r1 {old}");
+    assert_eq!(
+        life.handle(Event::Assigned(vec![third.clone()])),
+        [
+            Action::Stop(key(1, 2), Stop::Keep, words("g2")),
+            Action::Stop(key(1, 1), Stop::Now, words("g1")),
+        ]
+    );
+    let adopt = Action::Adopt(key(1, 2), third);
+    assert_eq!(life.handle(Event::Stopped { key: key(1, 2), kept: true }), [adopt]);
 }

@@ -20,6 +20,7 @@ mod models;
 #[doc(hidden)]
 pub mod orders;
 mod renewal;
+mod sameness;
 mod session;
 
 pub use coordinators::{FILE_NAME as COORDINATORS_FILE, read_kept};

@@ -2,8 +2,8 @@
 //! `Samples`; everything that it can do is in `engine::Action`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use shoal_protocol::activation::Samples;
@@ -77,6 +77,8 @@ pub struct HeadClient {
     events: mpsc::Sender<Event>,
     report: watch::Receiver<HeadReport>,
     slow_readers: Arc<AtomicU64>,
+    /// Whether it takes requests.
+    open: Arc<AtomicBool>,
     context_max: u32,
 }
 
@@ -93,6 +95,7 @@ impl Head {
         let (report_to, report) = watch::channel(engine.report());
         let (idle_to, idle) = watch::channel(true);
         let slow_readers = Arc::new(AtomicU64::new(0));
+        let open = Arc::new(AtomicBool::new(false));
         let driver = Driver {
             engine,
             origin: std::time::Instant::now(),
@@ -102,13 +105,15 @@ impl Head {
             fault: parts.fault,
             refuse: Some(not_ready()),
             faulted: false,
+            retires: false,
             lateness: Lateness::default(),
             report: report_to,
             idle: idle_to,
             slow_readers: Arc::clone(&slow_readers),
+            open: Arc::clone(&open),
         };
         let task = runtime.spawn(driver.run(inbox, parts.samples));
-        let client = HeadClient { events, report, slow_readers, context_max };
+        let client = HeadClient { events, report, slow_readers, open, context_max };
         Ok(Self { client, idle, task })
     }
 
@@ -189,33 +194,44 @@ impl HeadClient {
     }
 }
 
-/// The heads of one worker, by replica. Held for one look-up, never over an await.
+/// The heads of one worker, by replica: one, or while the replica moves two, the newer one last. Held for
+/// one look-up, never over an await.
 #[derive(Clone, Debug, Default)]
-pub struct Heads(Arc<Mutex<BTreeMap<ReplicaId, HeadClient>>>);
+pub struct Heads(Arc<Mutex<BTreeMap<ReplicaId, Vec<HeadClient>>>>);
 
 impl Heads {
-    /// The head of a replica takes requests here now.
+    /// A head of a replica is here now, the newest one.
     pub fn insert(&self, replica: ReplicaId, head: HeadClient) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(replica, head);
+        self.lock().entry(replica).or_default().push(head);
     }
 
-    /// The replica's head has gone, unless a newer one has taken its place.
+    /// A head has gone.
     pub fn remove(&self, replica: ReplicaId, head: &HeadClient) {
-        let mut heads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if heads.get(&replica).is_some_and(|h| h.events.same_channel(&head.events)) {
-            heads.remove(&replica);
+        let mut heads = self.lock();
+        if let Some(of_replica) = heads.get_mut(&replica) {
+            of_replica.retain(|h| !h.events.same_channel(&head.events));
+            if of_replica.is_empty() {
+                heads.remove(&replica);
+            }
         }
     }
 
-    /// The head of a replica.
+    /// The head that takes requests of a replica: the newest one that is open. Where none is, the newest
+    /// one has the words to say so.
     pub fn get(&self, replica: ReplicaId) -> Option<HeadClient> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&replica).cloned()
+        let heads = self.lock();
+        let of_replica = heads.get(&replica)?;
+        let is_open = |head: &&HeadClient| head.open.load(Ordering::Relaxed);
+        of_replica.iter().rev().find(is_open).or(of_replica.last()).cloned()
     }
 
     /// The reports of all heads.
     pub fn reports(&self) -> Vec<HeadReport> {
-        let heads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        heads.values().map(HeadClient::report).collect()
+        self.lock().values().flatten().map(HeadClient::report).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, Vec<HeadClient>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -230,10 +246,13 @@ struct Driver {
     /// Why new requests are turned away, while they are.
     refuse: Option<WireError>,
     faulted: bool,
+    /// Whether it takes nothing new because its layout or its worker goes.
+    retires: bool,
     lateness: Lateness,
     report: watch::Sender<HeadReport>,
     idle: watch::Sender<bool>,
     slow_readers: Arc<AtomicU64>,
+    open: Arc<AtomicBool>,
 }
 
 impl Driver {
@@ -308,16 +327,20 @@ impl Driver {
             Event::Linked => {
                 if !self.faulted {
                     self.refuse = None;
+                    self.open.store(true, Ordering::Relaxed);
                 }
             }
             Event::Fault { reason } => {
                 self.faulted = true;
+                self.open.store(false, Ordering::Relaxed);
                 let words = format!("{reason}; a new layout is on its way, try again");
                 self.refuse = Some(WireError::new(ErrorCode::NotReady, words));
                 self.lateness.clear();
                 self.engine.handle(now, engine::Event::Fault { reason });
             }
             Event::Drain => {
+                self.open.store(false, Ordering::Relaxed);
+                self.retires = true;
                 let words = "the worker is letting this replica go; try again";
                 self.refuse = Some(WireError::new(ErrorCode::Draining, words));
             }
@@ -377,7 +400,15 @@ impl Driver {
         let _ = self.stage.send(input).await;
     }
 
-    fn emit(&mut self, key: ClientKey, event: HeadEvent) {
+    fn emit(&mut self, key: ClientKey, mut event: HeadEvent) {
+        if let HeadEvent::Failed { header, code, .. } = &mut event
+            && self.retires
+            && *code == ErrorCode::WorkerLost
+        {
+            // Nothing was lost: the layout has ended, and the answer goes on at another.
+            *code = ErrorCode::Draining;
+            header.code = u32::from(code.number());
+        }
         let last = !matches!(event, HeadEvent::Token { .. });
         let Some(client) = self.clients.get(&key) else { return };
         match client.try_send(event) {

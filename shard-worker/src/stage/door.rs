@@ -29,14 +29,15 @@ const HELLOS_MAX: usize = 64;
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Shards whose upstream has not dialled yet. Held for one look-up, never over an await.
-pub(super) type Waiting = Arc<Mutex<HashMap<(ReplicaId, StageIndex), Expected>>>;
+/// A replica that moves has two generations at once.
+pub(super) type Waiting = Arc<Mutex<HashMap<(ReplicaId, Generation, StageIndex), Expected>>>;
 
 #[derive(Debug)]
 pub(super) struct Expected {
-    pub generation: Generation,
     pub from: Neighbour,
     pub linked: oneshot::Sender<(Connection, FrameReceiver)>,
 }
+
 /// Lets in the stages that are expected until told to stop.
 pub(super) async fn accept_all(
     endpoint: Endpoint,
@@ -141,13 +142,15 @@ fn expected_by(
     peer: Option<NodeId>,
 ) -> Result<Expected, (u32, &'static str)> {
     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (ReplicaId(hello.replica), StageIndex(hello.to_stage));
+    let key = place_of(hello);
     let Some(expected) = waiting.get(&key) else {
-        return Err((close_code::STALE, "that stage waits for no link here"));
+        let same = |(replica, _, stage): &(_, _, _)| (*replica, *stage) == (key.0, key.2);
+        let why = match waiting.keys().any(same) {
+            true => "another generation is assigned here",
+            false => "that stage waits for no link here",
+        };
+        return Err((close_code::STALE, why));
     };
-    if expected.generation.0 != hello.generation {
-        return Err((close_code::STALE, "another generation is assigned here"));
-    }
     if expected.from.stage.0 != hello.from_stage {
         return Err((close_code::REFUSED, "another stage is expected on this link"));
     }
@@ -157,9 +160,14 @@ fn expected_by(
     waiting.remove(&key).ok_or((close_code::STALE, "that stage waits for no link here"))
 }
 
+/// The place that a link is for.
+fn place_of(hello: &LinkHello) -> (ReplicaId, Generation, StageIndex) {
+    (ReplicaId(hello.replica), Generation(hello.generation), StageIndex(hello.to_stage))
+}
+
 /// Gives a place back that was taken for a link that did not come about.
 fn expect_again(waiting: &Waiting, hello: &LinkHello, expected: Expected) {
-    let key = (ReplicaId(hello.replica), StageIndex(hello.to_stage));
+    let key = place_of(hello);
     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
     // A shard that has left since is not brought back, and a newer one's place is its own.
     if !expected.linked.is_closed() {
@@ -181,12 +189,4 @@ pub(super) async fn send_hello(
     hello: &LinkHello,
 ) -> Result<(), SendError> {
     sender.send(FrameKind::LinkHello, hello, bytes::Bytes::new(), bytes::Bytes::new()).await
-}
-
-/// Takes back an expectation, unless a newer generation has replaced it.
-pub(super) fn forget(waiting: &Waiting, key: (ReplicaId, StageIndex), generation: Generation) {
-    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-    if waiting.get(&key).is_some_and(|expected| expected.generation == generation) {
-        waiting.remove(&key);
-    }
 }

@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::counters::Counters;
-use super::door::{Expected, HELLO_TIMEOUT, Waiting, accept_all, forget, read_hello, send_hello};
+use super::door::{Expected, HELLO_TIMEOUT, Waiting, accept_all, read_hello, send_hello};
 use super::ring::{LinkPlan, Neighbour};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame};
 use super::work::Work;
@@ -227,9 +227,9 @@ async fn link_shard(
     left: oneshot::Receiver<Goodbye>,
 ) {
     let LinkEnds { inlet, outlet, events, counters, work } = ends;
-    let key = (plan.replica, plan.stage);
+    let key = (plan.replica, plan.generation, plan.stage);
     let (linked, upstream) = oneshot::channel();
-    let expected = Expected { generation: plan.generation, from: plan.upstream, linked };
+    let expected = Expected { from: plan.upstream, linked };
     waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(key, expected);
 
     let mut open: [Option<Connection>; 2] = [None, None];
@@ -275,7 +275,7 @@ async fn link_shard(
         lost = receive => lost.event(),
         lost = send => lost.event(),
     };
-    forget(&waiting, key, plan.generation);
+    waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     for connection in open.into_iter().flatten() {
         connection.close(goodbye.code, &goodbye.reason);
     }

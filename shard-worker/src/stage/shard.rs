@@ -38,6 +38,13 @@ const STEP_END_TIMEOUT: Duration = Duration::from_secs(60);
 /// operator who stops a cluster waits at most so long.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long the head of a layout that retires still takes requests: coordinators choose by a table that
+/// is as old as their last look at the state, and what they have sent is under way.
+pub const LAME_DUCK: Duration = Duration::from_millis(500);
+
+/// How long a stage waits for its head to leave first, beyond the head's own deadline.
+const HEAD_FIRST: Duration = Duration::from_secs(2);
+
 /// Weights and cache, with what the head must know of the model.
 pub struct LoadedModel {
     /// The shard's part.
@@ -75,8 +82,11 @@ pub enum ShardEvent {
 /// How a shard ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShardStop {
-    /// What runs may finish, within `DRAIN_TIMEOUT`.
+    /// What runs may finish, within `DRAIN_TIMEOUT`: the others of the ring go on without this one.
     Drain,
+    /// The whole ring goes. The head takes what is still on its way to it for `LAME_DUCK`, what runs may
+    /// finish within `DRAIN_TIMEOUT`, and the others wait for the head to leave.
+    Retire,
     /// At once.
     Now,
 }
@@ -244,8 +254,11 @@ impl Supervisor {
         };
         match end {
             End::Told((how, why)) => {
-                if how == ShardStop::Drain {
-                    self.drain().await;
+                match how {
+                    ShardStop::Drain => self.drain(Duration::ZERO).await,
+                    ShardStop::Retire if self.head.is_some() => self.drain(LAME_DUCK).await,
+                    ShardStop::Retire => self.wait_for_head().await,
+                    ShardStop::Now => {}
                 }
                 self.close(&why).await;
             }
@@ -272,7 +285,7 @@ impl Supervisor {
     }
 
     /// Lets out what runs: the head's sequences here, or those that are open at this stage.
-    async fn drain(&mut self) {
+    async fn drain(&mut self, lame_duck: Duration) {
         let mut sequences = self.thread.sequences();
         // What is lost meanwhile ends the wait: nothing that runs can finish any more.
         let failed = async {
@@ -282,8 +295,12 @@ impl Supervisor {
             {}
         };
         if let Some(head) = &mut self.head {
+            let drain = async {
+                tokio::time::sleep(lame_duck).await;
+                head.drain(DRAIN_TIMEOUT).await;
+            };
             tokio::select! {
-                () = head.drain(DRAIN_TIMEOUT) => {}
+                () = drain => {}
                 () = failed => {}
             }
             return;
@@ -297,6 +314,20 @@ impl Supervisor {
         };
         if tokio::time::timeout(DRAIN_TIMEOUT, idle_or_failed).await.is_err() {
             tracing::warn!("sequences were still open at this stage after {DRAIN_TIMEOUT:?}");
+        }
+    }
+
+    /// The head knows when the last stream is over; its leaving closes the ring.
+    async fn wait_for_head(&mut self) {
+        let left = async {
+            while failure(&mut self.thread, &mut self.link_events, &mut self.fault, &mut self.ended)
+                .await
+                .is_none()
+            {}
+        };
+        let patience = LAME_DUCK + DRAIN_TIMEOUT + HEAD_FIRST;
+        if tokio::time::timeout(patience, left).await.is_err() {
+            tracing::warn!("the head of this layout has not left after {patience:?}");
         }
     }
 

@@ -139,8 +139,13 @@ pub async fn welcome_with(
     coordinator: &Endpoint,
     coordinators: Vec<CoordinatorAddress>,
 ) -> (Register, mpsc::Sender<CoordinatorMessage>, watch::Receiver<Said>) {
-    let accepting = within(coordinator.accept()).await.unwrap();
-    let connection = within(accepting.establish()).await.unwrap();
+    let connection = loop {
+        let accepting = within(coordinator.accept()).await.unwrap();
+        // A worker that a test has ended may have been about to come back.
+        if let Ok(connection) = within(accepting.establish()).await {
+            break connection;
+        }
+    };
     let (mut sender, mut receiver) = within(connection.accept_bi()).await.unwrap();
     let first = within(receiver.message(MESSAGE_LEN_MAX)).await.unwrap();
     let Some(WorkerMessage::Register(register)) = first else { panic!("{first:?}") };

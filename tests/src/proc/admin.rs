@@ -65,7 +65,8 @@ impl Admin {
         let name = DeploymentName::new(name)?;
         let phase_of = name.to_string();
         let stages = Some(stages);
-        self.call(AdminCall::Deploy { name, source, stages, precision: None })?;
+        let call = AdminCall::Deploy { name, source, stages, precision: None, replicas: 1 };
+        self.call(call)?;
         self.wait_for_phase(&phase_of, DeploymentPhase::Ready, CALL_TIMEOUT)
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use shoal_coordinator::control::reconcile::{
     Action, Decision, History, Observed, ObservedWorker, reconcile,
 };
-use shoal_coordinator::control::state::{Change, PlanCommand};
+use shoal_coordinator::control::state::Change;
 use shoal_coordinator::control::store::Standing;
 use shoal_coordinator::serving::{ServedDeployment, ServedReplica, ServingTable};
 use shoal_protocol::admin::DeploymentPhase;
@@ -205,25 +205,21 @@ impl World {
             if process.standing != process.executor.under {
                 break;
             }
-            match action {
-                Action::Assign { node, assignments, .. } => {
-                    let Some(known) = process.agents.workers.get_mut(&node) else { continue };
-                    let Some(link) = &known.link else { continue };
-                    let (life, session) = (link.life, link.session);
-                    let epoch = epoch.max(known.floor);
-                    known.pushed = Some(assignments.clone());
-                    self.checks.told(id, epoch, known.floor);
-                    let assign = Payload::Assign { from: id, session, epoch, assignments };
-                    self.send(id, node, life, assign);
-                }
-                Action::Adopt { plan, .. } => {
-                    self.trace(plan.generation.0);
-                    let change = Change::Plan(PlanCommand::Adopt { plan });
-                    process.executor.busy = Busy::Adopting;
-                    process.ask(self.now, Purpose::Adopt, Wish::Change(change), self.bug);
-                    return;
-                }
+            if let Some(command) = action.proposal() {
+                process.executor.busy = Busy::Adopting;
+                let wish = Wish::Change(Change::Plan(command));
+                process.ask(self.now, Purpose::Adopt, wish, self.bug);
+                return;
             }
+            let Action::Assign { node, assignments, .. } = action else { continue };
+            let Some(known) = process.agents.workers.get_mut(&node) else { continue };
+            let Some(link) = &known.link else { continue };
+            let (life, session) = (link.life, link.session);
+            let epoch = epoch.max(known.floor);
+            known.pushed = Some(assignments.clone());
+            self.checks.told(id, epoch, known.floor);
+            let assign = Payload::Assign { from: id, session, epoch, assignments };
+            self.send(id, node, life, assign);
         }
         process.executor.todo.clear();
         self.look_soon_if_changed(id, process);

@@ -102,5 +102,5 @@ fn deployment(name: &str, layers: u32, stages: u32) -> Change {
     let name = DeploymentName::new(name).unwrap();
     let model = ModelRef { source: ModelSource::Pretend(spec), fingerprint };
     let spec = DeploymentSpec { name, model, stages: Some(stages), precision: None };
-    Change::Deployment(DeploymentCommand::Create { spec, shape })
+    Change::Deployment(DeploymentCommand::Create { spec, shape, replicas: 1 })
 }

@@ -64,12 +64,16 @@ mod tests {
             devices: Vec::new(),
             shards: Vec::new(),
             heads: Vec::new(),
+            draining: false,
         };
         let deployment = |&(name, phase): &(&str, DeploymentPhase)| DeploymentView {
             name: DeploymentName::new(name).unwrap(),
             source: ModelSource::Builtin { name: "demo".to_owned() },
             phase,
             reason: if phase == DeploymentPhase::Ready { "" } else { "w1 was lost" }.to_owned(),
+            stages: None,
+            asked: 1,
+            replicas: Vec::new(),
         };
         ClusterView {
             coordinators: Vec::new(),

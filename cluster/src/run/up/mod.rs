@@ -215,6 +215,7 @@ async fn deploy(
         source,
         stages: args.stages.map(NonZeroU32::get),
         precision: args.precision,
+        replicas: 1,
     };
     accepted(client, call).await
 }

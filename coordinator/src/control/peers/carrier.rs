@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -148,7 +149,10 @@ impl Peers {
             }
         };
         match timeout(GREET_TIMEOUT, exchange).await.unwrap_or(Err(GreetError::Late)) {
-            Ok(sender) => Ok((connection, sender)),
+            Ok(sender) => {
+                self.welcomed.store(true, Ordering::Relaxed);
+                Ok((connection, sender))
+            }
             Err(error) => {
                 if let GreetError::Refused(refusal) = &error {
                     self.refused(refusal);
@@ -156,6 +160,22 @@ impl Peers {
                 connection.close(close_code::DONE, "");
                 Err(error)
             }
+        }
+    }
+
+    /// Shows itself to the others that it knows of, until one of them has welcomed it.
+    pub(super) async fn present(self) {
+        while !self.welcomed.load(Ordering::Relaxed) {
+            let state = self.store.state();
+            let others = state.coordinators.iter().filter(|(node, _)| *node != self.me.node);
+            for (node, _) in others {
+                let Some(address) = self.address_of(node) else { continue };
+                if let Ok((connection, _sender)) = self.greet(address, Expect::Node(node)).await {
+                    connection.close(close_code::DONE, "");
+                    return;
+                }
+            }
+            tokio::time::sleep(RETRY_MAX).await;
         }
     }
 

@@ -14,6 +14,7 @@ mod serve;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use shoal_protocol::control::CoordinatorAddress;
@@ -59,6 +60,9 @@ pub struct Peers {
     authority: Authority,
     /// Where coordinators have been seen, which is newer than what the state says.
     seen: Arc<Mutex<BTreeMap<NodeId, SocketAddr>>>,
+    /// Whether another coordinator has welcomed this start. Until then nothing of the log is listened to:
+    /// an old backup would find in it what it has forgotten that it promised.
+    welcomed: Arc<AtomicBool>,
     /// Why this process must end, once another coordinator has said so.
     ghost: Arc<watch::Sender<Option<String>>>,
 }
@@ -87,6 +91,7 @@ impl Peers {
             outboxes,
             authority,
             seen: Arc::default(),
+            welcomed: Arc::default(),
             ghost: Arc::new(watch::Sender::new(None)),
         }
     }
@@ -96,6 +101,7 @@ impl Peers {
     pub async fn run(self, seeds: Vec<SocketAddr>, mut stop: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
         tasks.spawn(self.clone().announce());
+        tasks.spawn(self.clone().present());
         for seed in seeds {
             tasks.spawn(self.clone().find(seed));
         }

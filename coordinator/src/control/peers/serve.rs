@@ -1,6 +1,7 @@
 //! ● The receiving side: who may speak, and what is done with what they say.
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -141,6 +142,10 @@ impl Peers {
             let message = Message::decode(body.as_slice()).map_err(|error| error.to_string())?;
             if message.from != id || message.to != u64::from(self.me.node.number) {
                 return Err(format!("a message from {} to {}", message.from, message.to));
+            }
+            if !self.welcomed.load(Ordering::Relaxed) && !self.store.state().is_new() {
+                // The sender sends again whatever it still needs.
+                continue;
             }
             if self.network.send(NetworkEvent::Message(Box::new(message))).await.is_err() {
                 return Ok(());

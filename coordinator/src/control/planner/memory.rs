@@ -33,6 +33,9 @@ pub const KV_TOKENS_COMFORTABLE: u32 = 4096;
 /// The least that is worth serving: one question and a short answer. Less is refused.
 pub const KV_TOKENS_MIN: u32 = 256;
 
+/// Of what a worker has left once the least is taken, one part of so many may go to more KV.
+const KV_SHARE: u64 = 2;
+
 /// (rows of a step, sequences at once), the most generous first. Logits and buffers grow with both,
 /// and with a large vocabulary and a small budget they would not leave room for the weights.
 const STEP_LIMITS: [(u32, u32); 4] = [(512, 256), (256, 64), (128, 16), (32, 4)];
@@ -150,6 +153,9 @@ pub(super) fn limits_to_try(costs: &Costs<'_>, stages: usize) -> Vec<ReplicaLimi
 }
 
 /// The same limits with as many KV blocks as all stages have room for, and what follows from them.
+///
+/// Beyond the context that was planned for, KV takes at most half of what a worker has left: the next
+/// deployment, and the next layout of this one beside it, need room too.
 pub(super) fn largest_limits(
     costs: &Costs<'_>,
     least: ReplicaLimits,
@@ -164,11 +170,17 @@ pub(super) fn largest_limits(
         sequences_max: least.sequences_max.min(kv_blocks),
         ..least.clone()
     };
+    let need = |cut: &Cut, limits: &ReplicaLimits| {
+        costs.shape().memory(cut.layers, costs.precision(), limits).total()
+    };
+    let bound = |cut: &Cut, worker: &Candidate| {
+        let least = need(cut, &least);
+        least + Bytes(worker.free().saturating_sub(least).0 / KV_SHARE)
+    };
+    let bounds: Vec<_> = cuts.iter().zip(workers).map(|(cut, worker)| bound(cut, worker)).collect();
     let fits = |kv_blocks: u32| {
         let limits = with(kv_blocks);
-        cuts.iter().zip(workers).all(|(cut, worker)| {
-            costs.shape().memory(cut.layers, costs.precision(), &limits).total() <= worker.free()
-        })
+        cuts.iter().zip(&bounds).all(|(cut, bound)| need(cut, &limits) <= *bound)
     };
     // `least.kv_blocks` fits: the cut was made with it. The largest number that does is found by
     // halving, since memory grows with the number of blocks.

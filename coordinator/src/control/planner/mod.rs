@@ -8,6 +8,7 @@
 //! The same arguments give the same layout: nothing is drawn, no clock is read, and no choice is
 //! left to whoever carries the layout out.
 
+mod change;
 mod explain;
 mod memory;
 mod placement;
@@ -20,6 +21,7 @@ use shoal_protocol::plan::{
 use shoal_protocol::units::Bytes;
 
 use super::shape::ModelShape;
+pub use change::{Rate, loads, same_layout, speed};
 pub use explain::explain;
 pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
 pub use refusal::{PlanRefusal, StageNeed};
@@ -47,6 +49,9 @@ pub struct Candidate {
     pub used: Bytes,
     /// The contracts that its kernels keep.
     pub numerics: Vec<Numerics>,
+    /// Whether it has a shard of another replica of the same deployment: two copies on one worker are
+    /// lost together and wait for each other.
+    pub sibling: bool,
 }
 
 impl Candidate {
@@ -70,17 +75,35 @@ pub struct Job<'a> {
     /// The layout that the new one replaces: a worker keeps the layers that it has where that costs
     /// nothing else.
     pub previous: Option<&'a ReplicaPlan>,
+    /// How many replicas the deployment has: where the number of stages is left open, each takes its
+    /// share of the workers.
+    pub replicas: usize,
 }
 
-/// The layout for a job, or why there is none.
+/// The layout for a job, or why there is none. Workers without a sibling come first.
 pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
+    let share = (inventory.workers.len() / job.replicas.max(1)).max(1);
+    let (shared, free): (Vec<_>, Vec<_>) =
+        inventory.workers.iter().cloned().partition(|worker| worker.sibling);
+    if !shared.is_empty()
+        && let Ok(plan) = plan_on(&Inventory { workers: free }, job, share)
+    {
+        return Ok(plan);
+    }
+    plan_on(inventory, job, share)
+}
+
+fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<ReplicaPlan, PlanRefusal> {
     let numerics = Numerics::N1;
     let workers = candidates(inventory, numerics)?;
     let layers = job.shape.layers();
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
     let (most, least) = stages_range(job.spec.stages, layers, workers.len())?;
     let costs = Costs::new(job.shape, precision);
-    let found = (least..=most).rev().find_map(|stages| layout(&costs, &workers, stages));
+    // As many as its share, else fewer; more only where it does not fit otherwise.
+    let share = share.clamp(least, most);
+    let mut to_try = (least..=share).rev().chain(share + 1..=most);
+    let found = to_try.find_map(|stages| layout(&costs, &workers, stages));
     let Some((limits, cuts)) = found else {
         return Err(refusal::does_not_fit(job, &costs, &workers, most));
     };

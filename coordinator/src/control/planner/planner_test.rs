@@ -42,6 +42,7 @@ fn inventory(budgets: &[u64]) -> Inventory {
         budget: Bytes(*budget),
         used: Bytes(0),
         numerics: vec![Numerics::N1],
+        sibling: false,
     };
     Inventory { workers: budgets.iter().enumerate().map(worker).collect() }
 }
@@ -59,6 +60,7 @@ fn planned(
         spec: &spec,
         shape,
         previous,
+        replicas: 1,
     };
     plan(inventory, &job)
 }
@@ -311,9 +313,9 @@ fn small_model(numbers: &mut Numbers) -> ModelShape {
     })
 }
 
-#[test]
-fn a_smaller_precision_is_advised_where_it_fits() {
-    let shape = ModelShape::Checkpoint(ModelSpec {
+/// A small model with real KV.
+fn dense(context_max: u32) -> ModelShape {
+    ModelShape::Checkpoint(ModelSpec {
         family: Family::Llama,
         layers: 4,
         hidden: 512,
@@ -322,7 +324,7 @@ fn a_smaller_precision_is_advised_where_it_fits() {
         head_dim: 64,
         intermediate: 2048,
         vocab: 1000,
-        context_max: 512,
+        context_max,
         norm_eps: 1e-5,
         rope_theta: 1e4,
         rope_scaling: RopeScaling::None,
@@ -332,7 +334,36 @@ fn a_smaller_precision_is_advised_where_it_fits() {
         mlp_bias: false,
         qk_norm: false,
         stored: Precision::F32,
-    });
+    })
+}
+
+#[test]
+fn a_second_deployment_and_a_next_layout_find_room_beside_the_first() {
+    let shape = dense(8192);
+    let spec = spec(&shape, Some(1));
+    let plan_with = |used: Bytes, budget: u64| {
+        let mut inventory = inventory(&[budget]);
+        inventory.workers[0].used = used;
+        let (replica, generation) = (ReplicaId(1), Generation(1));
+        let (shape, previous) = (&shape, None);
+        plan(&inventory, &Job { replica, generation, spec: &spec, shape, previous, replicas: 1 })
+    };
+    // As much as the most that one replica takes: alone it would leave nothing.
+    let roomy = plan_with(Bytes(0), 1 << 40).unwrap();
+    assert_eq!(roomy.limits.kv_blocks * 16, KV_TOKENS_MAX);
+    let budget = roomy.stages[0].shards[0].memory.total().0;
+    let mut used = Bytes(0);
+    for _ in 0..2 {
+        let plan = plan_with(used, budget).unwrap();
+        assert!(plan.limits.kv_blocks * 16 >= KV_TOKENS_COMFORTABLE, "{:?}", plan.limits);
+        used = used + plan.stages[0].shards[0].memory.total();
+        assert!(used <= Bytes(budget));
+    }
+}
+
+#[test]
+fn a_smaller_precision_is_advised_where_it_fits() {
+    let shape = dense(512);
     let costs = Costs::new(&shape, Precision::F32);
     let weights = costs.weights(LayerRange::new(0, 4)).0;
     let refusal = planned(&inventory(&[weights * 3 / 4]), &shape, None, None).unwrap_err();

@@ -187,6 +187,7 @@ fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
             budget: Bytes(u64::MAX),
             used: Bytes(0),
             numerics: Vec::new(),
+            sibling: false,
         })
         .collect();
     let endless: Vec<_> = endless.iter().collect();

@@ -8,10 +8,8 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::{Bytes, Instant};
 
-use super::{
-    History, LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, STABLE_AFTER, patience,
-    place_of,
-};
+use super::words::place_of;
+use super::{LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, Watched, patience};
 
 /// How a replica is.
 #[derive(Debug)]
@@ -39,6 +37,8 @@ pub(super) enum Health {
     NeedsPlan {
         /// Why.
         reason: String,
+        /// The workers that it failed at, where that says something about them.
+        blame: Vec<NodeId>,
     },
     /// No layout would help.
     Hopeless {
@@ -49,53 +49,58 @@ pub(super) enum Health {
 
 /// Looks at the layout's workers first, since a shard that failed because a worker died is no news,
 /// then at what the shards say. Remembers what it saw in `history`.
-pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, history: &mut History) -> Health {
-    let Some(plan) = plan else { return Health::NeedsPlan { reason: String::new() } };
+pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut Watched) -> Health {
+    let Some(plan) = plan else { return needs_plan(String::new()) };
     let now = observed.now;
-    if history.generation != plan.generation {
-        history.generation = plan.generation;
-        history.incarnations.clear();
-        history.unlinked_since = None;
-        history.alone_since = None;
-        history.ready_since = None;
-        history.standing.clear();
+    if watched.generation != plan.generation {
+        *watched = Watched { generation: plan.generation, ..Watched::default() };
     }
-    if let Some(health) = of_workers(plan, observed, history) {
-        history.ready_since = None;
-        history.standing.clear();
+    if let Some(health) = of_workers(plan, observed, watched) {
+        watched.ready_since = None;
+        watched.standing.clear();
         return health;
     }
     let shards = current_shards(plan, observed);
     if let Some((node, error)) = failed(&shards) {
-        history.ready_since = None;
+        watched.ready_since = None;
         let silence = |node| observed.workers.get(&node).map(|worker| worker.silent_for);
         let silence = plan.nodes().filter_map(silence).max().unwrap_or_default();
-        return of_failure(node, error, silence, now, history);
+        return of_failure(node, error, silence, now, watched);
     }
-    history.unlinked_since = None;
+    watched.unlinked_since = None;
     if observed.follows {
         // Nobody was told anything from here, so nothing is overdue here either: whoever becomes the
         // leader gives everybody the whole time.
-        history.standing.clear();
+        watched.standing.clear();
     }
-    let outlook = patience::look(&shards, now, &mut history.standing);
+    let outlook = patience::look(&shards, now, &mut watched.standing);
     if outlook.missing.is_empty() {
-        let since = *history.ready_since.get_or_insert(now);
-        if now.since(since) >= STABLE_AFTER {
-            history.failures = 0;
-        }
+        watched.ready_since.get_or_insert(now);
         return Health::Ready { reason: format!("{} {}", plan.generation, place_of(plan)) };
     }
-    history.ready_since = None;
+    watched.ready_since = None;
     if !outlook.overdue.is_empty() {
-        return Health::NeedsPlan { reason: outlook.overdue.join(", ") };
+        let (blame, words): (_, Vec<_>) = outlook.overdue.into_iter().unzip();
+        return Health::NeedsPlan { reason: words.join(", "), blame };
     }
     let reason = format!("{}: {}", plan.generation, outlook.missing.join(", "));
     Health::Loading { until: outlook.until, reason }
 }
 
+/// It needs a new layout, and no worker is to blame.
+pub(super) fn needs_plan(reason: String) -> Health {
+    Health::NeedsPlan { reason, blame: Vec::new() }
+}
+
+/// Whether every shard of a layout takes steps, as far as was heard.
+pub(super) fn is_up(plan: &ReplicaPlan, observed: &Observed) -> bool {
+    let connected = |node| observed.workers.get(&node).is_some_and(|worker| worker.connected);
+    let ready = |(node, shard): Shard<'_>| connected(node) && progress(node, shard).is_none();
+    current_shards(plan, observed).into_iter().all(ready)
+}
+
 /// What is wrong with the workers of a layout; `None` where all are there as they were.
-fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) -> Option<Health> {
+fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut Watched) -> Option<Health> {
     let mut unheard = Vec::new();
     let mut changed = Vec::new();
     // All of them at once: it is this coordinator that was not there for a while. Whoever comes back
@@ -132,7 +137,7 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
         }
     }
     if !changed.is_empty() {
-        return Some(Health::NeedsPlan { reason: changed.join(", ") });
+        return Some(needs_plan(changed.join(", ")));
     }
     if unheard.is_empty() {
         history.alone_since = None;
@@ -152,7 +157,7 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut History) ->
         return Some(Health::Awaiting { until, reason });
     }
     let reason = format!("{} did not come back", unheard.join(", "));
-    Some(Health::NeedsPlan { reason })
+    Some(needs_plan(reason))
 }
 
 /// `silence`: how long ago the last one of the layout's workers was heard.
@@ -161,7 +166,7 @@ fn of_failure(
     error: &WireError,
     silence: Duration,
     now: Instant,
-    history: &mut History,
+    history: &mut Watched,
 ) -> Health {
     let reason = format!("{node}: {error}");
     if cannot_be_mended(error) {
@@ -177,10 +182,12 @@ fn of_failure(
         if all_heard {
             let reason =
                 format!("{reason}; all its workers were heard since, so it is a link or a shard");
-            return Health::NeedsPlan { reason };
+            return needs_plan(reason);
         }
     }
-    Health::NeedsPlan { reason }
+    // A link has two ends, and a number that is used up says nothing about the worker.
+    let innocent = matches!(error.code, ErrorCode::WorkerLost | ErrorCode::StaleGeneration);
+    Health::NeedsPlan { reason, blame: if innocent { Vec::new() } else { vec![node] } }
 }
 
 /// Whether other workers would say the same: the model or the request is wrong, not the cluster.

@@ -53,8 +53,8 @@ enum Step {
 pub(super) struct Outlook {
     /// What is missing, in stage order; empty where all take steps.
     pub missing: Vec<String>,
-    /// What has taken too long.
-    pub overdue: Vec<String>,
+    /// Where it has taken too long, in words.
+    pub overdue: Vec<(NodeId, String)>,
     /// When the next one of them will have taken too long.
     pub until: Option<Instant>,
 }
@@ -90,11 +90,8 @@ pub(super) fn look(
         let Some(limit) = step.limit() else { continue };
         let until = here.since + limit;
         if now >= until {
-            outlook.overdue.push(format!(
-                "{node} {} for {:.0?}",
-                step.words(),
-                now.since(here.since)
-            ));
+            let words = format!("{node} {} for {:.0?}", step.words(), now.since(here.since));
+            outlook.overdue.push((*node, words));
         } else if outlook.until.is_none_or(|other| until < other) {
             outlook.until = Some(until);
         }

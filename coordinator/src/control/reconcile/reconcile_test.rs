@@ -9,34 +9,54 @@ use shoal_protocol::version::VersionRange;
 use super::*;
 use crate::control::shape::small_pretend;
 use crate::control::state::{
-    Change, Command, DeploymentCommand, KeyFingerprint, NodeCommand, PlanCommand, Timestamp,
+    Change, Command, DeploymentCommand, KeyFingerprint, NodeCommand, Refusal, Timestamp,
 };
 
 const MS: u64 = 1000;
 
 /// A state, what is observed, and hands that do what a decision says.
-struct World {
-    state: ClusterState,
-    observed: Observed,
+pub(super) struct World {
+    pub(super) state: ClusterState,
+    pub(super) observed: Observed,
     sequence: u64,
+    /// Of each worker that connects.
+    pub(super) memory: Bytes,
 }
 
 impl World {
     /// A cluster with `n` workers that are connected, and the deployment `m` of 6 layers of 100 MiB.
-    fn new(n: u32, stages: Option<u32>) -> Self {
-        let mut world =
-            World { state: ClusterState::default(), observed: Observed::default(), sequence: 0 };
-        for number in 1..=n {
-            let key = KeyFingerprint([0; 32]);
-            world.apply(Change::Node(NodeCommand::Enrol { role: Role::Worker, key }));
-            world.connect(number, 1);
-        }
+    pub(super) fn new(n: u32, stages: Option<u32>) -> Self {
+        let mut world = Self::empty(n, Bytes::mib(420));
         world.deploy("m", stages);
         world
     }
 
-    fn deploy(&mut self, name: &str, stages: Option<u32>) {
-        let shape = small_pretend(6, 100 << 20);
+    /// A cluster with `n` workers of so much memory.
+    pub(super) fn empty(n: u32, memory: Bytes) -> Self {
+        let (state, observed) = (ClusterState::default(), Observed::default());
+        let mut world = World { state, observed, sequence: 0, memory };
+        (1..=n).for_each(|number| world.join(number));
+        world
+    }
+
+    pub(super) fn join(&mut self, number: u32) {
+        let key = KeyFingerprint([0; 32]);
+        self.apply(Change::Node(NodeCommand::Enrol { role: Role::Worker, key }));
+        self.connect(number, 1);
+    }
+
+    pub(super) fn deploy(&mut self, name: &str, stages: Option<u32>) {
+        self.deploy_many(name, stages, 1, 100 << 20);
+    }
+
+    pub(super) fn deploy_many(
+        &mut self,
+        name: &str,
+        stages: Option<u32>,
+        replicas: u32,
+        layer: u64,
+    ) {
+        let shape = small_pretend(6, layer);
         let spec = DeploymentSpec {
             name: DeploymentName::new(name).unwrap(),
             model: ModelRef {
@@ -47,10 +67,14 @@ impl World {
             precision: None,
         };
         let shape = ModelShape::Pretend(shape);
-        self.apply(Change::Deployment(DeploymentCommand::Create { spec, shape }));
+        self.apply(Change::Deployment(DeploymentCommand::Create { spec, shape, replicas }));
     }
 
-    fn apply(&mut self, change: Change) {
+    pub(super) fn apply(&mut self, change: Change) {
+        self.try_apply(change).unwrap();
+    }
+
+    pub(super) fn try_apply(&mut self, change: Change) -> Result<(), Refusal> {
         self.sequence += 1;
         let command = Command {
             client: NodeId::coordinator(1),
@@ -59,14 +83,14 @@ impl World {
             at: Timestamp(0),
             change,
         };
-        self.state.apply(&command).unwrap();
+        self.state.apply(&command).map(drop)
     }
 
-    fn connect(&mut self, number: u32, incarnation: u64) {
+    pub(super) fn connect(&mut self, number: u32, incarnation: u64) {
         let device = DeviceInfo {
             name: "cpu".into(),
             description: String::new(),
-            memory: Bytes::mib(420),
+            memory: self.memory,
             threads: 1,
         };
         let address = |port: u16| {
@@ -95,16 +119,16 @@ impl World {
         self.observed.workers.insert(NodeId::worker(number), worker);
     }
 
-    fn worker(&mut self, number: u32) -> &mut ObservedWorker {
+    pub(super) fn worker(&mut self, number: u32) -> &mut ObservedWorker {
         self.observed.workers.get_mut(&NodeId::worker(number)).unwrap()
     }
 
-    fn lose(&mut self, number: u32) {
+    pub(super) fn lose(&mut self, number: u32) {
         self.worker(number).connected = false;
     }
 
     /// The worker reports this state for all that it was told to be.
-    fn report(&mut self, number: u32, state: ShardState) {
+    pub(super) fn report(&mut self, number: u32, state: ShardState) {
         let worker = self.worker(number);
         let shards = worker.pushed.iter().flatten().map(|assignment| ShardReport {
             replica: assignment.replica.id,
@@ -117,21 +141,43 @@ impl World {
         worker.report.shards = shards.collect();
     }
 
-    fn fail(&mut self, number: u32, code: ErrorCode, message: &str) {
+    pub(super) fn lose_if_there(&mut self, number: u32) {
+        if self.observed.workers.contains_key(&NodeId::worker(number)) {
+            self.lose(number);
+        }
+    }
+
+    pub(super) fn connect_if_gone(&mut self, number: u32, incarnation: u64) {
+        let worker = self.observed.workers.get(&NodeId::worker(number));
+        if worker.is_none_or(|worker| !worker.connected) {
+            self.connect(number, incarnation);
+        }
+    }
+
+    pub(super) fn report_if_there(&mut self, number: u32, state: ShardState) {
+        if self.observed.workers.contains_key(&NodeId::worker(number)) {
+            self.report(number, state);
+        }
+    }
+
+    pub(super) fn fail_if_there(&mut self, number: u32, code: ErrorCode) {
+        self.report_if_there(number, ShardState::Failed(WireError::new(code, "it broke")));
+    }
+
+    pub(super) fn fail(&mut self, number: u32, code: ErrorCode, message: &str) {
         self.report(number, ShardState::Failed(WireError::new(code, message)));
     }
 
     /// One round: what it decides, which is also done.
-    fn round(&mut self) -> Decision {
+    pub(super) fn round(&mut self) -> Decision {
         let decision = reconcile(&self.state, &self.observed);
         self.observed.history = decision.history.clone();
         for action in &decision.actions {
-            match action.clone() {
-                Action::Adopt { plan, .. } => self.apply(Change::Plan(PlanCommand::Adopt { plan })),
-                Action::Assign { node, assignments, .. } => {
-                    let worker = self.observed.workers.get_mut(&node).unwrap();
-                    worker.pushed = Some(assignments);
-                }
+            if let Some(command) = action.proposal() {
+                self.apply(Change::Plan(command));
+            } else if let Action::Assign { node, assignments, .. } = action.clone() {
+                let worker = self.observed.workers.get_mut(&node).unwrap();
+                worker.pushed = Some(assignments);
             }
         }
         decision
@@ -139,7 +185,7 @@ impl World {
 
     /// A round at this time must print as exactly these lines.
     #[track_caller]
-    fn expect(&mut self, at_ms: u64, lines: &[&str]) {
+    pub(super) fn expect(&mut self, at_ms: u64, lines: &[&str]) {
         self.observed.now = Instant(at_ms * MS);
         let decision = self.round();
         let printed = decision.to_string();
@@ -151,8 +197,24 @@ impl World {
         assert_eq!(adopts(&again), 0, "a second layout for the same observation: {again:?}");
     }
 
+    /// Every worker is what it was told to be, until nothing changes.
+    pub(super) fn settle(&mut self) -> Vec<String> {
+        let mut said = Vec::new();
+        for _ in 0..40 {
+            let decision = self.round();
+            let numbers: Vec<_> = self.observed.workers.keys().map(|node| node.number).collect();
+            numbers.into_iter().for_each(|number| self.report(number, ShardState::Ready));
+            if decision.actions.is_empty() {
+                return said;
+            }
+            said.extend(decision.actions.iter().map(ToString::to_string));
+            self.observed.now = self.observed.now + Duration::from_millis(100);
+        }
+        panic!("it does not come to rest: {said:#?}");
+    }
+
     /// Brings `m` up on all workers, by `at_ms`.
-    fn ready(n: u32, stages: Option<u32>, at_ms: u64) -> Self {
+    pub(super) fn ready(n: u32, stages: Option<u32>, at_ms: u64) -> Self {
         let mut world = Self::new(n, stages);
         world.observed.now = Instant(at_ms * MS);
         world.round();

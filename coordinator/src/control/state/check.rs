@@ -26,6 +26,10 @@ pub enum Violation {
     StrangeVoter(NodeId),
     /// A plan that does not hold together.
     BadPlan(ReplicaId, String),
+    /// A next layout without one that serves, or that is not newer.
+    NextNotNext(ReplicaId),
+    /// A drain of a node that is not there.
+    DrainOfNobody(NodeId),
 }
 
 impl fmt::Display for Violation {
@@ -38,6 +42,8 @@ impl fmt::Display for Violation {
             Violation::Orphan(id) => write!(f, "{id} has a plan and no deployment"),
             Violation::StrangeVoter(id) => write!(f, "{id} votes and is not known"),
             Violation::BadPlan(id, fault) => write!(f, "the plan of {id}: {fault}"),
+            Violation::NextNotNext(id) => write!(f, "the next layout of {id} follows none"),
+            Violation::DrainOfNobody(node) => write!(f, "{node} is drained and not there"),
         }
     }
 }
@@ -68,7 +74,18 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
             }
         }
     }
-    for plan in state.plans.iter() {
+    for next in state.plans.nexts() {
+        let current = state.plans.get(next.id);
+        if current.is_none_or(|current| current.generation >= next.generation) {
+            found.push(Violation::NextNotNext(next.id));
+        }
+    }
+    for (node, _) in state.drains.iter() {
+        if state.nodes.get(node).is_none() {
+            found.push(Violation::DrainOfNobody(node));
+        }
+    }
+    for plan in state.plans.all() {
         let owner = state.deployments.get(&plan.deployment);
         match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {
             None => found.push(Violation::Orphan(plan.id)),

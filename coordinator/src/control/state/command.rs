@@ -12,11 +12,16 @@
 //! | [`CoordinatorCommand::SetVoters`] | an admin | all have announced themselves; 1, 3 or 5 |
 //! | [`CoordinatorCommand::KeyReceived`] | a coordinator, for itself | it has announced itself |
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
+//! | [`DeploymentCommand::Scale`] | an admin | the name is taken, the number of replicas within bounds |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
 //! | [`NodeCommand::Remove`] | an admin | the node is known, no coordinator, and not the cluster's own admin |
 //! | [`TokenCommand::Revoke`] | an admin | the token is known |
 //! | [`KeyCommand::Create`] | an admin | no good key has the name, no key ever had the hash, limits and expiry within bounds |
 //! | [`KeyCommand::Revoke`] | an admin | the key is known and not revoked yet |
+//! | [`PlanCommand::Prepare`] | the reconciler | the same, and there is a layout that serves meanwhile |
+//! | [`PlanCommand::Promote`], [`PlanCommand::Abandon`] | the reconciler | the generation is the one that was prepared |
+//! | [`PlanCommand::Confirm`] | the reconciler | the generation is the one that serves |
+//! | [`DrainCommand::Begin`], [`DrainCommand::End`] | an admin | the node is a worker of this cluster |
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,7 +34,8 @@ use shoal_protocol::id::{
 };
 
 use super::{
-    CoordinatorCommand, DeploymentCommand, KeyCommand, NodeCommand, PlanCommand, TokenCommand,
+    CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand, PlanCommand,
+    TokenCommand,
 };
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
@@ -85,6 +91,8 @@ pub enum Change {
     Coordinator(CoordinatorCommand),
     /// Who may use the public API.
     Key(KeyCommand),
+    /// Which workers are to hold nothing.
+    Drain(DrainCommand),
 }
 
 /// What has changed.
@@ -159,6 +167,45 @@ pub enum Effect {
     TokenRevoked {
         /// What its users would have been.
         role: Role,
+    },
+    /// A deployment is to be served in another way.
+    DeploymentScaled {
+        /// Which.
+        name: DeploymentName,
+        /// The replicas that it was given.
+        given: Vec<ReplicaId>,
+        /// The replicas that were taken from it.
+        taken: Vec<ReplicaId>,
+    },
+    /// A replica's next layout is to be made beside the one that serves.
+    PlanPrepared {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+        /// The layout that is to be made.
+        generation: Generation,
+    },
+    /// A replica's next layout is given up; the one that serves goes on.
+    PlanAbandoned {
+        /// The revision of the whole plan.
+        revision: PlanRevision,
+        /// The replica.
+        replica: ReplicaId,
+        /// The layout that was given up.
+        generation: Generation,
+    },
+    /// A replica's layout is as was asked for.
+    PlanConfirmed {
+        /// The replica.
+        replica: ReplicaId,
+    },
+    /// A worker is to hold nothing, or may hold something again.
+    DrainChanged {
+        /// Which.
+        node: NodeId,
+        /// Whether it is to hold nothing.
+        draining: bool,
     },
 }
 
@@ -305,6 +352,20 @@ pub enum Refusal {
         /// Which.
         node: NodeId,
     },
+    /// The number of replicas is out of bounds.
+    #[error("a deployment has 1 to {max} replicas, not {replicas}; `shoal undeploy` ends it", max = super::deployments::REPLICAS_MAX)]
+    BadReplicas {
+        /// What was asked.
+        replicas: u32,
+    },
+    /// What is not a worker holds no shards.
+    #[error(
+        "{node} is no worker, so there is nothing to move off it; `shoal status` lists the workers"
+    )]
+    NotAWorker {
+        /// Which.
+        node: NodeId,
+    },
 }
 
 /// What there can be too many of.
@@ -318,6 +379,8 @@ pub enum Noun {
     Nodes,
     /// API keys.
     Keys,
+    /// Replicas.
+    Replicas,
 }
 
 impl fmt::Display for Noun {
@@ -327,6 +390,7 @@ impl fmt::Display for Noun {
             Noun::Deployments => "deployments",
             Noun::Nodes => "nodes of this role",
             Noun::Keys => "API keys",
+            Noun::Replicas => "numbers of replicas given",
         })
     }
 }
@@ -367,7 +431,9 @@ impl Refusal {
             Refusal::BadUses { .. }
             | Refusal::BadExpiry
             | Refusal::BadVoters { .. }
-            | Refusal::StillVotes { .. } => ErrorCode::InvalidRequest,
+            | Refusal::StillVotes { .. }
+            | Refusal::BadReplicas { .. }
+            | Refusal::NotAWorker { .. } => ErrorCode::InvalidRequest,
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
             Refusal::UnknownKey { .. } => ErrorCode::NotFound,

@@ -6,13 +6,14 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`keys`]; this file only dispatches. What is soft (who is connected, load, progress of loading) is not here: it
-//! never enters the log. Time enters as data, stamped by whoever proposes.
+//! [`plans`], [`keys`], [`drains`]; this file only dispatches. What is soft (who is connected, load,
+//! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
 pub mod command;
 pub mod coordinators;
 pub mod deployments;
+pub mod drains;
 pub mod keys;
 pub mod nodes;
 pub mod plans;
@@ -26,7 +27,8 @@ use shoal_protocol::id::{Incarnation, NodeId};
 
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
-pub use deployments::{Deployment, DeploymentCommand, Deployments};
+pub use deployments::{Deployment, DeploymentCommand, Deployments, REPLICAS_MAX};
+pub use drains::{DrainCommand, Drains};
 pub use keys::{ApiKey, KeyCommand, KeyHash, Keys};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
@@ -49,6 +51,8 @@ pub struct ClusterState {
     clock: Timestamp,
     /// Who may use the public API.
     pub keys: Keys,
+    /// Which workers are to hold nothing.
+    pub drains: Drains,
     /// The last command of each client and what it came to, so that a command that is sent twice is
     /// applied once.
     last: BTreeMap<NodeId, Applied>,
@@ -133,13 +137,17 @@ impl ClusterState {
             Change::Node(NodeCommand::Start { node, incarnation, build }) => {
                 self.nodes.start(*node, *incarnation, build)
             }
-            Change::Node(NodeCommand::Remove { node }) => self.nodes.remove(*node),
+            Change::Node(NodeCommand::Remove { node }) => {
+                let effects = self.nodes.remove(*node)?;
+                self.drains.forget(*node);
+                Ok(effects)
+            }
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
             Change::Token(TokenCommand::Revoke { hash }) => self.tokens.revoke(hash),
-            Change::Deployment(DeploymentCommand::Create { spec, shape }) => {
-                self.deployments.create(spec, shape, at)
+            Change::Deployment(DeploymentCommand::Create { spec, shape, replicas }) => {
+                self.deployments.create(spec, shape, *replicas, at)
             }
             Change::Deployment(DeploymentCommand::Remove { name }) => {
                 let replicas = self.deployments.remove(name)?;
@@ -147,9 +155,18 @@ impl ClusterState {
                 effects.extend(self.plans.remove(&replicas));
                 Ok(effects)
             }
-            Change::Plan(PlanCommand::Adopt { plan }) => {
-                self.plans.adopt(plan, &self.deployments, &self.nodes)
+            Change::Deployment(DeploymentCommand::Scale { name, replicas, stages }) => {
+                let has_layout = |id| self.plans.get(id).is_some();
+                let (given, taken) =
+                    self.deployments.scale(name, *replicas, *stages, has_layout)?;
+                let removed = self.plans.remove(&taken);
+                let mut effects =
+                    vec![Effect::DeploymentScaled { name: name.clone(), given, taken }];
+                effects.extend(removed);
+                Ok(effects)
             }
+            Change::Plan(command) => self.plans.change(command, &self.deployments, &self.nodes),
+            Change::Drain(command) => self.drains.change(command, &self.nodes, at),
             Change::Key(KeyCommand::Create { name, hash, limits, expires }) => {
                 self.keys.create(name, *hash, *limits, *expires, at)
             }

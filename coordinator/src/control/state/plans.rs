@@ -1,6 +1,14 @@
-//! Where each replica is served: one layout per replica, numbered by generation.
+//! Where each replica is served: one layout per replica, numbered by generation, and while it moves
+//! the next one beside it.
 //!
-//! A generation belongs to one replica alone: a new layout of one never touches another's.
+//! ```text
+//! Adopt:    (none | g1)       ─► g2          the old one is gone at once
+//! Prepare:  g1                ─► g1, next g2
+//! Promote:  g1, next g2       ─► g2          Abandon: ─► g1
+//! ```
+//!
+//! A generation belongs to one replica alone: a new layout of one never touches another's. No number is
+//! given twice, not even that of a layout that was given up.
 
 use std::collections::BTreeMap;
 
@@ -26,29 +34,99 @@ pub enum PlanCommand {
         /// The whole layout.
         plan: Box<ReplicaPlan>,
     },
+    /// Make this layout beside the one that serves; a next one that there is already is given up.
+    Prepare {
+        /// The whole layout.
+        plan: Box<ReplicaPlan>,
+        /// The `Deployment::asked` that it was made for.
+        asked: u64,
+    },
+    /// The next layout takes the place of the one that serves.
+    Promote {
+        /// The replica.
+        replica: ReplicaId,
+        /// The next layout.
+        generation: Generation,
+    },
+    /// Give the next layout up.
+    Abandon {
+        /// The replica.
+        replica: ReplicaId,
+        /// The next layout.
+        generation: Generation,
+    },
+    /// The layout is as was asked for, so there is nothing to move.
+    Confirm {
+        /// The replica.
+        replica: ReplicaId,
+        /// Its layout.
+        generation: Generation,
+        /// The `Deployment::asked` that it serves as well.
+        asked: u64,
+    },
 }
 
 /// All layouts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Plans {
     revision: PlanRevision,
-    by_replica: BTreeMap<ReplicaId, ReplicaPlan>,
+    by_replica: BTreeMap<ReplicaId, Layouts>,
+}
+
+/// The layouts of one replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Layouts {
+    /// The one that serves, or is to.
+    current: ReplicaPlan,
+    /// The `Deployment::asked` that it was made for.
+    asked: u64,
+    /// The one that is being made beside it, and what for.
+    next: Option<(ReplicaPlan, u64)>,
+    /// The newest number that was given.
+    newest: Generation,
 }
 
 impl Plans {
-    /// All layouts by replica.
+    /// All layouts that serve, or are to, by replica.
     pub fn iter(&self) -> impl Iterator<Item = &ReplicaPlan> {
-        self.by_replica.values()
+        self.by_replica.values().map(|layouts| &layouts.current)
+    }
+
+    /// All layouts that are being made beside others, by replica.
+    pub fn nexts(&self) -> impl Iterator<Item = &ReplicaPlan> {
+        self.by_replica.values().filter_map(|layouts| Some(&layouts.next.as_ref()?.0))
+    }
+
+    /// All layouts that hold memory: by replica, the one that serves before the next.
+    pub fn all(&self) -> impl Iterator<Item = &ReplicaPlan> {
+        self.by_replica.values().flat_map(|layouts| {
+            [&layouts.current].into_iter().chain(layouts.next.as_ref().map(|(next, _)| next))
+        })
     }
 
     /// The replica's layout, where it has one.
     pub fn get(&self, replica: ReplicaId) -> Option<&ReplicaPlan> {
-        self.by_replica.get(&replica)
+        self.by_replica.get(&replica).map(|layouts| &layouts.current)
     }
 
-    /// The number of the replica's layout; 0 before the first.
+    /// The replica's next layout, where one is being made.
+    pub fn next(&self, replica: ReplicaId) -> Option<&ReplicaPlan> {
+        Some(&self.by_replica.get(&replica)?.next.as_ref()?.0)
+    }
+
+    /// The `Deployment::asked` that the replica's layout was made for; 0 before the first.
+    pub fn asked(&self, replica: ReplicaId) -> u64 {
+        self.by_replica.get(&replica).map_or(0, |layouts| layouts.asked)
+    }
+
+    /// The `Deployment::asked` that the replica's next layout is made for, where there is one.
+    pub fn next_asked(&self, replica: ReplicaId) -> Option<u64> {
+        Some(self.by_replica.get(&replica)?.next.as_ref()?.1)
+    }
+
+    /// The newest number of the replica's layouts; 0 before the first.
     pub fn generation(&self, replica: ReplicaId) -> Generation {
-        self.get(replica).map_or(Generation(0), |plan| plan.generation)
+        self.by_replica.get(&replica).map_or(Generation(0), |layouts| layouts.newest)
     }
 
     /// The whole plan as others see it.
@@ -56,12 +134,109 @@ impl Plans {
         Plan { revision: self.revision, replicas: self.iter().cloned().collect() }
     }
 
-    pub(super) fn adopt(
+    pub(super) fn change(
+        &mut self,
+        command: &PlanCommand,
+        deployments: &Deployments,
+        nodes: &Nodes,
+    ) -> Result<Vec<Effect>, Refusal> {
+        match command {
+            PlanCommand::Adopt { plan } => self.adopt(plan, deployments, nodes),
+            PlanCommand::Prepare { plan, asked } => self.prepare(plan, *asked, deployments, nodes),
+            PlanCommand::Promote { replica, generation } => self.promote(*replica, *generation),
+            PlanCommand::Abandon { replica, generation } => self.abandon(*replica, *generation),
+            PlanCommand::Confirm { replica, generation, asked } => {
+                let replica = *replica;
+                let layouts = self.by_replica.get_mut(&replica);
+                match layouts.filter(|layouts| layouts.current.generation == *generation) {
+                    Some(layouts) => layouts.asked = layouts.asked.max(*asked),
+                    None => return Err(self.stale(replica, *generation)),
+                }
+                Ok(vec![Effect::PlanConfirmed { replica }])
+            }
+        }
+    }
+
+    fn adopt(
         &mut self,
         plan: &ReplicaPlan,
         deployments: &Deployments,
         nodes: &Nodes,
     ) -> Result<Vec<Effect>, Refusal> {
+        let asked = self.check(plan, deployments, nodes)?;
+        self.revision.0 += 1;
+        let (revision, replica, newest) = (self.revision, plan.id, plan.generation);
+        let layouts = Layouts { current: plan.clone(), asked, next: None, newest };
+        self.by_replica.insert(replica, layouts);
+        Ok(vec![Effect::PlanAdopted { revision, replica, generation: plan.generation }])
+    }
+
+    fn prepare(
+        &mut self,
+        plan: &ReplicaPlan,
+        asked: u64,
+        deployments: &Deployments,
+        nodes: &Nodes,
+    ) -> Result<Vec<Effect>, Refusal> {
+        self.check(plan, deployments, nodes)?;
+        let (replica, generation) = (plan.id, plan.generation);
+        let Some(layouts) = self.by_replica.get_mut(&replica) else {
+            let fault = "there is no layout that serves meanwhile".into();
+            return Err(Refusal::BadPlan { replica, fault });
+        };
+        layouts.next = Some((plan.clone(), asked));
+        layouts.newest = generation;
+        self.revision.0 += 1;
+        Ok(vec![Effect::PlanPrepared { revision: self.revision, replica, generation }])
+    }
+
+    fn promote(
+        &mut self,
+        replica: ReplicaId,
+        generation: Generation,
+    ) -> Result<Vec<Effect>, Refusal> {
+        let (next, asked) = self.take_next(replica, generation)?;
+        if let Some(layouts) = self.by_replica.get_mut(&replica) {
+            layouts.current = next;
+            layouts.asked = asked;
+        }
+        self.revision.0 += 1;
+        Ok(vec![Effect::PlanAdopted { revision: self.revision, replica, generation }])
+    }
+
+    fn abandon(
+        &mut self,
+        replica: ReplicaId,
+        generation: Generation,
+    ) -> Result<Vec<Effect>, Refusal> {
+        self.take_next(replica, generation)?;
+        self.revision.0 += 1;
+        Ok(vec![Effect::PlanAbandoned { revision: self.revision, replica, generation }])
+    }
+
+    fn take_next(
+        &mut self,
+        replica: ReplicaId,
+        generation: Generation,
+    ) -> Result<(ReplicaPlan, u64), Refusal> {
+        let next = self
+            .by_replica
+            .get_mut(&replica)
+            .and_then(|layouts| layouts.next.take_if(|(next, _)| next.generation == generation));
+        next.ok_or_else(|| self.stale(replica, generation))
+    }
+
+    fn stale(&self, replica: ReplicaId, offered: Generation) -> Refusal {
+        Refusal::StalePlan { replica, current: self.generation(replica), offered }
+    }
+
+    /// Whether a layout may be taken; the `Deployment::asked` of its deployment.
+    fn check(
+        &self,
+        plan: &ReplicaPlan,
+        deployments: &Deployments,
+        nodes: &Nodes,
+    ) -> Result<u64, Refusal> {
         let replica = plan.id;
         let bad = |fault: String| Refusal::BadPlan { replica, fault };
         let name = &plan.deployment;
@@ -81,13 +256,10 @@ impl Plans {
             return Err(bad("it names another model than its deployment".into()));
         }
         let known = |node| nodes.get(node).is_some();
-        if let Some(fault) = fault(plan, deployment.shape.layers(), known) {
-            return Err(bad(fault));
+        match fault(plan, deployment.shape.layers(), known) {
+            Some(fault) => Err(bad(fault)),
+            None => Ok(deployment.asked),
         }
-        self.revision.0 += 1;
-        self.by_replica.insert(replica, plan.clone());
-        let revision = self.revision;
-        Ok(vec![Effect::PlanAdopted { revision, replica, generation: plan.generation }])
     }
 
     /// Forgets the layouts of these replicas.

@@ -7,7 +7,7 @@ use shoal_protocol::id::{
 };
 use shoal_protocol::plan::{
     DeploymentSpec, ModelRef, ModelSource, Numerics, Precision, PretendSpec, ReplicaLimits,
-    ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+    ReplicaPlan, ShardMemory, ShardPlan, StagePlan, StagesAsked,
 };
 use shoal_protocol::units::LayerRange;
 
@@ -90,7 +90,7 @@ fn spec(text: &str) -> DeploymentSpec {
 
 fn create(text: &str) -> Change {
     let shape = ModelShape::Pretend(shape());
-    Change::Deployment(DeploymentCommand::Create { spec: spec(text), shape })
+    Change::Deployment(DeploymentCommand::Create { spec: spec(text), shape, replicas: 1 })
 }
 
 fn plan(text: &str, replica: u32, generation: u64, stages: &[(u32, u32, u32)]) -> ReplicaPlan {
@@ -353,4 +353,101 @@ fn a_damaged_snapshot_is_refused() {
     newer[7] = snapshot::FORMAT + 1;
     let refusal = snapshot::SnapshotError::NewerFormat { found: snapshot::FORMAT + 1 };
     assert_eq!(snapshot::decode(&newer), Err(refusal));
+}
+
+fn prepare(text: &str, replica: u32, generation: u64, stages: &[(u32, u32, u32)]) -> Change {
+    let plan = Box::new(plan(text, replica, generation, stages));
+    Change::Plan(PlanCommand::Prepare { plan, asked: 2 })
+}
+
+#[test]
+fn a_next_layout_takes_over_or_is_given_up_and_its_number_is_used_up() {
+    let mut dialog = Dialog::with_workers(2);
+    let (replica, generation) = (ReplicaId(1), Generation);
+    let created = Effect::DeploymentCreated { name: name("x"), replica };
+    dialog.say(0, create("x"), Ok(vec![created]));
+    let fault = "there is no layout that serves meanwhile".into();
+    dialog.say(0, prepare("x", 1, 1, &[(0, 4, 1)]), Err(Refusal::BadPlan { replica, fault }));
+    dialog.say(0, adopt("x", 1, 1, &[(0, 4, 1)]), adopted(1, 1, 1));
+    let prepared = |revision, number| {
+        let (revision, generation) = (PlanRevision(revision), Generation(number));
+        Ok(vec![Effect::PlanPrepared { revision, replica, generation }])
+    };
+    let abandon =
+        |number| Change::Plan(PlanCommand::Abandon { replica, generation: generation(number) });
+    let promote =
+        |number| Change::Plan(PlanCommand::Promote { replica, generation: generation(number) });
+    let stale = |current, offered| {
+        let (current, offered) = (Generation(current), Generation(offered));
+        Err(Refusal::StalePlan { replica, current, offered })
+    };
+    dialog.say(0, promote(2), stale(1, 2));
+    dialog.say(0, prepare("x", 1, 2, &[(0, 4, 2)]), prepared(2, 2));
+    assert_eq!(dialog.state.plans.get(replica).unwrap().generation, Generation(1));
+    dialog.say(0, promote(1), stale(2, 1));
+    let abandoned =
+        Effect::PlanAbandoned { revision: PlanRevision(3), replica, generation: Generation(2) };
+    dialog.say(0, abandon(2), Ok(vec![abandoned]));
+    dialog.say(0, abandon(2), stale(2, 2));
+    dialog.say(0, prepare("x", 1, 2, &[(0, 4, 2)]), stale(2, 2));
+    dialog.say(0, prepare("x", 1, 3, &[(0, 4, 2)]), prepared(4, 3));
+    dialog.say(0, promote(3), adopted(5, 1, 3));
+    let plans = &dialog.state.plans;
+    assert_eq!(plans.get(replica).unwrap().generation, Generation(3));
+    assert_eq!((plans.next(replica), plans.asked(replica)), (None, 2));
+    // A layout that is adopted ends the next one, too.
+    dialog.say(0, prepare("x", 1, 4, &[(0, 4, 1)]), prepared(6, 4));
+    dialog.say(0, adopt("x", 1, 5, &[(0, 4, 1)]), adopted(7, 1, 5));
+    dialog.say(0, promote(4), stale(5, 4));
+}
+
+#[test]
+fn replicas_are_given_and_taken_within_bounds() {
+    let mut dialog = Dialog::with_workers(2);
+    let scale = |replicas| {
+        let stages = StagesAsked::Same;
+        Change::Deployment(DeploymentCommand::Scale { name: name("x"), replicas, stages })
+    };
+    let ids = |ids: &[u32]| ids.iter().copied().map(ReplicaId).collect::<Vec<_>>();
+    let scaled = |given: &[u32], taken: &[u32]| Effect::DeploymentScaled {
+        name: name("x"),
+        given: ids(given),
+        taken: ids(taken),
+    };
+    dialog.say(0, scale(Some(2)), Err(Refusal::UnknownDeployment { name: name("x") }));
+    let created = Effect::DeploymentCreated { name: name("x"), replica: ReplicaId(1) };
+    dialog.say(0, create("x"), Ok(vec![created]));
+    for replicas in [0, REPLICAS_MAX + 1] {
+        dialog.say(0, scale(Some(replicas)), Err(Refusal::BadReplicas { replicas }));
+    }
+    dialog.say(0, scale(Some(3)), Ok(vec![scaled(&[2, 3], &[])]));
+    dialog.say(0, scale(None), Ok(vec![scaled(&[], &[])]));
+    dialog.say(0, adopt("x", 2, 1, &[(0, 4, 1)]), adopted(1, 2, 1));
+    dialog.say(0, adopt("x", 3, 1, &[(0, 4, 2)]), adopted(2, 3, 1));
+    // The one without a layout goes first, then the last one, with its layout.
+    let removed = Effect::PlanRemoved { revision: PlanRevision(3), replica: ReplicaId(3) };
+    dialog.say(0, scale(Some(1)), Ok(vec![scaled(&[], &[1, 3]), removed]));
+    dialog.say(0, scale(Some(2)), Ok(vec![scaled(&[4], &[])]));
+    let deployment = dialog.state.deployments.get(&name("x")).unwrap();
+    assert_eq!((deployment.replicas.clone(), deployment.asked), (ids(&[2, 4]), 5));
+}
+
+#[test]
+fn workers_are_drained_and_nobody_else() {
+    let mut dialog = Dialog::with_workers(1);
+    let begin = |node| Change::Drain(DrainCommand::Begin { node });
+    let end = |node| Change::Drain(DrainCommand::End { node });
+    let (w1, w2) = (NodeId::worker(1), NodeId::worker(2));
+    let changed = |draining| Ok(vec![Effect::DrainChanged { node: w1, draining }]);
+    dialog.say(0, begin(w2), Err(Refusal::UnknownNode { node: w2 }));
+    dialog.say(0, begin(w1), changed(true));
+    dialog.say(0, begin(w1), Ok(vec![]));
+    assert!(dialog.state.drains.contains(w1));
+    dialog.say(0, end(w1), changed(false));
+    dialog.say(0, end(w1), Ok(vec![]));
+    // Whoever is removed is not drained either.
+    dialog.say(0, begin(w1), changed(true));
+    let remove = Change::Node(NodeCommand::Remove { node: w1 });
+    dialog.say(0, remove, Ok(vec![Effect::NodeRemoved { node: w1 }]));
+    assert!(!dialog.state.drains.contains(w1));
 }

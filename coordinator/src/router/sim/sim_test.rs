@@ -30,13 +30,13 @@ fn without_a_fault_the_default_is_no_worse_than_taking_turns() {
 }
 
 #[test]
-fn a_replica_that_turns_slow_is_left_within_two_seconds_and_comes_back() {
+fn a_replica_that_turns_slow_is_left_within_three_seconds_and_comes_back() {
     for (name, service) in SERVICES {
         let scenario = turning(service, 60.0);
         let figures = run(&scenario, Chooser::Router(Policy::Score), 1);
         let (start, end) = TURNS;
         let shed = figures.until(start as usize, |share| share < 0.10);
-        assert!(shed.is_some_and(|s| s <= 2), "{name}: {shed:?}");
+        assert!(shed.is_some_and(|s| s <= 3), "{name}: {shed:?}");
         let back = figures.until(end as usize, |share| share > 0.9 * 0.25);
         assert!(back.is_some_and(|s| s <= 20), "{name}: {back:?}");
     }
@@ -49,7 +49,9 @@ fn failing_fast_attracts_nothing_and_costs_no_request() {
             let figures = run(&fail_fast(service, 60.0), Chooser::Router(policy), 1);
             assert_eq!(figures.errors, 0, "{name}, {policy}");
             let share = figures.share(21, 50);
-            assert!(share < 0.02, "{name}, {policy}: {share} while it failed");
+            // Weighted turns never take a weight to nothing, and each probe is a request.
+            let most = if policy == Policy::Score { 0.02 } else { 0.03 };
+            assert!(share < most, "{name}, {policy}: {share} while it failed");
             let back = figures.share(60, 70);
             assert!(back > 0.15, "{name}, {policy}: {back} when it was well again");
         }

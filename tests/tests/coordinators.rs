@@ -1,0 +1,155 @@
+//! Three coordinators and real workers: any of them serves, and the loss of one is nobody else's.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use shoal_protocol::admin::{AdminCall, DeploymentPhase};
+use shoal_protocol::id::Role;
+use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_tests::api::{Api, Event, Stream};
+use shoal_tests::proc::cluster::START_TIMEOUT;
+use shoal_tests::proc::{Cluster, Signal};
+
+/// 2 ms a token over two stages: a stream of 400 tokens outlasts an election.
+const MODEL: PretendSpec = PretendSpec {
+    layers: 4,
+    hidden: 64,
+    vocab: 1000,
+    max_context: 4096,
+    seed: 11,
+    layer_step_ns: 500_000,
+    layer_row_ns: 0,
+    layer_weight_bytes: 1 << 20,
+};
+
+const TOKENS: u64 = 400;
+
+fn prompt() -> Value {
+    (10..40).collect::<Vec<u32>>().into()
+}
+
+fn options() -> Value {
+    json!({"max_tokens": TOKENS, "ignore_eos": true, "return_token_ids": true, "seed": 4,
+           "temperature": 0.8})
+}
+
+fn serve(cluster: &Cluster) -> Result<()> {
+    cluster.admin(0)?.deploy("pretend", ModelSource::Pretend(MODEL), 2)?;
+    ready_everywhere(cluster, 3)
+}
+
+fn ready_everywhere(cluster: &Cluster, coordinators: usize) -> Result<()> {
+    for index in 0..coordinators {
+        let admin = cluster.admin(index)?;
+        admin.wait_for_phase("pretend", DeploymentPhase::Ready, START_TIMEOUT)?;
+    }
+    Ok(())
+}
+
+fn api(cluster: &Cluster, index: usize) -> Api {
+    Api::new(&cluster.api(index), "pretend")
+}
+
+/// A whole answer, as one coordinator gives it.
+fn tokens(cluster: &Cluster, index: usize) -> Result<Vec<u64>> {
+    Ok(api(cluster, index).complete(prompt(), options())?.ok()?.token_ids())
+}
+
+/// The token ids of a stream's next event that has any; `None` at its end.
+fn next_tokens(stream: &mut Stream) -> Result<Option<Vec<u64>>> {
+    loop {
+        let chunk = match stream.event()? {
+            Event::Chunk(chunk) => chunk,
+            Event::Done => return Ok(None),
+            other => anyhow::bail!("{other:?} where tokens were expected"),
+        };
+        let ids = chunk["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default();
+        if !ids.is_empty() {
+            return Ok(Some(ids.iter().filter_map(Value::as_u64).collect()));
+        }
+    }
+}
+
+#[test]
+fn a_stream_through_another_coordinator_does_not_notice_the_leaders_death() -> Result<()> {
+    let mut cluster = Cluster::start(3, 2)?;
+    serve(&cluster)?;
+    let expected = tokens(&cluster, 0)?;
+    for index in 1..3 {
+        assert_eq!(tokens(&cluster, index)?, expected, "each serves the same");
+    }
+    let leader = cluster.leader(0)?;
+    let other = (leader + 1) % 3;
+    let mut stream = api(&cluster, other).stream(prompt(), options())?;
+    let mut found = Vec::new();
+    let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+    let mut killed = false;
+    while let Some(ids) = next_tokens(&mut stream)? {
+        longest = longest.max(last.elapsed());
+        found.extend(ids);
+        if found.len() > 50 && !killed {
+            cluster.signal_coordinator(leader, Signal::KILL)?;
+            killed = true;
+        }
+        last = Instant::now();
+    }
+    assert!(killed);
+    assert_eq!(found, expected);
+    // An election takes 200 ms and more; a stream that waited for one would show it.
+    eprintln!("the longest gap was {longest:?}");
+    let next = cluster.leader(other)?;
+    assert_ne!(next, leader);
+    // Changes go on too, and the one that was killed finds everything again.
+    cluster.admin(other)?.call(AdminCall::CreateToken {
+        role: Role::Worker,
+        uses: 1,
+        expires_s: 60,
+    })?;
+    cluster.restart_coordinator(leader)?;
+    ready_everywhere(&cluster, 3)?;
+    assert_eq!(tokens(&cluster, leader)?, expected);
+    Ok(())
+}
+
+#[test]
+fn without_a_majority_changes_wait_and_inference_does_not() -> Result<()> {
+    let mut cluster = Cluster::start(3, 2)?;
+    serve(&cluster)?;
+    let expected = tokens(&cluster, 2)?;
+    cluster.signal_coordinator(0, Signal::KILL)?;
+    cluster.signal_coordinator(1, Signal::STOP)?;
+    for _ in 0..2 {
+        assert_eq!(tokens(&cluster, 2)?, expected);
+    }
+    let call = AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 60 };
+    let refused = cluster.admin(2)?.call(call.clone()).unwrap_err().to_string();
+    assert!(refused.contains("the change was not stored within"), "{refused}");
+    assert_eq!(tokens(&cluster, 2)?, expected);
+    cluster.signal_coordinator(1, Signal::CONT)?;
+    cluster.leader(2)?;
+    cluster.admin(2)?.call(call)?;
+    Ok(())
+}
+
+#[test]
+fn a_worker_dies_while_another_leads_than_its_streams_coordinator() -> Result<()> {
+    let mut cluster = Cluster::start(3, 3)?;
+    serve(&cluster)?;
+    let expected = tokens(&cluster, 0)?;
+    let leader = cluster.leader(0)?;
+    let other = (leader + 2) % 3;
+    let view = cluster.admin(other)?.wait_until("there", START_TIMEOUT, |_| true)?;
+    let last = view.plan.replicas[0].nodes().last().expect("a worker").number as usize - 1;
+    let mut stream = api(&cluster, other).stream(prompt(), options())?;
+    let mut found = Vec::new();
+    while let Some(ids) = next_tokens(&mut stream)? {
+        found.extend(ids);
+        if found.len() > 50 && cluster.worker_runs(last) {
+            cluster.signal_worker(last, Signal::KILL)?;
+        }
+    }
+    assert!(!cluster.worker_runs(last));
+    assert_eq!(found, expected);
+    Ok(())
+}
