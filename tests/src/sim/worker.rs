@@ -255,7 +255,7 @@ impl World {
 
     fn stop_shard(&mut self, id: NodeId, process: &mut WorkerProcess, key: ShardKey, how: Stop) {
         let code = match how {
-            Stop::Drain => ErrorCode::Draining,
+            Stop::Drain | Stop::Retire => ErrorCode::Draining,
             Stop::Now | Stop::Keep => ErrorCode::StaleGeneration,
         };
         self.fail_answers(id, process, key, code);
