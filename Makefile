@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check fix bench faults doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check fix bench faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -41,6 +41,14 @@ fix: setup-build ## change what a machine can change: format, lints
 bench: setup-build ## measure, and write bench/RESULTS.md
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench all --out bench/RESULTS.md
+
+sim: setup-build ## simulated clusters under faults (SEEDS=2000 FROM=1): seeds/s and simulated hours
+	cargo build --locked --package shoal-tests --bin shoal-sim
+	$$(scripts/target-dir)/debug/shoal-sim --seeds $${SEEDS:-2000} --from $${FROM:-1}
+
+sim-bugs: setup-build ## plant each known mistake in the simulator, and see which are caught (SEEDS=2000)
+	cargo build --locked --package shoal-tests --bin shoal-sim
+	$$(scripts/target-dir)/debug/shoal-sim --bugs --seeds $${SEEDS:-2000}
 
 faults: setup-build ## kill, freeze and stop real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
 	cargo build --release --locked --package shoal

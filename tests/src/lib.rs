@@ -8,4 +8,5 @@ pub mod api;
 pub mod faults;
 pub mod model;
 pub mod proc;
+pub mod sim;
 pub mod slow;

@@ -202,6 +202,13 @@ impl Router {
         }
     }
 
+    /// How many sequences are open at each layout: what a simulator compares with those that run.
+    #[doc(hidden)]
+    pub fn open(&self) -> impl Iterator<Item = (ReplicaId, Generation, u32)> {
+        let books = self.fleets.iter().flat_map(|fleet| &fleet.books);
+        books.map(|book| (book.id, book.generation, book.open))
+    }
+
     /// Where each replica stands and why, for metrics.
     pub fn standings(&self, now: Instant) -> impl Iterator<Item = (&DeploymentName, Standing)> {
         let policy = self.policy;

@@ -16,7 +16,9 @@ pub mod inventory;
 pub mod lifecycle;
 pub mod memory;
 mod models;
-mod orders;
+/// Public for the simulator alone (`shoal-tests`).
+#[doc(hidden)]
+pub mod orders;
 mod renewal;
 mod sameness;
 mod session;

@@ -118,8 +118,19 @@ fn of_workers(plan: &ReplicaPlan, observed: &Observed, history: &mut Watched) ->
             Some(worker) if !worker.connected && alone.is_some() => unheard.push(node.to_string()),
             Some(worker) if !worker.connected => changed.push(format!("{node} was lost")),
             Some(worker) => {
-                let then = *history.incarnations.entry(node).or_insert(worker.register.incarnation);
-                if then != worker.register.incarnation {
+                let now = worker.register.incarnation;
+                let then = *history.incarnations.entry(node).or_insert(now);
+                if then == now {
+                    continue;
+                }
+                // A leader that had not seen it before its new start has told it the same layout
+                // again: whoever follows must not wait for another one for ever.
+                let taken = |shard: &ShardReport| {
+                    (shard.replica, shard.generation) == (plan.id, plan.generation)
+                };
+                if observed.follows && worker.report.shards.iter().any(taken) {
+                    history.incarnations.insert(node, now);
+                } else {
                     changed.push(format!("{node} was started again"));
                 }
             }

@@ -698,3 +698,23 @@ fn a_new_leader_gives_a_layout_that_nobody_was_told_its_whole_time() {
     assert!(!actions.is_empty());
     assert!(actions.iter().all(|a| matches!(a, Action::Assign { .. })), "g1 is told: {actions:?}");
 }
+
+#[test]
+fn whoever_follows_takes_restarted_workers_as_their_leader_does() {
+    let mut world = World::ready(2, None, 10_000);
+    world.observed.follows = true;
+    let told: Vec<_> = (1..=2).map(|number| world.worker(number).pushed.clone()).collect();
+    world.connect(1, 2);
+    world.connect(2, 2);
+    let words = "w1 was started again, w2 was started again";
+    world.expect(10_100, &[&format!("m is Loading: {words}; g2 is for the leader to make")]);
+    // The leader had not seen them before their new start, and tells them the layout that there is.
+    for (number, told) in (1..).zip(told) {
+        world.worker(number).pushed = told;
+        world.report(number, ShardState::Linking);
+    }
+    world.expect(10_200, &["m is Loading: g1: w1 links, w2 links"]);
+    world.report(1, ShardState::Ready);
+    world.report(2, ShardState::Ready);
+    world.expect(10_300, &["m is Ready: g1 2x1 on w1, w2"]);
+}

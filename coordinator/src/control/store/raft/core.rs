@@ -59,6 +59,8 @@ pub struct Voter {
     dice: u64,
     ticks: u64,
     state: Arc<ClusterState>,
+    /// Entries before a compaction, and those that stay behind it.
+    compaction: (usize, u64),
 }
 
 /// What is to be written, and what may be sent meanwhile.
@@ -150,7 +152,8 @@ impl Voter {
             ..Config::default()
         };
         let node = RawNode::new(&config, log, &bridge::logger(id))?;
-        let mut voter = Self { node, dice, ticks: 0, state };
+        let mut voter =
+            Self { node, dice, ticks: 0, state, compaction: (COMPACT_EVERY, KEEP_ENTRIES) };
         voter.draw();
         Ok(voter)
     }
@@ -162,6 +165,12 @@ impl Voter {
         let applied = Applied { index: 1, term: 1, state: Arc::default() };
         let hard = HardState { term: 1, commit: 1, ..Default::default() };
         Ok(Saved { hard, snapshot: snapshot_of(&applied, &conf)?, entries: Vec::new() })
+    }
+
+    /// Compacts after so many entries and keeps so many behind a snapshot: a simulator's logs are short.
+    #[doc(hidden)]
+    pub fn compact_after(&mut self, every: usize, keep: u64) {
+        self.compaction = (every, keep);
     }
 
     /// Time has passed: one `TICK`.
@@ -289,7 +298,8 @@ impl Voter {
         self.apply(light.take_committed_entries(), &mut done)?;
         self.node.advance_apply();
         self.draw();
-        if self.node.store().len() >= COMPACT_EVERY + KEEP_ENTRIES as usize {
+        let (every, keep) = self.compaction;
+        if self.node.store().len() >= every + keep as usize {
             done.compact = Some(self.compact()?);
         }
         Ok(done)
@@ -327,7 +337,7 @@ impl Voter {
     fn compact(&mut self) -> Result<Snapshot, CoreError> {
         let log = self.node.mut_store();
         let snapshot = snapshot_of(log.applied(), log.conf())?;
-        log.compact(snapshot.get_metadata().index.saturating_sub(KEEP_ENTRIES));
+        log.compact(snapshot.get_metadata().index.saturating_sub(self.compaction.1));
         Ok(snapshot)
     }
 

@@ -9,11 +9,14 @@
 //! as it starts and needs no ticks.
 
 mod bridge;
-mod core;
+/// Public for the simulator alone (`shoal-tests`), as `pending` is.
+#[doc(hidden)]
+pub mod core;
 mod disk;
 mod log;
 mod membership;
-mod pending;
+#[doc(hidden)]
+pub mod pending;
 mod shell;
 
 use std::fs::File;

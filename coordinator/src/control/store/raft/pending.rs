@@ -17,11 +17,13 @@ use crate::control::store::{PROPOSE_TIMEOUT, ProposeError, READ_TIMEOUT, ReadErr
 /// disk, and about an election.
 const RESEND: Duration = Duration::from_millis(250);
 
-pub(super) type ProposeReply = oneshot::Sender<Result<Vec<Effect>, ProposeError>>;
-pub(super) type ReadReply = oneshot::Sender<Result<(), ReadError>>;
+/// Where a change's answer goes.
+pub type ProposeReply = oneshot::Sender<Result<Vec<Effect>, ProposeError>>;
+/// Where a read's answer goes.
+pub type ReadReply = oneshot::Sender<Result<(), ReadError>>;
 
 /// Commands of this coordinator, in order.
-pub(super) struct Proposals {
+pub struct Proposals {
     client: NodeId,
     incarnation: Incarnation,
     sequence: u64,
@@ -43,11 +45,13 @@ impl Proposals {
         Self { client, incarnation, sequence: 0, waiting: VecDeque::new(), current: None }
     }
 
+    /// A change that was asked for.
     pub fn push(&mut self, now: Instant, change: Change, reply: ProposeReply) {
         self.waiting.push_back((change, reply, now));
     }
 
     /// How many wait or are under way.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.waiting.len() + usize::from(self.current.is_some())
     }
@@ -123,7 +127,7 @@ impl Proposals {
 
 /// Reads that wait for an index, or for this copy to reach it.
 #[derive(Default)]
-pub(super) struct Reads {
+pub struct Reads {
     asked: Vec<Read>,
     number: u64,
 }
@@ -138,10 +142,13 @@ struct Read {
 }
 
 impl Reads {
+    /// A read that was asked for.
     pub fn push(&mut self, now: Instant, reply: ReadReply) {
         self.asked.push(Read { reply, since: now, number: None, sent: now, index: None });
     }
 
+    /// How many wait.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.asked.len()
     }

@@ -1,0 +1,357 @@
+//! ○ A coordinator's answers (as `recovery/answer.rs` holds them): the real `Sequence`, `Recovery` and
+//! router, in a loop that may lose its heads at any time.
+//!
+//! A real attempt has a stream of its own, which is dropped with it. Here every event of any attempt
+//! reaches the sequence as long as an attempt runs, so that what keeps old ones out is always needed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shoal_coordinator::dispatch::{Sequence, Taken};
+use shoal_coordinator::recovery::{GiveUp, Loss, Move, Recovery, is_superseded};
+use shoal_coordinator::router::book::Outcome;
+use shoal_coordinator::router::{RouteRequest, Router, Ticket};
+use shoal_coordinator::serving::{ServedDeployment, ServingTable};
+use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::{Attempt, DeploymentName, NodeId, ReplicaId};
+use shoal_protocol::request::HeadEvent;
+use shoal_protocol::units::Instant;
+
+use super::bug::Bug;
+use super::coordinator::Process;
+use super::wire::Payload;
+use super::world::World;
+
+/// As in `recovery/answer.rs`.
+const SILENCE_US: u64 = 50_000;
+
+/// All answers of a coordinator.
+#[derive(Default)]
+pub struct Desk {
+    /// The router.
+    pub router: Router,
+    /// What is served.
+    pub table: Arc<ServingTable>,
+    /// By request.
+    pub answers: BTreeMap<u64, Answer>,
+    /// The suspect of each deployment that is tried alone.
+    alone: BTreeMap<DeploymentName, u64>,
+}
+
+/// One of them.
+pub struct Answer {
+    deployment: DeploymentName,
+    sequence: Sequence,
+    recovery: Recovery,
+    running: Option<Running>,
+    last_event: u64,
+    client: u64,
+}
+
+struct Running {
+    ticket: Ticket,
+    life: u64,
+}
+
+impl Desk {
+    /// What runs at a layout, by our own count.
+    pub fn running(&self, at: (ReplicaId, u64)) -> u32 {
+        let tickets = self.answers.values().filter_map(|a| a.running.as_ref()).map(|r| &r.ticket);
+        tickets.filter(|t| (t.replica, t.generation.0) == at).count() as u32
+    }
+}
+
+impl World {
+    /// A client asks here; `false` where it is turned away.
+    pub fn asked(&mut self, id: NodeId, client: u64, request: u64, sequence: Sequence) -> bool {
+        let mut taken = false;
+        let name = self.clients.deployment(client);
+        let now = self.now;
+        self.turn(id, |world, process, _| {
+            let table = Arc::clone(&process.desk.table);
+            let Some(deployment) = table.deployments.get(&name) else { return };
+            let Ok(ticket) = world.admit(process, deployment, &sequence) else { return };
+            let answer = Answer {
+                deployment: name,
+                sequence,
+                recovery: Recovery::new(deployment.created),
+                running: None,
+                last_event: now,
+                client,
+            };
+            process.desk.answers.insert(request, answer);
+            taken = true;
+            world.attempt(id, process, request, ticket);
+        });
+        taken
+    }
+
+    fn admit(
+        &mut self,
+        process: &mut Process,
+        deployment: &ServedDeployment,
+        sequence: &Sequence,
+    ) -> Result<Ticket, ()> {
+        let request = RouteRequest {
+            sequences: 1,
+            prompt_tokens: sequence.len() as u32,
+            max_tokens: sequence.left(),
+            ..RouteRequest::default()
+        };
+        let dice = self.dice.bits();
+        let router = &mut process.desk.router;
+        router.admit(Instant(self.now), dice, deployment, &request).map_err(drop)
+    }
+
+    fn attempt(&mut self, id: NodeId, process: &mut Process, request: u64, ticket: Ticket) {
+        let known = process.agents.workers.get(&ticket.head).and_then(|known| known.link.as_ref());
+        let life = known.map(|link| link.life);
+        let Some(answer) = process.desk.answers.get_mut(&request) else { return };
+        answer.sequence.attempt = answer.recovery.attempt();
+        let mut generate = answer.sequence.generate(ticket.replica, 60_000);
+        let received = answer.sequence.received.len() as u32;
+        if received > 0 && self.bug == Some(Bug::ReceivedBecomesPrompt) {
+            generate.prompt_len += received;
+        }
+        if received > 1 && self.bug == Some(Bug::ResumeDropsToken) {
+            generate.tokens.remove(generate.prompt_len as usize);
+        }
+        self.checks.attempts += 1;
+        answer.last_event = self.now;
+        let head = ticket.head;
+        answer.running = Some(Running { ticket, life: life.unwrap_or(0) });
+        match life {
+            None => self.lost(id, process, request, Loss::Unreachable, ErrorCode::WorkerLost),
+            Some(life) => {
+                let generate = Box::new(generate);
+                self.send(
+                    id,
+                    head,
+                    life,
+                    Payload::Generate { from: id, life: process.life, generate },
+                );
+            }
+        }
+    }
+
+    /// A head has said something.
+    pub fn head_event(&mut self, id: NodeId, process: &mut Process, event: HeadEvent) {
+        let request = match &event {
+            HeadEvent::Token { header, .. } => header.request,
+            HeadEvent::Done { header, .. } => header.request,
+            HeadEvent::Failed { header, .. } => header.request,
+        };
+        let Some(answer) = process.desk.answers.get_mut(&request) else { return };
+        if answer.running.is_none() {
+            return;
+        }
+        let mut event = event;
+        if self.bug == Some(Bug::OldAttemptTaken) {
+            rename(&mut event, answer.sequence.attempt);
+        }
+        let again = match &event {
+            HeadEvent::Token { header, .. } => Some(header.token),
+            _ => None,
+        };
+        match answer.sequence.take(event) {
+            Taken::Token(token) => {
+                self.progress(process, request, token.first.map(|(_, prefill)| prefill));
+                self.deliver(process, request, token.id);
+            }
+            Taken::Stale => {
+                self.checks.stale += 1;
+                if let Some(token) = again.filter(|_| self.bug == Some(Bug::StaleDelivered)) {
+                    self.deliver(process, request, token);
+                }
+            }
+            Taken::Done { .. } => {
+                self.release(process, request, Outcome::Complete);
+                if let Some(answer) = process.desk.answers.remove(&request) {
+                    self.clients.complete(answer.client);
+                }
+                process.desk.alone.retain(|_, holder| *holder != request);
+            }
+            Taken::Failed { code, message } => {
+                let error = shoal_coordinator::dispatch::DispatchError::Failed { code, message };
+                self.lost(id, process, request, Loss::of(&error), code);
+            }
+            Taken::Gap { expected, found } => {
+                self.trace(u64::from(expected) << 32 | u64::from(found));
+                self.lost(id, process, request, Loss::Broken, ErrorCode::ProtocolViolation);
+            }
+        }
+    }
+
+    fn deliver(&mut self, process: &mut Process, request: u64, token: u32) {
+        let Some(answer) = process.desk.answers.get(&request) else { return };
+        let client = answer.client;
+        if let Err(words) = self.clients.token(client, token) {
+            let id = process.standing.leader;
+            self.violate("streams", format!("request {request} ({id:?} leads): {words}"));
+        }
+    }
+
+    fn progress(&mut self, process: &mut Process, request: u64, prefill: Option<u32>) {
+        let now = Instant(self.now);
+        let Some(answer) = process.desk.answers.get_mut(&request) else { return };
+        answer.last_event = self.now;
+        answer.recovery.went_on(now);
+        if let Some(running) = &mut answer.running {
+            match prefill {
+                Some(us) => {
+                    let prefill = Duration::from_micros(u64::from(us));
+                    process.desk.router.first_token(now, &mut running.ticket, prefill);
+                }
+                None => process.desk.router.token(now, &mut running.ticket),
+            }
+        }
+        process.desk.alone.retain(|_, holder| *holder != request);
+    }
+
+    /// Gives a place back.
+    fn release(&mut self, process: &mut Process, request: u64, outcome: Outcome) {
+        let Some(answer) = process.desk.answers.get_mut(&request) else { return };
+        let Some(running) = answer.running.take() else { return };
+        let now = Instant(self.now);
+        let times = match self.bug {
+            Some(Bug::PlaceFreedTwice) => 2,
+            Some(Bug::PlaceLeaks) if outcome != Outcome::Complete => 0,
+            _ => 1,
+        };
+        for _ in 0..times {
+            process.desk.router.ended(now, self.dice.bits(), &running.ticket, outcome);
+        }
+    }
+
+    fn lost(
+        &mut self,
+        id: NodeId,
+        process: &mut Process,
+        request: u64,
+        loss: Loss,
+        code: ErrorCode,
+    ) {
+        let dice = self.dice.bits();
+        let Some(answer) = process.desk.answers.get_mut(&request) else { return };
+        let Some(running) = &answer.running else { return };
+        let (ticket, life) = (&running.ticket, running.life);
+        let (head, at) = (ticket.head, (ticket.replica, ticket.generation));
+        let cancel =
+            Payload::Cancel { request: answer.sequence.request, attempt: answer.sequence.attempt };
+        let verdict = answer.recovery.lost(Instant(self.now), dice, at, loss);
+        // A stream that is given up with its conversation takes no word along.
+        let link = process.agents.workers.get(&head).and_then(|known| known.link.as_ref());
+        if link.is_some_and(|link| link.life == life) {
+            self.send(id, head, life, cancel);
+        }
+        self.release(process, request, Outcome::of(code));
+        self.checks.losses += 1;
+        if let Err(verdict) = verdict {
+            self.gave_up(process, request, loss, &verdict);
+        }
+    }
+
+    fn gave_up(&mut self, process: &mut Process, request: u64, loss: Loss, verdict: &GiveUp) {
+        process.desk.alone.retain(|_, holder| *holder != request);
+        let Some(answer) = process.desk.answers.remove(&request) else { return };
+        let honest = match verdict {
+            GiveUp::Quarantined { .. } => true,
+            GiveUp::AsItIs => loss == Loss::Crowded,
+            _ => false,
+        };
+        if !honest {
+            let got = answer.sequence.received.len();
+            let words =
+                format!("request {request} ended after {got} tokens: {loss:?}, {verdict:?}");
+            self.violate("streams", words);
+        }
+        self.checks.quarantined += u64::from(matches!(verdict, GiveUp::Quarantined { .. }));
+        self.clients.failed(answer.client);
+        let at = self.now + 200_000;
+        self.at(at, super::wire::Event::Ask { client: answer.client });
+    }
+
+    /// The conversation with a worker is over: what runs there is lost.
+    pub fn head_is_gone(&mut self, id: NodeId, process: &mut Process, head: NodeId) {
+        let at = |answer: &Answer| answer.running.as_ref().is_some_and(|r| r.ticket.head == head);
+        let answers = process.desk.answers.iter();
+        let lost: Vec<u64> = answers.filter(|(_, a)| at(a)).map(|(request, _)| *request).collect();
+        for request in lost {
+            self.lost(id, process, request, Loss::Lost, ErrorCode::WorkerLost);
+        }
+    }
+
+    /// What waits is tried, and what is silent is looked at.
+    pub fn desk_tick(&mut self, id: NodeId, process: &mut Process) {
+        let requests: Vec<u64> = process.desk.answers.keys().copied().collect();
+        for request in requests {
+            let Some(answer) = process.desk.answers.get(&request) else { continue };
+            let table = Arc::clone(&process.desk.table);
+            let deployment = table.deployments.get(&answer.deployment);
+            match &answer.running {
+                Some(running) => {
+                    let at = (running.ticket.replica, running.ticket.generation);
+                    let silent = self.now >= answer.last_event + SILENCE_US;
+                    if silent && deployment.is_some_and(|deployment| is_superseded(deployment, at))
+                    {
+                        self.lost(
+                            id,
+                            process,
+                            request,
+                            Loss::Superseded,
+                            ErrorCode::StaleGeneration,
+                        );
+                    }
+                }
+                None => self.try_again(id, process, request, deployment.map(|d| d.as_ref())),
+            }
+        }
+    }
+
+    fn try_again(
+        &mut self,
+        id: NodeId,
+        process: &mut Process,
+        request: u64,
+        deployment: Option<&ServedDeployment>,
+    ) {
+        let now = Instant(self.now);
+        let Some(answer) = process.desk.answers.get(&request) else { return };
+        if answer.recovery.is_suspect() {
+            let holder = process.desk.alone.entry(answer.deployment.clone()).or_insert(request);
+            if *holder != request {
+                return;
+            }
+        }
+        match answer.recovery.next(now, deployment) {
+            // A leader that has not looked yet shows nothing at all.
+            Err(GiveUp::Undeployed) if deployment.is_none() => {}
+            Err(verdict) => self.gave_up(process, request, Loss::Final, &verdict),
+            Ok(Move::Wait(_)) => {}
+            Ok(Move::Ask(replicas)) => {
+                let Some(deployment) = deployment else { return };
+                let usable = ServedDeployment { replicas, ..deployment.clone() };
+                let sequence = answer.sequence.clone();
+                match self.admit(process, &usable, &sequence) {
+                    Ok(ticket) => self.attempt(id, process, request, ticket),
+                    Err(()) => {
+                        let dice = self.dice.bits();
+                        if let Some(answer) = process.desk.answers.get_mut(&request) {
+                            answer.recovery.no_room(now, dice);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Makes an event look like one of this attempt.
+fn rename(event: &mut HeadEvent, attempt: Attempt) {
+    match event {
+        HeadEvent::Token { header, .. } => header.attempt = attempt.0,
+        HeadEvent::Done { header, .. } => header.attempt = attempt.0,
+        HeadEvent::Failed { header, .. } => header.attempt = attempt.0,
+    }
+}
