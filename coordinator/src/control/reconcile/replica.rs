@@ -3,6 +3,7 @@
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::id::{Generation, NodeId, ReplicaId};
 use shoal_protocol::plan::ReplicaPlan;
+use shoal_protocol::units::Instant;
 
 use super::super::planner::{Inventory, Job};
 use super::super::state::{Deployment, GENERATIONS_SKIPPED_MAX};
@@ -37,6 +38,7 @@ impl Round<'_> {
         let stable = |since| observed.now.since(since) >= STABLE_AFTER;
         if history.current.ready_since.is_some_and(stable) {
             history.failures = 0;
+            history.not_before = Instant::default();
         }
         let next = self.next(deployment, replica, &mut history);
         let stand = match next {

@@ -53,7 +53,9 @@ fn failing_fast_attracts_nothing_and_costs_no_request() {
             let most = if policy == Policy::Score { 0.02 } else { 0.03 };
             assert!(share < most, "{name}, {policy}: {share} while it failed");
             let back = figures.share(60, 70);
-            assert!(back > 0.15, "{name}, {policy}: {back} when it was well again");
+            // Weighted turns win their weight back by requests alone.
+            let least = if policy == Policy::Score { 0.15 } else { 0.10 };
+            assert!(back > least, "{name}, {policy}: {back} when it was well again");
         }
     }
 }
