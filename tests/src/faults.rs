@@ -331,8 +331,7 @@ impl Trial {
             }
             Fault::FreezeWorker => {
                 self.cluster.signal_worker(worker, Signal::STOP)?;
-                // A fault's own length is what it is about; nothing is waited for.
-                std::thread::sleep(FROZEN);
+                pass(FROZEN);
                 self.cluster.signal_worker(worker, Signal::CONT)?;
             }
             Fault::KillLeader | Fault::KillFollower => {
@@ -340,7 +339,7 @@ impl Trial {
             }
             Fault::FreezeLeader => {
                 self.cluster.signal_coordinator(coordinator, Signal::STOP)?;
-                std::thread::sleep(FROZEN);
+                pass(FROZEN);
                 self.cluster.signal_coordinator(coordinator, Signal::CONT)?;
             }
             Fault::StopWorker => self.cluster.signal_worker(worker, Signal::TERM)?,
@@ -379,23 +378,29 @@ impl Trial {
 }
 
 fn start(url: String, deployment: usize) -> Stream {
-    let (sender, begun) = mpsc::channel();
+    let (sender, begun) = mpsc::sync_channel(1);
     let thread = std::thread::spawn(move || follow(&url, deployment, &sender));
     Stream { thread, begun }
 }
 
+/// Lets time pass: a fault's own length is what it is about, and there is nothing to wait for.
+fn pass(time: Duration) {
+    let (_sender, never) = mpsc::sync_channel::<()>(0);
+    let _ = never.recv_timeout(time);
+}
+
 /// Reads one stream to its end, as a client does.
-fn follow(url: &str, deployment: usize, begun: &mpsc::Sender<()>) -> Seen {
+fn follow(url: &str, deployment: usize, begun: &mpsc::SyncSender<()>) -> Seen {
     let mut seen = Seen { deployment, tokens: Vec::new(), error: None, longest: Duration::ZERO };
     if let Err(error) = read(url, begun, &mut seen) {
         seen.error = Some(format!("{error:#}"));
     }
     // Where it failed before, nobody waits for ever.
-    let _ = begun.send(());
+    let _ = begun.try_send(());
     seen
 }
 
-fn read(url: &str, begun: &mpsc::Sender<()>, seen: &mut Seen) -> Result<()> {
+fn read(url: &str, begun: &mpsc::SyncSender<()>, seen: &mut Seen) -> Result<()> {
     let prompt: Vec<u32> = (10..42).collect();
     let options = json!({"max_tokens": TOKENS, "ignore_eos": true, "return_token_ids": true,
                          "seed": 5, "temperature": 0.7});
@@ -419,7 +424,7 @@ fn read(url: &str, begun: &mpsc::Sender<()>, seen: &mut Seen) -> Result<()> {
         }
         seen.tokens.extend(ids.iter().filter_map(Value::as_u64));
         if seen.tokens.len() >= BEFORE {
-            let _ = begun.send(());
+            let _ = begun.try_send(());
         }
     }
 }

@@ -109,6 +109,7 @@ fn news_of(folder: &Path, node: NodeId, after: f64) -> Result<News> {
             bail!("{node} was not given up within {NEWS_TIMEOUT:?}: {lines:#?}");
         }
         // A log has no event to wait for.
+        #[allow(clippy::disallowed_methods)]
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -179,7 +180,11 @@ fn how_soon_a_frozen_worker_is_noticed() -> Result<()> {
 
 /// Compilers that run for as long as this lives: each core builds a crate of this workspace, over and
 /// over, in a folder of its own.
-struct Compilers(Vec<Child>, tempfile::TempDir);
+struct Compilers {
+    children: Vec<Child>,
+    /// Removed when this is dropped.
+    _folder: tempfile::TempDir,
+}
 
 impl Compilers {
     fn start() -> Result<Self> {
@@ -202,13 +207,13 @@ impl Compilers {
                 .spawn()?;
             children.push(child);
         }
-        Ok(Self(children, folder))
+        Ok(Self { children, _folder: folder })
     }
 }
 
 impl Drop for Compilers {
     fn drop(&mut self) {
-        for child in &mut self.0 {
+        for child in &mut self.children {
             // The shell; its last cargo ends by itself within a minute.
             let _ = child.kill();
             let _ = child.wait();

@@ -72,6 +72,7 @@ pub struct Args {
 
 /// Every verb.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // One in a process.
 pub enum Command {
     /// Start a coordinator and workers on this machine and serve a model until Ctrl-C
     #[command(after_help = UP_EXAMPLES)]

@@ -92,7 +92,7 @@ impl Sequence {
     }
 
     /// Tokens that an attempt computes before it draws the next one: the prompt, and what was drawn.
-    pub fn len(&self) -> usize {
+    pub fn rows(&self) -> usize {
         self.prompt.len() + self.received.len()
     }
 

@@ -220,7 +220,7 @@ impl LastingAnswer {
                     let usable = ServedDeployment { replicas, ..(**deployment).clone() };
                     let request = RouteRequest {
                         sequences: 1,
-                        prompt_tokens: self.sequence.len() as u32,
+                        prompt_tokens: self.sequence.rows() as u32,
                         max_tokens: self.sequence.left(),
                         ..RouteRequest::default()
                     };

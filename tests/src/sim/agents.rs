@@ -71,6 +71,7 @@ pub fn beat() -> Beat {
 
 impl World {
     /// Something has arrived for a coordinator on a stream.
+    #[allow(clippy::wrong_self_convention)] // Where to, not into what.
     pub fn to_coordinator(&mut self, to: NodeId, payload: Payload) {
         self.turn(to, |world, process, _| match payload {
             Payload::Hello { from, session, life, register } => {

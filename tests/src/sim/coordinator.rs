@@ -76,6 +76,7 @@ pub struct Process {
     last_announced: u64,
 }
 
+#[allow(clippy::large_enum_variant)] // Nearly all are messages.
 enum Input {
     Message(Message),
     SnapshotSent(u64, bool),

@@ -95,7 +95,7 @@ impl World {
     ) -> Result<Ticket, ()> {
         let request = RouteRequest {
             sequences: 1,
-            prompt_tokens: sequence.len() as u32,
+            prompt_tokens: sequence.rows() as u32,
             max_tokens: sequence.left(),
             ..RouteRequest::default()
         };

@@ -45,7 +45,7 @@ fn first_snapshot() -> Snapshot {
     let mut meta = SnapshotMetadata { index: 1, term: 1, ..SnapshotMetadata::default() };
     meta.set_conf_state(conf);
     let data = snapshot::encode(&first_state()).unwrap_or_default();
-    let mut snapshot = Snapshot { data: data.into(), ..Snapshot::default() };
+    let mut snapshot = Snapshot { data, ..Snapshot::default() };
     snapshot.set_metadata(meta);
     snapshot
 }

@@ -101,6 +101,7 @@ pub enum Event {
 
 /// A change or a read that somebody waits for.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // Few and short-lived.
 pub enum Wish {
     /// A change.
     Change(Change),

@@ -161,6 +161,7 @@ impl World {
     }
 
     /// Something has arrived for a worker on a stream.
+    #[allow(clippy::wrong_self_convention)] // Where to, not into what.
     pub fn to_worker(&mut self, id: NodeId, life: u64, payload: Payload) {
         self.worker(id, life, |world, process| match payload {
             Payload::Welcome { from, session, life: theirs } => {

@@ -123,7 +123,7 @@ impl Coordinators {
         if let Some(node) = voters.iter().find(|node| !self.by_id.contains_key(node)) {
             return Err(Refusal::UnknownNode { node: *node });
         }
-        if voters.len() > VOTERS_MAX || voters.len() % 2 == 0 {
+        if voters.len() > VOTERS_MAX || voters.len().is_multiple_of(2) {
             return Err(Refusal::BadVoters { count: voters.len() });
         }
         if self.voters == *voters {

@@ -64,7 +64,7 @@ pub async fn open(
             Ok((store, StoreOwner::Raft(owner)))
         }
         StoreConfig::Etcd(config) => {
-            let (store, owner) = etcd::open(config, client).await?;
+            let (store, owner) = Box::pin(etcd::open(config, client)).await?;
             Ok((store, StoreOwner::Etcd(owner)))
         }
     }

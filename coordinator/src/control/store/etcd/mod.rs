@@ -87,7 +87,8 @@ pub async fn open(
     config: &EtcdConfig,
     client: NodeId,
 ) -> Result<(ControlStore, EtcdStore), OpenError> {
-    open_with(config, client, Arc::new(SystemTime::now)).await
+    // A client of tonic's is large; boxed, it is not part of every future above.
+    Box::pin(open_with(config, client, Arc::new(SystemTime::now))).await
 }
 
 /// The same with another clock.
@@ -147,7 +148,7 @@ fn start(etcd: Etcd, tail: tail::Tail, client: NodeId, clock: Clock) -> (Control
         compact_at: 0,
     };
     let voter = tokio::spawn(async move {
-        voter.run(inbox).await;
+        Box::pin(voter.run(inbox)).await;
         stop.send_replace(true);
     });
     let store = ControlStore { proposals: proposals.clone(), state, standing, members };

@@ -420,7 +420,7 @@ pub(super) fn joint(changes: Vec<(ConfChangeType, u64)>) -> ConfChangeV2 {
     };
     let mut change = ConfChangeV2::default();
     change.set_transition(ConfChangeTransition::Auto);
-    change.set_changes(changes.into_iter().map(single).collect::<Vec<_>>().into());
+    change.set_changes(changes.into_iter().map(single).collect());
     change
 }
 

@@ -179,8 +179,7 @@ pub(super) fn snapshot_of(
     let mut meta =
         SnapshotMetadata { index: applied.index, term: applied.term, ..Default::default() };
     meta.set_conf_state(conf.clone());
-    let mut snapshot =
-        Snapshot { data: snapshot::encode(&applied.state)?.into(), ..Default::default() };
+    let mut snapshot = Snapshot { data: snapshot::encode(&applied.state)?, ..Default::default() };
     snapshot.set_metadata(meta);
     Ok(snapshot)
 }
@@ -190,7 +189,7 @@ mod tests {
     use super::*;
 
     fn entry(index: u64, term: u64) -> Entry {
-        Entry { index, term, data: vec![0; 10].into(), ..Default::default() }
+        Entry { index, term, data: vec![0; 10], ..Default::default() }
     }
 
     fn log() -> Log {

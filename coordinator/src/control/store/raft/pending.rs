@@ -216,7 +216,9 @@ mod tests {
         Change::Node(NodeCommand::Enrol { role: Role::Worker, key: KeyFingerprint([0; 32]) })
     }
 
-    fn proposals() -> (Proposals, Vec<oneshot::Receiver<Result<Vec<Effect>, ProposeError>>>) {
+    type Answer = oneshot::Receiver<Result<Vec<Effect>, ProposeError>>;
+
+    fn proposals() -> (Proposals, Vec<Answer>) {
         let mut proposals = Proposals::new(C1, Incarnation(3));
         let mut answers = Vec::new();
         for _ in 0..2 {
