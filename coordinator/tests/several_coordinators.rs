@@ -1,5 +1,8 @@
 //! Several coordinators of one cluster: joined, promoted, killed, replaced; over real sockets and files.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![allow(dead_code, reason = "not every test needs all of the support")]
+
 mod control_support;
 
 use std::net::SocketAddr;

@@ -4,6 +4,9 @@
 //! The store in etcd runs against real `etcd` processes, started here on free ports. Where there is no
 //! etcd the tests fail and say what to install; SHOAL_SKIP_ETCD=1 skips them and says so.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![allow(clippy::large_futures, reason = "a test has one of them")]
+
 #[path = "store_contract/contract.rs"]
 #[macro_use]
 mod contract;
