@@ -248,9 +248,14 @@ pub struct CoordinatorArgs {
 /// Where the cluster's state is kept.
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct StoreArgs {
-    /// Keep the cluster's state in an etcd: etcd://[USER@]HOST:PORT[,HOST:PORT…][/PREFIX], or
-    /// etcds:// for TLS [default: in --data]
-    #[arg(long, value_name = "URL", value_parser = store)]
+    /// Keep the cluster's state in an etcd.
+    #[arg(
+        long,
+        value_name = "URL",
+        value_parser = store,
+        help = "Keep the cluster's state in an etcd: etcd://[USER@]HOST:PORT[,HOST:PORT…][/PREFIX], or \
+                etcds:// for TLS [default: in --data]"
+    )]
     pub store: Option<EtcdUrl>,
     /// Who signs etcd's certificate (PEM), for etcds://
     #[arg(long, value_name = "FILE", env = "SHOAL_ETCD_CA_FILE")]

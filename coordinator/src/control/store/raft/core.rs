@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The order is the point of it: what a message promises is on the disk before the message leaves
-//! ([`Round::write`] comes before [`Done::send`]); what a leader may send at once is in [`Round::send`].
+//! (`Round::write` comes before `Done::send`); what a leader may send at once is in `Round::send`.
 //! A shell that cannot write drops the voter, and starts again from the disk.
 
 use std::sync::Arc;
