@@ -102,7 +102,7 @@ impl Fixture for RaftFixture {
 
     const COORDINATORS: u32 = VOTERS;
 
-    const NEEDED: usize = 2;
+    const NEEDED: u32 = 2;
 
     const STALLS: bool = true;
 
