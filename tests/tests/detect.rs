@@ -15,27 +15,16 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use shoal_protocol::admin::{ClusterView, DeploymentPhase};
 use shoal_protocol::id::NodeId;
-use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::{Api, Event};
 use shoal_tests::proc::{Admin, Signal, Up, UpOptions, signal};
+use shoal_tests::slow::SLOW;
 
 /// How long a cluster of three may take to serve again.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long to look for the news in the logs: more than the transport's own idle time-out.
 const NEWS_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// A model whose tokens take 6 ms.
-const SLOW: PretendSpec = PretendSpec {
-    layers: 6,
-    hidden: 64,
-    vocab: 1000,
-    max_context: 4096,
-    seed: 5,
-    layer_step_ns: 1_000_000,
-    layer_row_ns: 0,
-    layer_weight_bytes: 1 << 20,
-};
 
 /// Tokens before a fault: so many take more than ten seconds, after which a link's own jitter counts.
 const TOKENS_BEFORE: usize = 2000;

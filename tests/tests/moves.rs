@@ -12,21 +12,10 @@ use shoal_protocol::id::{DeploymentName, NodeId};
 use shoal_protocol::plan::{ModelSource, PretendSpec};
 use shoal_tests::api::{Api, Event};
 use shoal_tests::proc::{Admin, Up, UpOptions};
+use shoal_tests::slow::SLOW;
 
 /// How long a small cluster may take to make a layout.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(25);
-
-/// A model whose tokens take 6 ms, so that streams are under way whatever happens.
-const SLOW: PretendSpec = PretendSpec {
-    layers: 6,
-    hidden: 64,
-    vocab: 1000,
-    max_context: 4096,
-    seed: 5,
-    layer_step_ns: 1_000_000,
-    layer_row_ns: 0,
-    layer_weight_bytes: 1 << 20,
-};
 
 /// A stream takes about a second: less than a layout that retires waits for it.
 const TOKENS: u32 = 150;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use redb::StorageBackend;
 use shoal_protocol::id::Role;
 
-use crate::control::store::ProposeError;
+use crate::control::store::{ProposeError, ReadError};
 
 use super::core::COMPACT_EVERY;
 use super::*;
@@ -305,6 +305,35 @@ fn a_panic_of_the_library_is_an_error_and_heals() {
             owner.close();
         }
     }
+}
+
+/// A leader that says that more is committed than this voter ever had: the algorithm gives up. The thread
+/// ends, whoever asks is told, and what was acknowledged is on the disk.
+#[test]
+fn a_panic_of_the_algorithm_ends_the_store_and_loses_nothing() {
+    let platter = Platter::new(Vec::new(), u64::MAX);
+    let (store, owner) = start(platter.opener()).unwrap();
+    runtime().block_on(async {
+        store.propose(enrol()).await.unwrap();
+        let mut message = ::raft::prelude::Message {
+            from: 2,
+            to: 1,
+            term: 99,
+            commit: 999,
+            ..Default::default()
+        };
+        message.set_msg_type(::raft::prelude::MessageType::MsgHeartbeat);
+        owner.network().send(NetworkEvent::Message(Box::new(message))).await.unwrap();
+        let mut state = store.watch();
+        // Its sender goes with the thread.
+        while state.changed().await.is_ok() {}
+        assert_eq!(store.propose(enrol()).await, Err(ProposeError::Stopped));
+        assert_eq!(store.read().await, Err(ReadError::Stopped));
+        assert_eq!(workers(&store), 1, "reads of this copy go on");
+    });
+    owner.close();
+    let (again, _owner) = start(platter.opener()).unwrap();
+    assert_eq!(workers(&again), 1);
 }
 
 struct WireErrorCode;

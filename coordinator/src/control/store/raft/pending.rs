@@ -51,8 +51,7 @@ impl Proposals {
     }
 
     /// How many wait or are under way.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.waiting.len() + usize::from(self.current.is_some())
     }
 
@@ -148,8 +147,7 @@ impl Reads {
     }
 
     /// How many wait.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.asked.len()
     }
 
@@ -263,9 +261,9 @@ mod tests {
         let (mut proposals, mut answers) = proposals();
         proposals.due(at(0), Timestamp(0));
         proposals.expire(at(9_999));
-        assert_eq!(proposals.len(), 2);
+        assert_eq!(proposals.count(), 2);
         proposals.expire(at(10_000));
-        assert_eq!(proposals.len(), 0);
+        assert_eq!(proposals.count(), 0);
         for answer in &mut answers {
             assert_eq!(answer.try_recv().unwrap(), Err(ProposeError::TimedOut));
         }

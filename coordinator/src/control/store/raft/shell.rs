@@ -147,7 +147,7 @@ impl Shell {
         ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
         self.rounds();
         loop {
-            let room = self.proposals.len() + self.reads.len() < PROPOSALS_MAX;
+            let room = self.proposals.count() + self.reads.count() < PROPOSALS_MAX;
             tokio::select! {
                 message = inbox.recv(), if room => match message {
                     Some(Message::Stop) | None => break,
@@ -171,7 +171,7 @@ impl Shell {
     /// Whether nothing happens unless somebody asks.
     fn is_idle(&self) -> bool {
         let alone = self.live.as_ref().is_some_and(|(voter, _)| voter.is_alone() && voter.leads());
-        alone && self.proposals.len() == 0 && self.reads.len() == 0
+        alone && self.proposals.count() == 0 && self.reads.count() == 0
     }
 
     fn take(&mut self, message: Message) {
