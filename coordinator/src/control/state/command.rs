@@ -24,6 +24,7 @@
 //! | [`DrainCommand::Begin`], [`DrainCommand::End`] | an admin | the node is a worker of this cluster |
 //! | [`VersionCommand::Raise`] | the leader, when it has heard all coordinators | those it heard are those there are, and none was started since |
 //! | [`VersionCommand::Start`] | a coordinator, when a worker registers | as `NodeCommand::Start`, and all coordinators speak version 2 |
+//! | [`VersionCommand::Finish`] | an admin | every member speaks the version |
 //!
 //! Besides, each needs that those whom it concerns understand it ([`needs`](super::versions::needs)). A
 //! command keeps its shape for ever; a new one stands at the end of its enum.

@@ -55,6 +55,11 @@ pub enum VersionCommand {
         /// The newest protocol version that it speaks.
         protocol: u16,
     },
+    /// Every member speaks this version, and whoever comes later must: the end of an upgrade.
+    Finish {
+        /// The version.
+        to: u16,
+    },
 }
 
 /// Who is known to speak what.
@@ -125,6 +130,7 @@ pub fn needs(change: &Change) -> Needs {
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
+        Change::Version(VersionCommand::Finish { to }) => Needs::everybody((*to).max(2)),
     }
 }
 
@@ -223,6 +229,8 @@ impl ClusterState {
                 self.versions.spoken.insert(*node, (*incarnation, *protocol));
                 Ok(effects)
             }
+            // That it needs this version of everybody is what it says.
+            VersionCommand::Finish { .. } => Ok(Vec::new()),
         }
     }
 }

@@ -103,11 +103,18 @@ fn a_worker_that_goes_back_takes_the_version_back_with_it() {
 
 #[test]
 fn what_was_decided_for_workers_binds_those_that_come_later() {
-    let mut versions = ClusterState::default();
-    assert_eq!(versions.versions.workers(), 1);
-    versions.note_needs(&speaks(1, 2));
-    assert_eq!(versions.versions.workers(), 1, "coordinators alone see a version");
-    assert_eq!(versions.versions.log(), 1);
+    let mut cluster = Cluster::of_version_1();
+    let finish = || Change::Version(VersionCommand::Finish { to: 2 });
+    let held = |by: &[NodeId]| Err(Refusal::HeldBack { needs: 2, by: by.to_vec(), more: 0 });
+    assert_eq!(cluster.apply(finish()), held(&[C1, C2, W1]));
+    cluster.raise(2, &[(C1, 11), (C2, 12)]).unwrap();
+    assert_eq!(cluster.apply(finish()), held(&[W1]));
+    cluster.apply(speaks(2, 2)).unwrap();
+    assert_eq!(cluster.state.versions.workers(), 1, "coordinators alone see what a worker speaks");
+    for _ in 0..2 {
+        assert_eq!(cluster.apply(finish()), Ok(vec![]));
+        assert_eq!(cluster.state.versions.workers(), 2);
+    }
 }
 
 #[test]
@@ -129,6 +136,7 @@ fn a_state_that_holds_nothing_new_is_written_as_version_1_wrote_it() {
     let cluster = Cluster::of_version_1();
     let bytes = snapshot::encode(&cluster.state).unwrap();
     assert_eq!((cluster.format(), bytes.len()), (2, 226));
+    assert_eq!(blake3::hash(&bytes).to_hex().as_str(), "?");
 }
 
 #[test]
