@@ -7,7 +7,7 @@
 # dependencies are taken from this workspace's own build where they are the same, by hard links; nothing
 # that cargo writes in place is linked, and nothing of this workspace.
 #
-# The commit moves on rarely: see CONTRIBUTING.md, "An older build".
+# SHOAL_SKIP_OLDER=1 builds and prints nothing. How the commit is moved on: CONTRIBUTING.md, "An older build".
 set -euo pipefail
 
 commit=f403ba0031931334937d0c5c9449e4aeaaf27d13
@@ -26,6 +26,10 @@ found() {
 }
 
 found
+if [ "${SHOAL_SKIP_OLDER:-}" = 1 ]; then
+    say "left out: SHOAL_SKIP_OLDER=1"
+    exit 0
+fi
 mkdir -p "$place"
 exec 9> "$place/lock"
 if ! flock --nonblock 9; then

@@ -160,7 +160,7 @@ impl AdminServer {
                 Ok(AdminReply::Access(self.access.answer(operator, call).await?))
             }
             AdminCall::Upgrade(call) => {
-                let view = super::upgrade::answer(&self.store, &self.agents, operator, call);
+                let view = super::upgrade::answer(&self.store, operator, call);
                 Ok(AdminReply::Upgrade(view.await?))
             }
             AdminCall::Scale { name, replicas, stages, dry_run } => {

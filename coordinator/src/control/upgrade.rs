@@ -5,38 +5,32 @@ use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::upgrade::{SpeakerView, UpgradeCall, UpgradeView};
 use shoal_protocol::version::PROTOCOL_VERSION;
 
-use super::agents::Agents;
 use super::state::{Change, ClusterState, Node, VersionCommand};
 use super::store::ControlStore;
 
 /// One call.
 pub(super) async fn answer(
     store: &ControlStore,
-    agents: &Agents,
     operator: NodeId,
     call: UpgradeCall,
 ) -> Result<UpgradeView, WireError> {
     let state = store.read().await?;
     if call == UpgradeCall::Status {
-        return Ok(view(&state, store, agents));
+        return Ok(view(&state, store));
     }
     store.propose(Change::Version(VersionCommand::Finish { to: PROTOCOL_VERSION })).await?;
     tracing::info!(%operator, "the upgrade to protocol version {PROTOCOL_VERSION} is complete");
-    Ok(view(&store.state(), store, agents))
+    Ok(view(&store.state(), store))
 }
 
-fn view(state: &ClusterState, store: &ControlStore, agents: &Agents) -> UpgradeView {
-    let seen = agents.observe();
+fn view(state: &ClusterState, store: &ControlStore) -> UpgradeView {
     let spoken = |id: NodeId, node: &Node| {
-        if let Some(record) = state.coordinators.get(id) {
-            let at_least = Some(state.versions.log()).filter(|log| *log > 1);
-            return store.heard().of(id, record.boot).or(at_least);
-        }
-        let incarnation = node.incarnation?;
-        let registered = seen.get(&id).map(|worker| &worker.register);
-        let registered = registered.filter(|register| register.incarnation == incarnation);
-        let said = registered.map(|register| register.versions.max);
-        said.or_else(|| state.versions.spoken(id, incarnation))
+        let recorded = match state.coordinators.get(id) {
+            // At least: no less takes part.
+            Some(_) => Some(state.versions.log()).filter(|log| *log > 1),
+            None => node.incarnation.and_then(|start| state.versions.spoken(id, start)),
+        };
+        store.heard().of(state, id).or(recorded)
     };
     let members = state.nodes.iter().filter(|(id, _)| id.role != Role::Admin);
     let speaker = |(id, node): (NodeId, &Node)| SpeakerView {

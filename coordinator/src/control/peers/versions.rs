@@ -14,13 +14,18 @@ use std::time::Duration;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::quic::{Expect, close_code};
 use shoal_protocol::version::PROTOCOL_VERSION;
+use tokio::time::timeout;
 
 use super::Peers;
+use super::carrier::Greeted;
 use crate::control::state::{Change, ClusterState, VersionCommand};
 
 /// How often those are asked again that did not answer, or speak an older version: one that was
 /// upgraded says so by itself, with its new start, so this is for the others alone.
 const ASK_EVERY: Duration = Duration::from_secs(2);
+
+/// How long a peer may take to end a conversation in which nothing more is said.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Peers {
     /// Runs until the log has the version that this build speaks: no more can be had with it.
@@ -50,16 +55,19 @@ impl Peers {
         let heard = self.store.heard();
         heard.keep(state);
         for (node, record) in state.coordinators.iter() {
-            let known = heard.of(node, record.boot);
+            let known = heard.of(state, node);
             if node == self.me.node {
                 heard.note(node, self.me.boot, PROTOCOL_VERSION);
             } else if known.is_none_or(|version| version < PROTOCOL_VERSION)
                 && let Some(address) = self.address_of(node)
             {
                 match self.greet(address, Expect::Node(node)).await {
-                    Ok(greeted) => {
-                        heard.note(node, record.boot, greeted.version);
-                        greeted.connection.close(close_code::DONE, "");
+                    Ok(Greeted { connection, mut sender, version }) => {
+                        heard.note(node, record.boot, version);
+                        // It ends the conversation when it has read that nothing follows.
+                        sender.finish();
+                        let _ = timeout(LAST_WORDS, connection.closed()).await;
+                        connection.close(close_code::DONE, "");
                     }
                     Err(error) => {
                         tracing::debug!(%node, "it was not heard what it speaks: {error}")
@@ -71,8 +79,9 @@ impl Peers {
 
     /// Says in the log what all speak, if that is more than it says already.
     async fn raise(&self, state: &ClusterState) {
-        let of = |(node, boot): (NodeId, u64)| self.store.heard().of(node, boot);
-        let all: Option<Vec<u16>> = starts(state).1.into_iter().map(of).collect();
+        let heard = self.store.heard();
+        let all = state.coordinators.iter().map(|(node, _)| heard.of(state, node));
+        let all: Option<Vec<u16>> = all.collect();
         let Some(to) = all.and_then(|all| all.into_iter().min()) else { return };
         if to <= state.versions.log() {
             return;

@@ -249,9 +249,7 @@ pub(super) fn names(by: &[NodeId], more: u32) -> String {
         names.push(format!("{more} more"));
     }
     match names.split_last() {
-        None => {
-            "not all coordinators have been heard to speak it yet: try again in a second".into()
-        }
+        None => "that all speak it is not on record yet: try again in a second".into(),
         Some((last, [])) => format!("{last} is not known to speak it: {ADVICE}"),
         Some((last, others)) => {
             format!("{} and {last} are not known to speak it: {ADVICE}", others.join(", "))
