@@ -68,6 +68,8 @@ impl Peers {
         let Ok(number) = u32::try_from(id) else { return };
         let node = NodeId::coordinator(number);
         let mut retry = RETRY_FIRST;
+        // Said once, not with every message that it is spared.
+        let mut said_too_old = false;
         loop {
             outbox.wait().await;
             let greeted = match self.address_of(node) {
@@ -77,13 +79,16 @@ impl Peers {
             match greeted {
                 Ok(Greeted { connection, sender, .. }) => {
                     tracing::debug!(%node, "connected to the coordinator");
-                    retry = RETRY_FIRST;
+                    (retry, said_too_old) = (RETRY_FIRST, false);
                     self.send_all(id, &outbox, &connection, sender).await;
                     connection.close(close_code::DONE, "");
                 }
                 Err(error) => {
                     match error {
-                        GreetError::TooOld { .. } => tracing::warn!(%node, "{error}"),
+                        GreetError::TooOld { .. } if !said_too_old => {
+                            tracing::warn!(%node, "{error}");
+                            said_too_old = true;
+                        }
                         _ => tracing::debug!(%node, "the coordinator cannot be reached: {error}"),
                     }
                     self.lost(id, outbox.clear()).await;

@@ -43,8 +43,12 @@ impl Peers {
             }
             let before = starts(&now);
             tokio::select! {
-                _ = state.wait_for(|state| starts(state) != before) => {}
-                _ = standing.changed() => {}
+                other = state.wait_for(|state| starts(state) != before) => {
+                    if other.is_err() {
+                        return;
+                    }
+                }
+                changed = standing.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(ASK_EVERY) => {}
             }
         }
