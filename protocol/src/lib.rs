@@ -26,4 +26,5 @@ pub mod plan;
 pub mod quic;
 pub mod request;
 pub mod units;
+pub mod upgrade;
 pub mod version;

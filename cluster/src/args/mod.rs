@@ -8,6 +8,7 @@ mod coordinators;
 mod moves;
 mod nearest;
 mod tokens;
+mod upgrade;
 mod values;
 
 use std::net::SocketAddr;
@@ -33,6 +34,7 @@ use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
+pub use self::upgrade::UpgradeCommand;
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -132,6 +134,12 @@ pub enum Command {
         /// What to do with a rollout.
         #[command(subcommand)]
         command: RolloutCommand,
+    },
+    /// Show how an upgrade of the nodes' builds stands, and complete it
+    Upgrade {
+        /// What to do with the upgrade.
+        #[command(subcommand)]
+        command: UpgradeCommand,
     },
 }
 

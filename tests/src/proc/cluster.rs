@@ -15,10 +15,15 @@ use super::{Admin, Process, Signal};
 /// How long a process may take to start on a machine that is busy.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long one may take to end: its streams finish first.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A cluster of processes.
 #[derive(Debug)]
 pub struct Cluster {
     folder: TempDir,
+    /// What is started from now on.
+    binary: PathBuf,
     coordinators: Vec<Coordinator>,
     workers: Vec<Worker>,
 }
@@ -40,8 +45,13 @@ struct Worker {
 impl Cluster {
     /// So many coordinators, all of which vote, and so many workers, all of which are connected to each.
     pub fn start(coordinators: usize, workers: usize) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let mut cluster = Self { folder, coordinators: Vec::new(), workers: Vec::new() };
+        Self::start_with(super::shoal(), coordinators, workers)
+    }
+
+    /// The same with another build.
+    pub fn start_with(binary: &Path, coordinators: usize, workers: usize) -> Result<Self> {
+        let (folder, binary) = (tempfile::tempdir()?, binary.to_owned());
+        let mut cluster = Self { folder, binary, coordinators: Vec::new(), workers: Vec::new() };
         cluster.add_coordinator(None)?;
         if coordinators > 1 {
             let token = cluster.token(Role::Coordinator, coordinators - 1)?;
@@ -67,9 +77,26 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Starts another build from now on.
+    pub fn use_binary(&mut self, binary: &Path) {
+        self.binary = binary.to_owned();
+    }
+
+    /// Another coordinator, which joins and does not vote yet; its index.
+    pub fn join_coordinator(&mut self, seen_by: usize) -> Result<usize> {
+        let token = self.token_from(seen_by, Role::Coordinator, 1)?;
+        self.add_coordinator(Some(&token))?;
+        Ok(self.coordinators.len() - 1)
+    }
+
     fn token(&self, role: Role, uses: usize) -> Result<String> {
+        self.token_from(0, role, uses)
+    }
+
+    /// A join token that a coordinator has made.
+    pub fn token_from(&self, index: usize, role: Role, uses: usize) -> Result<String> {
         let call = AdminCall::CreateToken { role, uses: u32::try_from(uses)?, expires_s: 600 };
-        match self.admin(0)?.call(call)? {
+        match self.admin(index)?.call(call)? {
             AdminReply::Token { token } => Ok(token),
             other => bail!("{other:?} where a token was expected"),
         }
@@ -87,16 +114,20 @@ impl Cluster {
     }
 
     fn start_coordinator(&mut self, index: usize, token: Option<&str>) -> Result<()> {
-        let seed = self.coordinators[0].cluster.clone();
+        // The first ones that are there: who founded the cluster may be gone.
+        let runs = |other: &&Coordinator| other.process.is_some();
+        let seeds: Vec<_> =
+            self.coordinators.iter().filter(runs).map(|c| c.cluster.clone()).collect();
+        let seeds = seeds.join(",");
         let coordinator = &mut self.coordinators[index];
         let data = coordinator.data.to_string_lossy().into_owned();
         let mut args =
             vec!["coordinator", "--data", &data, "--listen", &coordinator.api, "--announce"];
         args.extend(["--cluster", &coordinator.cluster]);
         if let Some(token) = token {
-            args.extend(["--join", &seed, "--token", token]);
+            args.extend(["--join", &seeds, "--token", token]);
         }
-        let mut process = Process::shoal(args)?;
+        let mut process = Process::shoal_at(&self.binary, args)?;
         let line: serde_json::Value = serde_json::from_str(&process.line(START_TIMEOUT)?)?;
         coordinator.api = line["api"].as_str().context("an address")?.to_owned();
         coordinator.process = Some(process);
@@ -116,7 +147,7 @@ impl Cluster {
         let mut args = vec!["worker", "--join", &join, "--data", &data, "--announce"];
         args.extend(["--memory", "256MiB", "--threads", "1"]);
         args.extend(token.into_iter().flat_map(|token| ["--token", token]));
-        let mut process = Process::shoal(args)?;
+        let mut process = Process::shoal_at(&self.binary, args)?;
         process.line(START_TIMEOUT)?;
         worker.process = Some(process);
         Ok(())
@@ -184,9 +215,39 @@ impl Cluster {
         self.start_worker(index, None)
     }
 
+    /// Ends a coordinator with SIGTERM, which lets its streams finish; returns when it has.
+    pub fn stop_coordinator(&mut self, index: usize) -> Result<()> {
+        stop(&mut self.coordinators[index].process)
+    }
+
+    /// The same for a worker.
+    pub fn stop_worker(&mut self, index: usize) -> Result<()> {
+        stop(&mut self.workers[index].process)
+    }
+
+    /// A worker's data folder.
+    pub fn worker_data(&self, index: usize) -> &Path {
+        &self.workers[index].data
+    }
+
+    /// Where a coordinator takes the cluster's conversations.
+    pub fn cluster_address(&self, index: usize) -> &str {
+        &self.coordinators[index].cluster
+    }
+
     /// Whether a worker's process is there.
     pub fn worker_runs(&self, index: usize) -> bool {
         self.workers[index].process.is_some()
+    }
+}
+
+fn stop(process: &mut Option<Process>) -> Result<()> {
+    let running = process.take().context("it does not run")?;
+    running.signal(Signal::TERM)?;
+    let finished = running.finish(STOP_TIMEOUT)?;
+    match finished.code() {
+        Some(0) => Ok(()),
+        _ => bail!("it did not end well: {finished:?}"),
     }
 }
 

@@ -4,11 +4,13 @@ mod admin;
 mod binary;
 pub mod cluster;
 mod logs;
+mod older;
 mod process;
 mod up;
 
 pub use admin::Admin;
 pub use binary::shoal;
 pub use cluster::Cluster;
+pub use older::older;
 pub use process::{Finished, Process, Signal, is_running, signal, wait_until_gone};
 pub use up::{Up, UpOptions, Worker};
