@@ -32,8 +32,11 @@ const WITHIN: [&str; 2] = ["route", "election"];
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
     let mut out: Option<PathBuf> = None;
-    let mut settings =
-        scenarios::Settings { pairs: 7, trials: 30, models: std::env::temp_dir().join("shoal-bench-models") };
+    let mut settings = scenarios::Settings {
+        pairs: 7,
+        trials: 30,
+        models: std::env::temp_dir().join("shoal-bench-models"),
+    };
     let mut args = std::env::args().skip(1).peekable();
     if args.peek().is_some_and(|arg| arg == "--help" || arg == "-h") {
         println!("{USAGE}");

@@ -134,12 +134,18 @@ fn report(section: &mut Section, seen: &Seen) {
     let deaths = seen.took.len();
     let (median, p99) = (seen.took.median(), seen.took.quantile(0.99));
     let text = format!("{} ms", seen.took);
-    section.at_most(format!("a new leader, median of {deaths} deaths, ms"), median, text, MEDIAN_MS);
+    section.at_most(
+        format!("a new leader, median of {deaths} deaths, ms"),
+        median,
+        text,
+        MEDIAN_MS,
+    );
     section.at_most("a new leader, p99, ms", p99, format!("{p99:.0} ms"), P99_MS);
     let mut undisturbed = seen.first.clone();
     undisturbed.extend(seen.second.iter());
     let windows = undisturbed.len();
-    section.seen(format!("p99 of gaps, ms, {windows} undisturbed windows"), undisturbed.to_string());
+    section
+        .seen(format!("p99 of gaps, ms, {windows} undisturbed windows"), undisturbed.to_string());
     section.seen(format!("p99 of gaps, ms, {deaths} windows with a kill"), seen.killed.to_string());
     let ratio = seen.killed.over(&seen.second);
     let beside = seen.second.over(&seen.first);
@@ -155,7 +161,8 @@ fn report(section: &mut Section, seen: &Seen) {
         ratio.median() <= LONGER || within,
     );
     let beyond = seen.killed.iter().filter(|p99| *p99 > high).count();
-    section.seen("windows with a kill whose p99 is beyond every undisturbed one", beyond.to_string());
+    section
+        .seen("windows with a kill whose p99 is beyond every undisturbed one", beyond.to_string());
     section.seen(
         "longest gap, ms, median of rounds: undisturbed, with a kill",
         format!("{}, {}", significant(seen.worst[0].median()), significant(seen.worst[1].median())),

@@ -1,6 +1,7 @@
 //! What the coordinator adds: to a request, and in processor time to the tokens that flow through it.
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,9 +33,8 @@ const BLOCK: usize = 100;
 const STREAMS: usize = 40;
 const WATCHED: Duration = Duration::from_secs(10);
 
-/// What the router may add, in microseconds, and take, in percent of a core per 1,000 tokens/s.
+/// What the router may add, in microseconds.
 const ADDED_US: f64 = 100.0;
-const CORE_PERCENT: f64 = 1.0;
 
 /// No time but that of the way.
 const QUICK: PretendSpec = PretendSpec {
@@ -61,8 +61,10 @@ pub fn run(_: &Settings) -> Result<Section> {
              the coordinator: its HTTP, JSON, tokens, router, QUIC. {BLOCKS} blocks of {BLOCK} requests each, in turn. \
              `route` and `dispatch` are the coordinator's own metric of the same requests: the choice of a replica \
              (filters, policy, lock); and from the checked request to the head that was asked. \
-             Processor time: {STREAMS} streams of 25 tokens a second each for {WATCHED:?}, the whole process, and the \
-             same process with no stream; the router's own part is in `route`'s tables."
+             Processor time: {STREAMS} streams of 25 tokens a second each for {WATCHED:?}, the whole process less the same \
+             process with no stream: HTTP, JSON, detokenising, QUIC, and the kernel's own work for all of them. \
+             Beside it the floor: a thread that only writes as many chunks of the same length to as many sockets. \
+             What choosing takes of it is under `Routing: picks`."
         ),
     );
     let plan = Plan { coordinators: vec![Vec::new()], workers: vec![Vec::new()] };
@@ -158,13 +160,48 @@ fn processor(section: &mut Section, cluster: &Processes) -> Result<()> {
     section.seen("percent of a core, no stream", significant(100.0 * idle));
     section.seen("percent of a core, with the streams", significant(100.0 * busy));
     let each = 100.0 * (busy - idle) / rate * 1000.0;
-    section.at_most(
-        "whole coordinator, percent of a core per 1,000 tokens/s",
-        each,
-        significant(each),
-        CORE_PERCENT,
-    );
+    section.seen("whole coordinator, percent of a core per 1,000 tokens/s", significant(each));
+    let floor = floor()?;
+    section
+        .seen("bare writes to as many sockets, percent of a core per 1,000/s", significant(floor));
     Ok(())
+}
+
+/// Bytes of a chunk of `STEADY`'s answers, with HTTP's own framing.
+const CHUNK: usize = 220;
+
+/// Percent of a core that a thread takes per 1,000 chunks a second, written one by one to `STREAMS`
+/// sockets with a reader each, in bursts as steps end.
+fn floor() -> Result<f64> {
+    const BURSTS: usize = 75;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mut writers = Vec::new();
+    for _ in 0..STREAMS {
+        let mut reader = TcpStream::connect(listener.local_addr()?)?;
+        let (writer, _) = listener.accept()?;
+        writer.set_nodelay(true)?;
+        writers.push(writer);
+        std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while reader.read(&mut chunk).is_ok_and(|read| read > 0) {}
+        });
+    }
+    let before = thread_seconds()?;
+    for _ in 0..BURSTS {
+        for writer in &mut writers {
+            writer.write_all(&[b'x'; CHUNK])?;
+        }
+        pass(Duration::from_millis(40));
+    }
+    let took = thread_seconds()? - before;
+    Ok(100.0 * took * 1000.0 / (BURSTS * STREAMS) as f64)
+}
+
+/// Seconds that this thread has computed.
+fn thread_seconds() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
+    let nanoseconds = text.split_whitespace().next().context("an empty schedstat")?;
+    Ok(nanoseconds.parse::<f64>()? / 1e9)
 }
 
 /// The share of a core that the coordinator takes while `WATCHED` passes, and what is known at its end.
