@@ -98,7 +98,7 @@ fn added(section: &mut Section, cluster: &Processes, direct: &Direct) -> Result<
     }
     let before = Way::read(&agent, &url)?;
     let mut p50 = [Series::default(), Series::default()];
-    let mut all = [Series::default(), Series::default()];
+    let mut p99 = [Series::default(), Series::default()];
     for block in 0..BLOCKS {
         let mut times = [Series::default(), Series::default()];
         for number in 0..BLOCK {
@@ -109,22 +109,20 @@ fn added(section: &mut Section, cluster: &Processes, direct: &Direct) -> Result<
         }
         for (which, times) in times.iter().enumerate() {
             p50[which].push(times.median());
-            all[which].extend(times.iter());
+            p99[which].push(times.quantile(0.99));
         }
     }
     let way = Way::read(&agent, &url)?.since(&before);
-    for (name, all) in ["direct", "through"].iter().zip(&all) {
-        let (half, most) = (all.median(), all.quantile(0.99));
-        section.seen(
-            format!("a request, {name}, µs, p50 and p99"),
-            format!("{}, {}", significant(half), significant(most)),
-        );
+    for (which, name) in ["direct", "through"].into_iter().enumerate() {
+        let (half, most) = (&p50[which], &p99[which]);
+        section.seen(format!("a request, {name}, µs, p50 of a block"), half.to_string());
+        section.seen(format!("a request, {name}, µs, p99 of a block"), most.to_string());
     }
-    let whole = all[1].quantile(0.99) - all[0].quantile(0.99);
-    section.seen(
-        "added by everything that is not the head, µs, p50 and p99",
-        format!("{}, {}", significant(p50[1].median() - p50[0].median()), significant(whole)),
-    );
+    for (name, [direct, through]) in [("p50", &p50), ("p99", &p99)] {
+        let added: Series = through.iter().zip(direct.iter()).map(|(a, b)| a - b).collect();
+        let what = format!("added by all that is not the head, µs, {name} of a block, pairs");
+        section.seen(what, added.to_string());
+    }
     for (part, at_most) in [("route", true), ("dispatch", false)] {
         let (mean, p99) = way.of(part)?;
         let (what, seen) =
