@@ -47,7 +47,7 @@ bench-control: setup-build ## the same for the control plane, in nine minutes, i
 	$$(scripts/target-dir)/release/shoal-bench control --trials $${TRIALS:-30} --out bench/CONTROL.md
 
 bench-evictions: setup-build ## streams while every core compiles: nobody may be given up (MINUTES=10)
-	SHOAL_MINUTES=$${MINUTES:-10} cargo test --release --locked --workspace --test detect -- --ignored --nocapture nobody
+	SHOAL_MINUTES=$${MINUTES:-10} cargo test --locked --workspace --test detect -- --ignored --nocapture nobody
 
 sim: setup-build ## simulated clusters under faults (SEEDS=2000 FROM=1): seeds/s and simulated hours
 	cargo build --locked --package shoal-tests --bin shoal-sim
