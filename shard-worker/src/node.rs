@@ -139,7 +139,8 @@ impl Worker {
         let kept = read_kept(&config.data.join(COORDINATORS_FILE));
         let ip = local_ip(&config.join, &kept)?;
 
-        let links = Arc::new(Links::start(SocketAddr::new(ip, 0), Arc::clone(&identity))?);
+        let links = Links::start(SocketAddr::new(ip, 0), Arc::clone(&identity))?;
+        let links = Arc::new(links.tracing(config.tracer));
         let any_port = SocketAddr::new(ip, 0);
         let endpoint = Endpoint::bind(any_port, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
@@ -354,6 +355,7 @@ mod tests {
             threads: None,
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            tracer: shoal_protocol::trace::Tracer::off(),
         };
         let error = Worker::start(config.clone()).await.unwrap_err().to_string();
         assert!(error.contains("shoal token create --role worker"), "{error}");
