@@ -109,18 +109,14 @@ impl RequestTrace {
         attributes: impl FnOnce() -> Vec<(&'static str, Value)>,
     ) {
         if let Some(traced) = &self.0 {
-            let mut span =
-                traced.tracer.span(traced.mark, name, wall(since), wall(Instant::now()));
+            let mut span = traced.tracer.span(traced.mark, name, wall(since), wall(Instant::now()));
             span.attributes = attributes();
             traced.tracer.give(span);
         }
     }
 
     /// An attempt begins.
-    pub fn attempt(
-        &self,
-        attributes: impl FnOnce() -> Vec<(&'static str, Value)>,
-    ) -> AttemptTrace {
+    pub fn attempt(&self, attributes: impl FnOnce() -> Vec<(&'static str, Value)>) -> AttemptTrace {
         AttemptTrace(self.0.as_ref().map(|traced| {
             let mark = TraceMark { span: traced.tracer.id(), ..traced.mark };
             let (request, begun) = (Arc::clone(traced), Instant::now());

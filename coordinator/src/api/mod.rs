@@ -219,11 +219,7 @@ async fn completions(
     generate::generate(context, Endpoint::Completions, &headers, body).await
 }
 
-async fn chat(
-    State(context): State<Arc<ApiContext>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Response {
+async fn chat(State(context): State<Arc<ApiContext>>, headers: HeaderMap, body: Body) -> Response {
     generate::generate(context, Endpoint::Chat, &headers, body).await
 }
 

@@ -99,8 +99,7 @@ impl Head {
         runtime: &tokio::runtime::Handle,
     ) -> Result<Self, BadEngineConfig> {
         let context_max = parts.config.limits.context_max;
-        let traces =
-            HeadTraces::new(parts.tracer, parts.config.replica, parts.config.generation);
+        let traces = HeadTraces::new(parts.tracer, parts.config.replica, parts.config.generation);
         let engine = Engine::new(parts.config)?;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (report_to, report) = watch::channel(engine.report());

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use shoal_protocol::activation::{Open, RowRecord, Step, StepHeader};
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId, StageIndex, StepId};
+use shoal_protocol::id::{
+    Attempt, Generation, ReplicaId, RequestId, SequenceId, StageIndex, StepId,
+};
 use shoal_protocol::request::{DoneHeader, FinishReason, Generate, HeadEvent, SamplingRecord};
 use shoal_protocol::request::{FailedHeader, TokenHeader};
 use shoal_protocol::trace::{Given, Span, SpanId, TraceId, TraceMark, Tracer, Value};
