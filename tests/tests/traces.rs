@@ -29,15 +29,15 @@ fn trace_id(number: u32) -> String {
 
 /// Sends a request as a part of a client's trace; returns `traceresponse`, and the body when it is
 /// complete.
-fn post(up: &Up, path: &str, body: &Value, trace: &str, flags: &str) -> Result<(String, String)> {
+fn post(url: &str, path: &str, body: &Value, trace: &str, flags: &str) -> Result<(String, String)> {
     let agent = ureq::Agent::config_builder()
         .http_status_as_error(false)
         .timeout_global(Some(Duration::from_secs(40)))
         .build()
         .new_agent();
     let parent = format!("00-{trace}-{CLIENT}-{flags}");
-    let url = format!("{}{path}", up.url());
-    let mut response = agent.post(url).header("traceparent", parent).send_json(body)?;
+    let mut response =
+        agent.post(format!("{url}{path}")).header("traceparent", parent).send_json(body)?;
     let header = response.headers().get("traceresponse");
     let header = header.map_or(Ok(""), |value| value.to_str())?.to_owned();
     let text = response.body_mut().read_to_string()?;
@@ -94,9 +94,9 @@ fn one_trace_shows_every_hop_of_a_request() -> Result<()> {
     let up = Up::start(&UpOptions::flags(&format!("--otlp {}", collector.url())))?;
     let path = "/v1/chat/completions";
     let [unsampled, sampled] = [1, 2].map(trace_id);
-    let (header, _) = post(&up, path, &chat("What is 47 plus 38?"), &unsampled, "00")?;
+    let (header, _) = post(up.url(), path, &chat("What is 47 plus 38?"), &unsampled, "00")?;
     assert_eq!(header, "");
-    let (header, _) = post(&up, path, &chat("What is 47 plus 38?"), &sampled, "01")?;
+    let (header, _) = post(up.url(), path, &chat("What is 47 plus 38?"), &sampled, "01")?;
     let spans = collector.wait_for(&sampled, SPANS_TIMEOUT, |spans| complete(spans, 1))?;
     check_parents(&spans);
 
@@ -182,12 +182,13 @@ fn a_recovered_answer_shows_both_attempts_in_one_trace() -> Result<()> {
     body["model"] = "slow".into();
     body["prompt"] = json!(prompt());
     let (_, text) = std::thread::scope(|scope| -> Result<_> {
-        let waiting = scope.spawn(|| post(&up, "/v1/completions", &body, &trace, "01"));
+        let (url, body, trace) = (up.url(), &body, &trace);
+        let waiting = scope.spawn(move || post(url, "/v1/completions", body, trace, "01"));
         // The middle stage has computed for it: now its worker dies.
         let there = |spans: &[Span]| {
             of(spans, "stage step").iter().any(|span| span.get("shoal.stage") == "1")
         };
-        collector.wait_for(&trace, SPANS_TIMEOUT, there)?;
+        collector.wait_for(trace, SPANS_TIMEOUT, there)?;
         signal(holder(&view, "slow", 1)?, Signal::KILL)?;
         waiting.join().expect("no panic")
     })?;

@@ -31,7 +31,7 @@ fn body() -> Json {
     json!({"model": "demo", "prompt": "1 plus 2", "max_tokens": 64, "stream": true})
 }
 
-/// The spans up to the request's own, which is the last one.
+/// The spans up to the request's own, which is the last one. It blocks: the server needs threads of its own.
 fn spans(queue: &Receiver<Given>) -> Vec<Span> {
     let mut spans = Vec::new();
     loop {
@@ -55,7 +55,7 @@ fn named<'a>(spans: &'a [Span], name: &str) -> Vec<&'a Span> {
     spans.iter().filter(|span| span.name == name).collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn heads_get_a_mark_only_where_all_members_know_the_frame() {
     let (tracer, queue) = Tracer::new(1, 0.0, 1000);
     let setup = Setup::tracing(tracer).await;
@@ -82,7 +82,7 @@ async fn heads_get_a_mark_only_where_all_members_know_the_frame() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_sampled_leaves_no_trace() {
     let (tracer, queue) = Tracer::new(1, 0.0, 1000);
     let setup = Setup::tracing(tracer).await;
@@ -96,7 +96,7 @@ async fn what_is_not_sampled_leaves_no_trace() {
     assert!(queue.try_recv().is_err());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn each_attempt_has_a_span_that_says_why_it_was_made_and_how_it_ended() {
     let (tracer, queue) = Tracer::new(1, 1.0, 1000);
     let setup = Setup::tracing(tracer).await;
@@ -133,7 +133,7 @@ async fn each_attempt_has_a_span_that_says_why_it_was_made_and_how_it_ended() {
     assert!(!spans.iter().any(text), "a prompt's text: {spans:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_is_refused_and_one_that_fails_say_so() {
     let (tracer, queue) = Tracer::new(1, 1.0, 1000);
     let setup = Setup::tracing(tracer).await;
@@ -154,7 +154,7 @@ async fn a_request_that_is_refused_and_one_that_fails_say_so() {
     assert_eq!(get(named(&spans, "attempt")[0], "shoal.outcome"), "final".into());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_hangs_up_ends_all_of_its_spans() {
     let (tracer, queue) = Tracer::new(1, 1.0, 1000);
     let setup = Setup::tracing(tracer).await;
@@ -164,7 +164,7 @@ async fn a_client_that_hangs_up_ends_all_of_its_spans() {
     setup.head.sees(|seen| seen.requests.len() == 1).await;
     drop(stream);
     setup.head.sees(|seen| seen.cancelled == 1).await;
-    let spans = tokio::task::spawn_blocking(move || spans(&queue)).await.expect("no panic");
+    let spans = spans(&queue);
     assert_eq!(get(named(&spans, "attempt")[0], "shoal.outcome"), "let go".into());
     let ids: Vec<SpanId> = spans.iter().map(|span| span.mark.span).collect();
     assert!(spans.iter().all(|span| span.parent.is_none_or(|parent| ids.contains(&parent))));
