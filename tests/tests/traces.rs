@@ -5,7 +5,7 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::Api;
@@ -88,16 +88,41 @@ fn complete(spans: &[Span], heads: usize) -> bool {
         && ["0", "1", "2"].into_iter().all(sums)
 }
 
+/// Waits until marks travel: all members must have said that they know the frame.
+fn until_marks_travel(up: &Up, collector: &Collector) -> Result<()> {
+    let body = chat("Hello");
+    for number in 100..120 {
+        let trace = trace_id(number);
+        post(up.url(), "/v1/chat/completions", &body, &trace, "01")?;
+        let has_head = |spans: &[Span]| !of(spans, "head").is_empty();
+        if collector.wait_for(&trace, Duration::from_secs(1), has_head).is_ok() {
+            return Ok(());
+        }
+    }
+    bail!("no head ever got a mark")
+}
+
+/// Steps of a stage that stand in sums.
+fn summed(spans: &[Span], stage: u64) -> u32 {
+    let stage = stage.to_string();
+    let here = of(spans, "stage steps").into_iter().filter(|s| s.get("shoal.stage") == stage);
+    here.filter_map(|span| span.get("shoal.steps").parse::<u32>().ok()).sum()
+}
+
 #[test]
 fn one_trace_shows_every_hop_of_a_request() -> Result<()> {
     let collector = Collector::start()?;
     let up = Up::start(&UpOptions::flags(&format!("--otlp {}", collector.url())))?;
+    until_marks_travel(&up, &collector)?;
     let path = "/v1/chat/completions";
     let [unsampled, sampled] = [1, 2].map(trace_id);
     let (header, _) = post(up.url(), path, &chat("What is 47 plus 38?"), &unsampled, "00")?;
     assert_eq!(header, "");
     let (header, _) = post(up.url(), path, &chat("What is 47 plus 38?"), &sampled, "01")?;
-    let spans = collector.wait_for(&sampled, SPANS_TIMEOUT, |spans| complete(spans, 1))?;
+    // The first token comes with the prompt, the last one is not fed back, and eight steps are shown.
+    let all = |spans: &[Span]| (0..3).all(|stage| summed(spans, stage) == 40 - 1 - 8);
+    let enough = |spans: &[Span]| complete(spans, 1) && all(spans);
+    let spans = collector.wait_for(&sampled, SPANS_TIMEOUT, enough)?;
     check_parents(&spans);
 
     let root = one(&spans, "POST /v1/chat/completions");
@@ -152,11 +177,6 @@ fn one_trace_shows_every_hop_of_a_request() -> Result<()> {
             };
             assert_eq!(names, expected, "stage {stage}");
         }
-        let sums: Vec<&Span> = of(&spans, "stage steps").into_iter().filter(here).collect();
-        let summed: u32 =
-            sums.iter().filter_map(|sum| sum.get("shoal.steps").parse::<u32>().ok()).sum();
-        // The first token comes with the prompt, and the last one is not fed back.
-        assert_eq!(summed, 40 - 1 - 8, "stage {stage}");
     }
     assert!(spans.len() < 150, "{} spans", spans.len());
 
@@ -175,6 +195,7 @@ fn one_trace_shows_every_hop_of_a_request() -> Result<()> {
 fn a_recovered_answer_shows_both_attempts_in_one_trace() -> Result<()> {
     let collector = Collector::start()?;
     let up = Up::start(&UpOptions::flags(&format!("--otlp {}", collector.url())))?;
+    until_marks_travel(&up, &collector)?;
     let admin = up.admin()?;
     let view = admin.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
     let trace = trace_id(3);
