@@ -178,7 +178,7 @@ fn one_trace_shows_every_hop_of_a_request() -> Result<()> {
             assert_eq!(names, expected, "stage {stage}");
         }
     }
-    assert!(spans.len() < 150, "{} spans", spans.len());
+    assert!(spans.len() < 200, "{} spans", spans.len());
 
     let all = collector.spans();
     assert!(all.iter().all(|span| span.trace != unsampled), "not sampled, and told all the same");
