@@ -16,7 +16,7 @@ use shoal_protocol::id::{Generation, ReplicaId, SequenceId, StepId};
 use shoal_protocol::request::{Generate, HeadEvent};
 use shoal_protocol::trace::{TraceHeader, TraceMark, Tracer};
 
-use super::{STEPS_SHOWN_MAX, wall};
+use super::{Clocks, STEPS_SHOWN_MAX};
 use crate::engine::ClientKey;
 
 /// The traced answers of one head.
@@ -169,10 +169,11 @@ impl HeadTraces {
     /// A step is back from the stages, and all before it with it.
     pub fn landed(&mut self, step: StepId) {
         while let Some(chunk) = self.chunks.pop_front_if(|chunk| chunk.step <= step) {
-            let now = Instant::now();
+            let clocks = Clocks::read();
+            let (from, to) = (clocks.wall(chunk.issued), clocks.wall(clocks.at));
             let span = self
                 .tracer
-                .span(chunk.under, "prefill chunk", wall(chunk.issued), wall(now))
+                .span(chunk.under, "prefill chunk", from, to)
                 .with("shoal.step", chunk.step.0)
                 .with("shoal.position", chunk.position)
                 .with("shoal.rows", chunk.rows);
@@ -210,16 +211,18 @@ impl HeadTraces {
         let (phase, since) = (answer.phase, std::mem::replace(&mut answer.since, at));
         answer.phase = next;
         if self.tracer.is_on() {
-            let span = self.tracer.span(answer.mine, phase.name(), wall(since), wall(at));
+            let clocks = Clocks::read();
+            let (from, to) = (clocks.wall(since), clocks.wall(at));
+            let span = self.tracer.span(answer.mine, phase.name(), from, to);
             self.tracer.give(span);
         }
     }
 
     fn end(&mut self, key: ClientKey, outcome: &'static str, error: Option<&'static str>) {
         let Some(left) = self.answers.get(&key).map(|answer| answer.left) else { return };
-        let now = Instant::now();
+        let clocks = Clocks::read();
         // The phase that it is in ends with it.
-        self.enter(key, Phase::Queue, left.unwrap_or(now));
+        self.enter(key, Phase::Queue, left.unwrap_or(clocks.at));
         let Some(answer) = self.answers.remove(&key) else { return };
         self.sequences.retain(|_, of| *of != key);
         if !self.tracer.is_on() {
@@ -227,7 +230,7 @@ impl HeadTraces {
         }
         let mut span = self
             .tracer
-            .span(answer.above, "head", wall(answer.begun), wall(now))
+            .span(answer.above, "head", clocks.wall(answer.begun), clocks.wall(clocks.at))
             .with("shoal.replica", self.replica.to_string())
             .with("shoal.generation", self.generation.0)
             .with("shoal.attempt", answer.name.1)

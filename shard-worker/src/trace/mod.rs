@@ -13,9 +13,22 @@ use std::time::{Instant, SystemTime};
 
 use shoal_protocol::trace::UnixNanos;
 
-/// The wall time of something that happened a moment ago.
-fn wall(at: Instant) -> UnixNanos {
-    UnixNanos::before(SystemTime::now(), at.elapsed())
+/// Both clocks, read together: what is told by one reading is in order to the nanosecond.
+#[derive(Clone, Copy, Debug)]
+struct Clocks {
+    wall: SystemTime,
+    at: Instant,
+}
+
+impl Clocks {
+    fn read() -> Self {
+        Self { wall: SystemTime::now(), at: Instant::now() }
+    }
+
+    /// The wall time of something that happened a moment ago.
+    fn wall(&self, at: Instant) -> UnixNanos {
+        UnixNanos::before(self.wall, self.at.saturating_duration_since(at))
+    }
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use shoal_protocol::activation::{RowRecord, Step};
 use shoal_protocol::id::{ReplicaId, SequenceId, StageIndex};
 use shoal_protocol::trace::{Span, TraceMark, Tracer};
 
-use super::wall;
+use super::Clocks;
 
 /// Steps of a prompt that are shown one by one: the chunks of most prompts. Longer ones go on in sums.
 pub const STEPS_SHOWN_MAX: u32 = 32;
@@ -132,9 +132,10 @@ impl StageTraces {
         rows: &[RowRecord],
         StepTimes { idle, taken, computed, drawn, sent }: &StepTimes,
     ) {
-        let span = self.span(under, "stage step", *idle, *sent);
+        let clocks = Clocks::read();
+        let span = self.span(under, "stage step", clocks, (*idle, *sent));
         let part = |name, from: &Instant, to: &Instant| {
-            let part = self.tracer.span(span.mark, name, wall(*from), wall(*to));
+            let part = self.tracer.span(span.mark, name, clocks.wall(*from), clocks.wall(*to));
             self.tracer.give(part);
         };
         part("receive", idle, taken);
@@ -155,7 +156,7 @@ impl StageTraces {
     fn give_sum(&self, traced: &mut Traced) {
         let Some(sum) = traced.sum.take() else { return };
         let span = self
-            .span(traced.mark, "stage steps", sum.begun, sum.ended)
+            .span(traced.mark, "stage steps", Clocks::read(), (sum.begun, sum.ended))
             .with("shoal.steps", sum.steps)
             .with("shoal.position", sum.first_position)
             .with("shoal.rows", sum.rows)
@@ -166,9 +167,15 @@ impl StageTraces {
         self.tracer.give(span);
     }
 
-    fn span(&self, under: TraceMark, name: &'static str, from: Instant, to: Instant) -> Span {
+    fn span(
+        &self,
+        under: TraceMark,
+        name: &'static str,
+        clocks: Clocks,
+        (from, to): (Instant, Instant),
+    ) -> Span {
         self.tracer
-            .span(under, name, wall(from), wall(to))
+            .span(under, name, clocks.wall(from), clocks.wall(to))
             .with("shoal.replica", self.replica.to_string())
             .with("shoal.stage", self.stage.0)
     }
