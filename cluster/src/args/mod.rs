@@ -29,7 +29,7 @@ pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
 };
-pub use self::coordinators::CoordinatorsCommand;
+pub use self::coordinators::{CoordinatorsCommand, RecoverAloneArgs};
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
@@ -91,7 +91,7 @@ pub enum Command {
         #[command(subcommand)]
         command: TokenCommand,
     },
-    /// Show the coordinators, and which of them vote
+    /// Show the coordinators, add, remove and replace them, or go on with the last one
     Coordinators {
         /// What to do with coordinators.
         #[command(subcommand)]
