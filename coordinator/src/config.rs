@@ -39,4 +39,6 @@ pub struct CoordinatorConfig {
     pub builtin: Vec<BuiltinModel>,
     /// How it chooses among the replicas of a deployment.
     pub policy: Policy,
+    /// Whether `Policy::Score` takes a prompt's blocks that a replica was sent before for computed.
+    pub prefix_affinity: bool,
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -208,8 +208,12 @@ fn resumed(api: &Api) -> Result<f64> {
 fn what_cannot_be_moved_stays_and_says_why() -> Result<()> {
     let (up, admin) = up(2, "600MiB")?;
     slow(&admin, 2)?;
-    let drained = up.verb(&["drain", "w1", "--wait", "--timeout", "2s"])?.expect_code(1);
-    for words in ["cannot leave w1", "2 stages were asked for, but 1 workers", "still holds"] {
+    // It waits neither for the time-out nor for ever.
+    let since = Instant::now();
+    let drained = up.verb(&["drain", "w1", "--wait", "--timeout", "10m"])?.expect_code(1);
+    let waited = since.elapsed();
+    assert!(waited < Duration::from_secs(30), "{waited:?}");
+    for words in ["cannot leave w1", "2 stages were asked for, but 1 workers", "waiting does not help"] {
         assert!(drained.stderr.contains(words), "{words:?} is not in {}", drained.stderr);
     }
     let rollout = up.verb(&["rollout", "status", "slow", "--timeout", "1s"])?.expect_code(1);

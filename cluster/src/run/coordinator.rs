@@ -2,6 +2,7 @@
 
 use shoal_coordinator::api::tls;
 use shoal_coordinator::config::{EtcdConfig, StoreConfig, TlsFiles};
+use shoal_coordinator::router::policy::Policy;
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
@@ -14,6 +15,12 @@ use crate::failure::Failure;
 
 /// Runs a coordinator until it is told to stop.
 pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
+    if args.routing.prefix_affinity && args.routing.policy != Policy::Score {
+        return Err(Failure::usage(format!(
+            "--prefix-affinity is for --policy score alone: {} does not look at prompts",
+            args.routing.policy
+        )));
+    }
     let mut stop = Stop::listen(args.child.lifeline)?;
     let _lock = tokio::select! {
         locked = FolderLock::of_node(&args.data) => locked?,
@@ -30,9 +37,10 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         cluster: args.cluster,
         advertise: args.advertise,
         join: args.join,
-        token: args.token,
+        token: args.invitation.token,
         builtin: builtin::ALL.to_vec(),
-        policy: args.policy,
+        policy: args.routing.policy,
+        prefix_affinity: args.routing.prefix_affinity,
     };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,

@@ -215,6 +215,53 @@ async fn another_replica_takes_over_where_there_is_one() {
 }
 
 #[tokio::test]
+async fn who_turns_a_request_away_is_not_asked_again_at_once() {
+    let setup = Setup::new().await;
+    let tokens = setup.says(TEXT);
+    let undisturbed = whole(&post(setup.http, COMPLETIONS, &body(false)).await);
+    let w2 = NodeId::worker(2);
+    let other = setup.another_head(w2, script(&tokens, End::Done(1)));
+    // It says so at once, so its queue is always the shorter one, and no breaker opens for it.
+    setup.head.set(script(&[], End::Failed(ErrorCode::NotReady, "its links are being made")));
+    let before = setup.head.requests().len();
+    setup.change(|demo| {
+        let mut second = demo.replicas[0].clone();
+        (second.id, second.head, second.requests) = (ReplicaId(9), w2, Some(other.address));
+        second.load = None;
+        demo.replicas[0].load = None;
+        demo.replicas.push(second);
+    });
+    const REQUESTS: usize = 12;
+    for _ in 0..REQUESTS {
+        assert_eq!(whole(&post(setup.http, COMPLETIONS, &body(false)).await), undisturbed);
+    }
+    assert!(attempts(&setup.head)[before..].iter().all(|(attempt, _)| *attempt == 0));
+    assert!(attempts(&other).iter().all(|(attempt, _)| *attempt <= 1));
+    assert_eq!(other.requests().len(), REQUESTS);
+}
+
+/// Without a budget each of the requests would ask the head some fifty times in these two seconds.
+#[tokio::test]
+async fn a_head_that_turns_all_away_is_not_buried_under_repetitions() {
+    const REQUESTS: usize = 60;
+    let limits = Limits { request_deadline: Duration::from_secs(2), ..Limits::default() };
+    let setup = Setup::with(limits).await;
+    setup.head.set(script(&[], End::Failed(ErrorCode::NotReady, "its links are being made")));
+    let http = setup.http;
+    let running: Vec<_> = (0..REQUESTS)
+        .map(|_| tokio::spawn(async move { post(http, COMPLETIONS, &body(false)).await.status }))
+        .collect();
+    for one in running {
+        assert_eq!(one.await.expect("no panic"), 504, "it waits, and hears what is missing");
+    }
+    // Once each, a fifth of them again, and ten a second over ten seconds at once.
+    let asked = setup.head.requests().len();
+    let most = REQUESTS + REQUESTS / 5 + 100 + 2 * 10;
+    assert!(asked <= most + 5, "{asked} attempts of {REQUESTS} requests; {most} are granted");
+    assert!(asked > REQUESTS, "nobody tried again");
+}
+
+#[tokio::test]
 async fn a_request_that_kills_its_worker_twice_is_quarantined() {
     let setup = Setup::new().await;
     setup.head.set(script(&[], lost()));

@@ -74,6 +74,19 @@ impl Setup {
     }
 
     pub async fn over(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>) -> Self {
+        Self::built(limits, gate, tls, false).await
+    }
+
+    pub async fn with_prefix_affinity() -> Self {
+        Self::built(Limits::default(), Gate::without_keys(), None, true).await
+    }
+
+    async fn built(
+        limits: Limits,
+        gate: Gate,
+        tls: Option<Arc<Tls>>,
+        prefix_affinity: bool,
+    ) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -97,7 +110,7 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let context = context.behind(gate);
+        let context = context.behind(gate).with_prefix_affinity(prefix_affinity);
         let server = match tls {
             Some(tls) => serve(listener, context.over(tls)),
             None => serve(listener, context),

@@ -151,3 +151,7 @@ impl Heritage {
         Ok((write, epoch))
     }
 }
+
+#[cfg(test)]
+#[path = "alone_test.rs"]
+mod tests;
