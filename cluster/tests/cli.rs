@@ -41,7 +41,11 @@ fn exit_codes_tell_the_endings_apart() {
         (&["status", "--context", "/proc/self/exe"], 1, "damaged"),
         (&["up", "/no/such/model"], 3, "/no/such/model"),
         (&["up", "/proc/self/exe"], 3, "is not a folder"),
-        (&["coordinators", "recover-alone", "--data", "/no/such"], 3, "there is no folder /no/such"),
+        (
+            &["coordinators", "recover-alone", "--data", "/no/such"],
+            3,
+            "there is no folder /no/such",
+        ),
     ] {
         let (code, stdout, stderr) = shoal(args);
         assert_eq!((code, stdout.as_str()), (Some(expected), ""), "{args:?}: {stderr}");

@@ -169,7 +169,8 @@ impl AdminServer {
             AdminCall::Scale { name, replicas, stages, dry_run } => {
                 let shown = name.clone();
                 let scale = DeploymentCommand::Scale { name, replicas, stages };
-                let reply = self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
+                let reply =
+                    self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
                 self.show(&shown).await;
                 Ok(reply)
             }

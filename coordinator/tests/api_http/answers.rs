@@ -61,7 +61,8 @@ async fn with_prefix_affinity_a_prompt_goes_where_its_beginning_went_before() {
     });
     // Two conversations of 160 tokens, whose turns alternate; the dice alone would mix them.
     let conversation = |first: u32, turn: u32| {
-        let prompt: Vec<u32> = (0..160).map(|i| 10 + (first * 160 + i) % 400).chain([turn]).collect();
+        let prompt: Vec<u32> =
+            (0..160).map(|i| 10 + (first * 160 + i) % 400).chain([turn]).collect();
         complete(json!({"prompt": prompt, "max_tokens": 4}))
     };
     for turn in 0..8 {

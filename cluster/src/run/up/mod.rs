@@ -82,6 +82,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 fn check(source: &ModelSource) -> Result<(), Failure> {
     let ModelSource::Folder { path } = source else { return Ok(()) };
     let opened = Checkpoint::open(Path::new(path)).and_then(|model| model.check_tokenizer());
+    let opened = opened.map(drop);
     opened.map_err(|error| {
         Failure::refused(format!(
             "{error}; a model is a folder with config.json, safetensors files and tokenizer.json"

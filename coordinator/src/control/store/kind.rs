@@ -24,8 +24,9 @@ impl StoreConfig {
     pub fn may_have_state(&self, folder: &Path) -> bool {
         match self {
             // redb's file is never empty: one that is has lost everything, its vote too.
-            StoreConfig::Raft => std::fs::metadata(folder.join(raft::FILE_NAME))
-                .is_ok_and(|file| file.len() > 0),
+            StoreConfig::Raft => {
+                std::fs::metadata(folder.join(raft::FILE_NAME)).is_ok_and(|file| file.len() > 0)
+            }
             StoreConfig::Etcd(_) => true,
         }
     }

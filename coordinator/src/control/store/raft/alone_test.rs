@@ -7,8 +7,7 @@ use super::*;
 use crate::control::state::{KeyFingerprint, NodeCommand};
 use crate::control::store::raft::core::Voter;
 
-const C: [NodeId; 3] =
-    [NodeId::coordinator(1), NodeId::coordinator(2), NodeId::coordinator(3)];
+const C: [NodeId; 3] = [NodeId::coordinator(1), NodeId::coordinator(2), NodeId::coordinator(3)];
 
 /// A log of `C` in `epoch`, with `workers` workers, of which the last is in an entry of which nobody
 /// here has heard that it is committed.

@@ -163,11 +163,7 @@ pub fn go_on_alone(
     done.map_err(|source| OpenError { path, source })
 }
 
-fn go_on_alone_with(
-    opener: &Opener,
-    at: Timestamp,
-    give_up: &[NodeId],
-) -> Result<u64, StartError> {
+fn go_on_alone_with(opener: &Opener, at: Timestamp, give_up: &[NodeId]) -> Result<u64, StartError> {
     let (disk, found) = Disk::open(opener)?;
     let (Some(owner), Some(saved)) = (found.owner, found.saved) else {
         disk.close();
