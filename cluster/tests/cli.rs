@@ -92,11 +92,12 @@ fn founded(data: &std::path::Path) {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap();
+        .expect("the binary runs");
     let mut line = String::new();
-    BufReader::new(coordinator.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let stdout = coordinator.stdout.take().expect("it is piped");
+    BufReader::new(stdout).read_line(&mut line).expect("an announcement");
     drop(coordinator.stdin.take());
-    assert!(coordinator.wait().unwrap().success(), "{line}");
+    assert!(coordinator.wait().expect("its end").success(), "{line}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::output::table;
 
 /// How long the plan may say that something cannot leave a worker before waiting is given up: a worker
 /// that is being started again beside it is back within that.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether something cannot leave.
 const LOOK_EVERY: Duration = Duration::from_secs(1);

@@ -112,10 +112,10 @@ impl Heritage {
         let others: Vec<NodeId> =
             all.filter(|node| node.role == Role::Coordinator && *node != me).collect();
         match () {
+            () if others.is_empty() => Err(AloneError::Already { me }),
             () if !self.state.coordinators.voters().contains(&me) => {
                 Err(AloneError::NoVoter { me })
             }
-            () if others.is_empty() => Err(AloneError::Already { me }),
             () => Ok(others),
         }
     }
