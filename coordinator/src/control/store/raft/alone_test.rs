@@ -32,7 +32,7 @@ fn log(epoch: u64, workers: usize) -> Saved {
         let (client, incarnation) = (C[0], Incarnation(1));
         let command = Command { client, incarnation, sequence: index, at: Timestamp(9), change };
         let data = postcard::to_stdvec(&command).unwrap();
-        Entry { index, term: epoch, data: data.into(), ..Default::default() }
+        Entry { index, term: epoch, data, ..Default::default() }
     };
     let mut entries: Vec<Entry> = changes.into_iter().zip(2..).map(entry).collect();
     // The algorithm's own are among them.
