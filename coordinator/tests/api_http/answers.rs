@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use shoal_protocol::id::{NodeId, ReplicaId};
 use shoal_protocol::request::Generate;
 
 use super::client::{get, post};
@@ -49,16 +48,8 @@ fn text_of(events: &[Value], index: usize) -> String {
 async fn with_prefix_affinity_a_prompt_goes_where_its_beginning_went_before() {
     let setup = Setup::with_prefix_affinity().await;
     let tokens = setup.says("3.");
-    let w2 = NodeId::worker(2);
     let script = Script { tokens, pace: Duration::ZERO, end: End::Done(1) };
-    let other = setup.another_head(w2, script);
-    setup.change(|demo| {
-        let mut second = demo.replicas[0].clone();
-        (second.id, second.head, second.requests) = (ReplicaId(9), w2, Some(other.address));
-        second.load = None;
-        demo.replicas[0].load = None;
-        demo.replicas.push(second);
-    });
+    let other = setup.another_replica(script);
     // Two conversations of 160 tokens, whose turns alternate; the dice alone would mix them.
     let conversation = |first: u32, turn: u32| {
         let prompt: Vec<u32> =

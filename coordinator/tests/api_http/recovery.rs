@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use shoal_coordinator::api::Limits;
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, Generation, NodeId, ReplicaId};
+use shoal_protocol::id::{Attempt, Generation, NodeId};
 use shoal_protocol::request::Generate;
 
 use super::client::{Response, get, post};
@@ -196,16 +196,8 @@ async fn another_replica_takes_over_where_there_is_one() {
     let setup = Setup::new().await;
     let tokens = setup.says(TEXT);
     let undisturbed = events(&post(setup.http, COMPLETIONS, &body(true)).await);
-    let w2 = NodeId::worker(2);
-    let other = setup.another_head(w2, script(&tokens, End::Done(1)));
+    let other = setup.another_replica(script(&tokens, End::Done(1)));
     setup.head.set(script(&tokens[..4], lost()));
-    setup.change(|demo| {
-        let mut second = demo.replicas[0].clone();
-        (second.id, second.head, second.requests) = (ReplicaId(9), w2, Some(other.address));
-        second.load = None;
-        demo.replicas[0].load = None;
-        demo.replicas.push(second);
-    });
     for _ in 0..8 {
         assert_eq!(events(&post(setup.http, COMPLETIONS, &body(true)).await), undisturbed);
     }
@@ -219,18 +211,10 @@ async fn who_turns_a_request_away_is_not_asked_again_at_once() {
     let setup = Setup::new().await;
     let tokens = setup.says(TEXT);
     let undisturbed = whole(&post(setup.http, COMPLETIONS, &body(false)).await);
-    let w2 = NodeId::worker(2);
-    let other = setup.another_head(w2, script(&tokens, End::Done(1)));
+    let other = setup.another_replica(script(&tokens, End::Done(1)));
     // It says so at once, so its queue is always the shorter one, and no breaker opens for it.
     setup.head.set(script(&[], End::Failed(ErrorCode::NotReady, "its links are being made")));
     let before = setup.head.requests().len();
-    setup.change(|demo| {
-        let mut second = demo.replicas[0].clone();
-        (second.id, second.head, second.requests) = (ReplicaId(9), w2, Some(other.address));
-        second.load = None;
-        demo.replicas[0].load = None;
-        demo.replicas.push(second);
-    });
     const REQUESTS: usize = 12;
     for _ in 0..REQUESTS {
         assert_eq!(whole(&post(setup.http, COMPLETIONS, &body(false)).await), undisturbed);

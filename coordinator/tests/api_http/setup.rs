@@ -124,6 +124,20 @@ impl Setup {
         std::thread::spawn(|| Head::start(identity, script)).join().expect("a head")
     }
 
+    /// A second replica of `demo`, of which nothing is known, with a head of its own.
+    pub fn another_replica(&self, script: Script) -> Head {
+        let node = NodeId::worker(2);
+        let head = self.another_head(node, script);
+        self.change(|demo| {
+            let mut second = demo.replicas[0].clone();
+            (second.id, second.head, second.requests) = (ReplicaId(9), node, Some(head.address));
+            second.load = None;
+            demo.replicas[0].load = None;
+            demo.replicas.push(second);
+        });
+        head
+    }
+
     /// The head answers every sequence with this text, then its end token.
     pub fn says(&self, text: &str) -> Vec<TokenId> {
         let tokens = self.text.encode(text, false).expect("plain text");
