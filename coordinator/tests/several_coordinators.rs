@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use control_support::*;
+use shoal_coordinator::alone::{go_on_alone, survey};
 use shoal_coordinator::config::CoordinatorConfig;
 use shoal_coordinator::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
@@ -295,4 +296,43 @@ async fn a_lost_state_is_not_voted_with_again() {
     .await;
     let error = start(config(&data)).await.unwrap_err().to_string();
     assert!(error.contains("has an identity but not the cluster's state"), "{error}");
+}
+
+/// What etcd calls `--force-new-cluster`.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
+    let mut cluster = Cluster::of_three().await;
+    let worker = cluster.operator(0).await.token(Role::Worker, 2, 600).await;
+    cluster.nodes[2].take().unwrap().drain().await;
+    let data = cluster.data(2).to_owned();
+    // While one of the others answers, nobody is given up.
+    let alive = go_on_alone(&data, &C[..2]).await.unwrap_err().to_string();
+    assert!(alive.contains("c1 answers at") && alive.contains("--replace"), "{alive}");
+    cluster.kill(0);
+    cluster.kill(1);
+    let unnamed = go_on_alone(&data, &C[..1]).await.unwrap_err().to_string();
+    assert!(unnamed.contains("c1,c2 would be given up"), "{unnamed}");
+    let found = survey(&data).unwrap();
+    let done = go_on_alone(&data, &C[..2]).await.unwrap();
+    assert!(done.copy.exists() && done.me == C[2]);
+    assert!(done.epoch > found.epoch + (1 << 31), "{} after {}", done.epoch, found.epoch);
+
+    cluster.restart(2).await;
+    cluster.until_votes(2, &C[2..3]).await;
+    assert_eq!(cluster.node(2).view().coordinators.len(), 1);
+    // What was made before is there, and changes are taken.
+    let joined = try_join(cluster.node(2).cluster_address(), &worker).await.unwrap();
+    assert_eq!(joined.node.role, Role::Worker);
+
+    // The lost ones come back, both of them: a majority of what was.
+    cluster.restart(0).await;
+    cluster.restart(1).await;
+    for index in 0..2 {
+        let mut ghost = cluster.nodes[index].take().unwrap();
+        let why = within("the refusal", ghost.failed()).await;
+        let name = format!("c{} was removed from this cluster", index + 1);
+        assert!(why.contains(&name) && why.contains("empty"), "{why}");
+    }
+    let again = survey(&data).map(drop);
+    assert!(again.is_err(), "it runs: {again:?}");
 }

@@ -29,7 +29,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     };
     let config = WorkerConfig {
         join,
-        token: args.token,
+        token: args.invitation.token,
         data: args.data,
         memory: args.memory,
         threads: args.threads.and_then(|threads| threads.try_into().ok()),

@@ -17,7 +17,7 @@ use shoal_protocol::version::VersionRange;
 use tokio::time::timeout;
 
 use super::Peers;
-use crate::control::state::Refusal;
+use crate::control::state::{ClusterState, Refusal};
 use crate::control::store::raft::NetworkEvent;
 
 /// How long a peer may take to say what it wants.
@@ -98,8 +98,8 @@ impl Peers {
             );
             return Err(WireError::new(ErrorCode::PermissionDenied, text));
         }
-        let unknown = || Refusal::UnknownNode { node };
-        let last = state.nodes.get(node).ok_or_else(unknown)?.incarnation;
+        let Some(known) = state.nodes.get(node) else { return Err(stranger(&state, node)) };
+        let last = known.incarnation;
         let record = state.coordinators.get(node);
         let another = record.is_some_and(|record| record.boot != hello.boot);
         if last
@@ -162,6 +162,19 @@ impl Peers {
             }
         }
     }
+}
+
+/// Who is no node of this cluster. Numbers are never given again, so one that was given and is not there
+/// was removed for good, by whatever coordinators there were: it must not go on with the others of its kind.
+fn stranger(state: &ClusterState, node: NodeId) -> WireError {
+    if !state.nodes.was_given(node) {
+        return Refusal::UnknownNode { node }.into();
+    }
+    let text = format!(
+        "{node} was removed from this cluster, or given up when the other coordinators went on without \
+         it: what it knows counts no more. Delete its data folder, and join anew on an empty one"
+    );
+    WireError::new(ErrorCode::PermissionDenied, text)
 }
 
 /// One that listens everywhere is found where its connection came from.

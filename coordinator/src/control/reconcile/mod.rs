@@ -382,6 +382,12 @@ mod tests;
 mod files_test;
 
 #[cfg(test)]
+mod takeover_test;
+
+#[cfg(test)]
+mod world_test;
+
+#[cfg(test)]
 mod moves_test;
 
 #[cfg(test)]

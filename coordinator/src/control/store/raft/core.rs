@@ -308,25 +308,16 @@ impl Voter {
     fn apply(&mut self, entries: Vec<Entry>, done: &mut Done) -> Result<(), CoreError> {
         for entry in entries {
             let index = entry.index;
-            let bad = |why: String| CoreError::Entry { index, why };
-            match entry.get_entry_type() {
-                // A new leader begins its term with an empty entry.
-                EntryType::EntryNormal if entry.data.is_empty() => {}
-                EntryType::EntryNormal => {
-                    let command: Command = postcard::from_bytes(&entry.data)
-                        .map_err(|error| bad(error.to_string()))?;
-                    // What it came to stays in the state, for whoever asks.
-                    let _ = Arc::make_mut(&mut self.state).apply(&command);
-                    done.applied = true;
-                }
-                EntryType::EntryConfChangeV2 => {
-                    let change = ConfChangeV2::decode(entry.data.as_ref())
-                        .map_err(|error| bad(error.to_string()))?;
-                    let conf = self.node.apply_conf_change(&change)?;
-                    self.node.mut_store().set_conf(conf);
-                    done.applied = true;
-                }
-                EntryType::EntryConfChange => return Err(bad("it is of an unknown kind".into())),
+            if let Some(command) = command_of(&entry)? {
+                // What it came to stays in the state, for whoever asks.
+                let _ = Arc::make_mut(&mut self.state).apply(&command);
+                done.applied = true;
+            } else if entry.get_entry_type() == EntryType::EntryConfChangeV2 {
+                let change = ConfChangeV2::decode(entry.data.as_ref())
+                    .map_err(|error| CoreError::Entry { index, why: error.to_string() })?;
+                let conf = self.node.apply_conf_change(&change)?;
+                self.node.mut_store().set_conf(conf);
+                done.applied = true;
             }
             let state = Arc::clone(&self.state);
             self.node.mut_store().set_applied(index, state);
@@ -409,6 +400,20 @@ fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
+}
+
+/// The command in an entry; `None` where it is one of the algorithm's own.
+pub(super) fn command_of(entry: &Entry) -> Result<Option<Command>, CoreError> {
+    let bad = |why: String| CoreError::Entry { index: entry.index, why };
+    match entry.get_entry_type() {
+        // A new leader begins its term with an empty entry.
+        EntryType::EntryNormal if entry.data.is_empty() => Ok(None),
+        EntryType::EntryNormal => {
+            postcard::from_bytes(&entry.data).map(Some).map_err(|error| bad(error.to_string()))
+        }
+        EntryType::EntryConfChangeV2 => Ok(None),
+        EntryType::EntryConfChange => Err(bad("it is of an unknown kind".into())),
+    }
 }
 
 /// A change of several members at once: joint consensus that leaves by itself.
