@@ -61,6 +61,18 @@ pub struct Voter {
     state: Arc<ClusterState>,
     /// Entries before a compaction, and those that stay behind it.
     compaction: (usize, u64),
+    owed: Owed,
+}
+
+/// A commit that the crate told of after the write of its round, and will not tell of again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    Nothing,
+    /// Written with the next change: it may only be learnt anew.
+    Commit,
+    /// Members changed with it: written at once. A voter that began anew with members of before would
+    /// count the wrong majority.
+    Members,
 }
 
 /// What is to be written, and what may be sent meanwhile.
@@ -152,8 +164,8 @@ impl Voter {
             ..Config::default()
         };
         let node = RawNode::new(&config, log, &bridge::logger(id))?;
-        let mut voter =
-            Self { node, dice, ticks: 0, state, compaction: (COMPACT_EVERY, KEEP_ENTRIES) };
+        let compaction = (COMPACT_EVERY, KEEP_ENTRIES);
+        let mut voter = Self { node, dice, ticks: 0, state, compaction, owed: Owed::Nothing };
         voter.draw();
         Ok(voter)
     }
@@ -256,12 +268,16 @@ impl Voter {
 
     /// Begins a round, if there is anything to do. It must be finished, or the voter dropped.
     pub fn begin(&mut self) -> Result<Option<Round>, CoreError> {
-        if !self.node.has_ready() {
+        if !self.node.has_ready() && self.owed != Owed::Members {
             return Ok(None);
         }
         let mut ready = self.node.ready();
         let send = ready.take_messages();
         let mut write = Write { hard: ready.hs().cloned(), ..Write::default() };
+        let owed = std::mem::replace(&mut self.owed, Owed::Nothing);
+        if write.hard.is_none() && owed != Owed::Nothing {
+            write.hard = Some(self.node.store().hard().clone());
+        }
         if !ready.snapshot().is_empty() {
             let snapshot = ready.snapshot().clone();
             self.state = Arc::new(snapshot::decode(&snapshot.data)?);
@@ -290,12 +306,17 @@ impl Voter {
         let committed = ready.take_committed_entries();
         self.apply(committed, &mut done)?;
         let mut light = self.node.advance(ready);
-        if let Some(commit) = light.commit_index() {
-            // Written with the next change: whoever starts again learns it from the others.
-            self.node.mut_store().commit_to(commit);
-        }
         done.send.extend(light.take_messages());
-        self.apply(light.take_committed_entries(), &mut done)?;
+        let committed = light.take_committed_entries();
+        if let Some(commit) = light.commit_index() {
+            self.node.mut_store().commit_to(commit);
+            let normal = |entry: &Entry| entry.get_entry_type() == EntryType::EntryNormal;
+            self.owed = match committed.iter().all(normal) {
+                true => Owed::Commit,
+                false => Owed::Members,
+            };
+        }
+        self.apply(committed, &mut done)?;
         self.node.advance_apply();
         self.draw();
         let (every, keep) = self.compaction;
@@ -368,6 +389,12 @@ impl Voter {
         conf.voters == [self.node.raft.id]
             && conf.learners.is_empty()
             && conf.voters_outgoing.is_empty()
+    }
+
+    /// Whether nobody else belongs to the log, and it does not lead for all that: a change of members that
+    /// it had not applied yet was in the way of its election.
+    pub fn is_lost_alone(&self) -> bool {
+        self.is_alone() && self.node.raft.state != StateRole::Leader
     }
 
     /// A voter that has everything, to take over from this one.

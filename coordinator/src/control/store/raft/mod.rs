@@ -192,9 +192,16 @@ fn open_with(
     let incarnation = take_ownership(&opener, me, empty)?;
     let (mut voter, disk) = begin(&opener, me, dice)?;
     // A lone voter has everything that was ever promised before anybody looks.
-    while let Some(round) = voter.begin()? {
-        disk.write(&round.write)?;
-        voter.finish(round)?;
+    for _ in 0..2 {
+        while let Some(round) = voter.begin()? {
+            disk.write(&round.write)?;
+            voter.finish(round)?;
+        }
+        // What it has just applied may have been in the way of its election.
+        if !voter.is_lost_alone() {
+            break;
+        }
+        voter.campaign();
     }
     let (proposals, inbox) = mpsc::channel(PROPOSALS_MAX);
     let (network, events) = mpsc::channel(NETWORK_MAX);

@@ -207,6 +207,7 @@ impl Shell {
                     voter.settle_members();
                 }
             }
+            Some((voter, _)) if voter.is_lost_alone() => voter.campaign(),
             Some(_) => {}
             None if self.failed_at.is_none_or(|at| at.elapsed() >= REOPEN) => self.reopen(),
             None => {}
