@@ -221,9 +221,14 @@ impl Voter {
     }
 
     /// Asks for the index at which a read is current. Its number comes back in `Done::reads`, or is
-    /// lost: ask again.
+    /// lost: ask again. The leader tells questions apart by their words alone, so they say whose they are
+    /// and of which start.
     pub fn read(&mut self, number: u64) {
-        self.node.read_index(number.to_le_bytes().to_vec());
+        self.node.read_index(self.question(number));
+    }
+
+    fn question(&self, number: u64) -> Vec<u8> {
+        [self.node.raft.id, self.dice, number].iter().flat_map(|n| n.to_le_bytes()).collect()
     }
 
     /// Lets another voter lead, if this one does.
@@ -298,8 +303,9 @@ impl Voter {
         let Round { mut ready, write, .. } = round;
         let mut done = Done { applied: write.snapshot.is_some(), ..Done::default() };
         for read in ready.take_read_states() {
-            if let Ok(number) = <[u8; 8]>::try_from(read.request_ctx.as_slice()) {
-                done.reads.push((u64::from_le_bytes(number), read.index));
+            let number = read.request_ctx.last_chunk().map(|number| u64::from_le_bytes(*number));
+            if let Some(number) = number.filter(|n| self.question(*n) == read.request_ctx) {
+                done.reads.push((number, read.index));
             }
         }
         done.send = ready.take_persisted_messages();

@@ -395,6 +395,19 @@ fn a_read_is_answered_by_a_majority_alone() {
     assert!(!world.reads[&old].contains_key(&9), "a leader that is cut off answered a read");
 }
 
+/// Each counts its own questions from one, so they ask with the same numbers all the time.
+#[test]
+fn reads_of_several_with_the_same_number_are_all_answered() {
+    let mut world = World::of(&[1, 2, 3], 14);
+    for id in 1..=3 {
+        world.voters.get_mut(&id).unwrap().read(1);
+    }
+    world.settle();
+    for id in 1..=3 {
+        assert!(world.reads[&id].contains_key(&1), "{id} was not answered");
+    }
+}
+
 #[test]
 fn one_who_was_long_away_takes_a_snapshot() {
     let mut world = World::of(&[1, 2, 3], 5);
