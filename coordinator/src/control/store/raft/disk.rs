@@ -13,6 +13,8 @@
 //! is refused, and its coordinator joins anew under another number.
 
 use std::cell::Cell;
+use std::fs::OpenOptions;
+use std::path::Path;
 use std::sync::{Arc, Once};
 
 use prost::Message as _;
@@ -98,6 +100,19 @@ pub enum DiskError {
         /// Who opens it.
         expected: NodeId,
     },
+}
+
+/// Sees to it that what is read from a file is what lies on the disk. After a sync that failed, Linux keeps
+/// pages that were never written and calls them clean, also for the next process: what can still be written
+/// is written, and the rest is forgotten, so that it is read again.
+pub(super) fn distrust_cache(path: &Path) -> std::io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).open(path)?;
+    file.sync_all()?;
+    // A file system that cannot do it has no such cache.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    Ok(())
 }
 
 const REPAIR: &str = "where other coordinators live, remove this one and join anew on an empty folder; \

@@ -107,6 +107,7 @@ pub fn open(
 fn opener(folder: &Path) -> Opener {
     let (folder, path) = (folder.to_owned(), folder.join(FILE_NAME));
     Arc::new(move || {
+        disk::distrust_cache(&path)?;
         let database = Database::builder().set_cache_size(CACHE_LEN).create(&path)?;
         // The file's name must be as durable as what is in it.
         File::open(&folder).and_then(|folder| folder.sync_all())?;
