@@ -138,7 +138,7 @@ impl Executor {
         if self.leads == Some(standing.epoch) && outranked.is_empty() {
             return;
         }
-        let read = tokio::time::timeout(PROOF_PATIENCE, self.store.read()).await;
+        let read = tokio::time::timeout(PROOF_PATIENCE, self.store.prove(standing.epoch)).await;
         if !matches!(read, Ok(Ok(_))) || *self.store.standing().borrow() != standing {
             self.leads = None;
             return;

@@ -90,7 +90,7 @@ impl StoreOwner {
         }
     }
 
-    /// Lets the changes that wait be made, then closes it.
+    /// Lets the changes that wait be made, as long as a majority takes them at once, then closes it.
     pub async fn close(self) {
         match self {
             StoreOwner::Raft(store) => {

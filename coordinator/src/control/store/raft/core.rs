@@ -379,6 +379,11 @@ impl Voter {
         self.node.raft.state == StateRole::Leader && self.node.raft.commit_to_current_term()
     }
 
+    /// The epoch in which this voter leads, from its election on.
+    pub fn reign(&self) -> Option<u64> {
+        (self.node.raft.state == StateRole::Leader).then(|| self.term())
+    }
+
     /// The number of the reign.
     pub fn term(&self) -> u64 {
         self.node.raft.term
