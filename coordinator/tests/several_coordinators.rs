@@ -274,6 +274,62 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
     assert!(why.contains("shoal coordinators remove c3"), "{why}");
 }
 
+/// The founder's folder from when it was alone: its own log says that it is a majority by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_founders_backup_from_when_it_was_alone_ends_with_advice_and_takes_nothing_over() {
+    let mut cluster = Cluster::of_one().await;
+    let backup = tempfile::tempdir().unwrap();
+    cluster.nodes[0].take().unwrap().drain().await;
+    copy(cluster.data(0), backup.path());
+    cluster.restart(0).await;
+    cluster.join(0).await;
+    cluster.join(0).await;
+    let add = vec![C[1], C[2]];
+    let reply =
+        cluster.operator(0).await.call(AdminCall::ChangeVoters { add, remove: vec![] }).await;
+    assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
+    cluster.nodes[0].take().unwrap().drain().await;
+
+    let address = CoordinatorConfig { cluster: cluster.addresses[0], ..config(backup.path()) };
+    let mut ghost = start_when_free(address).await;
+    let why = within("the end of it", ghost.failed()).await;
+    assert!(why.contains("this data folder is an old backup"), "{why}");
+    assert!(why.contains("shoal coordinators remove c1"), "{why}");
+    drop(ghost);
+    // The others go on, and take back the one that is as it was left.
+    cluster.leader(1).await;
+    cluster.operator(1).await.token(Role::Worker, 1, 60).await;
+    cluster.restart(0).await;
+    cluster.leader(0).await;
+    cluster.until_votes(0, &C[..3]).await;
+}
+
+/// Each works the new voters out from a copy in which the other's are not yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_replacements_at_once_are_both_made() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.join(0).await;
+    cluster.join(0).await;
+    until(cluster.node(0), "do they learn", |view| {
+        let learns = |peer: &&PeerView| peer.vote == Vote::Learner;
+        view.coordinators.iter().filter(learns).count() == 2
+    })
+    .await;
+    let (one, other) = (cluster.operator(0).await, cluster.operator(0).await);
+    let replace = |old: usize, new: u32| AdminCall::ChangeVoters {
+        add: vec![NodeId::coordinator(new)],
+        remove: vec![C[old]],
+    };
+    let both = async {
+        tokio::join!(one.call_slowly(replace(1, 4)), other.call_slowly(replace(2, 5)))
+    };
+    let (first, second) = tokio::time::timeout(DEADLINE * 3, both).await.unwrap();
+    assert!(matches!(first, AdminReply::Accepted), "{first:?}");
+    assert!(matches!(second, AdminReply::Accepted), "{second:?}");
+    let expected = [1, 4, 5].map(NodeId::coordinator);
+    cluster.until_votes(0, &expected).await;
+}
+
 fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
