@@ -320,9 +320,8 @@ async fn two_replacements_at_once_are_both_made() {
         add: vec![NodeId::coordinator(new)],
         remove: vec![C[old]],
     };
-    let both = async {
-        tokio::join!(one.call_slowly(replace(1, 4)), other.call_slowly(replace(2, 5)))
-    };
+    let both =
+        async { tokio::join!(one.call_slowly(replace(1, 4)), other.call_slowly(replace(2, 5))) };
     let (first, second) = tokio::time::timeout(DEADLINE * 3, both).await.unwrap();
     assert!(matches!(first, AdminReply::Accepted), "{first:?}");
     assert!(matches!(second, AdminReply::Accepted), "{second:?}");

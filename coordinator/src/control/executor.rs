@@ -360,7 +360,9 @@ impl Hands {
             // What was not taken is decided anew from what is there then.
             match self.store.propose_under(Change::Plan(command), Some(standing.epoch)).await {
                 Ok(_) => {}
-                Err(error @ ProposeError::Refused(_)) => tracing::warn!(%error, "not taken: {action}"),
+                Err(error @ ProposeError::Refused(_)) => {
+                    tracing::warn!(%error, "not taken: {action}")
+                }
                 Err(error) => return tracing::warn!(%error, "not taken: {action}"),
             }
         }

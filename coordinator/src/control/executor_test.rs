@@ -46,7 +46,10 @@ fn set_up(reconcile: Reconcile, send: SendMessage) -> Setup {
         tls: false,
     };
     let shown = Shown {
-        table: watch::Sender::new(Arc::new(ServingTable { workers_total: 7, ..Default::default() })),
+        table: watch::Sender::new(Arc::new(ServingTable {
+            workers_total: 7,
+            ..Default::default()
+        })),
         view: watch::Sender::new(Arc::new(view(
             &coordinator,
             &ClusterState::default(),

@@ -56,13 +56,7 @@ impl Proposals {
     }
 
     /// A change that was asked for; `under` is the epoch of the leader that wants it as the leader.
-    pub fn push(
-        &mut self,
-        now: Instant,
-        change: Change,
-        under: Option<u64>,
-        reply: ProposeReply,
-    ) {
+    pub fn push(&mut self, now: Instant, change: Change, under: Option<u64>, reply: ProposeReply) {
         self.waiting.push_back(Waiting { change, under, reply, since: now });
     }
 
@@ -155,7 +149,8 @@ impl Proposals {
     /// None of them can be made now.
     pub fn fail(&mut self, error: &ProposeError) {
         let current = self.current.take().map(|current| current.reply);
-        for reply in current.into_iter().chain(self.waiting.drain(..).map(|waiting| waiting.reply)) {
+        for reply in current.into_iter().chain(self.waiting.drain(..).map(|waiting| waiting.reply))
+        {
             let _ = reply.send(Err(error.clone()));
         }
     }
