@@ -45,7 +45,7 @@ pub(super) async fn change(
         match remove_all(store, &mut left).await {
             // Another operator's copy still had its vote.
             Err(ProposeError::Refused(Refusal::StillVotes { .. })) if Instant::now() < until => {}
-            done => return Ok(done?),
+            done => return done.map_err(WireError::from),
         }
     }
 }
