@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::Role;
+use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
@@ -41,6 +41,9 @@ const JOINS_BURST: f64 = 40.0;
 
 /// Joins in progress: each holds 4 KiB and waits for one sync of the disk.
 const JOINS_AT_ONCE: usize = 16;
+
+/// The protocol version from which on nodes know that one CA may take the place of another.
+const KNOWS_TRUST: u16 = 2;
 
 /// What somebody unknown wants.
 #[derive(Debug)]
@@ -169,7 +172,7 @@ impl JoinServer {
             .issue(&request.csr, node, now)
             .map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
         tracing::info!(%node, "is back with an expired certificate: renewed");
-        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
+        self.admitted(node, certificate, request.versions)
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
@@ -199,7 +202,30 @@ impl JoinServer {
         let certificate =
             ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
-        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
+        self.admitted(node, certificate, request.versions)
+    }
+
+    /// The answer, as far as whoever asked understands it.
+    fn admitted(
+        &self,
+        node: NodeId,
+        certificate: Vec<u8>,
+        versions: VersionRange,
+    ) -> Result<JoinReply, WireError> {
+        let trust = self.authority.trust();
+        match (trust.revision, &trust.cas[..]) {
+            (0, _) => {}
+            _ if versions.max >= KNOWS_TRUST => {
+                return Ok(JoinReply::Admitted { node, certificate, trust: trust.for_workers() });
+            }
+            (_, [_]) => {}
+            _ => {
+                let words = "the cluster's CA is being replaced, which this build does not understand; \
+                             upgrade it, or wait until `shoal ca list` shows one CA";
+                return Err(WireError::new(ErrorCode::VersionMismatch, words));
+            }
+        }
+        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate() })
     }
 
     /// Whoever would be refused when it comes is refused before it has spent its token.
@@ -256,7 +282,6 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-    use shoal_protocol::id::NodeId;
 
     use super::*;
     use crate::control::state::TokenCommand;

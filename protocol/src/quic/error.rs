@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::ConnectionError;
+use quinn::{ConnectionError, TransportErrorCode};
 
 use super::alpn::Alpn;
 use super::identity::NoNode;
@@ -95,6 +95,28 @@ pub enum ConnectError {
         /// Why.
         source: NoNode,
     },
+}
+
+/// TLS's alerts about certificates (RFC 8446, 6.2): bad, unsupported, revoked, expired, unknown, and of an
+/// unknown authority.
+const CERTIFICATE_ALERTS: [u8; 6] = [42, 43, 44, 45, 46, 48];
+
+/// Whether one side did not believe the other's certificate.
+pub(super) fn is_distrust(error: &ConnectionError) -> bool {
+    let code = match error {
+        ConnectionError::TransportError(error) => error.code,
+        ConnectionError::ConnectionClosed(close) => close.error_code,
+        _ => return false,
+    };
+    CERTIFICATE_ALERTS.into_iter().any(|alert| code == TransportErrorCode::crypto(alert))
+}
+
+impl ConnectError {
+    /// Whether one side did not believe the other's certificate: it may have expired, or be of a CA
+    /// that is believed no more, or not yet.
+    pub fn is_distrust(&self) -> bool {
+        matches!(self, ConnectError::Handshake { source, .. } if is_distrust(source))
+    }
 }
 
 /// A connection that was not let in.

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 
 use super::{
-    Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand, Effect, KeyCommand,
+    AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand, Effect, KeyCommand,
     NodeCommand, PlanCommand, Refusal, TokenCommand,
 };
 
@@ -131,6 +131,16 @@ pub fn needs(change: &Change) -> Needs {
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
         Change::Version(VersionCommand::Finish { to }) => Needs::everybody((*to).max(2)),
+        // Older workers would know one CA for ever.
+        Change::Authority(AuthorityCommand::Begin { .. }) => Needs::everybody(2),
+        Change::Authority(
+            AuthorityCommand::Reached { .. }
+            | AuthorityCommand::SkipAbsent { .. }
+            | AuthorityCommand::Sign { .. }
+            | AuthorityCommand::Retire { .. }
+            | AuthorityCommand::Abandon { .. }
+            | AuthorityCommand::OwnKey { .. },
+        ) => Needs::coordinators(2),
     }
 }
 
