@@ -3,9 +3,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::quic::Identity;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
+use shoal_protocol::quic::identity::NoNode;
 use shoal_protocol::trust::{CaFingerprint, Trust, fingerprint};
 use tokio::sync::watch;
 
@@ -26,8 +29,6 @@ pub struct Authority {
 struct Keys {
     trust: Trust,
     held: Vec<Arc<CertificateAuthority>>,
-    /// This coordinator has heard that others are ahead of its state: it signs nothing meanwhile.
-    behind: bool,
 }
 
 impl Keys {
@@ -36,8 +37,7 @@ impl Keys {
     }
 
     fn signing(&self) -> Option<Arc<CertificateAuthority>> {
-        let key = self.trust.signing().and_then(|ca| self.of(&ca));
-        key.filter(|_| !self.behind)
+        self.trust.signing().and_then(|ca| self.of(&ca))
     }
 }
 
@@ -112,10 +112,36 @@ impl Authority {
         });
     }
 
-    /// Whether others are ahead of this coordinator's state.
-    pub fn set_behind(&self, behind: bool) {
-        self.shared.send_if_modified(|keys| std::mem::replace(&mut keys.behind, behind) != behind);
+    /// This identity as it should be: a new certificate, and whom to believe; `None` where the key is not
+    /// here.
+    pub fn certify(
+        &self,
+        identity: &Identity,
+        now: SystemTime,
+    ) -> Result<Option<Identity>, CertifyError> {
+        let Some(ca) = self.current() else { return Ok(None) };
+        let csr = identity.renewal_request().map_err(CaError::from)?;
+        let certificate = ca.issue(&csr, identity.node, now)?;
+        let ca = ca.certificate().to_vec();
+        let certified = Identity { ca, ..identity.trusting(self.told()) };
+        Ok(Some(certified.renewed(certificate)?))
     }
+
+    /// Whom to believe, as identities carry it: nothing, where that is the CA of the founding.
+    pub fn told(&self) -> Trust {
+        Some(self.trust()).filter(|trust| trust.revision > 0).unwrap_or_default()
+    }
+}
+
+/// An identity that gets no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum CertifyError {
+    /// It could not be signed.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// What was signed is not for it.
+    #[error(transparent)]
+    NotIts(#[from] NoNode),
 }
 
 /// The keys' files in the data folder.

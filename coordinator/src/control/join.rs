@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::admit::too_old;
 use super::authority::Authority;
+use super::registry::KNOWS_TRUST;
 use super::state::{
     Change, ClusterState, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash,
 };
@@ -41,9 +42,6 @@ const JOINS_BURST: f64 = 40.0;
 
 /// Joins in progress: each holds 4 KiB and waits for one sync of the disk.
 const JOINS_AT_ONCE: usize = 16;
-
-/// The protocol version from which on nodes know that one CA may take the place of another.
-const KNOWS_TRUST: u16 = 2;
 
 /// What somebody unknown wants.
 #[derive(Debug)]

@@ -299,7 +299,7 @@ impl Talk {
                     WorkerMessage::Probed { probe, result }
                 }
                 CoordinatorMessage::Drain { .. } => return,
-                CoordinatorMessage::Coordinators(_) => continue,
+                CoordinatorMessage::Coordinators(_) | CoordinatorMessage::Trust { .. } => continue,
                 CoordinatorMessage::Renewed { certificate } => {
                     self.renewed.send_replace(Some(certificate));
                     continue;

@@ -171,7 +171,7 @@ pub async fn welcome_with(
                 WorkerMessage::Report(report) => said.report = report,
                 WorkerMessage::Probed { .. } => said.probed.push(message),
                 WorkerMessage::Register(_) => said.registrations += 1,
-                WorkerMessage::Renew { .. } => {}
+                WorkerMessage::Renew { .. } | WorkerMessage::Trusts { .. } => {}
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
             });
         }

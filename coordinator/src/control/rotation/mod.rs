@@ -21,6 +21,9 @@ pub use verbs::CaServer;
 /// How often to look even if nothing changes.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Changes that follow each other sooner are looked at together: reports of many workers come in bursts.
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// How often workers that have not come along are told again.
 const REMIND_EVERY: Duration = Duration::from_secs(5);
 
@@ -69,11 +72,10 @@ pub async fn drive(store: ControlStore, agents: Agents, mut stop: watch::Receive
             changed = state_changed.changed() => if changed.is_err() { return },
             changed = workers_changed.changed(), if state.authorities.rotation().is_some() => {
                 if changed.is_err() { return }
-                // Reports of many workers come in bursts.
-                tokio::time::sleep(Duration::from_millis(20)).await;
             }
             () = tokio::time::sleep(LOOK) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
+        tokio::time::sleep(PAUSE).await;
     }
 }

@@ -150,3 +150,7 @@ impl View<'_> {
         Verdict { commands, waits: waits.to_owned(), waits_for }
     }
 }
+
+#[cfg(test)]
+#[path = "step_test.rs"]
+mod tests;
