@@ -1,4 +1,4 @@
-//! Whom a node believes: the cluster's CAs, of which there are two while one takes the place of the other.
+//! ○ Whom a node believes: the cluster's CAs, of which there are two while one takes the place of the other.
 //!
 //! ```text
 //! revision 1        2                     3                    4

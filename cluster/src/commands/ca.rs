@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shoal_protocol::access::{AccessCall, AccessReply, CaView, RotationView};
+use shoal_protocol::access::{AccessCall, AccessReply, CaStanding, CaView, RotationView};
 use shoal_protocol::id::NodeId;
 
 use crate::args::{CaCommand, CaRotateArgs, ListArgs};
@@ -56,6 +56,8 @@ pub async fn begin(client: &AdminClient, skip_absent: bool) -> Result<(), Failur
 
 async fn wait(client: &AdminClient, before: &str) -> Result<(), Failure> {
     let mut said = String::new();
+    // The CA to come, as soon as it is seen: where a rotation was under way already, it may sign.
+    let mut target = None;
     loop {
         let view = look(client).await.map_err(|failure| {
             let message = format!("{failure}; the rotation goes on: `shoal ca list`");
@@ -63,7 +65,7 @@ async fn wait(client: &AdminClient, before: &str) -> Result<(), Failure> {
         })?;
         let Some(rotation) = &view.rotation else {
             let now = signing(&view);
-            if now == before {
+            if target.map_or(now == before, |target| now != target) {
                 let words = "the rotation was given up, since nobody had the new key any more; the CA is \
                              the one from before: say it again";
                 return Err(Failure::failed(words));
@@ -71,6 +73,8 @@ async fn wait(client: &AdminClient, before: &str) -> Result<(), Failure> {
             eprintln!("{} signs, and the CA before it is believed no more", &now[..ca::SHOWN]);
             return Ok(());
         };
+        let next = view.cas.iter().find(|ca| ca.standing == CaStanding::Next);
+        target = next.or(view.cas.first()).map(|ca| ca.fingerprint.clone());
         let words = words(rotation);
         if words != said {
             eprintln!("{words}");

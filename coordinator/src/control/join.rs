@@ -280,7 +280,6 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
     use crate::control::state::TokenCommand;
     use crate::control::store::raft::{self, WhenEmpty};

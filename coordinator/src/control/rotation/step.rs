@@ -20,8 +20,8 @@ use crate::control::state::{
     AuthorityCommand, CaStep, ClusterState, LEAVING_MAX, Rotation, Timestamp,
 };
 
-/// How long a coordinator that is there may take: a snapshot over a slow link, and a few retries.
-pub const COORDINATOR_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a coordinator that is there may take: many elections, and a few retries after each.
+pub const COORDINATOR_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A worker, as far as it concerns its certificates.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
