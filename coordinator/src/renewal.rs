@@ -69,6 +69,8 @@ struct Progress {
     enrolled: Option<Instant>,
     /// Somebody did not believe a certificate since then.
     distrusted: bool,
+    /// The state had this coordinator: if it has it no more, it was removed.
+    was_member: bool,
 }
 
 /// A certificate that is not shown.
@@ -99,9 +101,21 @@ impl Renewal {
             asked: None,
             enrolled: None,
             distrusted: false,
+            was_member: false,
         };
         loop {
             let state = Arc::clone(&changes.borrow_and_update());
+            let is_member = state.nodes.get(self.me).is_some();
+            if progress.was_member && !is_member {
+                // Where another service does the voting it could go on to lead those who hear it no more.
+                self.peers.end(format!(
+                    "{} was removed from the cluster: delete its data folder, and join anew on an empty \
+                     one to take part again",
+                    self.me
+                ));
+                return std::future::pending().await;
+            }
+            progress.was_member |= is_member;
             self.believe(&state);
             self.get_keys(&state, &mut progress).await;
             self.refresh(&mut progress).await;
@@ -261,13 +275,19 @@ impl Renewal {
         ] {
             if reached && !known.contains(&me) {
                 let nodes = [me].into();
-                self.propose(Change::Authority(AuthorityCommand::Reached { ca, step, nodes })).await;
+                self.propose(Change::Authority(AuthorityCommand::Reached { ca, step, nodes }))
+                    .await;
             }
         }
     }
 
     /// One that founded a cluster before coordinators kept keys of their own has none on record.
-    async fn report_own_key(&self, state: &ClusterState, shown: &Identity, progress: &mut Progress) {
+    async fn report_own_key(
+        &self,
+        state: &ClusterState,
+        shown: &Identity,
+        progress: &mut Progress,
+    ) {
         let own = shown.key_fingerprint().map(KeyFingerprint);
         let recorded = state.nodes.get(self.me).map(|node| node.key);
         let waits = progress.enrolled.is_some_and(|last| last.elapsed() < ASK_EVERY);
@@ -277,7 +297,8 @@ impl Renewal {
         };
         progress.enrolled = Some(Instant::now());
         // It must be here to be of use.
-        if self.data.join(IDENTITY_FILE).exists() || shown.save(&self.data.join(IDENTITY_FILE)).is_ok()
+        if self.data.join(IDENTITY_FILE).exists()
+            || shown.save(&self.data.join(IDENTITY_FILE)).is_ok()
         {
             let own = AuthorityCommand::OwnKey { node: self.me, key };
             self.propose(Change::Authority(own)).await;
@@ -292,11 +313,7 @@ impl Renewal {
 }
 
 /// Writes what the operator needs. An address that listens everywhere is reached by loopback.
-fn write_context(
-    authority: &Authority,
-    cluster: SocketAddr,
-    path: &Path,
-) -> Result<(), ShowError> {
+fn write_context(authority: &Authority, cluster: SocketAddr, path: &Path) -> Result<(), ShowError> {
     let Some(ca) = authority.current() else { return Ok(()) };
     let ip = match cluster.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

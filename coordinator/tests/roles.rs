@@ -207,7 +207,8 @@ async fn no_request_of_a_coordinator_is_answered_but_to_a_coordinator() {
     for request in requests {
         cast.refused::<_, PeerReply>(Alpn::Raft, &request, Role::Coordinator).await;
         // And a coordinator that does not vote, or says that it is another one, is refused by words.
-        let said: Result<PeerReply, String> = cast.say(Role::Coordinator, Alpn::Raft, &request).await;
+        let said: Result<PeerReply, String> =
+            cast.say(Role::Coordinator, Alpn::Raft, &request).await;
         match said.unwrap() {
             PeerReply::Refused(error) => assert!(
                 [ErrorCode::NotReady, ErrorCode::InvalidRequest].contains(&error.code),

@@ -395,6 +395,8 @@ async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
     }
     let again = survey(&data).map(drop);
     assert!(again.is_err(), "it runs: {again:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_ca_rotates_while_the_leader_dies_and_its_old_certificates_open_nothing() {
     let mut cluster = Cluster::of_three().await;

@@ -83,8 +83,7 @@ async fn meet(client: Identity, server: Identity, alpn: Alpn) -> Result<(), &'st
 async fn while_both_are_believed_nobody_is_refused_whatever_they_know() {
     let line = Line::of(2);
     let both = line.trust(2);
-    let (old_both, new_both) =
-        (line.identity(0, W1).trusting(both.clone()), line.fresh(W1, 2));
+    let (old_both, new_both) = (line.identity(0, W1).trusting(both.clone()), line.fresh(W1, 2));
     // Has not heard of it at all: what is shown to it comes with the old one's introduction.
     let unaware = line.identity(0, W1);
     for a in [&old_both, &new_both, &unaware] {

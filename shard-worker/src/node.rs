@@ -18,7 +18,9 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join};
-use shoal_protocol::quic::{Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code};
+use shoal_protocol::quic::{
+    Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code,
+};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;

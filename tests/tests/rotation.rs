@@ -111,8 +111,7 @@ fn is_distrusted(identity: &Identity, address: &str, alpn: Alpn) -> Result<bool>
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let address = address.parse()?;
     runtime.block_on(async {
-        let endpoint =
-            Endpoint::bind(([127, 0, 0, 1], 0).into(), Arc::new(identity.clone()), &[])?;
+        let endpoint = Endpoint::bind(([127, 0, 0, 1], 0).into(), Arc::new(identity.clone()), &[])?;
         let expect = Expect::Role(Role::Coordinator);
         let connection = endpoint.connect(address, expect, alpn, START_TIMEOUT).await?;
         let ended = tokio::time::timeout(Duration::from_secs(3), connection.closed()).await;
@@ -136,7 +135,8 @@ fn the_ca_is_rotated_twice_under_load_and_no_request_fails() -> Result<()> {
     ensure!(expected.len() as u64 == TOKENS);
     let view = cluster.admin(0)?.wait_until("there", START_TIMEOUT, |_| true)?;
     // The one on which nothing is placed is off during both rotations.
-    let placed: Vec<_> = view.plan.replicas[0].nodes().map(|node| node.number as usize - 1).collect();
+    let placed: Vec<_> =
+        view.plan.replicas[0].nodes().map(|node| node.number as usize - 1).collect();
     let spare = (0..3).find(|index| !placed.contains(index)).context("a spare worker")?;
     let old = Identity::load(&cluster.worker_data(placed[0]).join("identity"))?.context("one")?;
     let old_context = cluster.context(1).with_file_name("old.context");

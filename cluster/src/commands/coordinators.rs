@@ -53,7 +53,9 @@ async fn rotate(client: &AdminClient, keep: bool) -> Result<(), Failure> {
     }
     match super::ca::begin(client, false).await {
         Ok(()) => {
-            eprintln!("the CA, whose key it has, is being rotated; `shoal ca list` shows how far it is");
+            eprintln!(
+                "the CA, whose key it has, is being rotated; `shoal ca list` shows how far it is"
+            );
             Ok(())
         }
         Err(failure) => {

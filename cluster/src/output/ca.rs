@@ -71,11 +71,8 @@ mod tests {
 
     #[test]
     fn golden_cas() {
-        let alone = CaView {
-            cas: vec![entry('a', CaStanding::Signs, None)],
-            past: vec![],
-            rotation: None,
-        };
+        let alone =
+            CaView { cas: vec![entry('a', CaStanding::Signs, None)], past: vec![], rotation: None };
         check("cas-one.txt", &cas(&alone));
         let rotating = CaView {
             cas: vec![

@@ -8,8 +8,8 @@ use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, Register, 
 use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Assignment;
-use shoal_protocol::trust::{CaFingerprint, Trust};
 use shoal_protocol::quic::{Connection, Pulse, close_code};
+use shoal_protocol::trust::{CaFingerprint, Trust};
 use tokio::sync::{mpsc, oneshot};
 
 /// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so

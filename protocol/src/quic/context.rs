@@ -32,7 +32,8 @@ impl AdminContext {
                 return Err(IdentityError::Io { path: path.display().to_string(), source });
             }
         };
-        let damaged = |why: String| IdentityError::Damaged { path: path.display().to_string(), why };
+        let damaged =
+            |why: String| IdentityError::Damaged { path: path.display().to_string(), why };
         let (context, rest) =
             postcard::take_from_bytes::<Self>(&bytes).map_err(|e| damaged(e.to_string()))?;
         let identity = context.identity.with_rest(rest).map_err(damaged)?;
@@ -60,8 +61,7 @@ mod tests {
     use crate::trust::Trust;
 
     fn context(node: NodeId) -> AdminContext {
-        let identity =
-            Identity::new(node, vec![1], b"secret".to_vec(), vec![3]);
+        let identity = Identity::new(node, vec![1], b"secret".to_vec(), vec![3]);
         AdminContext { address: ([127, 0, 0, 1], 4000).into(), identity }
     }
 

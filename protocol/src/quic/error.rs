@@ -60,8 +60,8 @@ pub enum ConnectError {
     },
     /// Whoever is there belongs to another cluster than the token.
     #[error(
-        "the coordinator at {address} is of another cluster than this token; make a token there, \
-         with `shoal token create --role worker`"
+        "the coordinator at {address} is of another cluster than this token or certificate, or its CA was \
+         rotated too often since; make a token there, with `shoal token create --role worker`"
     )]
     OtherCluster {
         /// Which address.

@@ -108,7 +108,8 @@ impl Identity {
     }
 
     pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
-        let (identity, rest) = postcard::take_from_bytes::<Self>(bytes).map_err(|e| e.to_string())?;
+        let (identity, rest) =
+            postcard::take_from_bytes::<Self>(bytes).map_err(|e| e.to_string())?;
         identity.with_rest(rest)
     }
 

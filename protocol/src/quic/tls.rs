@@ -40,7 +40,8 @@ pub(super) fn server(
     identity: &Identity,
     accepts: &[Alpn],
 ) -> Result<rustls::ServerConfig, TlsError> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity.roots())?, provider());
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(roots(identity.roots())?, provider());
     // Which conversation a client wants is known only after the handshake; `Accepting::establish`
     // turns away the ones without a certificate that need one.
     let verifier = if accepts.iter().any(|alpn| alpn.without_client_certificate()) {

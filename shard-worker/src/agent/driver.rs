@@ -85,8 +85,8 @@ impl AgentHandle {
         let mut book = self.book.clone();
         // Who has just joined may be here before its name is.
         let known = book.wait_for(|book| book.known().contains_key(&coordinator)).await.is_ok();
-        let left = known
-            && book.wait_for(|book| !book.known().contains_key(&coordinator)).await.is_ok();
+        let left =
+            known && book.wait_for(|book| !book.known().contains_key(&coordinator)).await.is_ok();
         if !left {
             // The agent has ended, and all connections end with it.
             std::future::pending().await

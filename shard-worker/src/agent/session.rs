@@ -200,10 +200,11 @@ impl Session {
             Ok((sender, receiver, welcome))
         };
         let registered = tokio::time::timeout(WELCOME_TIMEOUT, registering).await;
-        let (sender, receiver, (version, list)) = match registered.unwrap_or(Err(SessionEnd::Timeout)) {
-            Ok(registered) => registered,
-            Err(end) => return end,
-        };
+        let (sender, receiver, (version, list)) =
+            match registered.unwrap_or(Err(SessionEnd::Timeout)) {
+                Ok(registered) => registered,
+                Err(end) => return end,
+            };
         *pause = RETRY_PAUSE_MIN;
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));

@@ -21,7 +21,11 @@ const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Peers {
     /// The key of a CA, if another coordinator has it and hands it over.
-    pub async fn ask_for_key(&self, ca: &CaFingerprint, founding: bool) -> Option<CertificateAuthority> {
+    pub async fn ask_for_key(
+        &self,
+        ca: &CaFingerprint,
+        founding: bool,
+    ) -> Option<CertificateAuthority> {
         let versions = VersionRange::OURS;
         // Older builds know that of the founding alone.
         let request = match founding {

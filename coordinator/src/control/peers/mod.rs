@@ -138,6 +138,11 @@ impl Peers {
         found.ok().and_then(|why| why.clone()).unwrap_or_default()
     }
 
+    /// This process must end.
+    pub fn end(&self, why: String) {
+        self.ghost.send_replace(Some(why));
+    }
+
     /// Fires when another coordinator's certificate was not believed, or this one's.
     pub fn distrust(&self) -> watch::Receiver<u64> {
         self.distrust.subscribe()

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use shoal_protocol::id::NodeId;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use self::step::{SeenWorker, Verdict, View};
 use super::agents::Agents;
@@ -24,6 +25,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Changes that follow each other sooner are looked at together: reports of many workers come in bursts.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// How long a worker that is there may take to come to a new leader: some of its retries.
+const SETTLE: Duration = Duration::from_secs(3);
+
 /// How often workers that have not come along are told again.
 const REMIND_EVERY: Duration = Duration::from_secs(5);
 
@@ -37,31 +41,32 @@ pub fn entitled(store: &ControlStore, state: &ClusterState) -> BTreeSet<NodeId> 
 }
 
 /// What is to be done next, as this coordinator sees it.
-pub fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState) -> Verdict {
+fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState, settled: bool) -> Verdict {
     let workers: BTreeMap<NodeId, SeenWorker> = agents.certificates();
     let entitled = entitled(store, state);
     let now = Timestamp::of(SystemTime::now());
-    View { state, entitled: &entitled, workers: &workers, now }.decide()
+    View { state, entitled: &entitled, workers: &workers, now, settled }.decide()
 }
 
 /// Drives rotations while this coordinator leads, until `stop` becomes true.
 pub async fn drive(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
     let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
-    let mut reminded = tokio::time::Instant::now();
+    let mut reminded = Instant::now();
+    let mut leads_since = None;
     loop {
         workers_changed.mark_unchanged();
         let state = state_changed.borrow_and_update().clone();
         if state.authorities.rotation().is_some() && reminded.elapsed() >= REMIND_EVERY {
-            reminded = tokio::time::Instant::now();
+            reminded = Instant::now();
             agents.remind();
         }
         let leading = store.standing().borrow().leading;
-        let commands = match leading {
-            true => verdict(&store, &agents, &state).commands,
-            false => Vec::new(),
-        };
-        for command in commands {
-            tracing::info!("the CA's rotation: {command:?}");
+        leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
+        let commands = leads_since.map(|since: Instant| {
+            verdict(&store, &agents, &state, since.elapsed() >= SETTLE).commands
+        });
+        for command in commands.into_iter().flatten() {
+            tracing::info!("the CA's rotation: {command}");
             if let Err(error) = store.propose(Change::Authority(command)).await {
                 tracing::warn!("the CA's rotation does not go on yet: {error}");
                 tokio::time::sleep(LOOK).await;

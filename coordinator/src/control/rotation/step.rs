@@ -56,6 +56,9 @@ pub struct View<'a> {
     pub workers: &'a BTreeMap<NodeId, SeenWorker>,
     /// The time by which the state's stamps were made.
     pub now: Timestamp,
+    /// Whether the workers that are there have had the time to come to this coordinator since it leads:
+    /// before, those that have not are not off.
+    pub settled: bool,
 }
 
 impl View<'_> {
@@ -116,15 +119,20 @@ impl View<'_> {
         if !keyless.is_empty() && !forgiven {
             return verdict(vec![], "its key goes to the other coordinators", keyless);
         }
-        let connected = self.workers.iter().filter(|(node, worker)| {
-            worker.connected && self.state.nodes.get(**node).is_some()
-        });
+        let connected = self
+            .workers
+            .iter()
+            .filter(|(node, worker)| worker.connected && self.state.nodes.get(**node).is_some());
         let connected = connected.map(|(node, _)| *node);
         let coordinators = self.coordinators().filter(|_| !forgiven);
-        let unaware = coordinators.chain(connected).filter(|node| !rotation.trusting.contains(node));
+        let unaware =
+            coordinators.chain(connected).filter(|node| !rotation.trusting.contains(node));
         let unaware: Vec<_> = unaware.collect();
         if !unaware.is_empty() {
             return verdict(vec![], "everybody who is there is to believe it first", unaware);
+        }
+        if !self.settled {
+            return verdict(vec![], "the workers come to a new leader", vec![]);
         }
         verdict(vec![AuthorityCommand::Sign { ca }], "it signs", vec![])
     }
@@ -133,7 +141,10 @@ impl View<'_> {
         let retire = || vec![AuthorityCommand::Retire { ca: rotation.ca() }];
         let late = self.now >= since + COORDINATOR_PATIENCE;
         let is_off = |node: NodeId| match node.role {
-            Role::Worker => !self.workers.get(&node).is_some_and(|worker| worker.connected),
+            Role::Worker => {
+                let here = self.workers.get(&node).is_some_and(|worker| worker.connected);
+                self.settled && !here
+            }
             Role::Coordinator | Role::Admin => late,
         };
         let workers = self.state.nodes.workers().map(|(node, _)| node);

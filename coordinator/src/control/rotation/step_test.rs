@@ -7,8 +7,7 @@ use crate::control::state::{
     VersionCommand, snapshot,
 };
 
-const C: [NodeId; 3] =
-    [NodeId::coordinator(1), NodeId::coordinator(2), NodeId::coordinator(3)];
+const C: [NodeId; 3] = [NodeId::coordinator(1), NodeId::coordinator(2), NodeId::coordinator(3)];
 const W: [NodeId; 3] = [NodeId::worker(1), NodeId::worker(2), NodeId::worker(3)];
 
 /// More rounds than any rotation here needs.
@@ -33,6 +32,7 @@ struct World {
     now: Timestamp,
     sequence: u64,
     cas: u8,
+    settled: bool,
 }
 
 impl World {
@@ -45,6 +45,7 @@ impl World {
             now: Timestamp(1_000_000),
             sequence: 0,
             cas: 1,
+            settled: true,
         };
         let key = KeyFingerprint([1; 32]);
         for role in [Role::Coordinator; 3].into_iter().chain([Role::Worker; 3]) {
@@ -87,8 +88,7 @@ impl World {
         let present = vec![self.cas];
         let next = vec![self.cas + 1];
         let (introduction, maker) = (vec![self.cas + 1, self.cas], C[0]);
-        let begin =
-            AuthorityCommand::Begin { present, next, introduction, maker, skip_absent };
+        let begin = AuthorityCommand::Begin { present, next, introduction, maker, skip_absent };
         let begun = self.propose(Change::Authority(begin));
         self.cas += u8::from(begun.is_ok());
         begun
@@ -100,7 +100,8 @@ impl World {
 
     fn verdict(&self) -> Verdict {
         let entitled = self.state.coordinators.voters();
-        View { state: &self.state, entitled, workers: &self.seen, now: self.now }.decide()
+        let (state, workers, now, settled) = (&self.state, &self.seen, self.now, self.settled);
+        View { state, entitled, workers, now, settled }.decide()
     }
 
     /// What each node does by itself.
@@ -121,7 +122,8 @@ impl World {
             }
         }
         let Some(rotation) = self.rotation().cloned() else { return };
-        let (ca, anybody) = (rotation.ca(), rotation.holding.iter().any(|c| self.running.contains(c)));
+        let (ca, anybody) =
+            (rotation.ca(), rotation.holding.iter().any(|c| self.running.contains(c)));
         let shows = rotation.signs.is_some();
         let steps = [(CaStep::Trusts, true), (CaStep::Holds, anybody), (CaStep::Shows, shows)];
         for (step, reached) in steps {
@@ -346,4 +348,24 @@ fn one_rotation_follows_another_and_the_past_is_bounded() {
     // A CA that has left does not come back.
     world.cas = 3;
     assert_eq!(world.begin(false), Err(Refusal::StaleRotation));
+}
+
+#[test]
+fn a_new_leader_waits_for_the_workers_that_are_on_their_way_to_it() {
+    let mut world = World::new([2; 3]);
+    world.begin(false).unwrap();
+    world.act();
+    // All that workers said was lost before it was written down, and none of them is here yet.
+    world.crash();
+    world.settled = false;
+    assert_eq!(world.verdict().commands, []);
+    world.settled = true;
+    let ca = world.rotation().unwrap().ca();
+    assert_eq!(world.verdict().commands, [AuthorityCommand::Sign { ca }], "they are off");
+    world.settled = false;
+    world.act();
+    world.lead();
+    assert_eq!(world.verdict().commands, []);
+    world.settled = true;
+    world.run();
 }

@@ -1,6 +1,6 @@
 //! ● What operators ask about the CA: rotate, list, and a certificate for themselves.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use shoal_protocol::access::{AccessReply, CaEntry, CaStanding, CaView, RotationView};
 use shoal_protocol::error::{ErrorCode, WireError};
@@ -12,10 +12,14 @@ use shoal_protocol::trust::fingerprint;
 use super::step::Verdict;
 use crate::control::agents::Agents;
 use crate::control::authority::{Authority, CaFiles};
+use crate::control::state::versions::needs;
 use crate::control::state::{
     AuthorityCommand, Change, ClusterState, LEAVING_MAX, Refusal, Timestamp,
 };
 use crate::control::store::{ControlStore, ProposeError};
+
+/// How long coordinators may take to hear what the others speak: two of their rounds.
+const AGREE_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Answers operators about the CA.
 #[derive(Clone, Debug)]
@@ -60,6 +64,10 @@ impl CaServer {
             skip_absent,
         };
         let begin = Change::Authority(begin);
+        // Coordinators that have just come have not said yet what they speak; who does not is named.
+        let mut changes = self.store.watch();
+        let agreed = changes.wait_for(|state| state.versions.log() >= needs(&begin).log);
+        let _ = tokio::time::timeout(AGREE_PATIENCE, agreed).await;
         // Before it is on this disk nobody hears of it: a crash must not lose what others wait for.
         self.files.save_next(&next).map_err(failed)?;
         let name = Hex(&next.fingerprint()).to_string();
@@ -76,7 +84,7 @@ impl CaServer {
     /// The CAs, and how far a rotation is.
     pub async fn list(&self) -> Result<AccessReply, WireError> {
         let state = self.store.read().await?;
-        let verdict = super::verdict(&self.store, &self.agents, &state);
+        let verdict = super::verdict(&self.store, &self.agents, &state, true);
         Ok(AccessReply::Cas(view(&state, &self.authority.certificate(), &verdict)))
     }
 

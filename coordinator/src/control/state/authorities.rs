@@ -11,6 +11,7 @@
 //! stands here and who is connected, so a driver that dies is followed by another one that goes on.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -75,6 +76,23 @@ pub enum AuthorityCommand {
         /// Its key.
         key: KeyFingerprint,
     },
+}
+
+impl fmt::Display for AuthorityCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AuthorityCommand::Begin { maker, .. } => write!(f, "begin with what {maker} made"),
+            AuthorityCommand::Reached { step, nodes, .. } => {
+                let nodes: Vec<_> = nodes.iter().map(NodeId::to_string).collect();
+                write!(f, "{step:?}: {}", nodes.join(", "))
+            }
+            AuthorityCommand::SkipAbsent { .. } => f.write_str("wait for nobody who is off"),
+            AuthorityCommand::Sign { .. } => f.write_str("the new one signs"),
+            AuthorityCommand::Retire { .. } => f.write_str("the old one is believed no more"),
+            AuthorityCommand::Abandon { .. } => f.write_str("it is given up"),
+            AuthorityCommand::OwnKey { node, .. } => write!(f, "{node} has a key of its own"),
+        }
+    }
 }
 
 /// How far a node has come with a new CA.
@@ -219,9 +237,9 @@ impl Authorities {
                     CaStep::Holds => &mut rotation.holding,
                     CaStep::Shows => &mut rotation.showing,
                 };
-                set.extend(known.filter(|node| {
-                    *step != CaStep::Holds || node.role == Role::Coordinator
-                }));
+                set.extend(
+                    known.filter(|node| *step != CaStep::Holds || node.role == Role::Coordinator),
+                );
                 Ok(Vec::new())
             }
             AuthorityCommand::SkipAbsent { ca } => {
@@ -269,7 +287,8 @@ impl Authorities {
             return Err(Refusal::StaleRotation);
         }
         let past = self.past.iter().any(|past| past.certificate == next);
-        if past || next == present || [present, next, introduction].iter().any(|der| der.is_empty()) {
+        if past || next == present || [present, next, introduction].iter().any(|der| der.is_empty())
+        {
             return Err(Refusal::StaleRotation);
         }
         present.clone_into(&mut self.present);
@@ -305,9 +324,6 @@ impl Authorities {
 
     /// The rotation, where it is to this CA: whoever means another one comes too late.
     fn rotating(&mut self, ca: &CaFingerprint) -> Result<&mut Rotation, Refusal> {
-        self.rotation
-            .as_mut()
-            .filter(|rotation| rotation.ca() == *ca)
-            .ok_or(Refusal::StaleRotation)
+        self.rotation.as_mut().filter(|rotation| rotation.ca() == *ca).ok_or(Refusal::StaleRotation)
     }
 }

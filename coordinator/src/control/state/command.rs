@@ -402,7 +402,9 @@ pub enum Refusal {
     #[error("a CA takes the place of another already; `shoal ca list` shows how far it is")]
     RotationUnderWay,
     /// A step of a rotation that is not under way, or is at another step.
-    #[error("the rotation of the CA has gone on, or was given up; `shoal ca list` shows how far it is")]
+    #[error(
+        "the rotation of the CA has gone on, or was given up; `shoal ca list` shows how far it is"
+    )]
     StaleRotation,
 }
 

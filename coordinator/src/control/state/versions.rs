@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 
 use super::{
-    AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand, Effect, KeyCommand,
-    NodeCommand, PlanCommand, Refusal, TokenCommand,
+    AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
+    Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
 };
 
 /// What a build speaks that has not said so, and the version of a cluster that knows nothing of versions.
