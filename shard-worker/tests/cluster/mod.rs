@@ -27,6 +27,7 @@ use shoal_protocol::quic::{
 };
 use shoal_protocol::request::{Generate, HeadEvent, SamplingRecord};
 use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_protocol::version::VersionRange;
 use shoal_shard_worker::model::pretend::Oracle;
 use shoal_shard_worker::{DrainHandle, Worker, WorkerConfig};
 use tempfile::TempDir;
