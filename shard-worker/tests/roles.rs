@@ -21,7 +21,8 @@ const MEMBERS: [NodeId; 3] = [NodeId::coordinator(2), NodeId::worker(2), NodeId:
 fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
     match kind {
         FrameKind::LinkHello => Some((Alpn::Activations, Role::Worker)),
-        FrameKind::Generate => Some((Alpn::Requests, Role::Coordinator)),
+        // A request that is traced begins with its mark.
+        FrameKind::Generate | FrameKind::Trace => Some((Alpn::Requests, Role::Coordinator)),
         FrameKind::Open
         | FrameKind::Step
         | FrameKind::Close
