@@ -197,8 +197,8 @@ impl Running {
             owner.network(),
             outboxes,
             authority.clone(),
-            config.join,
-        );
+        )
+        .seeking(config.join);
         let models = Models::new(data.clone(), config.builtin);
         let shown = Shown {
             table: watch::Sender::new(Arc::new(ServingTable::default())),

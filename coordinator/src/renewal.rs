@@ -194,10 +194,10 @@ impl Renewal {
         let signed = shown.shows() == self.authority.fingerprint();
         let fresh = signed && shown.trust == told && age < RENEW_PERIOD;
         let context_missing = self.authority.current().is_some() && !self.context.exists();
-        if !fresh || context_missing {
-            if let Err(error) = self.renew(&shown, told, progress) {
-                tracing::error!(%error, "certificates could not be renewed; trying again");
-            }
+        if (!fresh || context_missing)
+            && let Err(error) = self.renew(&shown, told, progress)
+        {
+            tracing::error!(%error, "certificates could not be renewed; trying again");
         }
         let Some(shown) = self.endpoint.identity() else { return };
         let signed = shown.shows() == self.authority.fingerprint();

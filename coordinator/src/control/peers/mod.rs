@@ -88,7 +88,6 @@ impl Peers {
         network: mpsc::Sender<NetworkEvent>,
         outboxes: Outboxes,
         authority: Authority,
-        seeds: Vec<SocketAddr>,
     ) -> Self {
         Self {
             me: Arc::new(me),
@@ -100,9 +99,14 @@ impl Peers {
             seen: Arc::default(),
             welcomed: Arc::default(),
             ghost: Arc::new(watch::Sender::new(None)),
-            seeds: seeds.into(),
+            seeds: Arc::default(),
             distrust: Arc::new(watch::Sender::new(0)),
         }
+    }
+
+    /// Others may be there, too, for one whose state does not say it yet.
+    pub fn seeking(self, seeds: Vec<SocketAddr>) -> Self {
+        Self { seeds: seeds.into(), ..self }
     }
 
     /// Carries messages until `stop` becomes true.

@@ -148,9 +148,9 @@ impl View<'_> {
             Role::Coordinator | Role::Admin => late,
         };
         let workers = self.state.nodes.workers().map(|(node, _)| node);
-        let waits_for = self.coordinators().chain(workers).filter(|node| {
-            !rotation.showing.contains(node) && !(rotation.skip_absent && is_off(*node))
-        });
+        let counts = |node: &NodeId| !rotation.skip_absent || !is_off(*node);
+        let waits_for = self.coordinators().chain(workers);
+        let waits_for = waits_for.filter(|node| !rotation.showing.contains(node) && counts(node));
         let waits_for: Vec<_> = waits_for.collect();
         let over = self.now >= since + LEAVING_MAX;
         let commands = if waits_for.is_empty() || over { retire() } else { vec![] };
