@@ -8,6 +8,7 @@ use std::time::Duration;
 use shoal_protocol::access::{AccessCall, AccessReply};
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX};
 use shoal_protocol::id::Role;
+use shoal_protocol::join::Hex;
 use shoal_protocol::quic::{
     AdminContext, Alpn, Connection, Endpoint, Expect, FrameReceiver, close_code,
 };
@@ -26,12 +27,19 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait until what was sent has been taken.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
 
+/// What to do with a context that the cluster does not know any more, or that does not know the cluster.
+const STALE_CONTEXT: &str = "this context file has expired, or is of a CA that is believed no more; copy \
+                             `admin.context` from a coordinator's data folder again";
+
 /// A connection to a coordinator.
 #[derive(Debug)]
 pub struct AdminClient {
     endpoint: Endpoint,
     connection: Connection,
     address: SocketAddr,
+    context: AdminContext,
+    /// Where the context was read.
+    file: Option<PathBuf>,
 }
 
 impl AdminClient {
@@ -49,7 +57,7 @@ impl AdminClient {
                     path.display()
                 ))
             })?;
-        Self::connect(context).await
+        Ok(Self { file: Some(path), ..Self::connect(context).await? })
     }
 
     /// Connects with a context that has been read.
@@ -59,14 +67,17 @@ impl AdminClient {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
-        let endpoint = Endpoint::bind(any, Arc::new(context.identity), &[])
+        let endpoint = Endpoint::bind(any, Arc::new(context.identity.clone()), &[])
             .map_err(|error| Failure::failed(error.to_string()))?;
         let expect = Expect::Role(Role::Coordinator);
         let connection = endpoint
             .connect(address, expect, Alpn::Admin, CONNECT_TIMEOUT)
             .await
-            .map_err(|error| Failure::unreachable(format!("{error}; is the cluster running?")))?;
-        Ok(Self { endpoint, connection, address })
+            .map_err(|error| match error.is_distrust() {
+                true => Failure::unreachable(format!("{error}: {STALE_CONTEXT}")),
+                false => Failure::unreachable(format!("{error}; is the cluster running?")),
+            })?;
+        Ok(Self { endpoint, connection, address, context, file: None })
     }
 
     /// Where the coordinator takes the cluster's conversations.
@@ -76,10 +87,15 @@ impl AdminClient {
 
     /// One question, one answer. A refusal is a `Failure` with the coordinator's words.
     pub async fn call(&self, call: AdminCall) -> Result<AdminReply, Failure> {
-        let mut answers = self.ask(call).await?;
-        tokio::time::timeout(CALL_TIMEOUT, answers.next())
+        let exchange = async { self.ask(call).await?.next().await };
+        let answer = tokio::time::timeout(CALL_TIMEOUT, exchange)
             .await
-            .map_err(|_| Failure::unreachable(format!("no answer within {CALL_TIMEOUT:?}")))?
+            .map_err(|_| Failure::unreachable(format!("no answer within {CALL_TIMEOUT:?}")))?;
+        // Whether it is believed a client hears only after its handshake.
+        answer.map_err(|failure| match self.connection.was_distrusted() {
+            true => Failure::unreachable(format!("{failure}: {STALE_CONTEXT}")),
+            false => failure,
+        })
     }
 
     /// One question about access, one answer, and the end of the conversation.
@@ -89,6 +105,36 @@ impl AdminClient {
         match reply? {
             AdminReply::Access(reply) => Ok(reply),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The same, with the conversation going on.
+    pub async fn ask_access(&self, call: AccessCall) -> Result<AccessReply, Failure> {
+        match self.call(AdminCall::Access(call)).await? {
+            AdminReply::Access(reply) => Ok(reply),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Gets a context of the CA that signs now, where the one that was read is of another: a copy on
+    /// another machine goes on working. What cannot be renewed is said by the next command.
+    pub async fn renew_context(&self, signing: &str) {
+        let Some(file) = &self.file else { return };
+        // Its coordinator may have written it anew meanwhile.
+        let present = AdminContext::load(file).ok().flatten();
+        let present = present.unwrap_or_else(|| self.context.clone());
+        let identity = &present.identity;
+        if Hex(&identity.shows()).to_string() == signing {
+            return;
+        }
+        let Ok(csr) = identity.renewal_request() else { return };
+        let renewed = self.ask_access(AccessCall::RenewAdmin { csr }).await;
+        let Ok(AccessReply::Renewed { certificate, trust }) = renewed else { return };
+        let renewed = identity.trusting(trust).renewed(certificate);
+        let Ok(identity) = renewed else { return };
+        let context = AdminContext { identity, address: present.address };
+        if let Err(error) = context.save(file) {
+            eprintln!("shoal: the renewed context cannot be kept: {error}");
         }
     }
 

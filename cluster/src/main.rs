@@ -59,6 +59,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Plan(args) => commands::plan::run(args).await,
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Keys { command } => commands::keys::run(command).await,
+            Command::Ca { command } => commands::ca::run(command).await,
             Command::Nodes { command } => commands::nodes::run(command).await,
             Command::Upgrade { command } => commands::upgrade::run(command).await,
             Command::Scale(args) => commands::scale::run(args).await,

@@ -9,7 +9,7 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
 use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Expect, close_code};
 
-use crate::begin::CA_FILE;
+use crate::control::authority::CA_FILE;
 use crate::control::state::Timestamp;
 use crate::control::store::raft::{self, OpenError, Survey};
 

@@ -4,8 +4,7 @@
 //! |---|---|---|
 //! | nothing | no | it founds a cluster: a CA, a log with one voter |
 //! | nothing | yes | it joins: an identity, an empty log that waits for the leader |
-//! | `ca.key`, `state.redb` | either | it goes on as what it was |
-//! | `identity`, `state.redb` | either | the same, of one that joined |
+//! | `identity` or `ca.key`, and `state.redb` | either | it goes on as what it was |
 //! | anything else | either | refused: a vote may be lost, or numbers would be given twice |
 
 use std::os::unix::fs::DirBuilderExt;
@@ -18,15 +17,12 @@ use shoal_protocol::quic::identity::Identity;
 use shoal_protocol::quic::join;
 
 use crate::config::CoordinatorConfig;
-use crate::control::authority::Authority;
+use crate::control::authority::{Authority, CaFiles};
 use crate::control::peers::Outboxes;
 use crate::control::state::{Change, CoordinatorCommand, Effect, KeyFingerprint, NodeCommand};
 use crate::control::store::raft::{self, SendMessage, WhenEmpty};
 use crate::control::store::{self, ControlStore, StoreConfig, StoreOwner};
 use crate::start_error::StartError;
-
-/// The CA's file in the data folder.
-pub(crate) const CA_FILE: &str = "ca.key";
 
 /// The file of an identity that a token has bought.
 pub(crate) const IDENTITY_FILE: &str = "identity";
@@ -55,30 +51,24 @@ pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartErro
     let data = &config.data;
     create_folder(data)?;
     let has_state = config.store.may_have_state(data);
-    let ca = CertificateAuthority::load(&data.join(CA_FILE))?;
+    let keys = CaFiles::of(data).load()?;
     let joined = Identity::load(&data.join(IDENTITY_FILE))?;
     let incomplete =
         |found, missing| StartError::Incomplete { path: data.to_owned(), found, missing };
-    match (joined, ca) {
+    match (joined, keys.is_empty()) {
         (Some(identity), _) if identity.node.role != Role::Coordinator => {
             Err(StartError::NoCoordinator { path: data.to_owned(), node: identity.node })
         }
         (Some(_), _) if !has_state => Err(incomplete("an identity", "the cluster's state")),
-        (Some(identity), Some(ca)) => {
-            let fresh = ca.issue_identity(identity.node, SystemTime::now())?;
-            open(config, fresh, Authority::holding(ca), WhenEmpty::Wait).await
+        (Some(identity), _) => resume(config, identity, keys).await,
+        (None, false) if !has_state => Err(incomplete("the CA's key", "the cluster's state")),
+        (None, false) => {
+            let identity = keys[0].issue_identity(FOUNDER, SystemTime::now())?;
+            let begun = finish_founding(config, resume(config, identity, keys).await?).await?;
+            begun.identity.save(&data.join(IDENTITY_FILE))?;
+            Ok(begun)
         }
-        (Some(identity), None) => {
-            let authority = Authority::awaiting(&identity.ca);
-            open(config, identity, authority, WhenEmpty::Wait).await
-        }
-        (None, Some(_)) if !has_state => Err(incomplete("the CA's key", "the cluster's state")),
-        (None, Some(ca)) => {
-            let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
-            let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Wait).await?;
-            finish_founding(config, begun).await
-        }
-        (None, None) => match (&config.join[..], &config.token) {
+        (None, true) => match (&config.join[..], &config.token) {
             ([], _) => found(config).await,
             (_, None) => Err(StartError::NoToken { path: data.to_owned() }),
             (addresses, Some(_)) if data.join(raft::FILE_NAME).exists() => {
@@ -90,13 +80,40 @@ pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartErro
     }
 }
 
+/// Goes on as what it was: believes what its copy of the state says, or what another coordinator said
+/// since, and shows a fresh certificate where it has the key of the CA that signs.
+async fn resume(
+    config: &CoordinatorConfig,
+    identity: Identity,
+    keys: Vec<CertificateAuthority>,
+) -> Result<Begun, StartError> {
+    let founding = keys.first().map_or(identity.ca.as_slice(), |ca| ca.certificate());
+    let authority = Authority::awaiting(founding);
+    let mut begun = open(config, identity, authority, WhenEmpty::Wait).await?;
+    let known = begun.store.state().authorities.trust().unwrap_or_default();
+    let newest = if begun.identity.trust.revision > known.revision {
+        begun.identity.trust.clone()
+    } else {
+        known
+    };
+    if newest.revision > 0 {
+        begun.authority.follow(newest);
+    }
+    for key in keys {
+        begun.authority.keep(key);
+    }
+    if let Some(fresh) = begun.authority.certify(&begun.identity, SystemTime::now())? {
+        begun.identity = fresh;
+    }
+    Ok(begun)
+}
+
 /// Founds a cluster. The state is written before the CA's key, so a founding that is cut off leaves a
 /// state without nodes that anybody relies on, and is begun anew.
 async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     let data = &config.data;
     let ca = CertificateAuthority::create(SystemTime::now())?;
     let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
-    let path = data.join(CA_FILE);
     let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Found).await?;
     if !begun.store.state().is_new() {
         let (found, missing) = ("the cluster's state", "the CA's key");
@@ -104,8 +121,10 @@ async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     }
     let begun = finish_founding(config, begun).await?;
     if let Some(ca) = begun.authority.current() {
-        ca.save(&path)?;
+        CaFiles::of(data).save(&ca)?;
     }
+    // Its key stays the same from now on, so that it can be renewed as everybody's.
+    begun.identity.save(&data.join(IDENTITY_FILE))?;
     tracing::info!("founded a cluster in {}", data.display());
     Ok(begun)
 }
@@ -114,13 +133,16 @@ async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
 /// in the same store at the same time, one of them does.
 async fn finish_founding(config: &CoordinatorConfig, begun: Begun) -> Result<Begun, StartError> {
     let shared = matches!(config.store, StoreConfig::Etcd(_));
-    // Both get new keys at each start, so the CA stands for the key that renews them.
-    let key = KeyFingerprint(begun.authority.fingerprint());
+    let ca = KeyFingerprint(begun.authority.fingerprint());
+    let own = begun.identity.key_fingerprint().map_or(ca, KeyFingerprint);
     for node in [FOUNDER, OPERATOR] {
         let state = begun.store.state();
         if state.coordinators.iter().next().is_some() {
             break;
         }
+        // The operator's key is a new one each time, and so is the founder's until it is on disk, so the
+        // CA stands for the key that renews them where it must be known whose they are.
+        let key = if node == FOUNDER && !shared { own } else { ca };
         let given = match state.nodes.get(node) {
             // In a folder of our own it is left of a founding that was cut off.
             Some(known) if shared && known.key != key => None,

@@ -27,16 +27,17 @@ use crate::config::CoordinatorConfig;
 use crate::control::access::AccessServer;
 use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
-use crate::control::authority::Authority;
+use crate::control::authority::{Authority, CaFiles};
 use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
 use crate::control::membership::Membership;
 use crate::control::models::Models;
 use crate::control::peers::{Myself, Outboxes, Peers};
+use crate::control::rotation::{self, CaServer};
 use crate::control::state::{CoordinatorRecord, Timestamp};
 use crate::control::store::{ControlStore, StoreOwner};
 use crate::dispatch::Dispatcher;
-use crate::renewal::{Renewal, write_context};
+use crate::renewal::{Renewal, first_context};
 use crate::serving::ServingTable;
 use crate::start_error::StartError;
 use crate::telemetry::Telemetry;
@@ -177,9 +178,7 @@ impl Running {
             tls: tls.is_some(),
         };
         let context = data.join(AdminContext::FILE_NAME);
-        if let Some(ca) = authority.current() {
-            write_context(&ca, coordinator.cluster, &context)?;
-        }
+        first_context(&authority, coordinator.cluster, &context)?;
 
         let draining = watch::Sender::new(false);
         let stopping = watch::Sender::new(false);
@@ -198,7 +197,8 @@ impl Running {
             owner.network(),
             outboxes,
             authority.clone(),
-        );
+        )
+        .seeking(config.join);
         let models = Models::new(data.clone(), config.builtin);
         let shown = Shown {
             table: watch::Sender::new(Arc::new(ServingTable::default())),
@@ -217,12 +217,22 @@ impl Running {
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
-                access: AccessServer { store: store.clone(), agents: agents.clone() },
+                access: AccessServer {
+                    store: store.clone(),
+                    agents: agents.clone(),
+                    ca: CaServer {
+                        store: store.clone(),
+                        agents: agents.clone(),
+                        authority: authority.clone(),
+                        files: CaFiles::of(&data),
+                        me,
+                    },
+                },
                 store: store.clone(),
                 agents: agents.clone(),
                 models,
                 view: view.clone(),
-                ca_fingerprint: authority.fingerprint(),
+                authority: authority.clone(),
             },
             agents: agents.clone(),
             peers: peers.clone(),
@@ -251,8 +261,9 @@ impl Running {
         tasks.spawn(membership.shut_out(dispatcher, stopping.subscribe()));
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
-        tasks.spawn(peers.clone().run(config.join, stopping.subscribe()));
-        tasks.spawn(tell_workers(store, agents, stopping.subscribe()));
+        tasks.spawn(peers.clone().run(stopping.subscribe()));
+        tasks.spawn(rotation::drive(store.clone(), agents.clone(), stopping.subscribe()));
+        tasks.spawn(tell_workers(store.clone(), agents.clone(), stopping.subscribe()));
         let (to, peer_tasks) = (context.clone(), peers.clone());
         let renewal = Renewal {
             me,
@@ -261,6 +272,8 @@ impl Running {
             endpoint: endpoint.clone(),
             context: to,
             peers: peer_tasks,
+            store,
+            agents,
         };
         tasks.spawn(renewal.run(stopping.subscribe()));
         let api = api::serve(listener, api_context);

@@ -10,6 +10,7 @@ use shoal_protocol::quic::identity::IdentityError;
 use shoal_protocol::quic::join::JoinError;
 
 use crate::api::tls::TlsError;
+use crate::control::authority::CertifyError;
 use crate::control::store::{OpenError, ProposeError};
 
 /// A coordinator that did not start.
@@ -43,6 +44,9 @@ pub enum StartError {
     /// The CA cannot be used.
     #[error(transparent)]
     Ca(#[from] CaError),
+    /// Its certificate cannot be made.
+    #[error(transparent)]
+    Certify(#[from] CertifyError),
     /// One of the state and the CA's key is there, and the other is not.
     #[error(
         "{} has {found} but not {missing}: restore the data folder from a backup, or start a new \

@@ -295,7 +295,7 @@ async fn a_start_that_cannot_be_is_an_error_that_says_what_to_do() {
     let Cluster { coordinator, data, .. } = cluster;
     within("the drain", coordinator.drain()).await;
     std::fs::remove_file(data.path().join("state.redb")).unwrap();
-    let error = check(config(data.path()), "has the CA's key but not the cluster's state").await;
+    let error = check(config(data.path()), "has an identity but not the cluster's state").await;
     assert!(matches!(error, StartError::Incomplete { .. }));
 }
 

@@ -12,10 +12,13 @@ use control_support::*;
 use shoal_coordinator::alone::{go_on_alone, survey};
 use shoal_coordinator::config::CoordinatorConfig;
 use shoal_coordinator::{Coordinator, StartError};
+use shoal_protocol::access::{AccessCall, AccessReply, CaView};
 use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::plan::ModelSource;
+use shoal_protocol::quic::{AdminContext, Alpn, Expect, Identity};
+use shoal_protocol::trust::fingerprint;
 
 const C: [NodeId; 4] = [
     NodeId::coordinator(1),
@@ -116,9 +119,66 @@ impl Cluster {
         view.coordinators.iter().position(|peer| peer.leads).unwrap()
     }
 
+    async fn access(&self, index: usize, call: AccessCall) -> AdminReply {
+        self.operator(index).await.call(AdminCall::Access(call)).await
+    }
+
+    async fn cas(&self, index: usize) -> CaView {
+        match self.access(index, AccessCall::ListCas).await {
+            AdminReply::Access(AccessReply::Cas(view)) => view,
+            other => panic!("no list: {other:?}"),
+        }
+    }
+
+    /// Begins a rotation, as soon as all are known to understand it.
+    async fn rotate(&self, index: usize, skip_absent: bool) {
+        within("the beginning", async {
+            loop {
+                match self.access(index, AccessCall::RotateCa { skip_absent }).await {
+                    AdminReply::Access(AccessReply::Done) => return,
+                    AdminReply::Refused(error) if error.code == ErrorCode::VersionMismatch => {
+                        tokio::task::yield_now().await;
+                    }
+                    other => panic!("not rotated: {other:?}"),
+                }
+            }
+        })
+        .await;
+    }
+
+    /// Waits until as many CAs are believed no more, and none is on its way.
+    async fn until_rotated(&self, index: usize, times: usize) -> CaView {
+        let rotated = async {
+            loop {
+                let view = self.cas(index).await;
+                if view.rotation.is_none() && view.past.len() == times {
+                    return view;
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        match tokio::time::timeout(DEADLINE * 4, rotated).await {
+            Ok(view) => view,
+            Err(_) => panic!("not rotated: {:#?}", self.cas(index).await),
+        }
+    }
+
+    /// The CA of the certificate that a coordinator keeps, in hexadecimal.
+    fn shows(&self, index: usize) -> String {
+        let identity = Identity::load(&self.data(index).join("identity")).unwrap().unwrap();
+        hex(&identity.shows())
+    }
+
     async fn deploy(&self, index: usize, name: &str) -> AdminReply {
         self.operator(index).await.deploy(name, ModelSource::Pretend(pretend()), Some(1)).await
     }
+}
+
+/// How often a test looks at what nobody announces.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
+
+fn hex(bytes: &[u8; 32]) -> String {
+    shoal_protocol::join::Hex(bytes).to_string()
 }
 
 /// The folder's lock goes with the thread that had it, a moment after its coordinator.
@@ -390,4 +450,139 @@ async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
     }
     let again = survey(&data).map(drop);
     assert!(again.is_err(), "it runs: {again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ca_rotates_while_the_leader_dies_and_its_old_certificates_open_nothing() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    let (asked, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    let old = AdminContext::load(cluster.node(asked).admin_context()).unwrap().unwrap();
+    let token = cluster.operator(asked).await.token(Role::Worker, 1, 600).await;
+    let before = cluster.cas(asked).await.cas[0].fingerprint.clone();
+    assert_eq!(before, hex(&fingerprint(&old.identity.ca)));
+
+    cluster.rotate(asked, false).await;
+    cluster.kill(leader);
+    assert_ne!(cluster.leader(other).await, leader);
+    // Said again it goes on with the same one.
+    cluster.rotate(other, false).await;
+    cluster.restart(leader).await;
+    let view = cluster.until_rotated(asked, 1).await;
+    assert_eq!((view.cas.len(), &view.past[0].fingerprint), (1, &before));
+    let signing = view.cas[0].fingerprint.clone();
+    for index in 0..3 {
+        let view = cluster.until_rotated(index, 1).await;
+        assert_eq!(view.cas[0].fingerprint, signing);
+        assert_eq!(cluster.shows(index), signing);
+    }
+    // What the old CA signed is refused, and who knows the old CA alone knows the cluster by it.
+    for index in 0..3 {
+        let client = endpoint(old.identity.clone());
+        let address = cluster.node(index).cluster_address();
+        let expect = Expect::Role(Role::Coordinator);
+        let connection = client.connect(address, expect, Alpn::Admin, DEADLINE).await.unwrap();
+        within("the end", connection.closed()).await;
+        assert!(connection.was_distrusted(), "{:?}", connection.close_reason());
+    }
+    // A token from before lets in still.
+    let joined = try_join(cluster.node(other).cluster_address(), &token).await.unwrap();
+    assert_eq!(hex(&joined.shows()), signing);
+
+    // Once more, and then all of them start again.
+    cluster.access(asked, AccessCall::RemoveNode { node: joined.node, force: true }).await;
+    cluster.rotate(other, false).await;
+    cluster.until_rotated(other, 2).await;
+    for index in 0..3 {
+        cluster.kill(index);
+    }
+    for index in 0..3 {
+        cluster.restart(index).await;
+    }
+    for index in 0..3 {
+        cluster.leader(index).await;
+        let view = cluster.until_rotated(index, 2).await;
+        assert_eq!(cluster.shows(index), view.cas[0].fingerprint);
+        cluster.operator(index).await.token(Role::Worker, 1, 60).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_was_off_during_two_rotations_comes_back_by_itself() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    // The founder holds the oldest key, and was let in by nobody.
+    let (off, asked) = if leader == 0 { (1, 0) } else { (0, leader) };
+    cluster.rotate(asked, false).await;
+    cluster.until_rotated(asked, 1).await;
+    cluster.kill(off);
+    cluster.rotate(asked, true).await;
+    let view = cluster.until_rotated(asked, 2).await;
+    cluster.restart(off).await;
+    let signing = &view.cas[0].fingerprint;
+    // It writes its operator a context when it has the key.
+    within("its new context", async {
+        let context = cluster.node(off).admin_context();
+        while hex(&AdminContext::load(context).unwrap().unwrap().identity.shows()) != *signing {
+            tokio::time::sleep(LOOK).await;
+        }
+    })
+    .await;
+    let came = cluster.until_rotated(off, 2).await;
+    assert_eq!(came.cas, view.cas);
+    assert_eq!(cluster.shows(off), *signing);
+    within("a certificate of it", async {
+        let call = AccessCall::RenewAdmin { csr: csr() };
+        while matches!(cluster.access(off, call.clone()).await, AdminReply::Refused(_)) {
+            tokio::time::sleep(LOOK).await;
+        }
+    })
+    .await;
+}
+
+fn csr() -> Vec<u8> {
+    let ca = shoal_protocol::quic::ca::CertificateAuthority::create(std::time::SystemTime::now());
+    let someone = ca.unwrap().issue_identity(NodeId::admin(1), std::time::SystemTime::now());
+    someone.unwrap().renewal_request().unwrap()
+}
+
+/// One that does not vote has no key, and its certificates are not made by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_learner_has_its_certificate_from_a_coordinator_that_has_the_key() {
+    let mut cluster = Cluster::of_one().await;
+    cluster.join(0).await;
+    until(cluster.node(0), "does it learn", |view| {
+        view.coordinators.iter().any(|peer| peer.id == C[1] && peer.vote == Vote::Learner)
+    })
+    .await;
+    let before = cluster.shows(1);
+    cluster.rotate(0, false).await;
+    let view = cluster.until_rotated(0, 1).await;
+    assert_ne!(cluster.shows(1), before);
+    assert_eq!(cluster.shows(1), view.cas[0].fingerprint);
+    assert!(!cluster.data(1).join("ca.key").exists());
+    assert!(!cluster.data(1).join("ca-next.key").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_is_held_back_by_an_older_worker_by_name() {
+    let cluster = Cluster::of_one().await;
+    let token = cluster.operator(0).await.token(Role::Worker, 1, 60).await;
+    let address = cluster.node(0).cluster_address();
+    let identity = try_join(address, &token).await.unwrap();
+    let versions = shoal_protocol::version::VersionRange { min: 1, max: 1 };
+    let manners = Manners { versions, ..Manners::default() };
+    let _worker = FakeWorker::connect(address, &identity, manners).await.unwrap();
+    let refused = refusal(cluster.access(0, AccessCall::RotateCa { skip_absent: true }).await);
+    assert_eq!(refused.code, ErrorCode::VersionMismatch);
+    within("its name", async {
+        loop {
+            let call = AccessCall::RotateCa { skip_absent: true };
+            if refusal(cluster.access(0, call).await).message.contains("w1") {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{BadId, NodeId, Role};
+use crate::trust::Trust;
 
 /// What an operator asks about access.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,18 @@ pub enum AccessCall {
         /// Even while it is connected.
         force: bool,
     },
+    /// Let another CA take the place of the one that signs; where that is under way it goes on.
+    RotateCa {
+        /// Not to wait for nodes that are off before the old one is believed no more.
+        skip_absent: bool,
+    },
+    /// The CAs, and how far a rotation is.
+    ListCas,
+    /// A certificate of the CA that signs now, for the admin that asks.
+    RenewAdmin {
+        /// A certificate signing request, DER.
+        csr: Vec<u8>,
+    },
 }
 
 /// What a coordinator answers.
@@ -63,6 +76,15 @@ pub enum AccessReply {
     Nodes(Vec<NodeView>),
     /// To what changes something: accepted and durable.
     Done,
+    /// To `ListCas`.
+    Cas(CaView),
+    /// To `RenewAdmin`.
+    Renewed {
+        /// The certificate, DER.
+        certificate: Vec<u8>,
+        /// Whom to believe.
+        trust: Trust,
+    },
 }
 
 /// The secret stays out of logs.
@@ -74,6 +96,8 @@ impl fmt::Debug for AccessReply {
             AccessReply::Tokens(tokens) => f.debug_tuple("Tokens").field(tokens).finish(),
             AccessReply::Nodes(nodes) => f.debug_tuple("Nodes").field(nodes).finish(),
             AccessReply::Done => f.write_str("Done"),
+            AccessReply::Cas(view) => f.debug_tuple("Cas").field(view).finish(),
+            AccessReply::Renewed { .. } => f.write_str("Renewed"),
         }
     }
 }
@@ -144,6 +168,55 @@ pub struct NodeView {
     pub connected: Option<bool>,
     /// Whether a layer is placed on it.
     pub placed: bool,
+}
+
+/// The cluster's CAs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaView {
+    /// Those that are believed, the one that signs first.
+    pub cas: Vec<CaEntry>,
+    /// Those that are believed no more, newest first, of which nodes that were off may come back.
+    pub past: Vec<CaEntry>,
+    /// How far a rotation is.
+    pub rotation: Option<RotationView>,
+}
+
+/// A CA.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaEntry {
+    /// BLAKE3 of its certificate, in hexadecimal.
+    pub fingerprint: String,
+    /// What it is good for.
+    pub standing: CaStanding,
+    /// Since when, in seconds since 1970; `None`: since the founding.
+    pub since_s: Option<u64>,
+}
+
+/// What a CA is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CaStanding {
+    /// It signs.
+    Signs,
+    /// It will sign when everybody believes it.
+    Next,
+    /// It signed; what it signed is good until everybody shows a certificate of the next.
+    Leaving,
+    /// What it signed is refused.
+    Past,
+}
+
+/// How far a rotation is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RotationView {
+    /// When it was begun, in seconds since 1970.
+    pub begun_s: u64,
+    /// When at the latest the old CA is believed no more; `None` before the new one signs.
+    pub ends_s: Option<u64>,
+    /// What it waits for, for people.
+    pub waits: String,
+    /// Whom it waits for.
+    pub waits_for: Vec<NodeId>,
 }
 
 /// What people call a key.

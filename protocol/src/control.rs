@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::WireError;
 use crate::id::{Generation, Incarnation, NodeId, ReplicaId, Role, StageIndex};
 use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
+use crate::trust::{CaFingerprint, Trust};
 use crate::units::Bytes;
 use crate::version::VersionRange;
 
@@ -92,6 +93,14 @@ pub enum WorkerMessage {
         /// The epoch of the later leader.
         epoch: u64,
     },
+    /// Whom this worker believes and what it shows: the answer to `Trust`, and again on every change.
+    /// For coordinators that speak version 2.
+    Trusts {
+        /// The CAs that it believes.
+        trusts: Vec<CaFingerprint>,
+        /// The CA of its certificate.
+        shows: CaFingerprint,
+    },
 }
 
 /// What a coordinator says.
@@ -133,6 +142,14 @@ pub enum CoordinatorMessage {
     },
     /// Who the coordinators are has changed: all of them, as in `Welcome`.
     Coordinators(Vec<CoordinatorAddress>),
+    /// Whom to believe from now on, on every change. For workers that speak version 2.
+    Trust {
+        /// A worker that has a newer one keeps that.
+        trust: Trust,
+        /// Whether this coordinator signs: a worker whose certificate is of another CA than the first asks
+        /// for one (`Renew`) at once.
+        signs: bool,
+    },
 }
 
 /// Who a worker is and what it has.

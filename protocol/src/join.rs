@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::WireError;
 use crate::id::{NodeId, Role};
+use crate::trust::Trust;
 use crate::version::VersionRange;
 
 /// The largest join message.
@@ -63,6 +64,15 @@ pub enum JoinReply {
     },
     /// Refused.
     Refused(WireError),
+    /// Welcome to a cluster whose CA is not that of its founding any more. For nodes that speak version 2.
+    Admitted {
+        /// The identity that was given.
+        node: NodeId,
+        /// Its certificate, DER.
+        certificate: Vec<u8>,
+        /// Whom to believe.
+        trust: Trust,
+    },
 }
 
 /// A join token: what an operator copies from one machine to another.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::CoordinatorAddress;
 use crate::error::WireError;
 use crate::id::{Incarnation, NodeId};
+use crate::trust::CaFingerprint;
 use crate::version::VersionRange;
 
 /// The largest hello or reply: sixteen addresses, or a CA's key.
@@ -29,6 +30,14 @@ pub enum PeerRequest {
     CaKey {
         /// The protocol versions it speaks.
         versions: VersionRange,
+    },
+    /// Send me the key of this CA, which is to take the place of the one that signs, or has. Between
+    /// coordinators that speak version 2.
+    CaKeyOf {
+        /// The protocol versions it speaks.
+        versions: VersionRange,
+        /// Which.
+        ca: CaFingerprint,
     },
 }
 
@@ -59,7 +68,7 @@ pub enum PeerReply {
         /// The coordinators that it knows.
         coordinators: Vec<CoordinatorAddress>,
     },
-    /// To `CaKey`.
+    /// To `CaKey` and `CaKeyOf`.
     CaKey {
         /// The CA as its file has it.
         authority: Vec<u8>,

@@ -26,6 +26,7 @@ use shoal_protocol::id::{
     Role, SequenceId, StageIndex, StepId,
 };
 use shoal_protocol::join::{JoinReply, JoinRequest};
+use shoal_protocol::peer::PeerRequest;
 use shoal_protocol::plan::{
     Assignment, ModelRef, ModelSource, Numerics, PeerAddress, Precision, PretendSpec,
     ReplicaLimits, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
@@ -35,6 +36,7 @@ use shoal_protocol::request::{
     SamplingRecord, TokenHeader,
 };
 use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
+use shoal_protocol::trust::Trust;
 use shoal_protocol::units::{Bytes, LayerRange};
 use shoal_protocol::upgrade::UpgradeCall;
 use shoal_protocol::version::VersionRange;
@@ -208,7 +210,7 @@ fn assignment() -> Assignment {
     }
 }
 
-fn worker_messages() -> [(&'static str, WorkerMessage); 4] {
+fn worker_messages() -> [(&'static str, WorkerMessage); 5] {
     let device = DeviceInfo {
         name: "cpu".to_owned(),
         description: "AVX-512, 2 threads".to_owned(),
@@ -243,10 +245,11 @@ fn worker_messages() -> [(&'static str, WorkerMessage); 4] {
         ("Report", WorkerMessage::Report(report)),
         ("Probed", WorkerMessage::Probed { probe: 5, result: refused }),
         ("Outranked", WorkerMessage::Outranked { epoch: 9 }),
+        ("Trusts", WorkerMessage::Trusts { trusts: vec![[1; 32], [2; 32]], shows: [1; 32] }),
     ]
 }
 
-fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 6] {
+fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 7] {
     let coordinators = |n: u32| -> Vec<_> {
         let address = |number: u32| ([10, 0, 0, number as u8], 4000).into();
         let named = |number| CoordinatorAddress {
@@ -266,10 +269,15 @@ fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 6] {
         ("Probe", CoordinatorMessage::Probe { probe: 5, source }),
         ("Drain", CoordinatorMessage::Drain { epoch: 9 }),
         ("Coordinators", CoordinatorMessage::Coordinators(coordinators(2))),
+        ("Trust", CoordinatorMessage::Trust { trust: trust(), signs: true }),
     ]
 }
 
-fn admin_requests() -> [(&'static str, AdminRequest); 7] {
+fn trust() -> Trust {
+    Trust { revision: 3, cas: vec![vec![1; 4], vec![2; 3]], lineage: vec![vec![3; 5]] }
+}
+
+fn admin_requests() -> [(&'static str, AdminRequest); 8] {
     let request = |call| AdminRequest { versions: VersionRange { min: 1, max: 1 }, call };
     let deploy = AdminCall::Deploy {
         name: DeploymentName::new("demo").unwrap(),
@@ -306,6 +314,7 @@ fn admin_requests() -> [(&'static str, AdminRequest); 7] {
             request(AdminCall::Drain { node: NodeId::worker(2), draining: true, dry_run: false }),
         ),
         ("AdminUpgrade", request(AdminCall::Upgrade(UpgradeCall::Finish))),
+        ("AdminRotateCa", request(AdminCall::Access(AccessCall::RotateCa { skip_absent: true }))),
     ]
 }
 
@@ -418,6 +427,10 @@ fn control_messages_have_golden_bytes() {
     let joined =
         JoinReply::Joined { node: NodeId::worker(2), certificate: vec![4, 5], ca: vec![6] };
     check_message("JoinReply", &joined);
+    let (node, certificate) = (NodeId::worker(2), vec![4, 5]);
+    check_message("JoinAdmitted", &JoinReply::Admitted { node, certificate, trust: trust() });
+    let versions = VersionRange { min: 1, max: 2 };
+    check_message("PeerCaKeyOf", &PeerRequest::CaKeyOf { versions, ca: [1; 32] });
 }
 
 #[test]

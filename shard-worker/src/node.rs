@@ -18,7 +18,9 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join};
-use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Identity, SharedLease, close_code};
+use shoal_protocol::quic::{
+    Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code,
+};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -187,8 +189,8 @@ impl Worker {
 
     /// Runs until it is drained, by its handle or by the coordinator.
     pub async fn run_until_drained(self) {
-        let Self { id, agent, handle: _handle, endpoint, intake, links } = self;
-        let serve = serve_requests(&endpoint, &intake);
+        let Self { id, agent, handle, endpoint, intake, links } = self;
+        let serve = serve_requests(&endpoint, &intake, &handle);
         tokio::select! {
             () = agent.run() => {}
             () = serve => tracing::error!("{id}'s endpoint for requests is gone"),
@@ -204,7 +206,7 @@ impl Worker {
 }
 
 /// Lets coordinators in until the endpoint is closed.
-async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
+async fn serve_requests(endpoint: &Endpoint, intake: &Intake, agent: &AgentHandle) {
     // Taken after the handshake, so that strangers, who do not get that far, take none.
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
@@ -213,13 +215,14 @@ async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
             accepting = endpoint.accept() => {
                 let Some(accepting) = accepting else { return };
                 let (intake, places) = (intake.clone(), Arc::clone(&places));
+                let agent = agent.clone();
                 connections.spawn(async move {
                     let connection = match accepting.establish().await {
                         Ok(connection) => connection,
                         Err(error) => return tracing::debug!("a connection is refused: {error}"),
                     };
                     match places.try_acquire() {
-                        Ok(_place) => intake.serve(connection).await,
+                        Ok(_place) => serve_member(&intake, connection, &agent).await,
                         Err(_) => connection.close(close_code::REFUSED, "too many connections"),
                     }
                 });
@@ -231,6 +234,21 @@ async fn serve_requests(endpoint: &Endpoint, intake: &Intake) {
             }
         }
     }
+}
+
+/// Serves a coordinator for as long as it is one. TLS looks at its certificate once; what it began before
+/// it was removed would go on.
+async fn serve_member(intake: &Intake, connection: Connection, agent: &AgentHandle) {
+    let Some(coordinator) = connection.peer() else { return };
+    let serve = intake.serve(connection.clone());
+    tokio::pin!(serve);
+    tokio::select! {
+        () = &mut serve => return,
+        () = agent.left(coordinator) => {}
+    }
+    tracing::info!("{coordinator} is no coordinator any more: its requests are ended");
+    connection.close(close_code::REFUSED, "this coordinator was removed from the cluster");
+    serve.await;
 }
 
 /// The identity in the data folder, or a new one for the token.

@@ -11,8 +11,10 @@ use cluster::*;
 use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, ShardState, WorkerMessage};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource, PeerAddress};
-use shoal_protocol::quic::{Alpn, Endpoint, Expect, close_code};
+use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::quic::{Alpn, Endpoint, Expect, Identity, close_code};
 use shoal_protocol::request::HeadEvent;
+use shoal_protocol::trust::Trust;
 use shoal_protocol::units::Bytes;
 use shoal_shard_worker::{DrainHandle, Worker, WorkerConfig};
 use tempfile::TempDir;
@@ -295,4 +297,67 @@ async fn a_restarted_worker_finds_the_coordinator_that_lives() {
     again.until_kept(&list[1..]).await;
     drop(second);
     again.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_removed_coordinator_has_begun_ends_when_the_others_name_it_no_more() {
+    let cluster = Cluster::new();
+    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
+    let list = [named(1, &c1), named(2, &c2)];
+    let worker = start(&cluster, &[&c1, &c2], None).await;
+    let (first, _second) = tokio::join!(talk(&c1, &list), talk(&c2, &list));
+    let requests = async |endpoint: &Endpoint| {
+        let expect = Expect::Node(NodeId::worker(1));
+        endpoint.connect(first.requests, expect, Alpn::Requests, PATIENCE).await.unwrap()
+    };
+    let (kept, ended) = (requests(&c1).await, requests(&c2).await);
+    first.to.send(CoordinatorMessage::Coordinators(vec![named(1, &c1)])).await.unwrap();
+    let reason = within(ended.closed()).await.to_string();
+    assert!(reason.contains("removed from the cluster"), "{reason}");
+    assert!(kept.close_reason().is_none());
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_list_of_cas_is_believed_and_who_lags_behind_leads_nobody_back() {
+    let cluster = Cluster::new();
+    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
+    let list = [named(1, &c1), named(2, &c2)];
+    let worker = start(&cluster, &[&c1, &c2], None).await;
+    let (mut first, mut second) = tokio::join!(talk(&c1, &list), talk(&c2, &list));
+    let now = std::time::SystemTime::now();
+    let next = CertificateAuthority::create(now).unwrap();
+    let [old, new] = [cluster.ca.certificate(), next.certificate()].map(<[u8]>::to_vec);
+    let introduction = cluster.ca.introduce(&next, now).unwrap();
+    let trust = |revision, cas: [&Vec<u8>; 2]| Trust {
+        revision,
+        cas: cas.map(Clone::clone).to_vec(),
+        lineage: vec![introduction.clone()],
+    };
+    let file = worker.data.path().join("identity");
+    let kept = || Identity::load(&file).unwrap().unwrap();
+    let tell = async |talk: &Talk, trust| {
+        let message = CoordinatorMessage::Trust { trust, signs: true };
+        talk.to.send(message).await.unwrap();
+    };
+
+    tell(&second, trust(2, [&new, &old])).await;
+    second.probe(1).await;
+    tell(&first, trust(1, [&old, &new])).await;
+    first.probe(2).await;
+    assert_eq!((kept().trust.revision, kept().shows()), (2, cluster.ca.fingerprint()));
+
+    let csr = kept().renewal_request().unwrap();
+    let certificate = next.issue(&csr, NodeId::worker(1), now).unwrap();
+    second.to.send(CoordinatorMessage::Renewed { certificate }).await.unwrap();
+    let shows = Some(next.fingerprint());
+    // It says so to all of them.
+    first.until("shown", |said| said.shows == shows).await;
+    second.until("shown", |said| said.shows == shows).await;
+    assert_eq!(kept().shows(), next.fingerprint());
+    // Who knows the old CA alone still reaches it.
+    second.assign(3, whole(1, &second.peer)).await;
+    second.until_ready(1).await;
+    assert_eq!(ask(&cluster, &second).await, continuation(&SPEC, &[1, 2], 4));
+    worker.stop().await;
 }

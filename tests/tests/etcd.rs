@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
+use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase, Vote};
 use shoal_protocol::id::Role;
 use shoal_protocol::plan::{ModelSource, PretendSpec};
 use shoal_tests::api::Api;
@@ -62,10 +62,21 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(folder: &TempDir, store: &str, api: &str, cluster: &str) -> Result<Self> {
-        let data = folder.path().join("c1");
+        Self::start_as("c1", folder, store, [api, cluster], &[])
+    }
+
+    fn start_as(
+        name: &str,
+        folder: &TempDir,
+        store: &str,
+        [api, cluster]: [&str; 2],
+        more: &[&str],
+    ) -> Result<Self> {
+        let data = folder.path().join(name);
         let data = data.to_string_lossy();
         let flags = ["--listen", api, "--cluster", cluster, "--store", store, "--announce"];
         let args = ["coordinator", "--data", &data].into_iter().chain(flags);
+        let args = args.chain(more.iter().copied());
         let mut process = Process::shoal(args)?;
         let announced = serde_json::from_str(&process.line(START_TIMEOUT)?)?;
         Ok(Self { process, announced })
@@ -87,13 +98,65 @@ fn tokens(api: &str) -> Result<Value> {
     Ok(api.complete(prompt, options)?.ok()?.body["choices"][0]["token_ids"].clone())
 }
 
-#[test]
-fn a_coordinator_on_etcd_serves_and_finds_its_state_after_kill_9() -> Result<()> {
-    if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
-        // Past the capture of the test runner, so that a skip is seen.
-        let line = format!("SKIPPED: a coordinator on etcd was not tested, because {SKIP}=1\n");
+/// Whether no etcd can be had; says so past the capture of the test runner, so that a skip is seen.
+fn skipped(what: &str) -> Result<bool> {
+    let skip = std::env::var_os(SKIP).is_some_and(|value| value == "1");
+    if skip {
+        let line = format!("SKIPPED: {what} was not tested, because {SKIP}=1\n");
         let terminal = std::fs::OpenOptions::new().append(true).open("/dev/stderr");
         terminal.and_then(|mut out| std::io::Write::write_all(&mut out, line.as_bytes()))?;
+    }
+    Ok(skip)
+}
+
+#[test]
+fn every_coordinator_on_etcd_gets_the_cas_key_and_the_ca_rotates() -> Result<()> {
+    if skipped("several coordinators on etcd")? {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let (_etcd, port) = etcd(&folder)?;
+    let store = format!("etcd://127.0.0.1:{port}");
+    let any = ["127.0.0.1:0"; 2];
+    let first = Coordinator::start_as("c1", &folder, &store, any, &[])?;
+    let call = AdminCall::CreateToken { role: Role::Coordinator, uses: 2, expires_s: 600 };
+    let AdminReply::Token { token } = first.admin()?.call(call)? else { panic!("no token") };
+    let more = ["--join", first.text("cluster"), "--token", &token];
+    let second = Coordinator::start_as("c2", &folder, &store, any, &more)?;
+    let third = Coordinator::start_as("c3", &folder, &store, any, &more)?;
+    // Nobody says `coordinators add`.
+    let all_vote = |count: usize| {
+        move |view: &shoal_protocol::admin::ClusterView| {
+            let votes = view.coordinators.iter().filter(|peer| peer.vote == Vote::Voter);
+            votes.count() == count && view.coordinators.len() == count
+        }
+    };
+    first.admin()?.wait_until("votes", START_TIMEOUT, all_vote(3))?;
+    for name in ["c2", "c3"] {
+        assert!(folder.path().join(name).join("ca.key").is_file(), "{name} has no key");
+    }
+
+    let verb = |context: &str, args: &[&str]| -> Result<_> {
+        let mut command = Command::new(shoal_tests::proc::shoal());
+        command.args(args).args(["--context", context]);
+        let finished = Process::spawn(command)?.finish(START_TIMEOUT * 2)?;
+        Ok(finished.expect_code(0))
+    };
+    // Whoever founded it goes as any other one, and the CA with it.
+    let said = verb(second.text("context"), &["coordinators", "remove", "c1"])?.stderr;
+    assert!(said.contains("is being rotated"), "{said}");
+    verb(second.text("context"), &["ca", "rotate", "--wait"])?;
+    let list = |context: &str| Ok::<_, anyhow::Error>(verb(context, &["ca", "list"])?.stdout);
+    let listed = list(second.text("context"))?;
+    assert!(listed.contains("signs") && listed.contains("not believed"), "{listed}");
+    assert_eq!(list(third.text("context"))?, listed);
+    second.admin()?.wait_until("two", START_TIMEOUT, all_vote(2))?;
+    Ok(())
+}
+
+#[test]
+fn a_coordinator_on_etcd_serves_and_finds_its_state_after_kill_9() -> Result<()> {
+    if skipped("a coordinator on etcd")? {
         return Ok(());
     }
     let folder = tempfile::tempdir()?;

@@ -15,7 +15,7 @@ pub enum CoordinatorsCommand {
     /// Let coordinators that have joined vote
     #[command(after_help = ADD_EXAMPLES)]
     Add(CoordinatorAddArgs),
-    /// Take the vote of coordinators and remove them from the cluster
+    /// Take the vote of coordinators, remove them from the cluster, and rotate the CA, whose key they have
     Remove(CoordinatorRemoveArgs),
     /// Go on with the one coordinator that is left, where a majority is lost for ever
     #[command(after_help = RECOVER_EXAMPLES)]
@@ -68,9 +68,12 @@ pub struct CoordinatorAddArgs {
     /// Those that are to vote, such as c2 c3
     #[arg(required = true, value_name = "NODE", value_parser = coordinator)]
     pub nodes: Vec<NodeId>,
-    /// Remove this one in the same step
+    /// Remove this one in the same step, and rotate the CA, whose key it has
     #[arg(long, value_name = "NODE", value_parser = coordinator)]
     pub replace: Vec<NodeId>,
+    /// Do not rotate the CA: the disk of the one that is replaced is destroyed
+    #[arg(long, requires = "replace")]
+    pub keep_ca: bool,
     /// Which cluster.
     #[command(flatten)]
     pub cluster: ClusterArgs,
@@ -82,6 +85,9 @@ pub struct CoordinatorRemoveArgs {
     /// Those that are to go, such as c2 c3
     #[arg(required = true, value_name = "NODE", value_parser = coordinator)]
     pub nodes: Vec<NodeId>,
+    /// Do not rotate the CA: the disks of those that are removed are destroyed
+    #[arg(long)]
+    pub keep_ca: bool,
     /// Which cluster.
     #[command(flatten)]
     pub cluster: ClusterArgs,

@@ -4,6 +4,7 @@
 //! one.
 
 mod access;
+mod ca;
 mod coordinators;
 mod moves;
 mod nearest;
@@ -30,6 +31,7 @@ pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
 };
+pub use self::ca::{CaCommand, CaRotateArgs};
 pub use self::coordinators::{CoordinatorsCommand, RecoverAloneArgs};
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
@@ -141,6 +143,12 @@ pub enum Command {
         /// What to do with the upgrade.
         #[command(subcommand)]
         command: UpgradeCommand,
+    },
+    /// Show the CA that signs the nodes' certificates, and let a new one take its place
+    Ca {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: CaCommand,
     },
 }
 

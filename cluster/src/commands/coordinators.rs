@@ -25,7 +25,11 @@ pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
             let client = AdminClient::open(args.cluster.context.as_deref()).await?;
             change(&client, &args.nodes, &args.replace).await?;
             eprintln!("{}", say(&args.nodes, "votes now", "vote now"));
-            Ok(())
+            if args.replace.is_empty() {
+                return Ok(());
+            }
+            eprintln!("{}", say(&args.replace, "is removed", "are removed"));
+            rotate(&client, args.keep_ca).await
         }
         CoordinatorsCommand::Remove(args) => {
             let client = AdminClient::open(args.cluster.context.as_deref()).await?;
@@ -34,10 +38,33 @@ pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
             eprintln!(
                 "stop its process, and delete its data folder: its number is never given again"
             );
-            Ok(())
+            rotate(&client, args.keep_ca).await
         }
         // There is no cluster to ask.
         CoordinatorsCommand::RecoverAlone(args) => run::alone::run(args).await,
+    }
+}
+
+/// Whoever was removed has the CA's key, and could be any node with it.
+async fn rotate(client: &AdminClient, keep: bool) -> Result<(), Failure> {
+    if keep {
+        eprintln!("the CA stays, and what was removed has its key: destroy that disk");
+        return Ok(());
+    }
+    match super::ca::begin(client, false).await {
+        Ok(()) => {
+            eprintln!(
+                "the CA, whose key it has, is being rotated; `shoal ca list` shows how far it is"
+            );
+            Ok(())
+        }
+        Err(failure) => {
+            let message = format!(
+                "it is removed, but the CA, whose key it has, is not rotated: {failure}; say `shoal ca \
+                 rotate` when that is mended"
+            );
+            Err(Failure { message, ..failure })
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! ● Who may do what, from the operator's side: API keys, join tokens, nodes.
+//! ● Who may do what, from the operator's side: API keys, join tokens, nodes, and the CA.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -12,6 +12,7 @@ use shoal_protocol::join::Hex;
 
 use super::agents::Agents;
 use super::reconcile::ObservedWorker;
+use super::rotation::CaServer;
 use super::state::{
     ApiKey, Change, ClusterState, KeyCommand, KeyHash, NodeCommand, Timestamp, Token, TokenCommand,
     TokenHash,
@@ -31,6 +32,8 @@ pub struct AccessServer {
     pub store: ControlStore,
     /// The connected workers.
     pub agents: Agents,
+    /// Answers what is asked about the CA.
+    pub ca: CaServer,
 }
 
 impl AccessServer {
@@ -71,6 +74,9 @@ impl AccessServer {
                 Ok(AccessReply::Nodes(node_views(&state, &self.agents.observe())))
             }
             AccessCall::RemoveNode { node, force } => self.remove_node(operator, node, force).await,
+            AccessCall::RotateCa { skip_absent } => self.ca.rotate(operator, skip_absent).await,
+            AccessCall::ListCas => self.ca.list().await,
+            AccessCall::RenewAdmin { csr } => self.ca.renew(operator, &csr),
         }
     }
 

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 
 use super::access::AccessServer;
 use super::agents::Agents;
+use super::authority::Authority;
 use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::explain;
@@ -53,8 +54,8 @@ pub struct AdminServer {
     pub models: Models,
     /// The cluster as people see it.
     pub view: watch::Receiver<Arc<ClusterView>>,
-    /// What join tokens pin.
-    pub ca_fingerprint: [u8; 32],
+    /// Whose CA join tokens pin.
+    pub authority: Authority,
 }
 
 impl AdminServer {
@@ -269,7 +270,7 @@ impl AdminServer {
         let create = TokenCommand::Create { hash, role, uses, expires };
         self.store.propose(Change::Token(create)).await?;
         tracing::info!(%operator, %role, uses, expires_s, "join token made");
-        let token = JoinToken { role, ca_fingerprint: self.ca_fingerprint, secret };
+        let token = JoinToken { role, ca_fingerprint: self.authority.fingerprint(), secret };
         Ok(AdminReply::Token { token: token.to_string() })
     }
 

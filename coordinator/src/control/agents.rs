@@ -9,6 +9,8 @@
 //! of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
 //! number of a registration enters the log (see `admit`).
 
+mod certificates;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,15 +24,14 @@ use shoal_protocol::control::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource};
-use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silence, close_code};
+use shoal_protocol::trust::CAS_MAX;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::admit::{admit, record};
 use super::authority::Authority;
 use super::reconcile::ObservedWorker;
 use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
-use super::state::KeyFingerprint;
 use super::store::ControlStore;
 
 /// How long a worker may take to register once it is connected.
@@ -336,6 +337,19 @@ impl Agents {
                         let _ = waiting.send(result);
                     }
                 }
+                Ok(Some(WorkerMessage::Trusts { trusts, shows })) => {
+                    if trusts.len() > CAS_MAX {
+                        return SessionEnd::Protocol("it believes more CAs than there can be");
+                    }
+                    self.with_link(node, session, |worker| {
+                        (worker.trusts, worker.shows) = (trusts, Some(shows));
+                    });
+                    self.changed.send_modify(|n| *n += 1);
+                }
+                // It asks another one after a while.
+                Ok(Some(WorkerMessage::Renew { .. })) if self.authority.current().is_none() => {
+                    tracing::debug!(%node, "asks for a certificate where the CA's key is not");
+                }
                 Ok(Some(WorkerMessage::Renew { csr })) => match self.renew(node, &csr) {
                     Ok(certificate) => {
                         let renewed = CoordinatorMessage::Renewed { certificate };
@@ -360,17 +374,6 @@ impl Agents {
                 Err(error) => return SessionEnd::Link(error.to_string()),
             }
         }
-    }
-
-    /// A new certificate for the key that is on record, and for no other.
-    fn renew(&self, node: NodeId, csr: &[u8]) -> Result<Vec<u8>, String> {
-        let key = CertificateAuthority::key_of_request(csr).map_err(|error| error.to_string())?;
-        let recorded = self.store.state().nodes.get(node).map(|node| node.key);
-        if recorded != Some(KeyFingerprint(key)) {
-            return Err("it has another key on record".into());
-        }
-        let ca = self.authority.required().map_err(|error| error.to_string())?;
-        ca.issue(csr, node, SystemTime::now()).map_err(|error| error.to_string())
     }
 
     fn connected(
@@ -413,7 +416,9 @@ impl Agents {
         if registry.coordinators != coordinators {
             link.send(node, CoordinatorMessage::Coordinators(registry.coordinators.clone()));
         }
-        registry.workers.insert(node, Worker::new(register, report, link));
+        let worker = Worker::new(register, report, link);
+        worker.tell_trust(node, &registry.trust);
+        registry.workers.insert(node, worker);
         drop(registry);
         self.changed.send_modify(|n| *n += 1);
         Some(session)

@@ -1,44 +1,84 @@
-//! ● The CA's key, where this coordinator has it: the founder from the start, the others as soon as they
-//! vote.
+//! ● Whom this coordinator believes, and the CA's key, where it has it: the founder from the start, the
+//! others as soon as they vote. While one CA takes the place of another it may hold the keys of both.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::quic::Identity;
+use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
+use shoal_protocol::quic::identity::NoNode;
+use shoal_protocol::trust::{CaFingerprint, Trust, fingerprint};
 use tokio::sync::watch;
+
+/// The file of the key of the CA that signs, in the data folder.
+pub(crate) const CA_FILE: &str = "ca.key";
+
+/// The file of the key of a CA that is to sign. It is there before anybody hears of that CA, and takes
+/// the other one's place when it signs.
+const NEXT_CA_FILE: &str = "ca-next.key";
 
 /// Who signs certificates here. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Authority {
-    certificate: Arc<[u8]>,
-    key: Arc<watch::Sender<Option<Arc<CertificateAuthority>>>>,
+    shared: Arc<watch::Sender<Keys>>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Keys {
+    trust: Trust,
+    held: Vec<Arc<CertificateAuthority>>,
+}
+
+impl Keys {
+    fn of(&self, ca: &CaFingerprint) -> Option<Arc<CertificateAuthority>> {
+        self.held.iter().find(|held| held.fingerprint() == *ca).cloned()
+    }
+
+    fn signing(&self) -> Option<Arc<CertificateAuthority>> {
+        self.trust.signing().and_then(|ca| self.of(&ca))
+    }
 }
 
 impl Authority {
     /// With the key.
     pub fn holding(ca: CertificateAuthority) -> Self {
-        let certificate = ca.certificate().into();
-        Self { certificate, key: Arc::new(watch::Sender::new(Some(Arc::new(ca)))) }
+        let authority = Self::awaiting(ca.certificate());
+        authority.keep(ca);
+        authority
     }
 
     /// Without the key, of the CA with this certificate.
     pub fn awaiting(certificate: &[u8]) -> Self {
-        Self { certificate: certificate.into(), key: Arc::new(watch::Sender::new(None)) }
+        let trust = Trust { cas: vec![certificate.to_vec()], ..Trust::default() };
+        let keys = Keys { trust, ..Keys::default() };
+        Self { shared: Arc::new(watch::Sender::new(keys)) }
     }
 
-    /// The CA's certificate, DER.
-    pub fn certificate(&self) -> &[u8] {
-        &self.certificate
+    /// Whom to believe.
+    pub fn trust(&self) -> Trust {
+        self.shared.borrow().trust.clone()
     }
 
-    /// BLAKE3 of the CA's certificate: what a join token pins.
-    pub fn fingerprint(&self) -> [u8; 32] {
-        *blake3::hash(&self.certificate).as_bytes()
+    /// The certificate of the CA that signs, DER.
+    pub fn certificate(&self) -> Vec<u8> {
+        self.shared.borrow().trust.cas.first().cloned().unwrap_or_default()
     }
 
-    /// The key, where it is here.
+    /// BLAKE3 of that: what a join token pins.
+    pub fn fingerprint(&self) -> CaFingerprint {
+        fingerprint(&self.certificate())
+    }
+
+    /// The key of the CA that signs, where it is here.
     pub fn current(&self) -> Option<Arc<CertificateAuthority>> {
-        self.key.borrow().clone()
+        self.shared.borrow().signing()
+    }
+
+    /// The key of a CA, where it is here.
+    pub fn key_of(&self, ca: &CaFingerprint) -> Option<Arc<CertificateAuthority>> {
+        self.shared.borrow().of(ca)
     }
 
     /// The key, or words for whoever needs it.
@@ -50,18 +90,100 @@ impl Authority {
         })
     }
 
-    /// Resolves when the key is here.
-    pub async fn held(&self) {
-        // The sender lives as long as this does.
-        let _ = self.key.subscribe().wait_for(Option::is_some).await;
+    /// Keeps a key.
+    pub fn keep(&self, ca: CertificateAuthority) {
+        self.shared.send_modify(|keys| {
+            if keys.of(&ca.fingerprint()).is_none() {
+                keys.held.push(Arc::new(ca));
+            }
+        });
     }
 
-    /// The key has come. One of another CA is refused with `false`.
-    pub fn receive(&self, ca: CertificateAuthority) -> bool {
-        let ours = ca.certificate() == &*self.certificate;
-        if ours {
-            self.key.send_replace(Some(Arc::new(ca)));
+    /// Believes these from now on, and forgets the keys of others.
+    pub fn follow(&self, trust: Trust) {
+        self.shared.send_if_modified(|keys| {
+            let changed = keys.trust != trust;
+            let all = trust.fingerprints();
+            if changed {
+                keys.held.retain(|held| all.contains(&held.fingerprint()));
+                keys.trust = trust;
+            }
+            changed
+        });
+    }
+
+    /// This identity as it should be: a new certificate, and whom to believe; `None` where the key is not
+    /// here.
+    pub fn certify(
+        &self,
+        identity: &Identity,
+        now: SystemTime,
+    ) -> Result<Option<Identity>, CertifyError> {
+        let Some(ca) = self.current() else { return Ok(None) };
+        let csr = identity.renewal_request().map_err(CaError::from)?;
+        let certificate = ca.issue(&csr, identity.node, now)?;
+        let ca = ca.certificate().to_vec();
+        let certified = Identity { ca, ..identity.trusting(self.told()) };
+        Ok(Some(certified.renewed(certificate)?))
+    }
+
+    /// Whom to believe, as identities carry it: nothing, where that is the CA of the founding.
+    pub fn told(&self) -> Trust {
+        Some(self.trust()).filter(|trust| trust.revision > 0).unwrap_or_default()
+    }
+}
+
+/// An identity that gets no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum CertifyError {
+    /// It could not be signed.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// What was signed is not for it.
+    #[error(transparent)]
+    NotIts(#[from] NoNode),
+}
+
+/// The keys' files in the data folder.
+#[derive(Clone, Debug)]
+pub struct CaFiles(PathBuf);
+
+impl CaFiles {
+    /// Of this data folder.
+    pub fn of(data: &Path) -> Self {
+        Self(data.to_owned())
+    }
+
+    /// The keys that are there: that of the CA that signed last, and that of one to come.
+    pub fn load(&self) -> Result<Vec<CertificateAuthority>, CaError> {
+        let mut found = Vec::new();
+        for name in [CA_FILE, NEXT_CA_FILE] {
+            found.extend(CertificateAuthority::load(&self.0.join(name))?);
         }
-        ours
+        Ok(found)
+    }
+
+    /// Keeps the key of the CA that signs; what is kept of one to come goes, where it is the same.
+    pub fn save(&self, ca: &CertificateAuthority) -> Result<(), CaError> {
+        ca.save(&self.0.join(CA_FILE))?;
+        let next = self.0.join(NEXT_CA_FILE);
+        // One that cannot be read is of no use either.
+        let next_is = CertificateAuthority::load(&next).ok().flatten();
+        if next_is.is_some_and(|next| next.fingerprint() == ca.fingerprint()) {
+            // What is left is put in order by the next start.
+            let _ = std::fs::remove_file(next);
+        }
+        Ok(())
+    }
+
+    /// Whether the key of the CA that signs is kept as such.
+    pub fn has(&self, ca: &CaFingerprint) -> bool {
+        let kept = CertificateAuthority::load(&self.0.join(CA_FILE)).ok().flatten();
+        kept.is_some_and(|kept| kept.fingerprint() == *ca)
+    }
+
+    /// Keeps the key of a CA that is to sign.
+    pub fn save_next(&self, ca: &CertificateAuthority) -> Result<(), CaError> {
+        ca.save(&self.0.join(NEXT_CA_FILE))
     }
 }

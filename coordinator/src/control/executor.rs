@@ -246,8 +246,7 @@ impl Executor {
             changed
         });
         let mut view = view(&self.coordinator, state, &stands, &seen);
-        let (members, standing) = (self.store.members(), self.store.standing());
-        view.coordinators = super::voters::view(state, &members.borrow(), *standing.borrow());
+        view.coordinators = super::voters::view(state, &self.store);
         self.shown.view.send_if_modified(|shown| {
             let changed = **shown != view;
             if changed {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::Role;
+use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::admit::too_old;
 use super::authority::Authority;
+use super::registry::KNOWS_TRUST;
 use super::state::{
     Change, ClusterState, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash,
 };
@@ -169,7 +170,7 @@ impl JoinServer {
             .issue(&request.csr, node, now)
             .map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
         tracing::info!(%node, "is back with an expired certificate: renewed");
-        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
+        self.admitted(node, certificate, request.versions)
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
@@ -199,7 +200,30 @@ impl JoinServer {
         let certificate =
             ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
-        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
+        self.admitted(node, certificate, request.versions)
+    }
+
+    /// The answer, as far as whoever asked understands it.
+    fn admitted(
+        &self,
+        node: NodeId,
+        certificate: Vec<u8>,
+        versions: VersionRange,
+    ) -> Result<JoinReply, WireError> {
+        let trust = self.authority.trust();
+        match (trust.revision, &trust.cas[..]) {
+            (0, _) => {}
+            _ if versions.max >= KNOWS_TRUST => {
+                return Ok(JoinReply::Admitted { node, certificate, trust: trust.for_workers() });
+            }
+            (_, [_]) => {}
+            _ => {
+                let words = "the cluster's CA is being replaced, which this build does not understand; \
+                             upgrade it, or wait until `shoal ca list` shows one CA";
+                return Err(WireError::new(ErrorCode::VersionMismatch, words));
+            }
+        }
+        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate() })
     }
 
     /// Whoever would be refused when it comes is refused before it has spent its token.
@@ -256,8 +280,6 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-    use shoal_protocol::id::NodeId;
-
     use super::*;
     use crate::control::state::TokenCommand;
     use crate::control::store::raft::{self, WhenEmpty};

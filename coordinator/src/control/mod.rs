@@ -20,6 +20,7 @@ pub mod peers;
 pub mod planner;
 pub mod reconcile;
 mod registry;
+pub mod rotation;
 pub mod shape;
 pub mod state;
 pub mod store;

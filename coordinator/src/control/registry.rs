@@ -9,11 +9,15 @@ use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::{Connection, Pulse, close_code};
+use shoal_protocol::trust::{CaFingerprint, Trust};
 use tokio::sync::{mpsc, oneshot};
 
 /// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
 /// many is not slow but stuck.
 pub(super) const OUTBOX_MAX: usize = 16;
+
+/// The protocol version from which on nodes know that one CA may take the place of another.
+pub(super) const KNOWS_TRUST: u16 = 2;
 
 /// Guards plain data; nothing is awaited under it.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub(super) struct Registry {
     pub workers: BTreeMap<NodeId, Worker>,
     /// What workers are told of where coordinators are.
     pub coordinators: Vec<CoordinatorAddress>,
+    /// Whom workers are to believe, and whether this coordinator signs; `None`: the CA of the founding.
+    pub trust: Option<(Trust, bool)>,
     /// Numbers connections and probes.
     next: u64,
 }
@@ -32,7 +38,14 @@ impl Registry {
     pub fn new(now: SystemTime) -> Self {
         let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
-        Self { workers: BTreeMap::new(), coordinators: Vec::new(), next }
+        Self { workers: BTreeMap::new(), coordinators: Vec::new(), trust: None, next }
+    }
+
+    /// Says whom to believe to those workers that are wanted.
+    pub fn tell_trust(&self, wanted: impl Fn(&Worker) -> bool) {
+        for (node, worker) in self.workers.iter().filter(|(_, worker)| wanted(worker)) {
+            worker.tell_trust(*node, &self.trust);
+        }
     }
 
     pub fn number(&mut self) -> u64 {
@@ -51,12 +64,26 @@ pub(super) struct Worker {
     /// No epoch below is any use with it.
     pub floor: u64,
     pub link: Option<Link>,
+    /// The CAs that it said that it believes.
+    pub trusts: Vec<CaFingerprint>,
+    /// The CA of the certificate that it said that it shows.
+    pub shows: Option<CaFingerprint>,
 }
 
 impl Worker {
     /// One that has just registered and has been told nothing.
     pub fn new(register: Register, report: Report, link: Link) -> Self {
-        Self { register, report, pushed: None, outranked: None, floor: 0, link: Some(link) }
+        let (trusts, shows, link) = (Vec::new(), None, Some(link));
+        Self { register, report, pushed: None, outranked: None, floor: 0, link, trusts, shows }
+    }
+
+    /// Says whom to believe, to one that is there and understands it.
+    pub fn tell_trust(&self, node: NodeId, told: &Option<(Trust, bool)>) {
+        if let (Some(link), Some((trust, signs))) = (&self.link, told)
+            && self.register.versions.max >= KNOWS_TRUST
+        {
+            link.send(node, CoordinatorMessage::Trust { trust: trust.clone(), signs: *signs });
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use tokio::time::{Instant, timeout_at};
 
-use super::state::{Change, ClusterState, CoordinatorCommand, Refusal};
-use super::store::{ControlStore, Members, ProposeError, Standing};
+use super::state::{Change, ClusterState, CoordinatorCommand, CoordinatorRecord, Refusal};
+use super::store::{ControlStore, ProposeError};
 
 /// How long a change may take before the operator is told that it goes on without them: two joint steps
 /// and a snapshot over a slow link.
@@ -37,6 +37,9 @@ pub(super) async fn change(
     let mut watch = store.watch();
     // Refused by the state, with words, where it does not.
     let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, watch.wait_for(announced)).await;
+    if store.is_elsewhere() {
+        return change_elsewhere(store, add, remove).await;
+    }
     let wish = Wish { add, remove };
     let until = Instant::now() + SETTLE_TIMEOUT;
     let mut left = remove.to_vec();
@@ -58,10 +61,6 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
         if !decide(store, wish, until).await? {
             continue;
         }
-        if *store.members().borrow() == Members::default() {
-            // Another service has the log; who votes is a matter of who gets the CA's key.
-            return Ok(());
-        }
         match timeout_at(until, settled(store, wish)).await {
             Ok(Settled::Yes) => break,
             Ok(Settled::Overruled) => {}
@@ -71,10 +70,16 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
             Err(_) => return Err(late()),
         }
     }
-    // The last one that holds the CA's key must not be the first to be lost.
+    hold_the_key(store, |state| state.coordinators.voters().clone()).await
+}
+
+/// The last one that holds the CA's key must not be the first to be lost.
+async fn hold_the_key(
+    store: &ControlStore,
+    who: impl Fn(&ClusterState) -> BTreeSet<NodeId>,
+) -> Result<(), WireError> {
     let holds = |state: &Arc<ClusterState>| {
-        let mut voters = state.coordinators.voters().iter();
-        voters.all(|node| state.coordinators.get(*node).is_some_and(|record| record.holds_key))
+        who(state).iter().all(|node| state.coordinators.get(*node).is_some_and(|r| r.holds_key))
     };
     if tokio::time::timeout(SETTLE_TIMEOUT, store.watch().wait_for(holds)).await.is_err() {
         let text = "they vote, but not each of them holds the CA's key yet; the log of each says whether \
@@ -82,6 +87,31 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
         return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
     }
     Ok(())
+}
+
+/// Another service has the log and does the voting: whoever has joined takes part, and one of those
+/// that stay stands for the voters.
+async fn change_elsewhere(
+    store: &ControlStore,
+    add: &[NodeId],
+    remove: &[NodeId],
+) -> Result<(), WireError> {
+    let state = store.state();
+    let stays = |node: &NodeId| !remove.contains(node);
+    let staying: BTreeSet<_> =
+        state.coordinators.iter().map(|(node, _)| node).filter(stays).collect();
+    let known = add.iter().find(|node| !staying.contains(node));
+    if let Some(node) = known {
+        return Err(Refusal::UnknownNode { node: *node }.into());
+    }
+    hold_the_key(store, |_| add.iter().copied().collect()).await?;
+    if !state.coordinators.voters().iter().all(stays) {
+        let voters: BTreeSet<_> = staying.first().copied().into_iter().collect();
+        let change = CoordinatorCommand::SetVoters { voters: voters.clone() };
+        store.propose(Change::Coordinator(change)).await?;
+        hold_the_key(store, |_| voters.clone()).await?;
+    }
+    remove_all(store, &mut remove.to_vec()).await.map_err(WireError::from)
 }
 
 /// Who is to vote, and who is not.
@@ -168,20 +198,25 @@ async fn remove_all(store: &ControlStore, left: &mut Vec<NodeId>) -> Result<(), 
 }
 
 /// All coordinators, for people.
-pub(super) fn view(state: &ClusterState, members: &Members, standing: Standing) -> Vec<PeerView> {
-    let vote =
-        |node: NodeId| match (members.voters.contains(&node), members.learners.contains(&node)) {
+pub(super) fn view(state: &ClusterState, store: &ControlStore) -> Vec<PeerView> {
+    let (members, standing) = (store.members(), *store.standing().borrow());
+    let members = members.borrow();
+    let vote = |node: NodeId, record: &CoordinatorRecord| {
+        match (members.voters.contains(&node), members.learners.contains(&node)) {
+            // All take part in who leads, and do all once they hold the CA's key.
+            _ if store.is_elsewhere() && record.holds_key => Vote::Voter,
             (true, _) => Vote::Voter,
             (_, true) if state.coordinators.voters().contains(&node) => Vote::Promoted,
             (_, true) => Vote::Learner,
             _ => Vote::Joining,
-        };
+        }
+    };
     let all = state.coordinators.iter();
     all.map(|(id, record)| PeerView {
         id,
         cluster: record.cluster,
         build: state.nodes.get(id).map(|node| node.build.clone()).unwrap_or_default(),
-        vote: vote(id),
+        vote: vote(id, record),
         leads: standing.leader == Some(id),
     })
     .collect()

@@ -239,7 +239,7 @@ impl FakeWorker {
     }
 }
 
-fn register(identity: &Identity, endpoint: &Endpoint, manners: &Manners) -> Register {
+pub fn register(identity: &Identity, endpoint: &Endpoint, manners: &Manners) -> Register {
     Register {
         versions: manners.versions,
         build: "test".into(),
@@ -300,6 +300,11 @@ impl Talk {
                 }
                 CoordinatorMessage::Drain { .. } => return,
                 CoordinatorMessage::Coordinators(_) => continue,
+                // Its certificate stays what it is; what it says of it is what it was told.
+                CoordinatorMessage::Trust { trust, .. } => {
+                    let shows = trust.signing().unwrap();
+                    WorkerMessage::Trusts { trusts: trust.fingerprints(), shows }
+                }
                 CoordinatorMessage::Renewed { certificate } => {
                     self.renewed.send_replace(Some(certificate));
                     continue;

@@ -72,15 +72,17 @@ impl CertificateAuthority {
     /// A new CA with a new key.
     pub fn create(now: SystemTime) -> Result<Self, CaError> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, "shoal cluster CA");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.not_before = (now - CLOCK_SKEW).into();
-        params.not_after = (now + CA_LIFE).into();
+        let params = ca_params(&key, BasicConstraints::Constrained(0), now);
         let certificate = params.self_signed(&key)?;
         Ok(Self { certificate: certificate.der().to_vec(), key })
+    }
+
+    /// What proves the next CA to those who know this one alone: its key, under its name, signed by
+    /// this one. It opens nothing that this CA opened: it leads from here to there, and not back.
+    pub fn introduce(&self, next: &Self, now: SystemTime) -> Result<Vec<u8>, CaError> {
+        // What it introduces may introduce another one.
+        let params = ca_params(&next.key, BasicConstraints::Unconstrained, now);
+        Ok(params.signed_by(&next.key, &self.issuer()?)?.der().to_vec())
     }
 
     /// Reads the CA; `None` where there is no such file.
@@ -147,17 +149,26 @@ impl CertificateAuthority {
     pub fn issue_identity(&self, node: NodeId, now: SystemTime) -> Result<Identity, CaError> {
         let key = KeyPair::generate()?;
         let certificate = node_params(node, now)?.signed_by(&key, &self.issuer()?)?;
-        Ok(Identity {
-            node,
-            certificate: certificate.der().to_vec(),
-            key: key.serialize_der(),
-            ca: self.certificate.clone(),
-        })
+        let (certificate, key) = (certificate.der().to_vec(), key.serialize_der());
+        Ok(Identity::new(node, certificate, key, self.certificate.clone()))
     }
 
     fn issuer(&self) -> Result<Issuer<'static, &KeyPair>, CaError> {
         Ok(Issuer::from_ca_cert_der(&CertificateDer::from(self.certificate.as_slice()), &self.key)?)
     }
+}
+
+fn ca_params(key: &KeyPair, path: BasicConstraints, now: SystemTime) -> CertificateParams {
+    // A name of its own, so that certificates say which of two CAs signed them.
+    let name = blake3::hash(&key.subject_public_key_info()).to_hex();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, format!("shoal cluster CA {}", &name[..12]));
+    params.is_ca = IsCa::Ca(path);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = (now - CLOCK_SKEW).into();
+    params.not_after = (now + CA_LIFE).into();
+    params
 }
 
 fn node_params(node: NodeId, now: SystemTime) -> Result<CertificateParams, CaError> {

@@ -7,6 +7,7 @@ use quinn::{ConnectionError, SendDatagramError, VarInt};
 use rustls_pki_types::CertificateDer;
 
 use super::alpn::Alpn;
+use super::error::is_distrust;
 use super::identity::{NoNode, node_of};
 use super::stream::{FrameReceiver, FrameSender};
 use crate::id::NodeId;
@@ -108,6 +109,12 @@ impl Connection {
     /// Why the connection has ended, where it has.
     pub fn close_reason(&self) -> Option<ConnectionError> {
         self.inner.close_reason()
+    }
+
+    /// Whether it has ended because one side did not believe the other's certificate. A client hears that
+    /// only after its handshake.
+    pub fn was_distrusted(&self) -> bool {
+        self.close_reason().is_some_and(|reason| is_distrust(&reason))
     }
 
     /// What the transport has counted.

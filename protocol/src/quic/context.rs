@@ -32,8 +32,12 @@ impl AdminContext {
                 return Err(IdentityError::Io { path: path.display().to_string(), source });
             }
         };
-        let damaged = |why| IdentityError::Damaged { path: path.display().to_string(), why };
-        let context: Self = postcard::from_bytes(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let damaged =
+            |why: String| IdentityError::Damaged { path: path.display().to_string(), why };
+        let (context, rest) =
+            postcard::take_from_bytes::<Self>(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let identity = context.identity.with_rest(rest).map_err(damaged)?;
+        let context = Self { identity, ..context };
         if context.identity.node.role != Role::Admin {
             return Err(damaged(format!("it is {}'s, not an admin's", context.identity.node)));
         }
@@ -43,7 +47,9 @@ impl AdminContext {
     /// Writes the file, readable by its owner alone, whole or not at all.
     pub fn save(&self, path: &Path) -> Result<(), IdentityError> {
         let io = |source| IdentityError::Io { path: path.display().to_string(), source };
-        let bytes = postcard::to_stdvec(self).map_err(|e| io(io::Error::other(e)))?;
+        let other = |error| io(io::Error::other(error));
+        let mut bytes = postcard::to_stdvec(&self.address).map_err(other)?;
+        bytes.extend(self.identity.to_bytes().map_err(other)?);
         write_secret(path, &bytes).map_err(io)
     }
 }
@@ -52,10 +58,10 @@ impl AdminContext {
 mod tests {
     use super::*;
     use crate::id::NodeId;
+    use crate::trust::Trust;
 
     fn context(node: NodeId) -> AdminContext {
-        let identity =
-            Identity { node, certificate: vec![1], key: b"secret".to_vec(), ca: vec![3] };
+        let identity = Identity::new(node, vec![1], b"secret".to_vec(), vec![3]);
         AdminContext { address: ([127, 0, 0, 1], 4000).into(), identity }
     }
 
@@ -71,6 +77,11 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(AdminContext::load(&path).unwrap(), Some(written.clone()));
         assert!(!format!("{written:?}").contains("secret"));
+        let trust = Trust { revision: 2, cas: vec![vec![3], vec![4]], lineage: vec![vec![5]] };
+        let identity = written.identity.trusting(trust);
+        let rotated = AdminContext { identity, ..written };
+        rotated.save(&path).unwrap();
+        assert_eq!(AdminContext::load(&path).unwrap(), Some(rotated));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::ConnectionError;
+use quinn::{ConnectionError, TransportErrorCode};
 
 use super::alpn::Alpn;
 use super::identity::NoNode;
@@ -60,8 +60,8 @@ pub enum ConnectError {
     },
     /// Whoever is there belongs to another cluster than the token.
     #[error(
-        "the coordinator at {address} is of another cluster than this token; make a token there, \
-         with `shoal token create --role worker`"
+        "the coordinator at {address} is of another cluster than this token or certificate, or its CA was \
+         rotated too often since; make a token there, with `shoal token create --role worker`"
     )]
     OtherCluster {
         /// Which address.
@@ -95,6 +95,28 @@ pub enum ConnectError {
         /// Why.
         source: NoNode,
     },
+}
+
+/// TLS's alerts about certificates (RFC 8446, 6.2): bad, unsupported, revoked, expired, unknown, and of an
+/// unknown authority.
+const CERTIFICATE_ALERTS: [u8; 6] = [42, 43, 44, 45, 46, 48];
+
+/// Whether one side did not believe the other's certificate.
+pub(super) fn is_distrust(error: &ConnectionError) -> bool {
+    let code = match error {
+        ConnectionError::TransportError(error) => error.code,
+        ConnectionError::ConnectionClosed(close) => close.error_code,
+        _ => return false,
+    };
+    CERTIFICATE_ALERTS.into_iter().any(|alert| code == TransportErrorCode::crypto(alert))
+}
+
+impl ConnectError {
+    /// Whether one side did not believe the other's certificate: it may have expired, or be of a CA
+    /// that is believed no more, or not yet.
+    pub fn is_distrust(&self) -> bool {
+        matches!(self, ConnectError::Handshake { source, .. } if is_distrust(source))
+    }
 }
 
 /// A connection that was not let in.

@@ -1,4 +1,7 @@
-//! Who a node is: its key, its certificate, and the CA that it trusts.
+//! Who a node is: its key, its certificate, and the CAs that it trusts.
+//!
+//! The file: the fields of [`Identity`] in postcard, then its [`Trust`]. Builds from before a CA could
+//! take the place of another read the first part and no more.
 
 use std::fs;
 use std::io::{self, Write};
@@ -10,6 +13,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 
 use crate::id::NodeId;
+use crate::trust::{CaFingerprint, Trust, fingerprint};
 
 /// The DNS name in every node's certificate. Who a node is stands in the URI name beside it.
 pub(crate) const TLS_NAME: &str = "node.shoal.internal";
@@ -26,8 +30,11 @@ pub struct Identity {
     pub certificate: Vec<u8>,
     /// The private key, PKCS #8 DER.
     pub key: Vec<u8>,
-    /// The cluster CA's certificate, DER.
+    /// The certificate, DER, of the CA that signed its certificate.
     pub ca: Vec<u8>,
+    /// Whom it believes; where that is empty (revision 0): the CA that signed its certificate.
+    #[serde(skip)]
+    pub trust: Trust,
 }
 
 impl std::fmt::Debug for Identity {
@@ -59,6 +66,11 @@ pub enum IdentityError {
 }
 
 impl Identity {
+    /// One that believes the CA of its certificate.
+    pub fn new(node: NodeId, certificate: Vec<u8>, key: Vec<u8>, ca: Vec<u8>) -> Self {
+        Self { node, certificate, key, ca, trust: Trust::default() }
+    }
+
     /// Reads the file; `None` where there is none.
     pub fn load(path: &Path) -> Result<Option<Self>, IdentityError> {
         let bytes = match fs::read(path) {
@@ -70,7 +82,7 @@ impl Identity {
         };
         let damaged =
             |why: String| IdentityError::Damaged { path: path.display().to_string(), why };
-        let identity: Self = postcard::from_bytes(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let identity = Self::from_bytes(&bytes).map_err(damaged)?;
         match node_of(&CertificateDer::from(identity.certificate.as_slice())) {
             Ok(node) if node == identity.node => Ok(Some(identity)),
             Ok(node) => {
@@ -83,8 +95,32 @@ impl Identity {
     /// Writes the file, readable by its owner alone, whole or not at all.
     pub fn save(&self, path: &Path) -> Result<(), IdentityError> {
         let io = |source| IdentityError::Io { path: path.display().to_string(), source };
-        let bytes = postcard::to_stdvec(self).map_err(|e| io(io::Error::other(e)))?;
+        let bytes = self.to_bytes().map_err(|e| io(io::Error::other(e)))?;
         write_secret(path, &bytes).map_err(io)
+    }
+
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
+        let mut bytes = postcard::to_stdvec(self)?;
+        if self.trust != Trust::default() {
+            bytes.extend(postcard::to_stdvec(&self.trust)?);
+        }
+        Ok(bytes)
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let (identity, rest) =
+            postcard::take_from_bytes::<Self>(bytes).map_err(|e| e.to_string())?;
+        identity.with_rest(rest)
+    }
+
+    /// The same with the trust that stands behind it in a file.
+    pub(super) fn with_rest(self, rest: &[u8]) -> Result<Self, String> {
+        if rest.is_empty() {
+            return Ok(self);
+        }
+        let trust: Trust = postcard::from_bytes(rest).map_err(|e| e.to_string())?;
+        trust.check().map_err(|e| e.to_string())?;
+        Ok(Self { trust, ..self })
     }
 
     /// A certificate signing request, DER, over the key that this identity has already.
@@ -93,15 +129,40 @@ impl Identity {
         Ok(CertificateParams::default().serialize_request(&key)?.der().to_vec())
     }
 
-    /// The same identity with another certificate, which must be over the same key and name the same
-    /// node.
+    /// The same identity with a certificate of a CA that it believes, whosever that is.
+    pub(super) fn holding(&self, certificate: Vec<u8>) -> Result<Self, NoNode> {
+        let cas = || self.trust.cas.iter().chain([&self.ca]);
+        let ca = cas().find(|ca| is_of(&certificate, ca)).ok_or(NoNode::OtherCa)?.clone();
+        Ok(Self { certificate, ca, ..self.clone() })
+    }
+
+    /// The same identity with another certificate, which must be over the same key, name the same
+    /// node, and be of a CA that this one believes.
     pub fn renewed(&self, certificate: Vec<u8>) -> Result<Self, NoNode> {
         let node = node_of(&CertificateDer::from(certificate.as_slice()))?;
-        let renewed = Self { certificate, ..self.clone() };
+        let renewed = self.holding(certificate)?;
         if node != self.node || renewed.key_fingerprint() != self.key_fingerprint() {
             return Err(NoNode::SomebodyElse(node));
         }
         Ok(renewed)
+    }
+
+    /// The same identity, believing these.
+    pub fn trusting(&self, trust: Trust) -> Self {
+        Self { trust, ..self.clone() }
+    }
+
+    /// The CA that signed its certificate.
+    pub fn shows(&self) -> CaFingerprint {
+        fingerprint(&self.ca)
+    }
+
+    /// The certificates of the CAs that it believes.
+    pub fn roots(&self) -> &[Vec<u8>] {
+        match self.trust.cas.is_empty() {
+            true => std::slice::from_ref(&self.ca),
+            false => &self.trust.cas,
+        }
     }
 
     /// BLAKE3 of the public key (SubjectPublicKeyInfo, DER), or `None` where the certificate cannot
@@ -119,8 +180,10 @@ impl Identity {
     }
 
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
-        // The CA goes along so that a joiner can pin it by its fingerprint.
-        vec![self.certificate.clone().into(), self.ca.clone().into()]
+        // The CA goes along so that a joiner can pin it by its fingerprint, and what leads to it from
+        // an older one for those who know that alone.
+        let all = [&self.certificate, &self.ca].into_iter().chain(&self.trust.lineage);
+        all.map(|der| der.clone().into()).collect()
     }
 
     pub(crate) fn private_key(&self) -> PrivateKeyDer<'static> {
@@ -164,9 +227,22 @@ pub enum NoNode {
     /// It is for another node, or for another key.
     #[error("the certificate is for another key or node ({0})")]
     SomebodyElse(NodeId),
+    /// A CA that is not believed signed it.
+    #[error("the certificate is of a CA that this node does not know")]
+    OtherCa,
     /// The name is no node id.
     #[error("the certificate names `{0}`, which is no node")]
     BadName(String),
+}
+
+/// Whether the certificate says that this CA signed it. Whether that is true is TLS's to find out.
+fn is_of(certificate: &[u8], ca: &[u8]) -> bool {
+    let parsed = x509_parser::parse_x509_certificate(certificate);
+    let (Ok((_, certificate)), Ok((_, ca))) = (parsed, x509_parser::parse_x509_certificate(ca))
+    else {
+        return false;
+    };
+    certificate.issuer().as_raw() == ca.subject().as_raw()
 }
 
 /// The node that a certificate names. The chain is checked elsewhere, before.

@@ -58,7 +58,15 @@ pub async fn join(
                 let why = "its CA is not the one that the token names".to_owned();
                 return Err(JoinError::Broken { address, why });
             }
-            Ok(Identity { node, certificate, key: key.serialize_der(), ca })
+            Ok(Identity::new(node, certificate, key.serialize_der(), ca))
+        }
+        // Another CA has taken the place of the one that the token names, which TLS was shown.
+        JoinReply::Admitted { node, certificate, trust } => {
+            let broken = |why: String| JoinError::Broken { address, why };
+            trust.check().map_err(|bad| broken(bad.to_string()))?;
+            let ca = trust.cas.first().cloned().unwrap_or_default();
+            let joined = Identity::new(node, Vec::new(), key.serialize_der(), ca).trusting(trust);
+            joined.holding(certificate).map_err(|error| broken(error.to_string()))
         }
         JoinReply::Refused(error) => Err(error.into()),
     }

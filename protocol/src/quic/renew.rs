@@ -63,6 +63,11 @@ pub async fn renew(
     let ca = *blake3::hash(&identity.ca).as_bytes();
     match ask(address, ca, Alpn::Renew, &request, deadline).await? {
         JoinReply::Joined { certificate, .. } => Ok(identity.renewed(certificate)?),
+        // TLS has led from a CA that this node knows to the coordinator that says so.
+        JoinReply::Admitted { certificate, trust, .. } => {
+            trust.check().map_err(|bad| RenewError::Broken(bad.to_string()))?;
+            Ok(identity.trusting(trust).renewed(certificate)?)
+        }
         JoinReply::Refused(error) => Err(RenewError::Refused(error)),
     }
 }

@@ -1,4 +1,4 @@
-//! TLS 1.3 with our CA as the only root.
+//! TLS 1.3 with our CAs as the only roots.
 
 use std::sync::Arc;
 
@@ -27,9 +27,11 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn roots(ca: &[u8]) -> Result<Arc<RootCertStore>, TlsError> {
+fn roots(cas: &[Vec<u8>]) -> Result<Arc<RootCertStore>, TlsError> {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(ca.to_vec())).map_err(TlsError::from)?;
+    for ca in cas {
+        roots.add(CertificateDer::from(ca.clone())).map_err(TlsError::from)?;
+    }
     Ok(Arc::new(roots))
 }
 
@@ -38,7 +40,8 @@ pub(super) fn server(
     identity: &Identity,
     accepts: &[Alpn],
 ) -> Result<rustls::ServerConfig, TlsError> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(&identity.ca)?, provider());
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(roots(identity.roots())?, provider());
     // Which conversation a client wants is known only after the handshake; `Accepting::establish`
     // turns away the ones without a certificate that need one.
     let verifier = if accepts.iter().any(|alpn| alpn.without_client_certificate()) {
@@ -64,7 +67,7 @@ pub(super) fn client(identity: &Identity, alpn: Alpn) -> Result<rustls::ClientCo
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::from)?
-        .with_root_certificates(roots(&identity.ca)?)
+        .with_root_certificates(roots(identity.roots())?)
         .with_client_auth_cert(identity.chain(), identity.private_key())
         .map_err(TlsError::from)?;
     config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
@@ -114,7 +117,9 @@ impl ServerCertVerifier for PinnedCa {
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
             .build()
             .map_err(|error| rustls::Error::General(error.to_string()))?
-            .verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+            // Between the two may stand CAs that took the place of the pinned one, each introduced by
+            // the one before it.
+            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(

@@ -139,6 +139,8 @@ fn damaged_messages_are_refused_without_a_panic() {
         25,
         &JoinReply::Joined { node: NodeId::worker(2), certificate: vec![4; 600], ca: vec![6; 500] },
     );
+    let (node, certificate) = (NodeId::worker(2), vec![4; 600]);
+    bombard_message(26, &JoinReply::Admitted { node, certificate, trust: trust() });
 }
 
 #[test]

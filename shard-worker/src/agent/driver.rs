@@ -11,6 +11,7 @@ use shoal_protocol::control::{
     WorkerMessage,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::quic::{Endpoint, SharedLease};
 use shoal_protocol::units::Bytes;
@@ -75,9 +76,23 @@ enum Event {
 #[derive(Clone, Debug)]
 pub struct AgentHandle {
     drain: watch::Sender<bool>,
+    book: watch::Receiver<Book>,
 }
 
 impl AgentHandle {
+    /// Resolves when a coordinator is none any more.
+    pub async fn left(&self, coordinator: NodeId) {
+        let mut book = self.book.clone();
+        // Who has just joined may be here before its name is.
+        let known = book.wait_for(|book| book.known().contains_key(&coordinator)).await.is_ok();
+        let left =
+            known && book.wait_for(|book| !book.known().contains_key(&coordinator)).await.is_ok();
+        if !left {
+            // The agent has ended, and all connections end with it.
+            std::future::pending().await
+        }
+    }
+
     /// Let out what runs, then end.
     pub fn drain(&self) {
         self.drain.send_replace(true);
@@ -142,6 +157,7 @@ impl Agent {
             links: Arc::clone(&parts.links),
             file: parts.models.data.join(IDENTITY_FILE),
             asked: Default::default(),
+            said: watch::Sender::new(0),
         };
         let coordinators = Coordinators {
             endpoint: parts.endpoint,
@@ -154,6 +170,7 @@ impl Agent {
             book: Arc::new(watch::Sender::new(Book::new(&parts.kept))),
             file: parts.models.data.join(FILE_NAME),
         };
+        let book = coordinators.book.subscribe();
         let mut tasks = JoinSet::new();
         tasks.spawn(coordinators.run(parts.seeds));
         let agent = Self {
@@ -175,7 +192,7 @@ impl Agent {
             reports,
             drain,
         };
-        (agent, AgentHandle { drain: drain_to })
+        (agent, AgentHandle { drain: drain_to, book })
     }
 
     /// Runs until it is drained.
@@ -227,6 +244,7 @@ impl Agent {
             CoordinatorMessage::Welcome { .. }
             | CoordinatorMessage::Refused(_)
             | CoordinatorMessage::Renewed { .. }
+            | CoordinatorMessage::Trust { .. }
             | CoordinatorMessage::Coordinators(_) => {
                 tracing::warn!("{from} answered what was not asked");
                 return;

@@ -1,7 +1,8 @@
 //! Certificates live for a day: a worker asks for the next one over a conversation that the present
 //! one has let it into, keeps it, and shows it from then on. Any coordinator can answer; one is asked
 //! at a time. A worker that was off for longer gets its next one by `shoal-renew` before it begins a
-//! conversation.
+//! conversation, and so does one whose certificate is believed no more, since another CA has taken the
+//! place of the one that it knows.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 use shoal_protocol::control::WorkerMessage;
 use shoal_protocol::quic::renew::{is_due, renew};
 use shoal_protocol::quic::{Endpoint, Identity};
+use shoal_protocol::trust::{BadTrust, Trust, fingerprint};
+use tokio::sync::watch;
 
 use crate::stage::Links;
 
@@ -23,6 +26,9 @@ const RENEW_PERIOD: Duration = Duration::from_secs(8 * 3600);
 /// How long to wait for an answer before another coordinator is asked.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The same while another CA takes the place of the one that signed: everybody waits for this worker.
+const HASTE: Duration = Duration::from_secs(2);
+
 /// When somebody was asked last, and when that last led to a certificate.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Asked {
@@ -31,10 +37,13 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    /// Whether it is time to ask; from then on it is not, for a while.
-    fn is_due(&mut self, now: Instant) -> bool {
+    /// Whether it is time to ask; from then on it is not, for a while. A certificate of a CA that signs no
+    /// more is not kept for its time.
+    fn is_due(&mut self, now: Instant, outdated: bool) -> bool {
         let within = |then: Option<Instant>, time| then.is_some_and(|then| now < then + time);
-        let due = !within(self.taken, RENEW_PERIOD) && !within(self.asked, ANSWER_TIMEOUT);
+        let patience = if outdated { HASTE } else { ANSWER_TIMEOUT };
+        let young = !outdated && within(self.taken, RENEW_PERIOD);
+        let due = !young && !within(self.asked, patience);
         if due {
             self.asked = Some(now);
         }
@@ -56,16 +65,27 @@ pub(super) struct Renewal {
     pub file: PathBuf,
     /// Shared by the sessions; held while a certificate is taken, so that two do not mix.
     pub asked: Mutex<Asked>,
+    /// Counts what there is to say of whom this worker believes and what it shows.
+    pub said: watch::Sender<u64>,
 }
 
 impl Renewal {
+    /// What to ask a coordinator that signs, where another CA signs than that of the certificate.
+    pub fn request_if_outdated(&self, signs: bool) -> Option<WorkerMessage> {
+        let identity = self.endpoint.identity().filter(|_| signs)?;
+        let outdated = identity.trust.signing().is_some_and(|ca| ca != identity.shows());
+        if outdated { self.request() } else { None }
+    }
+
     /// What to ask the coordinator; `None` where nothing is due, or where there is no key to ask for.
     pub fn request(&self) -> Option<WorkerMessage> {
-        let due = self.asked.lock().unwrap_or_else(PoisonError::into_inner).is_due(Instant::now());
-        if !due {
+        let identity = self.endpoint.identity()?;
+        let outdated = identity.trust.signing().is_some_and(|ca| ca != identity.shows());
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !asked.is_due(Instant::now(), outdated) {
             return None;
         }
-        let request = self.endpoint.identity()?.renewal_request();
+        let request = identity.renewal_request();
         match request {
             Ok(csr) => Some(WorkerMessage::Renew { csr }),
             Err(error) => {
@@ -85,19 +105,42 @@ impl Renewal {
         }
     }
 
-    /// Has an expired certificate renewed by the coordinator at `address`; one that is good stays.
-    pub async fn refresh(&self, address: SocketAddr) -> Result<(), Fault> {
+    /// Has a certificate that has expired, or that was not believed, renewed by the coordinator at
+    /// `address`; one that is good stays.
+    pub async fn refresh(&self, address: SocketAddr, distrusted: bool) -> Result<(), Fault> {
         match self.endpoint.identity() {
-            Some(present) if is_due(&present, SystemTime::now()) => {
+            Some(present) if distrusted || is_due(&present, SystemTime::now()) => {
                 let renewed = renew(address, &present, RENEW_TIMEOUT).await?;
                 let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
                 self.show(renewed)?;
                 asked.taken = Some(Instant::now());
-                tracing::info!("the certificate had expired and is renewed");
+                tracing::info!("the certificate was believed no more and is renewed");
                 Ok(())
             }
             _ => Ok(()),
         }
+    }
+
+    /// Believes these from now on, where that is newer than what it knows.
+    pub fn believe(&self, trust: Trust) -> Result<(), BadTrust> {
+        trust.check()?;
+        let _order = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(present) = self.endpoint.identity()
+            && trust.revision > present.trust.revision
+            && let Err(error) = self.show(present.trusting(trust))
+        {
+            tracing::error!("the CAs that came cannot be kept: {error}");
+        }
+        // It is said again, too, to whoever asks again.
+        self.said.send_modify(|n| *n += 1);
+        Ok(())
+    }
+
+    /// What there is to say.
+    pub fn trusts(&self) -> Option<WorkerMessage> {
+        let identity = self.endpoint.identity()?;
+        let trusts = identity.roots().iter().map(|ca| fingerprint(ca)).collect();
+        Some(WorkerMessage::Trusts { trusts, shows: identity.shows() })
     }
 
     fn try_take(&self, certificate: Vec<u8>) -> Result<(), Fault> {
@@ -110,6 +153,7 @@ impl Renewal {
         renewed.save(&self.file)?;
         self.links.renew(Arc::clone(&renewed))?;
         self.endpoint.renew(renewed)?;
+        self.said.send_modify(|n| *n += 1);
         tracing::debug!("the certificate is renewed");
         Ok(())
     }
@@ -123,11 +167,13 @@ mod tests {
     fn one_coordinator_is_asked_and_then_another_where_it_does_not_answer() {
         let start = Instant::now();
         let mut asked = Asked::default();
-        assert!(asked.is_due(start));
-        assert!(!asked.is_due(start), "the answer is on its way");
-        assert!(asked.is_due(start + ANSWER_TIMEOUT), "it did not come");
+        assert!(asked.is_due(start, false));
+        assert!(!asked.is_due(start, false), "the answer is on its way");
+        assert!(asked.is_due(start + ANSWER_TIMEOUT, false), "it did not come");
         asked.taken = Some(start + ANSWER_TIMEOUT);
-        assert!(!asked.is_due(start + ANSWER_TIMEOUT * 3));
-        assert!(asked.is_due(start + ANSWER_TIMEOUT + RENEW_PERIOD));
+        assert!(!asked.is_due(start + ANSWER_TIMEOUT * 3, false));
+        assert!(asked.is_due(start + ANSWER_TIMEOUT * 3, true), "another CA signs");
+        assert!(!asked.is_due(start + ANSWER_TIMEOUT * 3, true), "the answer is on its way");
+        assert!(asked.is_due(start + ANSWER_TIMEOUT + RENEW_PERIOD, false));
     }
 }

@@ -13,6 +13,7 @@ use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
+use shoal_protocol::trust::BadTrust;
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
@@ -34,6 +35,9 @@ const REPORT_PAUSE: Duration = Duration::from_millis(10);
 /// How often to see whether a new certificate is due: one of the sessions asks, and another where
 /// that one gets no answer.
 const RENEW_LOOK: Duration = Duration::from_secs(60);
+
+/// The protocol version from which on coordinators hear whom a worker believes.
+const KNOWS_TRUST: u16 = 2;
 
 /// Answers that wait to be sent: as many probes as are at work at once, and as many refusals.
 const ANSWERS_MAX: usize = 16;
@@ -62,6 +66,8 @@ pub(super) struct Session {
     shared: Coordinators,
     answers: mpsc::Sender<WorkerMessage>,
     answers_inbox: mpsc::Receiver<WorkerMessage>,
+    /// The last conversation ended because a certificate was not believed.
+    distrusted: bool,
 }
 
 /// Why a conversation ended.
@@ -83,6 +89,8 @@ enum SessionEnd {
     Silent(NodeId, Silence),
     #[error(transparent)]
     Named(#[from] BadCoordinators),
+    #[error(transparent)]
+    Trust(#[from] BadTrust),
     #[error("{0} is no coordinator of this cluster any more")]
     Left(NodeId),
     #[error("the agent has ended")]
@@ -92,7 +100,7 @@ enum SessionEnd {
 impl Session {
     pub fn new(shared: Coordinators, place: Place) -> Self {
         let (answers, answers_inbox) = mpsc::channel(ANSWERS_MAX);
-        Self { place, shared, answers, answers_inbox }
+        Self { place, shared, answers, answers_inbox, distrusted: false }
     }
 
     /// Holds conversations until the agent ends or the coordinator is none any more.
@@ -143,14 +151,18 @@ impl Session {
         expect: Expect,
         pause: &mut Duration,
     ) -> SessionEnd {
-        if let Err(error) = self.shared.renewal.refresh(address).await {
+        let distrusted = std::mem::take(&mut self.distrusted);
+        if let Err(error) = self.shared.renewal.refresh(address, distrusted).await {
             return SessionEnd::Unreachable(error.to_string());
         }
         let endpoint = &self.shared.endpoint;
         let connection =
             match endpoint.connect(address, expect, Alpn::Control, WELCOME_TIMEOUT).await {
                 Ok(connection) => connection,
-                Err(error) => return SessionEnd::Unreachable(error.to_string()),
+                Err(error) => {
+                    self.distrusted = error.is_distrust();
+                    return SessionEnd::Unreachable(error.to_string());
+                }
             };
         let Some(node) = connection.peer() else {
             return SessionEnd::Unreachable(format!("{address} has no name"));
@@ -166,6 +178,7 @@ impl Session {
             true => self.talk(node, &connection, pause).await,
             false => SessionEnd::Taken(node),
         };
+        self.distrusted = connection.was_distrusted();
         connection.close(close_code::DONE, &end.to_string());
         if begun {
             book.send_modify(|book| book.end(node));
@@ -183,14 +196,15 @@ impl Session {
         let registering = async {
             let (mut sender, mut receiver) =
                 connection.open_bi().await.map_err(|e| SessionEnd::Broken(e.to_string()))?;
-            let list = register(&mut sender, &mut receiver, &self.shared.register).await?;
-            Ok((sender, receiver, list))
+            let welcome = register(&mut sender, &mut receiver, &self.shared.register).await?;
+            Ok((sender, receiver, welcome))
         };
         let registered = tokio::time::timeout(WELCOME_TIMEOUT, registering).await;
-        let (sender, receiver, list) = match registered.unwrap_or(Err(SessionEnd::Timeout)) {
-            Ok(registered) => registered,
-            Err(end) => return end,
-        };
+        let (sender, receiver, (version, list)) =
+            match registered.unwrap_or(Err(SessionEnd::Timeout)) {
+                Ok(registered) => registered,
+                Err(end) => return end,
+            };
         *pause = RETRY_PAUSE_MIN;
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
@@ -201,7 +215,7 @@ impl Session {
         ear.hear(list);
         tokio::select! {
             end = listen(receiver, renewal, ear) => end,
-            end = report(sender, reports, &mut self.answers_inbox, renewal) => end,
+            end = report(sender, reports, &mut self.answers_inbox, renewal, version) => end,
             silence = pulse.keep(connection, work) => SessionEnd::Silent(node, silence),
             _ = dropped.wait_for(|book| !book.known().contains_key(&node)) => SessionEnd::Left(node),
         }
@@ -228,12 +242,12 @@ impl Ear<'_> {
     }
 }
 
-/// Says who this worker is; the coordinators that the welcome names.
+/// Says who this worker is; the version and the coordinators that the welcome names.
 async fn register(
     sender: &mut FrameSender,
     receiver: &mut FrameReceiver,
     register: &Register,
-) -> Result<Vec<CoordinatorAddress>, SessionEnd> {
+) -> Result<(u16, Vec<CoordinatorAddress>), SessionEnd> {
     let broken = |why: String| SessionEnd::Broken(why);
     let message = WorkerMessage::Register(register.clone());
     sender.send_message(&message, MESSAGE_LEN_MAX).await.map_err(|e| broken(e.to_string()))?;
@@ -245,7 +259,7 @@ async fn register(
                 return Err(SessionEnd::NoWelcome("a version that this worker does not speak"));
             }
             CoordinatorAddress::check(&coordinators)?;
-            return Ok(coordinators);
+            return Ok((version, coordinators));
         }
         Some(CoordinatorMessage::Refused(error)) => return Err(SessionEnd::Refused(error)),
         Some(CoordinatorMessage::Assign { .. }) => "Assign",
@@ -253,6 +267,7 @@ async fn register(
         Some(CoordinatorMessage::Drain { .. }) => "Drain",
         Some(CoordinatorMessage::Renewed { .. }) => "Renewed",
         Some(CoordinatorMessage::Coordinators(_)) => "Coordinators",
+        Some(CoordinatorMessage::Trust { .. }) => "Trust",
         None => "nothing",
     };
     Err(SessionEnd::NoWelcome(instead))
@@ -262,6 +277,15 @@ async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) ->
     loop {
         match receiver.message(MESSAGE_LEN_MAX).await {
             Ok(Some(CoordinatorMessage::Renewed { certificate })) => renewal.take(certificate),
+            Ok(Some(CoordinatorMessage::Trust { trust, signs })) => {
+                if let Err(bad) = renewal.believe(trust) {
+                    return bad.into();
+                }
+                // Where the answers are many, it is said again.
+                if let Some(request) = renewal.request_if_outdated(signs) {
+                    let _ = ear.answers.try_send(request);
+                }
+            }
             Ok(Some(CoordinatorMessage::Coordinators(list))) => {
                 if let Err(bad) = CoordinatorAddress::check(&list) {
                     return bad.into();
@@ -284,8 +308,11 @@ async fn report(
     reports: &mut watch::Receiver<Report>,
     answers: &mut mpsc::Receiver<WorkerMessage>,
     renewal: &Renewal,
+    version: u16,
 ) -> SessionEnd {
     reports.mark_changed();
+    let mut said = renewal.said.subscribe();
+    said.mark_changed();
     // The first look at once: a worker may come back with a certificate that is almost a day old.
     let mut renew = tokio::time::interval(RENEW_LOOK);
     loop {
@@ -298,6 +325,10 @@ async fn report(
                 Err(_) => return SessionEnd::AgentEnded,
             },
             Some(answer) = answers.recv() => answer,
+            Ok(()) = said.changed(), if version >= KNOWS_TRUST => match renewal.trusts() {
+                Some(message) => message,
+                None => continue,
+            },
             _ = renew.tick() => match renewal.request() {
                 Some(message) => message,
                 None => continue,

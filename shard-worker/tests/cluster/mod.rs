@@ -27,6 +27,7 @@ use shoal_protocol::quic::{
 };
 use shoal_protocol::request::{Generate, HeadEvent, SamplingRecord};
 use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_protocol::version::VersionRange;
 use shoal_shard_worker::model::pretend::Oracle;
 use shoal_shard_worker::{DrainHandle, Worker, WorkerConfig};
 use tempfile::TempDir;
@@ -74,6 +75,10 @@ pub struct Said {
     pub registrations: u32,
     /// The epochs that outranked what it was told.
     pub outranked: Vec<u64>,
+    /// What it asked certificates for.
+    pub renewals: Vec<Vec<u8>>,
+    /// The CA of the certificate that it shows, as it says.
+    pub shows: Option<[u8; 32]>,
 }
 
 pub struct Cluster {
@@ -152,7 +157,8 @@ pub async fn welcome_with(
     let first = within(receiver.message(MESSAGE_LEN_MAX)).await.unwrap();
     let Some(WorkerMessage::Register(register)) = first else { panic!("{first:?}") };
     assert_eq!(Some(register.node), connection.peer());
-    let welcome = CoordinatorMessage::Welcome { version: 1, coordinators };
+    let version = VersionRange::OURS.max;
+    let welcome = CoordinatorMessage::Welcome { version, coordinators };
     sender.send_message(&welcome, MESSAGE_LEN_MAX).await.unwrap();
     let (to, mut orders) = mpsc::channel(16);
     let (said_to, said) = watch::channel(Said::default());
@@ -171,7 +177,8 @@ pub async fn welcome_with(
                 WorkerMessage::Report(report) => said.report = report,
                 WorkerMessage::Probed { .. } => said.probed.push(message),
                 WorkerMessage::Register(_) => said.registrations += 1,
-                WorkerMessage::Renew { .. } => {}
+                WorkerMessage::Renew { csr } => said.renewals.push(csr),
+                WorkerMessage::Trusts { shows, .. } => said.shows = Some(shows),
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
             });
         }

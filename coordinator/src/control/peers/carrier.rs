@@ -11,9 +11,7 @@ use shoal_protocol::error::ErrorCode;
 use shoal_protocol::frame::FrameKind;
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::peer::{MESSAGE_LEN_MAX, PeerReply, PeerRequest};
-use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, Expect, FrameSender, close_code};
-use shoal_protocol::version::VersionRange;
 use tokio::time::timeout;
 
 use super::Peers;
@@ -23,7 +21,7 @@ use crate::control::store::raft::NetworkEvent;
 
 /// How long a peer may take to be reached and to say `Welcome`: longer than a busy machine needs, and
 /// an election does not wait for it.
-const GREET_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const GREET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a message may take to be taken: a snapshot of many MiB over a slow link.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -147,7 +145,10 @@ impl Peers {
         let unreachable =
             |error: &dyn std::fmt::Display| GreetError::Unreachable(error.to_string());
         let connection = self.endpoint.connect(address, expect, Alpn::Raft, GREET_TIMEOUT).await;
-        let connection = connection.map_err(|error| unreachable(&error))?;
+        let connection = connection.map_err(|error| {
+            self.note_distrust(error.is_distrust());
+            unreachable(&error)
+        })?;
         let exchange = async {
             let (mut sender, mut receiver) =
                 connection.open_bi().await.map_err(|error| unreachable(&error))?;
@@ -180,6 +181,7 @@ impl Peers {
                 Ok(Greeted { connection, sender, version })
             }
             Err(error) => {
+                self.note_distrust(connection.was_distrusted());
                 if let GreetError::Refused(refusal) = &error {
                     self.refused(refusal);
                 }
@@ -249,69 +251,11 @@ impl Peers {
         }
     }
 
-    /// The CA's key, if this coordinator votes and another one has it.
-    pub async fn ask_for_key(&self) -> Option<CertificateAuthority> {
-        let state = self.store.state();
-        if !state.coordinators.voters().contains(&self.me.node) {
-            return None;
-        }
-        for (node, _) in state.coordinators.iter().filter(|(node, _)| *node != self.me.node) {
-            let Some(address) = self.address_of(node) else { continue };
-            match timeout(GREET_TIMEOUT, self.ask(address, node)).await {
-                Ok(Ok(ca)) => return Some(ca),
-                Ok(Err(error)) => tracing::debug!(%node, "no CA key from it: {error}"),
-                Err(_) => tracing::debug!(%node, "no CA key from it in time"),
-            }
-        }
-        None
-    }
-
-    async fn ask(
-        &self,
-        address: SocketAddr,
-        node: NodeId,
-    ) -> Result<CertificateAuthority, GreetError> {
-        let unreachable =
-            |error: &dyn std::fmt::Display| GreetError::Unreachable(error.to_string());
-        let expect = Expect::Node(node);
-        let connection = self.endpoint.connect(address, expect, Alpn::Raft, GREET_TIMEOUT).await;
-        let connection = connection.map_err(|error| unreachable(&error))?;
-        let (mut sender, mut receiver) =
-            connection.open_bi().await.map_err(|error| unreachable(&error))?;
-        let request = PeerRequest::CaKey { versions: VersionRange::OURS };
-        let sent = sender.send_message(&request, MESSAGE_LEN_MAX).await;
-        sent.map_err(|error| unreachable(&error))?;
-        let reply = receiver.message(MESSAGE_LEN_MAX).await.map_err(|error| unreachable(&error))?;
-        connection.close(close_code::DONE, "");
-        match reply {
-            Some(PeerReply::CaKey { authority }) => {
-                CertificateAuthority::from_bytes(&authority).map_err(GreetError::Unreachable)
-            }
-            Some(PeerReply::Refused(error)) => Err(GreetError::Refused(error)),
-            Some(PeerReply::Welcome { .. }) | None => {
-                Err(GreetError::Unreachable("it broke the protocol".into()))
-            }
-        }
-    }
-
-    /// Writes down where this coordinator is, as soon as there is somebody to write it, and then that it
-    /// holds the CA's key, as soon as it does.
+    /// Writes down where this coordinator is, as soon as there is somebody to write it.
     pub(super) async fn announce(self) {
-        loop {
-            match self.store.propose(self.announcement(&self.hello())).await {
-                Ok(_) => break,
-                Err(error) => tracing::debug!("not announced yet: {error}"),
-            }
+        while let Err(error) = self.store.propose(self.announcement(&self.hello())).await {
+            tracing::debug!("not announced yet: {error}");
             tokio::time::sleep(FIND_EVERY).await;
-        }
-        self.authority.held().await;
-        let node = self.me.node;
-        while self.store.state().coordinators.get(node).is_some_and(|record| !record.holds_key) {
-            let received = CoordinatorCommand::KeyReceived { node };
-            if let Err(error) = self.store.propose(Change::Coordinator(received)).await {
-                tracing::debug!("that the key is here was not written down yet: {error}");
-                tokio::time::sleep(FIND_EVERY).await;
-            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! ● Coordinator ↔ coordinator: messages of the log, who is who, and the CA's key for those that vote.
+//! ● Coordinator ↔ coordinator: messages of the log, who is who, and the CAs' keys for those that vote.
 //!
 //! ```text
 //! outbox ─► carrier (one per peer): connect ─► Hello ─► Welcome ─► messages ══shoal-raft══► serve ─► the log's thread
@@ -9,6 +9,7 @@
 //! ends with reason and advice.
 
 mod carrier;
+mod keys;
 mod outbox;
 mod serve;
 mod versions;
@@ -66,6 +67,10 @@ pub struct Peers {
     welcomed: Arc<AtomicBool>,
     /// Why this process must end, once another coordinator has said so.
     ghost: Arc<watch::Sender<Option<String>>>,
+    /// Where others may be, for one whose state does not say it yet.
+    seeds: Arc<[SocketAddr]>,
+    /// Counts how often another coordinator's certificate was not believed, or this one's.
+    distrust: Arc<watch::Sender<u64>>,
 }
 
 /// Where a coordinator has been seen.
@@ -102,20 +107,26 @@ impl Peers {
             seen: Arc::default(),
             welcomed: Arc::default(),
             ghost: Arc::new(watch::Sender::new(None)),
+            seeds: Arc::default(),
+            distrust: Arc::new(watch::Sender::new(0)),
         }
     }
 
-    /// Carries messages until `stop` becomes true. `seeds` are where other coordinators may be, for one
-    /// whose state does not say it yet.
-    pub async fn run(self, seeds: Vec<SocketAddr>, mut stop: watch::Receiver<bool>) {
+    /// Others may be there, too, for one whose state does not say it yet.
+    pub fn seeking(self, seeds: Vec<SocketAddr>) -> Self {
+        Self { seeds: seeds.into(), ..self }
+    }
+
+    /// Carries messages until `stop` becomes true.
+    pub async fn run(self, mut stop: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
         let mut carriers = JoinSet::new();
         let mut carried: BTreeMap<u64, tokio::task::Id> = BTreeMap::new();
         tasks.spawn(self.clone().announce());
         tasks.spawn(self.clone().present());
         tasks.spawn(self.clone().agree());
-        for seed in seeds {
-            tasks.spawn(self.clone().find(seed));
+        for seed in self.seeds.iter() {
+            tasks.spawn(self.clone().find(*seed));
         }
         loop {
             for (id, outbox) in self.outboxes.all() {
@@ -145,11 +156,20 @@ impl Peers {
         found.ok().and_then(|why| why.clone()).unwrap_or_default()
     }
 
-    /// Resolves when the state has changed since this call.
-    pub async fn state_changed(&self) {
-        let mut state = self.store.watch();
-        state.mark_unchanged();
-        let _ = state.changed().await;
+    /// This process must end.
+    pub fn end(&self, why: String) {
+        self.ghost.send_replace(Some(why));
+    }
+
+    /// Fires when another coordinator's certificate was not believed, or this one's.
+    pub fn distrust(&self) -> watch::Receiver<u64> {
+        self.distrust.subscribe()
+    }
+
+    fn note_distrust(&self, distrusted: bool) {
+        if distrusted {
+            self.distrust.send_modify(|n| *n += 1);
+        }
     }
 
     fn hello(&self) -> PeerHello {

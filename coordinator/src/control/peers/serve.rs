@@ -13,10 +13,12 @@ use shoal_protocol::peer::{
     LOG_MESSAGE_LEN_MAX, MESSAGE_LEN_MAX, PeerHello, PeerReply, PeerRequest,
 };
 use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
+use shoal_protocol::trust::CaFingerprint;
 use shoal_protocol::version::VersionRange;
 use tokio::time::timeout;
 
 use super::Peers;
+use crate::control::rotation::entitled;
 use crate::control::state::{ClusterState, Refusal};
 use crate::control::store::Members;
 use crate::control::store::raft::NetworkEvent;
@@ -61,10 +63,14 @@ impl Peers {
                     }
                 }
             }
-            PeerRequest::CaKey { versions } => match self.hand_over(node, versions) {
-                Ok(authority) => (PeerReply::CaKey { authority }, false),
-                Err(refusal) => (PeerReply::Refused(refusal), false),
-            },
+            PeerRequest::CaKey { versions } => {
+                let key = self.hand_over(node, versions, &self.authority.fingerprint());
+                (key.unwrap_or_else(PeerReply::Refused), false)
+            }
+            PeerRequest::CaKeyOf { versions, ca } => {
+                let key = self.hand_over(node, versions, &ca);
+                (key.unwrap_or_else(PeerReply::Refused), false)
+            }
         };
         if let PeerReply::Refused(refusal) = &reply {
             tracing::warn!(%node, "a coordinator was refused: {refusal}");
@@ -154,18 +160,26 @@ impl Peers {
         self.ghost.send_replace(Some(why));
     }
 
-    /// The CA's key, for a coordinator that votes.
-    fn hand_over(&self, node: NodeId, versions: VersionRange) -> Result<Vec<u8>, WireError> {
+    /// A CA's key, for a coordinator that is to have it.
+    fn hand_over(
+        &self,
+        node: NodeId,
+        versions: VersionRange,
+        ca: &CaFingerprint,
+    ) -> Result<PeerReply, WireError> {
         negotiate(versions)?;
-        if !self.store.state().coordinators.voters().contains(&node) {
+        if !entitled(&self.store, &self.store.state()).contains(&node) {
             let text = format!("{node} does not vote, so it does not get the CA's key");
             return Err(WireError::new(ErrorCode::NotReady, text));
         }
-        let ca = self.authority.current().ok_or_else(|| {
-            WireError::new(ErrorCode::NotReady, "this coordinator has no CA key yet".to_owned())
+        let ca = self.authority.key_of(ca).ok_or_else(|| {
+            WireError::new(ErrorCode::NotReady, "this coordinator has no such key".to_owned())
         })?;
         tracing::info!(%node, "the CA's key is handed over");
-        ca.to_bytes().map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))
+        let authority = ca.to_bytes();
+        let authority =
+            authority.map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
+        Ok(PeerReply::CaKey { authority })
     }
 
     async fn listen(&self, id: u64, mut receiver: FrameReceiver) -> Result<(), String> {

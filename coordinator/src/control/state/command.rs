@@ -25,6 +25,7 @@
 //! | [`VersionCommand::Raise`] | the leader, when it has heard all coordinators | those it heard are those there are, and none was started since |
 //! | [`VersionCommand::Start`] | a coordinator, when a worker registers | as `NodeCommand::Start`, and all coordinators speak version 2 |
 //! | [`VersionCommand::Finish`] | an admin | every member speaks the version |
+//! | [`AuthorityCommand`] | an admin begins; the leader; a coordinator, for itself | the rotation is to that CA, and not further than this |
 //!
 //! Besides, each needs that those whom it concerns understand it ([`needs`](super::versions::needs)). A
 //! command keeps its shape for ever; a new one stands at the end of its enum.
@@ -38,10 +39,11 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{
     DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
 };
+use shoal_protocol::trust::CaFingerprint;
 
 use super::{
-    CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand, PlanCommand,
-    TokenCommand, VersionCommand, versions,
+    AuthorityCommand, CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand,
+    PlanCommand, TokenCommand, VersionCommand, versions,
 };
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
@@ -101,6 +103,8 @@ pub enum Change {
     Drain(DrainCommand),
     /// Who speaks which version of the protocol.
     Version(VersionCommand),
+    /// Which CAs are believed. For clusters of which everybody speaks version 2.
+    Authority(AuthorityCommand),
 }
 
 /// What has changed.
@@ -219,6 +223,11 @@ pub enum Effect {
     ProtocolRaised {
         /// The version.
         to: u16,
+    },
+    /// Another CA is believed, signs, or is believed no more.
+    AuthorityChanged {
+        /// The one to come, or that has come.
+        ca: CaFingerprint,
     },
 }
 
@@ -389,6 +398,14 @@ pub enum Refusal {
         /// How many more there are.
         more: u32,
     },
+    /// One rotation at a time.
+    #[error("a CA takes the place of another already; `shoal ca list` shows how far it is")]
+    RotationUnderWay,
+    /// A step of a rotation that is not under way, or is at another step.
+    #[error(
+        "the rotation of the CA has gone on, or was given up; `shoal ca list` shows how far it is"
+    )]
+    StaleRotation,
 }
 
 /// What there can be too many of.
@@ -460,6 +477,8 @@ impl Refusal {
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
             Refusal::HeldBack { .. } => ErrorCode::VersionMismatch,
+            Refusal::RotationUnderWay => ErrorCode::AlreadyExists,
+            Refusal::StaleRotation => ErrorCode::StaleGeneration,
             Refusal::UnknownKey { .. } => ErrorCode::NotFound,
             Refusal::KeyNameTaken { .. } | Refusal::KeyUsedBefore => ErrorCode::AlreadyExists,
             Refusal::KeyRevokedBefore { .. }

@@ -119,6 +119,13 @@ impl Coordinators {
         Ok(Vec::new())
     }
 
+    /// These hold the key of the CA that signs, and no other: another one signs now.
+    pub(super) fn hold_key(&mut self, holding: &BTreeSet<NodeId>) {
+        for (node, record) in &mut self.by_id {
+            record.holds_key = holding.contains(node);
+        }
+    }
+
     pub(super) fn set_voters(&mut self, voters: &BTreeSet<NodeId>) -> Result<Vec<Effect>, Refusal> {
         if let Some(node) = voters.iter().find(|node| !self.by_id.contains_key(node)) {
             return Err(Refusal::UnknownNode { node: *node });

@@ -6,9 +6,11 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`keys`], [`drains`], [`versions`]; this file only dispatches. What is soft (who is connected, load,
+//! [`plans`], [`keys`], [`drains`], [`versions`], [`authorities`]; this file only dispatches. What is soft (who is
+//! connected, load,
 //! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
+pub mod authorities;
 pub mod check;
 pub mod command;
 pub mod coordinators;
@@ -26,6 +28,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 
+pub use authorities::{Authorities, AuthorityCommand, CaStep, LEAVING_MAX, Rotation};
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
 pub use deployments::{Deployment, DeploymentCommand, Deployments, REPLICAS_MAX};
@@ -62,6 +65,9 @@ pub struct ClusterState {
     /// later stands behind it, each part under a tag of its own (`snapshot`).
     #[serde(skip)]
     pub versions: Versions,
+    /// Which CAs are believed.
+    #[serde(skip)]
+    pub authorities: Authorities,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -152,6 +158,7 @@ impl ClusterState {
                 let effects = self.nodes.remove(*node)?;
                 self.drains.forget(*node);
                 self.versions.forget(*node);
+                self.authorities.forget(*node);
                 Ok(effects)
             }
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
@@ -185,6 +192,14 @@ impl ClusterState {
             Change::Key(KeyCommand::Revoke { name }) => self.keys.revoke(name, at),
             Change::Coordinator(change) => self.change_coordinators(change),
             Change::Version(command) => self.change_versions(command),
+            Change::Authority(command) => {
+                let effects = self.authorities.change(command, &mut self.nodes, at)?;
+                let signs = self.authorities.rotation().filter(|_| !effects.is_empty());
+                if let Some(rotation) = signs.filter(|rotation| rotation.signs.is_some()) {
+                    self.coordinators.hold_key(&rotation.holding);
+                }
+                Ok(effects)
+            }
         }
     }
 
@@ -196,7 +211,11 @@ impl ClusterState {
             }
             CoordinatorCommand::SetVoters { voters } => self.coordinators.set_voters(voters),
             CoordinatorCommand::KeyReceived { node } => self.coordinators.received_key(*node),
-            CoordinatorCommand::Remove { node } => self.coordinators.remove(*node, &mut self.nodes),
+            CoordinatorCommand::Remove { node } => {
+                let effects = self.coordinators.remove(*node, &mut self.nodes)?;
+                self.authorities.forget(*node);
+                Ok(effects)
+            }
         }
     }
 }

@@ -108,6 +108,12 @@ impl Nodes {
         Ok(vec![Effect::NodeAdded { node }])
     }
 
+    /// Puts another key on record; `false` where there is no such node.
+    pub(super) fn set_key(&mut self, id: NodeId, key: KeyFingerprint) -> bool {
+        let node = self.by_id.get_mut(&id);
+        node.map(|node| node.key = key).is_some()
+    }
+
     pub(super) fn forget(&mut self, id: NodeId) {
         self.by_id.remove(&id);
     }

@@ -20,6 +20,9 @@ pub const PLAIN: u8 = 2;
 /// The tag of who speaks which version.
 const VERSIONS: u8 = 1;
 
+/// The tag of which CAs are believed.
+const AUTHORITIES: u8 = 2;
+
 /// A noun that format 2 has no room for.
 type Part = (u8, Vec<u8>);
 
@@ -87,12 +90,16 @@ fn parts_of(state: &ClusterState) -> Result<Vec<Part>, postcard::Error> {
     if !state.versions.is_empty() {
         parts.push((VERSIONS, postcard::to_stdvec(&state.versions)?));
     }
+    if !state.authorities.is_empty() {
+        parts.push((AUTHORITIES, postcard::to_stdvec(&state.authorities)?));
+    }
     Ok(parts)
 }
 
 fn put(state: &mut ClusterState, (tag, bytes): &Part) -> Result<(), SnapshotError> {
     match *tag {
         VERSIONS => state.versions = whole(bytes)?,
+        AUTHORITIES => state.authorities = whole(bytes)?,
         tag => return Err(SnapshotError::UnknownPart { tag }),
     }
     Ok(())

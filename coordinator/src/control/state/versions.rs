@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 
 use super::{
-    Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand, Effect, KeyCommand,
-    NodeCommand, PlanCommand, Refusal, TokenCommand,
+    AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
+    Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
 };
 
 /// What a build speaks that has not said so, and the version of a cluster that knows nothing of versions.
@@ -131,6 +131,16 @@ pub fn needs(change: &Change) -> Needs {
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
         Change::Version(VersionCommand::Finish { to }) => Needs::everybody((*to).max(2)),
+        // Older workers would know one CA for ever.
+        Change::Authority(AuthorityCommand::Begin { .. }) => Needs::everybody(2),
+        Change::Authority(
+            AuthorityCommand::Reached { .. }
+            | AuthorityCommand::SkipAbsent { .. }
+            | AuthorityCommand::Sign { .. }
+            | AuthorityCommand::Retire { .. }
+            | AuthorityCommand::Abandon { .. }
+            | AuthorityCommand::OwnKey { .. },
+        ) => Needs::coordinators(2),
     }
 }
 

@@ -45,6 +45,8 @@ pub struct ControlStore {
     standing: watch::Receiver<Standing>,
     members: watch::Receiver<Members>,
     heard: Heard,
+    /// Whether another service has the log, and does the voting.
+    elsewhere: bool,
 }
 
 /// Who takes part in the log.
@@ -247,6 +249,11 @@ impl ControlStore {
     /// What the other coordinators have been heard to speak.
     pub fn heard(&self) -> &Heard {
         &self.heard
+    }
+
+    /// Whether another service has the log: then no coordinator votes, and all of them are alike.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere
     }
 
     /// The state as this coordinator last heard of it.

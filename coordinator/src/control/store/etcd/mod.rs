@@ -157,6 +157,7 @@ fn start(etcd: Etcd, tail: tail::Tail, client: NodeId, clock: Clock) -> (Control
         standing,
         members,
         heard: Heard::default(),
+        elsewhere: true,
     };
     (store, EtcdStore { proposals, incarnation, voter, election })
 }

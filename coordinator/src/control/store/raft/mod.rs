@@ -221,6 +221,7 @@ fn open_with(
         state,
         standing: watch_standing,
         members: watch_members,
+        elsewhere: false,
         heard: Heard::default(),
     };
     Ok((store, RaftStore { proposals, network, incarnation, thread }))

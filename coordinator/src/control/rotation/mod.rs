@@ -1,0 +1,86 @@
+//! ● Drives a rotation of the CA: looks, decides ([`step`]), proposes. Any coordinator could; the leader does.
+//!
+//! It keeps nothing: whoever leads after a crash goes on from what stands in the state.
+
+pub mod step;
+mod verbs;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime};
+
+use shoal_protocol::id::NodeId;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use self::step::{SeenWorker, Verdict, View};
+use super::agents::Agents;
+use super::state::{Change, ClusterState, Timestamp};
+use super::store::ControlStore;
+
+pub use verbs::CaServer;
+
+/// How often to look even if nothing changes.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Changes that follow each other sooner are looked at together: reports of many workers come in bursts.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// How long a worker that is there may take to come to a new leader: some of its retries.
+const SETTLE: Duration = Duration::from_secs(3);
+
+/// How often workers that have not come along are told again.
+const REMIND_EVERY: Duration = Duration::from_secs(5);
+
+/// The coordinators that are to hold the CA's key: those that vote, and where another service has the log,
+/// all of them.
+pub fn entitled(store: &ControlStore, state: &ClusterState) -> BTreeSet<NodeId> {
+    match store.is_elsewhere() {
+        true => state.coordinators.iter().map(|(node, _)| node).collect(),
+        false => state.coordinators.voters().clone(),
+    }
+}
+
+/// What is to be done next, as this coordinator sees it.
+fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState, settled: bool) -> Verdict {
+    let workers: BTreeMap<NodeId, SeenWorker> = agents.certificates();
+    let entitled = entitled(store, state);
+    let now = Timestamp::of(SystemTime::now());
+    View { state, entitled: &entitled, workers: &workers, now, settled }.decide()
+}
+
+/// Drives rotations while this coordinator leads, until `stop` becomes true.
+pub async fn drive(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
+    let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
+    let mut reminded = Instant::now();
+    let mut leads_since = None;
+    loop {
+        workers_changed.mark_unchanged();
+        let state = state_changed.borrow_and_update().clone();
+        if state.authorities.rotation().is_some() && reminded.elapsed() >= REMIND_EVERY {
+            reminded = Instant::now();
+            agents.remind();
+        }
+        let leading = store.standing().borrow().leading;
+        leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
+        let commands = leads_since.map(|since: Instant| {
+            verdict(&store, &agents, &state, since.elapsed() >= SETTLE).commands
+        });
+        for command in commands.into_iter().flatten() {
+            tracing::info!("the CA's rotation: {command}");
+            if let Err(error) = store.propose(Change::Authority(command)).await {
+                tracing::warn!("the CA's rotation does not go on yet: {error}");
+                tokio::time::sleep(LOOK).await;
+                break;
+            }
+        }
+        tokio::select! {
+            changed = state_changed.changed() => if changed.is_err() { return },
+            changed = workers_changed.changed(), if state.authorities.rotation().is_some() => {
+                if changed.is_err() { return }
+            }
+            () = tokio::time::sleep(LOOK) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
