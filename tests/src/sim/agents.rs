@@ -196,15 +196,16 @@ impl World {
                     world.link_is_gone(at, process, peer);
                 }
             });
-        } else if let Some(process) = self.workers.get_mut(&at).and_then(|w| w.process.as_mut())
-            && process.life == life
-            && let Some(link) = process.links.get_mut(&peer).filter(|l| l.session == session)
-        {
-            next = judge(link);
-            if next.is_none() {
-                process.links.remove(&peer);
-                process.nobody_waits(peer);
-            }
+        } else {
+            self.worker(at, life, |world, process| {
+                let link = process.links.get_mut(&peer).filter(|l| l.session == session);
+                let Some(link) = link else { return };
+                next = judge(link);
+                if next.is_none() {
+                    process.links.remove(&peer);
+                    world.nobody_waits(at, process, peer);
+                }
+            });
         }
         if let Some(next) = next {
             self.at(next, Event::Look { at, life, peer, session });

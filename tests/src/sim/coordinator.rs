@@ -45,6 +45,8 @@ pub struct Coordinator {
 
 /// One life of a coordinator.
 pub struct Process {
+    /// Whose.
+    pub id: NodeId,
     /// Its number, over all processes of all machines.
     pub life: u64,
     /// When it began.
@@ -179,9 +181,10 @@ impl World {
         let incarnation = Incarnation(machine.disk.incarnation);
         let voter = match open(id, &machine.disk, dice, bug) {
             Ok(voter) => voter,
-            Err(why) => return self.violate("disks", format!("{id}: {why}")),
+            Err(why) => return self.unreadable(id, &why),
         };
         machine.process = Some(Process {
+            id,
             life,
             started: now,
             incarnation,
@@ -256,7 +259,7 @@ impl World {
         let dice = self.dice.bits();
         match open(id, disk, dice, self.bug) {
             Ok(voter) => process.voter = Some(voter),
-            Err(why) => self.violate("disks", format!("{id}: {why}")),
+            Err(why) => self.unreadable(id, &why),
         }
     }
 
@@ -304,7 +307,7 @@ impl World {
             match voter.begin() {
                 Ok(None) => break,
                 Ok(Some(round)) => self.begin_round(id, machine, process, round),
-                Err(error) => return self.violate("cores", format!("{id}: {error}")),
+                Err(error) => return self.core_failed(id, &error.to_string()),
             }
         }
         self.show(id, process);
@@ -397,7 +400,7 @@ impl World {
         let Some(voter) = &mut process.voter else { return };
         let done: Done = match voter.finish(round) {
             Ok(done) => done,
-            Err(error) => return self.violate("cores", format!("{id}: {error}")),
+            Err(error) => return self.core_failed(id, &error.to_string()),
         };
         for (number, index) in done.reads {
             process.reads.index(number, index);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use shoal_coordinator::control::state::{Change, CoordinatorCommand, KeyFingerprint, NodeCommand};
-use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, Role};
 
 use super::bug::Bug;
 use super::coordinator::{Answered, Coordinator, Purpose};
@@ -52,6 +52,8 @@ pub struct Operator {
     new: Option<NodeId>,
     step: u8,
     asked: Option<u64>,
+    /// Deployments that were, or may have been, removed at some time.
+    pub removed: BTreeSet<DeploymentName>,
 }
 
 impl Operator {
@@ -61,7 +63,7 @@ impl Operator {
     }
 
     fn begin(&mut self, old: NodeId) {
-        *self = Self { old: Some(old), ..Self::default() };
+        (self.old, self.new, self.step, self.asked) = (Some(old), None, 0, None);
     }
 }
 

@@ -25,7 +25,10 @@ mod head;
 mod history;
 pub mod hunt;
 mod invariants;
+mod model;
 mod net;
+mod ring;
+mod shard;
 mod wire;
 mod worker;
 mod world;
@@ -61,7 +64,7 @@ pub fn run(seed: u64, bug: Option<Bug>) -> Report {
     if let Err(panic) = ended {
         let words = panic.downcast_ref::<&str>().map(|words| (*words).to_owned());
         let words = words.or_else(|| panic.downcast_ref::<String>().cloned());
-        world.violate("cores", format!("a panic: {}", words.unwrap_or_default()));
+        world.core_panicked(&words.unwrap_or_default());
     }
     let checks = &world.checks;
     Report {

@@ -1,6 +1,6 @@
 //! **After the faults stop everything heals within a bound**: one leader, one state, every deployment
-//! ready at every coordinator, no shard that no layout has, every answer complete, and nothing under
-//! way.
+//! ready at every coordinator, no shard that no layout has, every answer complete, no block held, and
+//! nothing under way.
 
 use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::admin::DeploymentPhase;
@@ -107,6 +107,9 @@ impl World {
         let waiting = self.clients.waiting();
         if waiting > 0 {
             return Some(format!("{waiting} answers are not complete"));
+        }
+        if let Some(held) = self.held_blocks() {
+            return Some(held);
         }
         let open = |operation: &&crate::sim::history::Operation| {
             operation.ended.is_none() && operation.began > self.calm_since

@@ -2,7 +2,10 @@
 //!
 //! The shells report to [`Checks`] what happens; the first thing that must not be ends the run.
 
+mod blocks;
 mod committed_stays;
+mod cores;
+mod disks;
 mod heals;
 mod latest_leader;
 mod linear;
@@ -12,6 +15,8 @@ mod one_leader;
 mod one_plan;
 mod one_voice;
 mod places;
+mod stages;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
