@@ -26,7 +26,8 @@ fn nothing_that_must_not_be_is_in_any_seed() {
         panic!("{}: {}\nagain: {}", violation.invariant, violation.words, replay(first.seed, None));
     }
     assert_eq!(caught.seeds, SEEDS);
-    let [_, faults, tokens, losses, _, reigns, compactions, operations, _] = caught.counts;
+    let [_, faults, tokens, losses, _, reigns, compactions, operations, _, preemptions, changes] =
+        caught.counts;
     // A simulator in which nothing goes wrong shows nothing.
     for (what, count, least) in [
         ("faults", faults, SEEDS),
@@ -35,6 +36,8 @@ fn nothing_that_must_not_be_is_in_any_seed() {
         ("reigns", reigns, SEEDS),
         ("compactions", compactions, SEEDS),
         ("operations", operations, 10 * SEEDS),
+        ("preemptions", preemptions, SEEDS),
+        ("changes", changes, SEEDS),
     ] {
         assert!(count >= least, "only {count} {what} in {SEEDS} seeds");
     }

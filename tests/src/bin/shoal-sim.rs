@@ -55,12 +55,13 @@ fn many(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
         caught.seeds as f64 / seconds,
         caught.simulated.as_secs_f64() / 3600.0
     );
-    let [events, faults, tokens, losses, stale, reigns, compactions, operations, quarantined] =
+    let [events, faults, tokens, losses, stale, reigns, compactions, operations, quarantined, ..] =
         caught.counts;
+    let [.., preemptions, changes] = caught.counts;
     println!(
         "{events} events, {faults} faults, {tokens} tokens, {losses} attempts lost, {stale} stale \
          events, {reigns} reigns, {compactions} compactions, {operations} operations, {quarantined} \
-         quarantined; the longest is seed {} with {:.1?}",
+         quarantined, {preemptions} preemptions, {changes} changes; the longest is seed {} with {:.1?}",
         caught.longest.1, caught.longest.0
     );
     let Some(first) = &caught.first else { return ExitCode::SUCCESS };

@@ -98,6 +98,8 @@ pub enum Purpose {
     Adopt,
     /// Proof that this coordinator leads.
     Proof,
+    /// The operator changes what is to be.
+    Alter,
     /// A step of a coordinator's replacement.
     Replace(u8),
 }

@@ -35,9 +35,13 @@ pub fn populate(world: &mut World) {
         world.coordinators.insert(NodeId::coordinator(number), machine);
     }
     for number in 1..=4 {
-        let worker = Worker { budget: Bytes::mib(420), incarnation: 0, process: None };
-        world.workers.insert(NodeId::worker(number), worker);
+        world.workers.insert(NodeId::worker(number), worker());
     }
+}
+
+/// A machine for a worker.
+pub fn worker() -> Worker {
+    Worker { budget: Bytes::mib(420), incarnation: 0, process: None }
 }
 
 fn hard() -> HardState {

@@ -104,6 +104,14 @@ impl World {
         self.engine(id, process, key, engine::Event::Samples(samples));
     }
 
+    /// The only stage of a layout has computed a step.
+    pub fn drawn(&mut self, id: NodeId, process: &mut WorkerProcess, key: ShardKey) {
+        let drawn = process.shards.get_mut(&key).and_then(|shard| shard.drawn.pop_front());
+        if let Some(samples) = drawn {
+            self.samples(id, process, key, samples);
+        }
+    }
+
     /// The engine's deadline has come.
     pub fn wake(&mut self, id: NodeId, life: u64, key: ShardKey) {
         self.worker(id, life, |world, process| {
@@ -168,6 +176,8 @@ impl World {
         self.check_engine(id, key, process);
         let life = process.life;
         let Some(shard) = process.shards.get_mut(&key) else { return };
+        let preempted = shard.engine.as_ref().map_or(0, |engine| engine.report().preemptions);
+        self.checks.preemptions += preempted - std::mem::replace(&mut shard.preempted, preempted);
         let due = shard.engine.as_ref().and_then(|engine| engine.next_deadline());
         if let Some(due) = due
             && (shard.wake == 0 || due.0 < shard.wake)
@@ -187,7 +197,8 @@ impl World {
     ) {
         let Some(shard) = process.shards.get_mut(&key) else { return };
         let last = !matches!(event, HeadEvent::Token { .. });
-        let to = if last { shard.clients.remove(&client) } else { shard.clients.get(&client).copied() };
+        let to =
+            if last { shard.clients.remove(&client) } else { shard.clients.get(&client).copied() };
         let Some(to) = to else { return };
         self.checks.tokens += u64::from(!last);
         self.send(id, to.from, to.life, Payload::Head(event));

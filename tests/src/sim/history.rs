@@ -98,6 +98,7 @@ impl World {
             Purpose::Proof | Purpose::Adopt => {
                 self.executor_answered(id, process, purpose, &answer);
             }
+            Purpose::Alter => self.altered(&answer),
             Purpose::Replace(step) => self.replaced(step, &answer),
             Purpose::Admit(..) | Purpose::Announce => {}
         }

@@ -13,6 +13,7 @@
 
 mod agents;
 mod bug;
+mod changes;
 mod clients;
 mod coordinator;
 mod desk;
@@ -41,6 +42,9 @@ use std::time::Duration;
 
 use world::World;
 
+/// How much is counted of a run.
+pub const COUNTS: usize = 11;
+
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
@@ -53,8 +57,8 @@ pub struct Report {
     /// How much time passed in it.
     pub simulated: Duration,
     /// Events, faults, tokens, attempts that were lost, events of old attempts, reigns, compactions,
-    /// operations, quarantined answers.
-    pub counts: [u64; 9],
+    /// operations, quarantined answers, preemptions, changes by the operator.
+    pub counts: [u64; COUNTS],
 }
 
 /// Runs one seed.
@@ -82,6 +86,8 @@ pub fn run(seed: u64, bug: Option<Bug>) -> Report {
             checks.compactions,
             world.history.operations.len() as u64,
             checks.quarantined,
+            checks.preemptions,
+            checks.changes,
         ],
     }
 }

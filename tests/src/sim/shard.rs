@@ -67,8 +67,12 @@ pub struct Shard {
     pub clients: BTreeMap<ClientKey, Client>,
     /// Why the head takes nothing new.
     pub refuse: Option<ErrorCode>,
+    /// What the only stage of a layout has drawn, in order.
+    pub drawn: VecDeque<Samples>,
     /// When the engine is to be woken.
     pub wake: u64,
+    /// Preemptions that are counted.
+    pub preempted: u64,
     kv: Kv,
     busy_until: u64,
     unsent: VecDeque<Frame>,
@@ -120,7 +124,9 @@ impl Shard {
             broken: false,
             clients: BTreeMap::new(),
             refuse: Some(ErrorCode::NotReady),
+            drawn: VecDeque::new(),
             wake: 0,
+            preempted: 0,
             busy_until: 0,
             unsent: VecDeque::new(),
             stopping: None,
@@ -166,7 +172,9 @@ impl World {
         let (mut took, last) = (0, shard.assignment.is_last());
         let done = match frame {
             Frame::Samples(samples) => return self.samples(id, process, key, samples),
-            Frame::Open(open) => shard.table.open(&open).map(|()| (!last).then_some(Frame::Open(open))),
+            Frame::Open(open) => {
+                shard.table.open(&open).map(|()| (!last).then_some(Frame::Open(open)))
+            }
             Frame::Close(close) => {
                 shard.table.close(&close).map(|()| (!last).then_some(Frame::Close(close)))
             }
@@ -202,8 +210,9 @@ impl World {
         let Some(next) = shard.next() else { return };
         if next == id {
             let Frame::Samples(samples) = frame else { return };
+            shard.drawn.push_back(samples);
             let life = process.life;
-            return self.at(shard.busy_until, Event::Samples { at: id, life, key, samples });
+            return self.at(shard.busy_until, Event::Samples { at: id, life, key });
         }
         let Some((life, _)) = shard.ring.get(&next) else {
             return shard.unsent.push_back(frame);
@@ -289,13 +298,7 @@ impl World {
         });
     }
 
-    fn end_shard(
-        &mut self,
-        id: NodeId,
-        process: &mut WorkerProcess,
-        key: ShardKey,
-        how: Stop,
-    ) {
+    fn end_shard(&mut self, id: NodeId, process: &mut WorkerProcess, key: ShardKey, how: Stop) {
         self.leave_ring(id, process, key);
         self.fail_answers(id, process, key, "its layout has ended");
         let Some(shard) = process.shards.remove(&key) else { return };

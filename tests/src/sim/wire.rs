@@ -2,7 +2,6 @@
 
 use raft::prelude::Message;
 use shoal_coordinator::control::state::Change;
-use shoal_protocol::activation::Samples;
 use shoal_protocol::control::{Register, Report};
 use shoal_protocol::id::{Attempt, NodeId, RequestId};
 use shoal_protocol::plan::Assignment;
@@ -90,7 +89,7 @@ pub enum Event {
     /// A head's engine is to be woken.
     Wake { at: NodeId, life: u64, key: ShardKey },
     /// What the only stage of a layout has drawn.
-    Samples { at: NodeId, life: u64, key: ShardKey, samples: Samples },
+    Samples { at: NodeId, life: u64, key: ShardKey },
     /// A shard that is to end looks whether what runs is out.
     Leave { at: NodeId, life: u64, key: ShardKey },
     /// Something goes wrong.
@@ -105,6 +104,8 @@ pub enum Event {
     HangUp { client: u64 },
     /// Somebody asks for a change, or reads.
     Operate,
+    /// The operator has an idea.
+    Alter,
     /// The operator goes on with replacing a coordinator.
     Replace,
     /// Is all well again?

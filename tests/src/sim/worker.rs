@@ -8,9 +8,7 @@ use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{Assignment, Numerics};
 use shoal_protocol::units::Bytes;
 use shoal_protocol::version::VersionRange;
-use shoal_shard_worker::agent::lifecycle::{
-    Action, Event as Told, Lifecycle, LoadId, ShardKey,
-};
+use shoal_shard_worker::agent::lifecycle::{Action, Event as Told, Lifecycle, LoadId, ShardKey};
 use shoal_shard_worker::agent::orders::Orders;
 
 use super::agents::{BEAT_US, Link};

@@ -96,6 +96,9 @@ impl World {
         }
         let until = world.dice.range(1_500_000, 5_000_000);
         world.plan_faults(until);
+        if world.dice.one_in(2) {
+            world.at(400_000, Event::Alter);
+        }
         for client in 0..world.dice.range(4, 14) {
             let name = if world.dice.one_in(3) { "n" } else { "m" };
             let Ok(name) = DeploymentName::new(name) else { continue };
@@ -177,8 +180,8 @@ impl World {
             }
             Event::Ring { at, life, key } => self.ring(at, life, key),
             Event::Wake { at, life, key } => self.wake(at, life, key),
-            Event::Samples { at, life, key, samples } => {
-                self.worker(at, life, |world, process| world.samples(at, process, key, samples));
+            Event::Samples { at, life, key } => {
+                self.worker(at, life, |world, process| world.drawn(at, process, key));
             }
             Event::Leave { at, life, key } => self.leave_look(at, life, key),
             Event::Fault(fault) => self.fault(fault),
@@ -187,6 +190,7 @@ impl World {
             Event::Ask { client } => self.client_asks(client),
             Event::HangUp { client } => self.client_hangs_up(client),
             Event::Operate => self.operate(),
+            Event::Alter => self.alter(),
             Event::Replace => self.replace_coordinator(),
             Event::Check => self.check_healing(),
         }

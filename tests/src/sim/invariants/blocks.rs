@@ -19,7 +19,8 @@ impl World {
 
     /// A stage took a frame.
     pub fn check_stage(&mut self, id: NodeId, key: ShardKey, process: &WorkerProcess) {
-        let wrong = process.shards.get(&key).and_then(|shard| shard.table.check().into_iter().next());
+        let wrong =
+            process.shards.get(&key).and_then(|shard| shard.table.check().into_iter().next());
         if let Some(wrong) = wrong {
             self.violate("blocks", format!("{id} {key}, stage: {wrong}"));
         }

@@ -5,6 +5,7 @@
 use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::admin::DeploymentPhase;
 
+use crate::sim::changes::astray;
 use crate::sim::wire::Event;
 use crate::sim::world::World;
 
@@ -80,6 +81,9 @@ impl World {
             let Some(process) = &machine.process else { return Some(format!("{id} is down")) };
             leaders += u32::from(process.standing.leading);
             states.push(&process.state);
+            if let Some(change) = astray(&process.state) {
+                return Some(format!("{id}: the operator still has to ask for {change:?}"));
+            }
             for (name, _) in process.state.deployments.iter() {
                 let served = process.desk.table.deployments.get(name);
                 match served {

@@ -52,6 +52,10 @@ pub struct Checks {
     pub stale: u64,
     /// Answers that were given up as poisonous.
     pub quarantined: u64,
+    /// Sequences that had to give their blocks back.
+    pub preemptions: u64,
+    /// Changes of what is to be.
+    pub changes: u64,
     /// Tokens that heads made.
     pub tokens: u64,
     /// Things that went wrong.
