@@ -27,9 +27,11 @@ fn main() -> ExitCode {
     }
     // A core that panics has been caught: its words are in the report.
     std::panic::set_hook(Box::new(|_| {}));
-    match args.iter().any(|arg| arg == "--bugs") {
-        true => bugs(from, seeds),
-        false => many(from, seeds, bug),
+    let asked = |name: &str| args.iter().any(|arg| arg == name);
+    match (asked("--bugs"), asked("--first")) {
+        (true, _) => bugs(from, seeds),
+        (_, true) => first(from, seeds, bug),
+        _ => many(from, seeds, bug),
     }
 }
 
@@ -44,6 +46,15 @@ fn one(seed: u64, bug: Option<Bug>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Ends with the first failure, in words for a program.
+fn first(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
+    let caught = hunt(from, seeds, bug, 1);
+    let found = caught.first.and_then(|first| Some((first.seed, first.violation?)));
+    let Some((seed, violation)) = found else { return ExitCode::SUCCESS };
+    println!("first: {} at {seed}\n{}", violation.invariant, violation.words);
+    ExitCode::FAILURE
 }
 
 fn many(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {

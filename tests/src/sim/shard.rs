@@ -8,8 +8,8 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{Attempt, NodeId, RequestId};
 use shoal_protocol::liveness::Detector;
 use shoal_protocol::plan::{Assignment, ReplicaLimits, ReplicaPlan};
-use shoal_protocol::units::Bytes;
-use shoal_shard_worker::agent::lifecycle::{Event as Told, ShardKey, Stop};
+use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_shard_worker::agent::lifecycle::{Event as Told, ShardKey, Stop, memory_of};
 use shoal_shard_worker::engine::{ClientKey, Engine, EngineConfig};
 use shoal_shard_worker::stage::table::StageTable;
 
@@ -52,7 +52,7 @@ pub struct Shard {
     /// What it is.
     pub assignment: Assignment,
     /// What it holds.
-    pub bytes: Bytes,
+    pub weights: Weights,
     /// The others of its layout, as far as it is linked with them.
     pub ring: BTreeMap<NodeId, (u64, Detector)>,
     /// Whether it has been told that it is linked.
@@ -79,6 +79,22 @@ pub struct Shard {
     stopping: Option<Stopping>,
 }
 
+/// What a shard has in memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Weights {
+    /// How much.
+    pub bytes: Bytes,
+    /// Of which layers.
+    pub layers: LayerRange,
+}
+
+impl Weights {
+    /// What an assignment needs.
+    pub fn of(assignment: &Assignment) -> Self {
+        Self { bytes: memory_of(assignment).total(), layers: assignment.layers() }
+    }
+}
+
 /// Who waits for an answer of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client {
@@ -99,7 +115,7 @@ struct Stopping {
 
 impl Shard {
     /// A shard that has just been put together.
-    pub fn new(assignment: Assignment, bytes: Bytes) -> Self {
+    pub fn new(assignment: Assignment, weights: Weights) -> Self {
         let plan = &assignment.replica;
         let limits = limits(plan);
         let generation = plan.generation;
@@ -112,13 +128,14 @@ impl Shard {
         };
         // Whatever were wrong with the settings would leave the replica without a head.
         let engine = if assignment.is_first() { Engine::new(config).ok() } else { None };
-        let kv = Kv::new(assignment.layers(), limits.kv_blocks);
+        // It computes with what it has, whatever its assignment says.
+        let kv = Kv::new(weights.layers, limits.kv_blocks);
         Self {
             table: StageTable::new(generation, limits, assignment.is_last()),
             engine,
             kv,
             assignment,
-            bytes,
+            weights,
             ring: BTreeMap::new(),
             linked: false,
             broken: false,
@@ -302,7 +319,7 @@ impl World {
         self.leave_ring(id, process, key);
         self.fail_answers(id, process, key, "its layout has ended");
         let Some(shard) = process.shards.remove(&key) else { return };
-        process.left.insert(key, shard.bytes);
+        process.left.insert(key, shard.weights);
         let (life, kept) = (process.life, how == Stop::Keep);
         let mut at = self.now + self.dice.range(2_000, 60_000);
         if self.bug == Some(Bug::StoppedTooEarly) && !kept {

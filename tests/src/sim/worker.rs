@@ -14,7 +14,7 @@ use shoal_shard_worker::agent::orders::Orders;
 use super::agents::{BEAT_US, Link};
 use super::bug::Bug;
 use super::executor::address;
-use super::shard::Shard;
+use super::shard::{Shard, Weights};
 use super::wire::{Datagram, Event, Payload};
 use super::world::World;
 
@@ -47,11 +47,11 @@ pub struct WorkerProcess {
     /// The epochs in which it was told something, latest last.
     pub obeyed: u64,
     /// What loads hold.
-    pub loads: BTreeMap<LoadId, Bytes>,
+    pub loads: BTreeMap<LoadId, Weights>,
     /// What runs, with what it holds.
     pub shards: BTreeMap<ShardKey, Shard>,
     /// The memory of shards that have stopped: for an heir, or not free yet.
-    pub left: BTreeMap<ShardKey, Bytes>,
+    pub left: BTreeMap<ShardKey, Weights>,
     /// All layouts of which a shard has ever run in this life.
     pub ran: BTreeSet<ShardKey>,
 }
@@ -59,8 +59,8 @@ pub struct WorkerProcess {
 impl WorkerProcess {
     /// All memory that it really holds.
     pub fn held(&self) -> u64 {
-        let shards = self.shards.values().map(|shard| shard.bytes.0);
-        let rest = self.loads.values().chain(self.left.values()).map(|bytes| bytes.0);
+        let shards = self.shards.values().map(|shard| shard.weights.bytes.0);
+        let rest = self.loads.values().chain(self.left.values()).map(|weights| weights.bytes.0);
         shards.chain(rest).sum()
     }
 }
@@ -200,8 +200,7 @@ impl World {
         for action in process.lifecycle.handle(told) {
             match action {
                 Action::Load(load, assignment) => {
-                    let shard = shard_memory(&assignment);
-                    process.loads.insert(load, shard);
+                    process.loads.insert(load, Weights::of(&assignment));
                     let slow = self.net.slow.get(&id).copied().unwrap_or(1);
                     let at = self.now + slow * self.dice.range(30_000, 250_000);
                     self.at(at, Event::Loaded { at: id, life, load });
@@ -209,12 +208,12 @@ impl World {
                 Action::Cancel(_) => {}
                 Action::Discard(load) => drop(process.loads.remove(&load)),
                 Action::Start(load, assignment) => {
-                    let bytes = process.loads.remove(&load).unwrap_or_default();
-                    self.run_shard(id, process, assignment, bytes);
+                    let weights = process.loads.remove(&load).unwrap_or_default();
+                    self.run_shard(id, process, assignment, weights);
                 }
                 Action::Adopt(from, assignment) => {
-                    let bytes = process.left.remove(&from).unwrap_or_default();
-                    self.run_shard(id, process, assignment, bytes);
+                    let weights = process.left.remove(&from).unwrap_or_default();
+                    self.run_shard(id, process, assignment, weights);
                 }
                 Action::Forget(key) => drop(process.left.remove(&key)),
                 Action::Stop(key, how, _) => self.stop_shard(id, process, key, how),
@@ -229,10 +228,10 @@ impl World {
         id: NodeId,
         process: &mut WorkerProcess,
         assignment: Assignment,
-        bytes: Bytes,
+        weights: Weights,
     ) {
         let key = ShardKey::of(&assignment);
-        process.shards.insert(key, Shard::new(assignment, bytes));
+        process.shards.insert(key, Shard::new(assignment, weights));
         process.ran.insert(key);
         let life = process.life;
         self.at(self.now + 1_000, Event::Ring { at: id, life, key });
@@ -270,10 +269,4 @@ impl World {
             self.send(id, *node, link.life, payload);
         }
     }
-}
-
-fn shard_memory(assignment: &Assignment) -> Bytes {
-    let stage = assignment.replica.stages.get(assignment.stage.0 as usize);
-    let shard = stage.and_then(|stage| stage.shards.first());
-    shard.map_or(Bytes(0), |shard| shard.memory.total())
 }

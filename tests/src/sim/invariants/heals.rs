@@ -4,6 +4,7 @@
 
 use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::admin::DeploymentPhase;
+use shoal_protocol::id::ReplicaId;
 
 use crate::sim::changes::astray;
 use crate::sim::wire::Event;
@@ -12,6 +13,20 @@ use crate::sim::world::World;
 /// Patience of the cores: 30 s of back-off after many layouts that did not last, 10 s for a shard that
 /// was not told, 10 s for a change that nobody answers.
 const BOUND_US: u64 = 75_000_000;
+
+/// A replica that is not yet where it is to be.
+fn moving(state: &ClusterState) -> Option<String> {
+    if let Some(next) = state.plans.nexts().next() {
+        return Some(format!("{} still moves to {}", next.id, next.generation));
+    }
+    for (name, deployment) in state.deployments.iter() {
+        let asked = |id: &ReplicaId| state.plans.asked(*id) < deployment.asked;
+        if let Some(late) = deployment.replicas.iter().find(|id| asked(id)) {
+            return Some(format!("{late} of {name} is not as was asked for"));
+        }
+    }
+    None
+}
 
 impl World {
     /// Looks whether all is well; ends the run then, or where it has taken too long.
@@ -66,6 +81,9 @@ impl World {
                     return Some(format!("{id} still has {key}"));
                 }
             }
+            if !process.loads.is_empty() {
+                return Some(format!("{id} still holds what {} loads gave", process.loads.len()));
+            }
         }
         None
     }
@@ -107,6 +125,9 @@ impl World {
         }
         if let Some(ghost) = states.first().and_then(|state| self.ghost(state)) {
             return Some(ghost);
+        }
+        if let Some(moving) = states.first().and_then(|state| moving(state)) {
+            return Some(moving);
         }
         let waiting = self.clients.waiting();
         if waiting > 0 {
