@@ -55,15 +55,15 @@ fn hunt() -> anyhow::Result<bool> {
         let cell = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
         let by = if by.is_empty() { cell("") } else { format!("`{by}`") };
         let name = &planted.name;
-        let row =
-            format!("| `{name}` | {} | `{file}` | {by} | {} |", planted.words, cell(&seed));
+        let row = format!("| `{name}` | {} | `{file}` | {by} | {} |", planted.words, cell(&seed));
         println!("{row} {:.0?}", begun.elapsed());
         rows.push(row);
     }
     let caught = all.len() - missed;
     println!("caught {caught} of {}", all.len());
     if let Some(out) = value("--out") {
-        let head = "| bug | what it does | where | caught by | first at seed |\n|---|---|---|---|---|";
+        let head =
+            "| bug | what it does | where | caught by | first at seed |\n|---|---|---|---|---|";
         let sum = format!("{caught} of {} are caught within {seeds} seeds.", all.len());
         fs::write(out, format!("{head}\n{}\n\n{sum}\n", rows.join("\n")))?;
     }
@@ -130,10 +130,8 @@ impl Scratch {
             before.insert(path, fs::read(self.root.join(path))?);
             fs::write(self.tree.join(path), text)?;
         }
-        let found = self
-            .build()
-            .with_context(|| planted.name.clone())
-            .and_then(|()| self.run(seeds));
+        let found =
+            self.build().with_context(|| planted.name.clone()).and_then(|()| self.run(seeds));
         for (path, text) in before {
             fs::write(self.tree.join(path), text)?;
         }

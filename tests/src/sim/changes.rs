@@ -10,6 +10,7 @@ use shoal_protocol::plan::StagesAsked;
 
 use super::coordinator::{Answered, Purpose};
 use super::genesis::{self, DEPLOYMENTS};
+use super::invariants::registers::{Ask, Told};
 use super::wire::{Event, Wish};
 use super::world::World;
 
@@ -31,14 +32,37 @@ impl World {
         if let Some(Change::Deployment(DeploymentCommand::Remove { name })) = &idea {
             self.operator.removed.insert(name.clone());
         }
-        self.turn(at, |_, process, _| {
+        self.turn(at, |world, process, _| {
             let change = if calm { astray(&process.state) } else { idea };
-            if let Some(change) = change
-                && !process.awaits(Purpose::Alter)
-            {
-                process.ask(now, Purpose::Alter, Wish::Change(change), bug);
-            }
+            let Some(change) = change else { return };
+            let call = world.noted(&change);
+            process.ask(now, Purpose::Alter(call), Wish::Change(change), bug);
         });
+    }
+
+    /// Notes a change in the history: the number of the call.
+    fn noted(&mut self, change: &Change) -> usize {
+        let ask = match change {
+            Change::Drain(DrainCommand::Begin { node }) => Some((drained(*node), 0, Ask::Set(1))),
+            Change::Drain(DrainCommand::End { node }) => Some((drained(*node), 0, Ask::Set(0))),
+            Change::Deployment(DeploymentCommand::Create { spec, .. }) => {
+                Some((copies(&spec.name), 1, Ask::Create))
+            }
+            Change::Deployment(DeploymentCommand::Remove { name }) => {
+                Some((copies(name), 1, Ask::Remove))
+            }
+            Change::Deployment(DeploymentCommand::Scale { name, replicas, .. }) => {
+                Some((copies(name), 1, Ask::Scale(*replicas)))
+            }
+            _ => None,
+        };
+        let now = self.now;
+        let called = ask.map(|(name, first, ask)| {
+            let call = self.history.registers.call(&name, first, ask, now);
+            (name, call)
+        });
+        self.history.calls.push(called);
+        self.history.calls.len() - 1
     }
 
     fn idea(&mut self) -> Option<Change> {
@@ -74,7 +98,16 @@ impl World {
     }
 
     /// The store has answered the operator.
-    pub fn altered(&mut self, answer: &Answered) {
+    pub fn altered(&mut self, call: usize, answer: &Answered) {
+        let told = match answer {
+            Ok(_) => Some(Told::Made),
+            Err(no) if no.refused => Some(Told::Refused),
+            Err(_) => None,
+        };
+        let called = self.history.calls.get(call).cloned().flatten();
+        if let (Some((name, call)), Some(told)) = (called, told) {
+            self.history.registers.told(&name, call, self.now, told);
+        }
         let Ok(effects) = answer else { return };
         self.checks.changes += 1;
         if let Some(Effect::NodeAdded { node }) = effects.first()
@@ -84,6 +117,26 @@ impl World {
             self.start(*node);
         }
     }
+}
+
+fn drained(node: NodeId) -> String {
+    format!("{node} drained")
+}
+
+fn copies(name: &DeploymentName) -> String {
+    format!("replicas of {name}")
+}
+
+/// What the state says of each register: its name, what it was at first, and what it is.
+pub fn wanted(state: &ClusterState) -> Vec<(String, u32, u32)> {
+    let nodes = state.nodes.workers().map(|(node, _)| node);
+    let flags = nodes.map(|node| (drained(node), 0, u32::from(state.drains.contains(node))));
+    let counts = DEPLOYMENTS.iter().filter_map(|(name, ..)| {
+        let name = DeploymentName::new(*name).ok()?;
+        let count = state.deployments.get(&name).map_or(0, |d| d.replicas.len() as u32);
+        Some((copies(&name), 1, count))
+    });
+    flags.chain(counts).collect()
 }
 
 /// What is still to be changed so that all is as it was at first.

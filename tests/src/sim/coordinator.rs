@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::prelude::{Message, MessageType};
-use shoal_coordinator::control::state::{Change, ClusterState, Command, Effect, Timestamp};
+use shoal_coordinator::control::state::{Change, ClusterState, Command, Timestamp};
 use shoal_coordinator::control::store::raft::core::{Done, Round, Voter, Write};
 use shoal_coordinator::control::store::raft::pending::{Proposals, Reads};
 use shoal_coordinator::control::store::{ProposeError, ReadError, Standing};
@@ -18,6 +18,8 @@ use super::bug::Bug;
 use super::desk::Desk;
 use super::disk::Disk;
 use super::executor::Executor;
+pub use super::waits::{Answered, Purpose};
+use super::waits::{Reply, Wait};
 use super::wire::{Datagram, Event, Wish};
 use super::world::World;
 
@@ -85,38 +87,6 @@ enum Input {
     Tick,
 }
 
-/// Who waits for an answer of the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// A client or the operator; the number in the history.
-    Operation(usize),
-    /// The coordinator announces itself.
-    Announce,
-    /// A worker's start is recorded.
-    Admit(NodeId, u64),
-    /// A new layout.
-    Adopt,
-    /// Proof that this coordinator leads.
-    Proof,
-    /// The operator changes what is to be.
-    Alter,
-    /// A step of a coordinator's replacement.
-    Replace(u8),
-}
-
-struct Wait {
-    purpose: Purpose,
-    reply: Reply,
-}
-
-enum Reply {
-    Change(oneshot::Receiver<Result<Vec<Effect>, ProposeError>>),
-    Read(oneshot::Receiver<Result<(), ReadError>>),
-}
-
-/// What the store answered.
-pub type Answered = Result<Vec<Effect>, String>;
-
 impl Process {
     /// Asks the store.
     pub fn ask(&mut self, now: u64, purpose: Purpose, wish: Wish, bug: Option<Bug>) {
@@ -149,22 +119,12 @@ impl Process {
 
     fn answered(&mut self) -> Vec<(Purpose, Answered)> {
         let mut answers = Vec::new();
-        self.waits.retain_mut(|wait| {
-            use oneshot::error::TryRecvError::{Closed, Empty};
-            let answer = match &mut wait.reply {
-                Reply::Change(reply) => match reply.try_recv() {
-                    Ok(answer) => answer.map_err(|error| error.to_string()),
-                    Err(Empty) => return true,
-                    Err(Closed) => Err("closed".to_owned()),
-                },
-                Reply::Read(reply) => match reply.try_recv() {
-                    Ok(answer) => answer.map(|()| Vec::new()).map_err(|error| error.to_string()),
-                    Err(Empty) => return true,
-                    Err(Closed) => Err("closed".to_owned()),
-                },
-            };
-            answers.push((wait.purpose, answer));
-            false
+        self.waits.retain_mut(|wait| match wait.reply.answer() {
+            Some(answer) => {
+                answers.push((wait.purpose, answer));
+                false
+            }
+            None => true,
         });
         answers
     }

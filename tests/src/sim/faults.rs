@@ -285,7 +285,7 @@ impl World {
         self.operator.asked = None;
         let Ok(effects) = answer else {
             // Said before, and made after all.
-            if step == 3 && answer.as_ref().is_err_and(|why| why.contains("not a node")) {
+            if step == 3 && answer.as_ref().is_err_and(|no| no.why.contains("not a node")) {
                 self.operator.step += 1;
             }
             return;

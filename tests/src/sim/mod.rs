@@ -6,10 +6,10 @@
 //! ```
 //!
 //! Real are: `Voter` with its log, `Proposals` and `Reads`, `ClusterState`, `reconcile` and the
-//! planner, the router, `Recovery` and `Sequence`, `Lifecycle` and `Orders` of the workers, and the
-//! `Detector` of both ends. The shells around them are written anew here, as thin as they can be; so a
-//! mistake in a real shell is not found here, but by the tests with real processes. What computes is a
-//! hash. `docs/decisions/018-the-simulator.md` says what is left out.
+//! planner, the router, `Recovery` and `Sequence`, `Lifecycle` and `Orders` of the workers, their
+//! `Engine`, `StageTable` and sampler, and the `Detector` of both ends. The shells around them are
+//! written anew here, as thin as they can be; so a mistake in a real shell is not found here, but by
+//! the tests with real processes. What computes is a hash with a KV cache. `docs/decisions/018-the-simulator.md` says what is left out.
 
 mod agents;
 mod bug;
@@ -30,6 +30,7 @@ mod model;
 mod net;
 mod ring;
 mod shard;
+mod waits;
 mod wire;
 mod worker;
 mod world;

@@ -135,6 +135,7 @@ impl World {
         }
         if self.finished {
             self.check_history();
+            self.check_registers();
             self.check_once();
         }
     }

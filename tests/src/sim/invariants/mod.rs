@@ -15,6 +15,7 @@ mod one_leader;
 mod one_plan;
 mod one_voice;
 mod places;
+pub mod registers;
 mod stages;
 mod streams;
 
@@ -22,7 +23,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shoal_coordinator::control::state::{ClusterState, Command};
-use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::id::{Generation, Incarnation, NodeId, ReplicaId};
+use shoal_protocol::plan::ReplicaPlan;
 
 /// Something that must not be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub struct Checks {
     reigns: BTreeMap<u64, NodeId>,
     /// The state behind each entry that was applied.
     states: BTreeMap<u64, Arc<ClusterState>>,
+    /// The layout behind each number that was given.
+    layouts: BTreeMap<(ReplicaId, Generation), ReplicaPlan>,
     offers: BTreeMap<(NodeId, Incarnation, u64), u32>,
     /// Snapshots that took the place of entries.
     pub compactions: u64,
