@@ -239,6 +239,9 @@ impl World {
             if good || world.dice.one_in(2) {
                 disk.write(&round.write, bug);
             }
+            if let Err(why) = disk.sound() {
+                return world.unreadable(id, &why);
+            }
             if good {
                 world.finish(id, process, disk, round);
             } else {
