@@ -7,8 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
@@ -16,6 +18,9 @@ use shoal_tests::planted::{self, Planted};
 
 /// A seed that never ends in a core has been caught too; 2,000 seeds take a minute or two.
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A run says what it has to say once.
+const OUTPUTS_MAX: usize = 1;
 
 /// How many may go uncaught, of all.
 const MISSED_MAX: usize = 1;
@@ -139,24 +144,23 @@ impl Scratch {
     }
 
     fn run(&self, seeds: &str) -> anyhow::Result<Option<(String, String)>> {
-        let log = self.tree.join("found.txt");
         let mut command = Command::new(self.target.join("debug/shoal-sim"));
-        command.args(["--first", "--seeds", seeds]).stdout(fs::File::create(&log)?);
+        command.args(["--first", "--seeds", seeds]).stdout(Stdio::piped());
         let mut child = command.stderr(Stdio::null()).spawn()?;
-        let begun = Instant::now();
-        let ended = loop {
-            if let Some(status) = child.try_wait()? {
-                break Some(status);
-            }
-            if begun.elapsed() > PATIENCE {
-                child.kill()?;
-                child.wait()?;
-                break None;
-            }
-            std::thread::sleep(Duration::from_millis(50));
+        let mut out = child.stdout.take().context("it has no output")?;
+        let (done, ended) = mpsc::sync_channel(OUTPUTS_MAX);
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            let read = out.read_to_string(&mut text);
+            // It fails where nobody waits any more.
+            let _ = done.send(read.map(|_| text));
+        });
+        let Ok(text) = ended.recv_timeout(PATIENCE) else {
+            child.kill()?;
+            child.wait()?;
+            return Ok(Some(("a hang".into(), "?".into())));
         };
-        let text = fs::read_to_string(log)?;
-        let Some(status) = ended else { return Ok(Some(("a hang".into(), "?".into()))) };
+        let (text, status) = (text?, child.wait()?);
         let line = text.lines().find_map(|line| line.strip_prefix("first: "));
         match (line.and_then(|line| line.split_once(" at ")), status.success()) {
             (Some((by, seed)), _) => Ok(Some((by.to_owned(), seed.to_owned()))),

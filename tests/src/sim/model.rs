@@ -70,7 +70,7 @@ fn key_of(hidden: u64, position: u64, layer: u32) -> u64 {
 }
 
 fn hidden_of(sum: u64, layer: u32) -> u64 {
-    mix(sum ^ u64::from(layer) + 1)
+    mix(sum ^ (u64::from(layer) + 1))
 }
 
 /// What the last layer says of the next token.
