@@ -59,9 +59,10 @@ sim: setup-build ## simulated clusters under faults (SEEDS=2000 FROM=1): seeds/s
 	cargo build --locked --package shoal-tests --bin shoal-sim
 	$$(scripts/target-dir)/debug/shoal-sim --seeds $${SEEDS:-2000} --from $${FROM:-1}
 
-sim-bugs: setup-build ## plant each known mistake in the simulator, and see which are caught (SEEDS=2000)
-	cargo build --locked --package shoal-tests --bin shoal-sim
+sim-bugs: setup-build ## put each known mistake back and let the simulator look for it (an hour; SEEDS=2000 ONLY=name,name)
+	cargo build --locked --package shoal-tests --bin shoal-sim --bin shoal-planted
 	$$(scripts/target-dir)/debug/shoal-sim --bugs --seeds $${SEEDS:-2000}
+	$$(scripts/target-dir)/debug/shoal-planted --seeds $${SEEDS:-2000} $${ONLY:+--only $$ONLY}
 
 faults: setup-build ## kill, freeze and stop real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
 	cargo build --release --locked --package shoal

@@ -8,6 +8,7 @@ pub mod api;
 pub mod collector;
 pub mod faults;
 pub mod model;
+pub mod planted;
 pub mod proc;
 pub mod sim;
 pub mod slow;

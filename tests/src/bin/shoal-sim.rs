@@ -27,9 +27,11 @@ fn main() -> ExitCode {
     }
     // A core that panics has been caught: its words are in the report.
     std::panic::set_hook(Box::new(|_| {}));
-    match args.iter().any(|arg| arg == "--bugs") {
-        true => bugs(from, seeds),
-        false => many(from, seeds, bug),
+    let asked = |name: &str| args.iter().any(|arg| arg == name);
+    match (asked("--bugs"), asked("--first")) {
+        (true, _) => bugs(from, seeds),
+        (_, true) => first(from, seeds, bug),
+        _ => many(from, seeds, bug),
     }
 }
 
@@ -46,6 +48,15 @@ fn one(seed: u64, bug: Option<Bug>) -> ExitCode {
     }
 }
 
+/// Ends with the first failure, in words for a program.
+fn first(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
+    let caught = hunt(from, seeds, bug, 1);
+    let found = caught.first.and_then(|first| Some((first.seed, first.violation?)));
+    let Some((seed, violation)) = found else { return ExitCode::SUCCESS };
+    println!("first: {} at {seed}\n{}", violation.invariant, violation.words);
+    ExitCode::FAILURE
+}
+
 fn many(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
     let caught = hunt(from, seeds, bug, 20);
     let seconds = caught.took.as_secs_f64();
@@ -55,12 +66,13 @@ fn many(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
         caught.seeds as f64 / seconds,
         caught.simulated.as_secs_f64() / 3600.0
     );
-    let [events, faults, tokens, losses, stale, reigns, compactions, operations, quarantined] =
+    let [events, faults, tokens, losses, stale, reigns, compactions, operations, quarantined, ..] =
         caught.counts;
+    let [.., preemptions, changes] = caught.counts;
     println!(
         "{events} events, {faults} faults, {tokens} tokens, {losses} attempts lost, {stale} stale \
          events, {reigns} reigns, {compactions} compactions, {operations} operations, {quarantined} \
-         quarantined; the longest is seed {} with {:.1?}",
+         quarantined, {preemptions} preemptions, {changes} changes; the longest is seed {} with {:.1?}",
         caught.longest.1, caught.longest.0
     );
     let Some(first) = &caught.first else { return ExitCode::SUCCESS };

@@ -107,7 +107,6 @@ impl World {
             return;
         }
         let mut report = Report::default();
-        let mut pushed = None;
         if let Some(older) = process.agents.workers.remove(&from) {
             if older.register.incarnation == register.incarnation {
                 report = older.report;
@@ -116,9 +115,6 @@ impl World {
             if older.link.is_some() {
                 self.head_is_gone(at, process, from);
             }
-            if self.bug == Some(Bug::PushedNotForgotten) {
-                pushed = older.pushed;
-            }
         }
         let link = Link::new(self.now, session, life);
         let look = link.detector.next_look().0;
@@ -126,7 +122,7 @@ impl World {
         let known = Known {
             register,
             report,
-            pushed,
+            pushed: None,
             outranked: None,
             floor: 0,
             link: Some(link),
@@ -196,15 +192,16 @@ impl World {
                     world.link_is_gone(at, process, peer);
                 }
             });
-        } else if let Some(process) = self.workers.get_mut(&at).and_then(|w| w.process.as_mut())
-            && process.life == life
-            && let Some(link) = process.links.get_mut(&peer).filter(|l| l.session == session)
-        {
-            next = judge(link);
-            if next.is_none() {
-                process.links.remove(&peer);
-                process.nobody_waits(peer);
-            }
+        } else {
+            self.worker(at, life, |world, process| {
+                let link = process.links.get_mut(&peer).filter(|l| l.session == session);
+                let Some(link) = link else { return };
+                next = judge(link);
+                if next.is_none() {
+                    process.links.remove(&peer);
+                    world.nobody_waits(at, process, peer);
+                }
+            });
         }
         if let Some(next) = next {
             self.at(next, Event::Look { at, life, peer, session });
@@ -215,9 +212,7 @@ impl World {
         if let Some(known) = process.agents.workers.get_mut(&peer) {
             known.link = None;
             known.outranked = None;
-            if self.bug != Some(Bug::PushedNotForgotten) {
-                known.pushed = None;
-            }
+            known.pushed = None;
         }
         self.head_is_gone(at, process, peer);
         self.look_soon(at, process);

@@ -66,8 +66,6 @@ bugs! {
     ReadyBeforeLinked = "ready-before-linked";
     /// A shard says that it has stopped while it still holds its memory.
     StoppedTooEarly = "stopped-too-early";
-    /// What a worker was told before its connection broke counts as told on the next one.
-    PushedNotForgotten = "pushed-not-forgotten";
     /// A worker that has fallen silent is never given up.
     NeverDead = "never-dead";
     /// A token that is here already is given to the client again.

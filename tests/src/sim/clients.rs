@@ -1,4 +1,5 @@
-//! ○ Those who ask for answers, and what they must get: the oracle's tokens, in order, once.
+//! ○ Those who ask for answers: with one choice or several, with stop tokens, deadlines and penalties,
+//! and some hang up. What they must get says `invariants/streams.rs`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,78 +8,140 @@ use shoal_coordinator::dispatch::Sequence;
 use shoal_protocol::id::{Attempt, DeploymentName, NodeId, RequestId, TokenId};
 use shoal_protocol::request::SamplingRecord;
 
-use super::head::oracle;
+use super::dice::Dice;
+use super::genesis;
+use super::model::{Oracle, VOCAB};
 use super::wire::Event;
 use super::world::World;
 
 /// How long a client waits before it asks again where it was turned away, or its coordinator has died.
 const AGAIN_US: u64 = 150_000;
 
+/// A deadline that no answer comes near.
+const PATIENT_US: u64 = 600_000_000;
+
 /// All clients.
 #[derive(Default)]
 pub struct Clients {
-    by_number: BTreeMap<u64, Client>,
+    /// By number.
+    pub by_number: BTreeMap<u64, Client>,
 }
 
-/// One answer that is wanted; asked for again where its coordinator dies.
-struct Client {
-    deployment: DeploymentName,
+/// Answers that are wanted; asked for again where their coordinator dies.
+pub struct Client {
+    /// What it talks to.
+    pub deployment: DeploymentName,
     prompt: Arc<[TokenId]>,
-    seed: u64,
-    max_tokens: u32,
+    sampling: SamplingRecord,
+    /// A sampled one of these ends an answer.
+    pub stop_tokens: Arc<[TokenId]>,
+    /// The longest answer.
+    pub max_tokens: u32,
+    /// How long it waits for its answers.
+    pub patience: u64,
     tries: u64,
-    /// Of this try.
-    got: Vec<TokenId>,
+    /// Of this try, one for each answer that is wanted.
+    pub choices: Vec<Choice>,
+    n: u32,
     at: Option<(NodeId, u64)>,
-    complete: bool,
+    /// Whether it wants nothing more.
+    pub complete: bool,
+}
+
+/// What has come of one answer.
+pub struct Choice {
+    oracle: Oracle,
+    /// What comes next.
+    pub expected: Option<TokenId>,
+    /// Tokens so far.
+    pub got: u32,
+    /// Whether it has ended well.
+    pub done: bool,
+}
+
+impl Choice {
+    fn new(layers: u32, prompt: &[TokenId], sampling: SamplingRecord) -> Self {
+        let mut oracle = Oracle::new(layers, prompt, sampling);
+        let expected = oracle.next();
+        Self { oracle, expected, got: 0, done: false }
+    }
+
+    /// On to the next token.
+    pub fn advance(&mut self) {
+        self.got += 1;
+        self.expected = self.oracle.next();
+    }
+}
+
+impl Client {
+    /// A client that will ask.
+    pub fn draw(dice: &mut Dice, deployment: DeploymentName) -> Self {
+        let prompt: Vec<u32> =
+            (0..dice.range(1, 24)).map(|_| dice.range(0, u64::from(VOCAB)) as u32).collect();
+        let mut sampling = SamplingRecord { seed: dice.bits(), ..SamplingRecord::GREEDY };
+        if dice.one_in(2) {
+            sampling.temperature = 0.9;
+        }
+        if dice.one_in(2) {
+            sampling.presence_penalty = 0.5;
+            sampling.frequency_penalty = 0.7;
+        }
+        let stops = if dice.one_in(4) { 1 } else { 0 };
+        let stop_tokens: Vec<u32> =
+            (0..stops).map(|_| dice.range(0, u64::from(VOCAB)) as u32).collect();
+        Self {
+            deployment,
+            prompt: prompt.into(),
+            sampling,
+            stop_tokens: stop_tokens.into(),
+            max_tokens: dice.range(4, 150) as u32,
+            patience: if dice.one_in(6) { dice.range(200_000, 2_000_000) } else { PATIENT_US },
+            tries: 0,
+            choices: Vec::new(),
+            n: if dice.one_in(4) { dice.range(2, 4) as u32 } else { 1 },
+            at: None,
+            complete: false,
+        }
+    }
+
+    /// Begins anew: nothing of an earlier try counts.
+    fn sequences(&mut self, number: u64) -> Vec<Sequence> {
+        self.tries += 1;
+        self.at = None;
+        self.choices.clear();
+        let layers = genesis::layers(&self.deployment);
+        let mut sequences = Vec::new();
+        for choice in 0..self.n {
+            let stream = SamplingRecord::stream_of(0, choice as u16);
+            let sampling = SamplingRecord { stream, ..self.sampling };
+            self.choices.push(Choice::new(layers, &self.prompt, sampling));
+            sequences.push(Sequence {
+                request: RequestId(number * 1_000 + self.tries),
+                attempt: Attempt(0),
+                choice,
+                prompt: Arc::clone(&self.prompt),
+                received: Vec::new(),
+                sampling,
+                stop_tokens: Arc::clone(&self.stop_tokens),
+                max_tokens: self.max_tokens,
+            });
+        }
+        sequences
+    }
 }
 
 impl Clients {
-    /// A client that will ask.
-    pub fn add(&mut self, number: u64, deployment: DeploymentName, seed: u64, max_tokens: u32) {
-        let prompt: Vec<u32> = (0..3 + seed % 6).map(|i| (seed >> i) as u32 & 0xFFFF).collect();
-        let client = Client {
-            deployment,
-            prompt: prompt.into(),
-            seed,
-            max_tokens,
-            tries: 0,
-            got: Vec::new(),
-            at: None,
-            complete: false,
-        };
-        self.by_number.insert(number, client);
-    }
-
-    /// What a client wants to talk to.
-    pub fn deployment(&self, number: u64) -> DeploymentName {
-        self.by_number[&number].deployment.clone()
-    }
-
-    /// A token for a client: the next one of the oracle's, or words.
-    pub fn token(&mut self, number: u64, token: TokenId) -> Result<(), String> {
-        let Some(client) = self.by_number.get_mut(&number) else { return Ok(()) };
-        let before: Vec<_> = client.prompt.iter().chain(&client.got).copied().collect();
-        let expected = oracle(client.seed, &before);
-        let index = client.got.len();
-        client.got.push(token);
-        match token == expected && index < client.max_tokens as usize {
-            true => Ok(()),
-            false => Err(format!("token {index} is {token}, the oracle says {expected}")),
-        }
-    }
-
-    /// An answer has come to its end.
-    pub fn complete(&mut self, number: u64) {
-        if let Some(client) = self.by_number.get_mut(&number) {
-            client.complete = client.got.len() == client.max_tokens as usize;
-        }
-    }
-
     /// A client was told that its answer does not go on.
     pub fn failed(&mut self, number: u64) {
         if let Some(client) = self.by_number.get_mut(&number) {
             client.at = None;
+        }
+    }
+
+    /// It wants nothing more.
+    pub fn satisfied(&mut self, number: u64) {
+        if let Some(client) = self.by_number.get_mut(&number) {
+            client.complete = true;
         }
     }
 
@@ -101,28 +164,24 @@ impl World {
             return;
         }
         if client.at.is_none_or(|at| !lives.contains(&at)) {
-            client.at = None;
-            client.got.clear();
-            client.tries += 1;
-            let request = number * 1_000 + client.tries;
-            let sequence = Sequence {
-                request: RequestId(request),
-                attempt: Attempt(0),
-                choice: 0,
-                prompt: Arc::clone(&client.prompt),
-                received: Vec::new(),
-                sampling: SamplingRecord { seed: client.seed, ..SamplingRecord::GREEDY },
-                stop_tokens: Arc::from([]),
-                max_tokens: client.max_tokens,
-            };
+            let sequences = client.sequences(number);
             if let Some((id, life)) = self.dice.pick(&lives)
                 && !self.is_frozen(id)
-                && self.asked(id, number, request, sequence)
+                && self.asked(id, number, sequences)
                 && let Some(client) = self.clients.by_number.get_mut(&number)
             {
                 client.at = Some((id, life));
             }
         }
         self.at(self.now + AGAIN_US, Event::Ask { client: number });
+    }
+
+    /// A client goes away.
+    pub fn client_hangs_up(&mut self, number: u64) {
+        let Some(client) = self.clients.by_number.get_mut(&number) else { return };
+        client.complete = true;
+        let (at, request) = (client.at.take(), number * 1_000 + client.tries);
+        let Some((id, _)) = at else { return };
+        self.turn(id, |world, process, _| world.hang_up(process, request));
     }
 }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::prelude::{Message, MessageType};
-use shoal_coordinator::control::state::{Change, ClusterState, Command, Effect, Timestamp};
+use shoal_coordinator::control::state::{Change, ClusterState, Command, Timestamp};
 use shoal_coordinator::control::store::raft::core::{Done, Round, Voter, Write};
 use shoal_coordinator::control::store::raft::pending::{Proposals, Reads};
 use shoal_coordinator::control::store::{ProposeError, ReadError, Standing};
@@ -18,6 +18,8 @@ use super::bug::Bug;
 use super::desk::Desk;
 use super::disk::Disk;
 use super::executor::Executor;
+pub use super::waits::{Answered, Purpose};
+use super::waits::{Reply, Wait};
 use super::wire::{Datagram, Event, Wish};
 use super::world::World;
 
@@ -45,6 +47,8 @@ pub struct Coordinator {
 
 /// One life of a coordinator.
 pub struct Process {
+    /// Whose.
+    pub id: NodeId,
     /// Its number, over all processes of all machines.
     pub life: u64,
     /// When it began.
@@ -83,36 +87,6 @@ enum Input {
     Tick,
 }
 
-/// Who waits for an answer of the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// A client or the operator; the number in the history.
-    Operation(usize),
-    /// The coordinator announces itself.
-    Announce,
-    /// A worker's start is recorded.
-    Admit(NodeId, u64),
-    /// A new layout.
-    Adopt,
-    /// Proof that this coordinator leads.
-    Proof,
-    /// A step of a coordinator's replacement.
-    Replace(u8),
-}
-
-struct Wait {
-    purpose: Purpose,
-    reply: Reply,
-}
-
-enum Reply {
-    Change(oneshot::Receiver<Result<Vec<Effect>, ProposeError>>),
-    Read(oneshot::Receiver<Result<(), ReadError>>),
-}
-
-/// What the store answered.
-pub type Answered = Result<Vec<Effect>, String>;
-
 impl Process {
     /// Asks the store.
     pub fn ask(&mut self, now: u64, purpose: Purpose, wish: Wish, bug: Option<Bug>) {
@@ -145,22 +119,12 @@ impl Process {
 
     fn answered(&mut self) -> Vec<(Purpose, Answered)> {
         let mut answers = Vec::new();
-        self.waits.retain_mut(|wait| {
-            use oneshot::error::TryRecvError::{Closed, Empty};
-            let answer = match &mut wait.reply {
-                Reply::Change(reply) => match reply.try_recv() {
-                    Ok(answer) => answer.map_err(|error| error.to_string()),
-                    Err(Empty) => return true,
-                    Err(Closed) => Err("closed".to_owned()),
-                },
-                Reply::Read(reply) => match reply.try_recv() {
-                    Ok(answer) => answer.map(|()| Vec::new()).map_err(|error| error.to_string()),
-                    Err(Empty) => return true,
-                    Err(Closed) => Err("closed".to_owned()),
-                },
-            };
-            answers.push((wait.purpose, answer));
-            false
+        self.waits.retain_mut(|wait| match wait.reply.answer() {
+            Some(answer) => {
+                answers.push((wait.purpose, answer));
+                false
+            }
+            None => true,
         });
         answers
     }
@@ -179,9 +143,10 @@ impl World {
         let incarnation = Incarnation(machine.disk.incarnation);
         let voter = match open(id, &machine.disk, dice, bug) {
             Ok(voter) => voter,
-            Err(why) => return self.violate("disks", format!("{id}: {why}")),
+            Err(why) => return self.unreadable(id, &why),
         };
         machine.process = Some(Process {
+            id,
             life,
             started: now,
             incarnation,
@@ -256,7 +221,7 @@ impl World {
         let dice = self.dice.bits();
         match open(id, disk, dice, self.bug) {
             Ok(voter) => process.voter = Some(voter),
-            Err(why) => self.violate("disks", format!("{id}: {why}")),
+            Err(why) => self.unreadable(id, &why),
         }
     }
 
@@ -273,6 +238,9 @@ impl World {
             let Some(round) = process.writing.take() else { return };
             if good || world.dice.one_in(2) {
                 disk.write(&round.write, bug);
+            }
+            if let Err(why) = disk.sound() {
+                return world.unreadable(id, &why);
             }
             if good {
                 world.finish(id, process, disk, round);
@@ -304,7 +272,7 @@ impl World {
             match voter.begin() {
                 Ok(None) => break,
                 Ok(Some(round)) => self.begin_round(id, machine, process, round),
-                Err(error) => return self.violate("cores", format!("{id}: {error}")),
+                Err(error) => return self.core_failed(id, &error.to_string()),
             }
         }
         self.show(id, process);
@@ -397,7 +365,7 @@ impl World {
         let Some(voter) = &mut process.voter else { return };
         let done: Done = match voter.finish(round) {
             Ok(done) => done,
-            Err(error) => return self.violate("cores", format!("{id}: {error}")),
+            Err(error) => return self.core_failed(id, &error.to_string()),
         };
         for (number, index) in done.reads {
             process.reads.index(number, index);

@@ -26,6 +26,21 @@ use super::world::World;
 /// As in `recovery/answer.rs`.
 const SILENCE_US: u64 = 50_000;
 
+/// A head that is there answers a late request itself.
+const LATE_US: u64 = 50_000;
+
+/// Why an answer ends early.
+#[derive(Debug)]
+pub enum Ended {
+    /// The core gives up.
+    GaveUp(GiveUp),
+    /// Its deadline has passed.
+    OutOfTime,
+}
+
+/// An answer's name: a request, and one of its choices.
+pub type Name = (u64, u32);
+
 /// All answers of a coordinator.
 #[derive(Default)]
 pub struct Desk {
@@ -33,20 +48,25 @@ pub struct Desk {
     pub router: Router,
     /// What is served.
     pub table: Arc<ServingTable>,
-    /// By request.
-    pub answers: BTreeMap<u64, Answer>,
+    /// Those that go on.
+    pub answers: BTreeMap<Name, Answer>,
     /// The suspect of each deployment that is tried alone.
-    alone: BTreeMap<DeploymentName, u64>,
+    alone: BTreeMap<DeploymentName, Name>,
 }
 
 /// One of them.
 pub struct Answer {
-    deployment: DeploymentName,
-    sequence: Sequence,
+    /// What was asked.
+    pub deployment: DeploymentName,
+    /// The real one.
+    pub sequence: Sequence,
     recovery: Recovery,
     running: Option<Running>,
     last_event: u64,
-    client: u64,
+    /// When its client will not wait any more.
+    pub deadline: u64,
+    /// Whose it is.
+    pub client: u64,
 }
 
 struct Running {
@@ -63,26 +83,36 @@ impl Desk {
 }
 
 impl World {
-    /// A client asks here; `false` where it is turned away.
-    pub fn asked(&mut self, id: NodeId, client: u64, request: u64, sequence: Sequence) -> bool {
+    /// A client asks here; `false` where it is turned away. All choices go to one replica.
+    pub fn asked(&mut self, id: NodeId, client: u64, sequences: Vec<Sequence>) -> bool {
         let mut taken = false;
-        let name = self.clients.deployment(client);
+        let Some(wanted) = self.clients.by_number.get(&client) else { return false };
+        let (name, deadline) = (wanted.deployment.clone(), self.now + wanted.patience);
         let now = self.now;
         self.turn(id, |world, process, _| {
             let table = Arc::clone(&process.desk.table);
             let Some(deployment) = table.deployments.get(&name) else { return };
-            let Ok(ticket) = world.admit(process, deployment, &sequence) else { return };
-            let answer = Answer {
-                deployment: name,
-                sequence,
-                recovery: Recovery::new(deployment.created),
-                running: None,
-                last_event: now,
-                client,
-            };
-            process.desk.answers.insert(request, answer);
+            let Some(first) = sequences.first() else { return };
+            let count = sequences.len() as u32;
+            let Ok(ticket) = world.admit(process, deployment, first, count) else { return };
             taken = true;
-            world.attempt(id, process, request, ticket);
+            let names: Vec<Name> = sequences.iter().map(|s| (s.request.0, s.choice)).collect();
+            for (name, sequence) in names.iter().zip(sequences) {
+                let answer = Answer {
+                    deployment: deployment.name.clone(),
+                    sequence,
+                    recovery: Recovery::new(deployment.created),
+                    // Taken with the others' places.
+                    running: Some(Running { ticket: ticket.clone(), life: 0 }),
+                    last_event: now,
+                    deadline,
+                    client,
+                };
+                process.desk.answers.insert(*name, answer);
+            }
+            for name in names {
+                world.attempt(id, process, name, ticket.clone());
+            }
         });
         taken
     }
@@ -92,9 +122,10 @@ impl World {
         process: &mut Process,
         deployment: &ServedDeployment,
         sequence: &Sequence,
+        sequences: u32,
     ) -> Result<Ticket, ()> {
         let request = RouteRequest {
-            sequences: 1,
+            sequences,
             prompt_tokens: sequence.rows() as u32,
             max_tokens: sequence.left(),
             ..RouteRequest::default()
@@ -104,12 +135,13 @@ impl World {
         router.admit(Instant(self.now), dice, deployment, &request).map_err(drop)
     }
 
-    fn attempt(&mut self, id: NodeId, process: &mut Process, request: u64, ticket: Ticket) {
+    fn attempt(&mut self, id: NodeId, process: &mut Process, request: Name, ticket: Ticket) {
         let known = process.agents.workers.get(&ticket.head).and_then(|known| known.link.as_ref());
         let life = known.map(|link| link.life);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.sequence.attempt = answer.recovery.attempt();
-        let mut generate = answer.sequence.generate(ticket.replica, 60_000);
+        let left_ms = answer.deadline.saturating_sub(self.now) / 1_000;
+        let mut generate = answer.sequence.generate(ticket.replica, left_ms.max(1));
         let received = answer.sequence.received.len() as u32;
         if received > 0 && self.bug == Some(Bug::ReceivedBecomesPrompt) {
             generate.prompt_len += received;
@@ -138,9 +170,9 @@ impl World {
     /// A head has said something.
     pub fn head_event(&mut self, id: NodeId, process: &mut Process, event: HeadEvent) {
         let request = match &event {
-            HeadEvent::Token { header, .. } => header.request,
-            HeadEvent::Done { header, .. } => header.request,
-            HeadEvent::Failed { header, .. } => header.request,
+            HeadEvent::Token { header, .. } => (header.request, header.choice),
+            HeadEvent::Done { header, .. } => (header.request, header.choice),
+            HeadEvent::Failed { header, .. } => (header.request, header.choice),
         };
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         if answer.running.is_none() {
@@ -165,10 +197,10 @@ impl World {
                     self.deliver(process, request, token);
                 }
             }
-            Taken::Done { .. } => {
+            Taken::Done { reason, stop_token } => {
                 self.release(process, request, Outcome::Complete);
                 if let Some(answer) = process.desk.answers.remove(&request) {
-                    self.clients.complete(answer.client);
+                    self.check_done(answer.client, request, reason, stop_token);
                 }
                 process.desk.alone.retain(|_, holder| *holder != request);
             }
@@ -183,16 +215,13 @@ impl World {
         }
     }
 
-    fn deliver(&mut self, process: &mut Process, request: u64, token: u32) {
+    fn deliver(&mut self, process: &mut Process, request: Name, token: u32) {
         let Some(answer) = process.desk.answers.get(&request) else { return };
         let client = answer.client;
-        if let Err(words) = self.clients.token(client, token) {
-            let id = process.standing.leader;
-            self.violate("streams", format!("request {request} ({id:?} leads): {words}"));
-        }
+        self.check_token(client, request, token);
     }
 
-    fn progress(&mut self, process: &mut Process, request: u64, prefill: Option<u32>) {
+    fn progress(&mut self, process: &mut Process, request: Name, prefill: Option<u32>) {
         let now = Instant(self.now);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.last_event = self.now;
@@ -210,7 +239,7 @@ impl World {
     }
 
     /// Gives a place back.
-    fn release(&mut self, process: &mut Process, request: u64, outcome: Outcome) {
+    fn release(&mut self, process: &mut Process, request: Name, outcome: Outcome) {
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         let Some(running) = answer.running.take() else { return };
         let now = Instant(self.now);
@@ -228,7 +257,7 @@ impl World {
         &mut self,
         id: NodeId,
         process: &mut Process,
-        request: u64,
+        request: Name,
         loss: Loss,
         code: ErrorCode,
     ) {
@@ -237,8 +266,7 @@ impl World {
         let Some(running) = &answer.running else { return };
         let (ticket, life) = (&running.ticket, running.life);
         let (head, at) = (ticket.head, (ticket.replica, ticket.generation));
-        let cancel =
-            Payload::Cancel { request: answer.sequence.request, attempt: answer.sequence.attempt };
+        let cancel = cancel_of(&answer.sequence);
         let verdict = answer.recovery.lost(Instant(self.now), dice, at, loss);
         // A stream that is given up with its conversation takes no word along.
         let link = process.agents.workers.get(&head).and_then(|known| known.link.as_ref());
@@ -248,35 +276,50 @@ impl World {
         self.release(process, request, Outcome::of(code));
         self.checks.losses += 1;
         if let Err(verdict) = verdict {
-            self.gave_up(process, request, loss, &verdict);
+            self.gave_up(process, request, loss, Ended::GaveUp(verdict));
         }
     }
 
-    fn gave_up(&mut self, process: &mut Process, request: u64, loss: Loss, verdict: &GiveUp) {
-        process.desk.alone.retain(|_, holder| *holder != request);
-        let Some(answer) = process.desk.answers.remove(&request) else { return };
-        let honest = match verdict {
-            GiveUp::Quarantined { .. } => true,
-            GiveUp::AsItIs => loss == Loss::Crowded,
-            _ => false,
-        };
-        if !honest {
-            let got = answer.sequence.received.len();
-            let words =
-                format!("request {request} ended after {got} tokens: {loss:?}, {verdict:?}");
-            self.violate("streams", words);
+    /// One of a request's answers does not go on: its client is told, and the others end with it.
+    fn gave_up(&mut self, process: &mut Process, request: Name, loss: Loss, verdict: Ended) {
+        let Some(answer) = process.desk.answers.get(&request) else { return };
+        let (client, late) = (answer.client, self.now + 1_000 >= answer.deadline);
+        self.check_ended(answer, loss, &verdict);
+        let poisonous = matches!(verdict, Ended::GaveUp(GiveUp::Quarantined { .. }));
+        self.checks.quarantined += u64::from(poisonous);
+        self.hang_up(process, request.0);
+        if late {
+            return self.clients.satisfied(client);
         }
-        self.checks.quarantined += u64::from(matches!(verdict, GiveUp::Quarantined { .. }));
-        self.clients.failed(answer.client);
-        let at = self.now + 200_000;
-        self.at(at, super::wire::Event::Ask { client: answer.client });
+        self.clients.failed(client);
+        self.at(self.now + 200_000, super::wire::Event::Ask { client });
+    }
+
+    /// Nobody wants the answers of a request any more.
+    pub fn hang_up(&mut self, process: &mut Process, request: u64) {
+        let names: Vec<Name> =
+            process.desk.answers.keys().filter(|name| name.0 == request).copied().collect();
+        for name in names {
+            process.desk.alone.retain(|_, holder| *holder != name);
+            let Some(answer) = process.desk.answers.get(&name) else { continue };
+            if let Some(running) = &answer.running {
+                let (head, life) = (running.ticket.head, running.life);
+                let cancel = cancel_of(&answer.sequence);
+                let link = process.agents.workers.get(&head).and_then(|known| known.link.as_ref());
+                if let Some(link) = link.filter(|link| link.life == life) {
+                    self.send(process.id, head, link.life, cancel);
+                }
+                self.release(process, name, Outcome::NotJudged);
+            }
+            process.desk.answers.remove(&name);
+        }
     }
 
     /// The conversation with a worker is over: what runs there is lost.
     pub fn head_is_gone(&mut self, id: NodeId, process: &mut Process, head: NodeId) {
         let at = |answer: &Answer| answer.running.as_ref().is_some_and(|r| r.ticket.head == head);
         let answers = process.desk.answers.iter();
-        let lost: Vec<u64> = answers.filter(|(_, a)| at(a)).map(|(request, _)| *request).collect();
+        let lost: Vec<Name> = answers.filter(|(_, a)| at(a)).map(|(request, _)| *request).collect();
         for request in lost {
             self.lost(id, process, request, Loss::Lost, ErrorCode::WorkerLost);
         }
@@ -284,9 +327,13 @@ impl World {
 
     /// What waits is tried, and what is silent is looked at.
     pub fn desk_tick(&mut self, id: NodeId, process: &mut Process) {
-        let requests: Vec<u64> = process.desk.answers.keys().copied().collect();
+        let requests: Vec<Name> = process.desk.answers.keys().copied().collect();
         for request in requests {
             let Some(answer) = process.desk.answers.get(&request) else { continue };
+            if self.now >= answer.deadline + LATE_US {
+                self.gave_up(process, request, Loss::Final, Ended::OutOfTime);
+                continue;
+            }
             let table = Arc::clone(&process.desk.table);
             let deployment = table.deployments.get(&answer.deployment);
             match &answer.running {
@@ -313,7 +360,7 @@ impl World {
         &mut self,
         id: NodeId,
         process: &mut Process,
-        request: u64,
+        request: Name,
         deployment: Option<&ServedDeployment>,
     ) {
         let now = Instant(self.now);
@@ -327,13 +374,15 @@ impl World {
         match answer.recovery.next(now, deployment) {
             // A leader that has not looked yet shows nothing at all.
             Err(GiveUp::Undeployed) if deployment.is_none() => {}
-            Err(verdict) => self.gave_up(process, request, Loss::Final, &verdict),
+            Err(verdict) => {
+                self.gave_up(process, request, Loss::Final, Ended::GaveUp(verdict));
+            }
             Ok(Move::Wait(_)) => {}
             Ok(Move::Ask(replicas)) => {
                 let Some(deployment) = deployment else { return };
                 let usable = ServedDeployment { replicas, ..deployment.clone() };
                 let sequence = answer.sequence.clone();
-                match self.admit(process, &usable, &sequence) {
+                match self.admit(process, &usable, &sequence, 1) {
                     Ok(ticket) => self.attempt(id, process, request, ticket),
                     Err(()) => {
                         let dice = self.dice.bits();
@@ -345,6 +394,11 @@ impl World {
             }
         }
     }
+}
+
+fn cancel_of(sequence: &Sequence) -> Payload {
+    let (request, attempt, choice) = (sequence.request, sequence.attempt, sequence.choice);
+    Payload::Cancel { request, attempt, choice }
 }
 
 /// Makes an event look like one of this attempt.

@@ -40,6 +40,11 @@ impl Disk {
         self.durable.write(write, bug);
     }
 
+    /// Whether whoever started now could read it.
+    pub fn sound(&self) -> Result<(), String> {
+        self.durable.last().map(drop)
+    }
+
     /// The cache goes to the platter.
     pub fn sync(&mut self, bug: Option<Bug>) {
         for write in std::mem::take(&mut self.cached) {
@@ -70,22 +75,9 @@ impl Disk {
     pub fn read(&self, bug: Option<Bug>) -> Result<Saved, String> {
         let mut seen = self.durable.clone();
         self.cached.iter().for_each(|write| seen.write(write, bug));
+        let last = seen.last()?;
         let begin = seen.snapshot.get_metadata().index;
         let entries: Vec<_> = seen.entries.into_iter().filter(|e| e.index > begin).collect();
-        let mut last = (begin, seen.snapshot.get_metadata().term);
-        for entry in &entries {
-            if entry.index != last.0 + 1 {
-                return Err(format!("the log jumps from entry {} to {}", last.0, entry.index));
-            }
-            if entry.term < last.1 {
-                let (index, term) = (entry.index, entry.term);
-                return Err(format!(
-                    "entry {index} is of term {term}, the one before of {}",
-                    last.1
-                ));
-            }
-            last = (entry.index, entry.term);
-        }
         let mut hard = seen.hard;
         if bug == Some(Bug::ForgetVote) {
             hard.vote = 0;
@@ -97,6 +89,26 @@ impl Disk {
 }
 
 impl Platter {
+    /// Index and term of the last entry, or what is wrong with the log.
+    fn last(&self) -> Result<(u64, u64), String> {
+        let meta = self.snapshot.get_metadata();
+        let mut last = (meta.index, meta.term);
+        for entry in self.entries.iter().filter(|entry| entry.index > meta.index) {
+            let (index, term) = (entry.index, entry.term);
+            if index != last.0 + 1 {
+                return Err(format!("the log jumps from entry {} to {index}", last.0));
+            }
+            if term < last.1 {
+                return Err(format!(
+                    "entry {index} is of term {term}, the one before of {}",
+                    last.1
+                ));
+            }
+            last = (index, term);
+        }
+        Ok(last)
+    }
+
     fn write(&mut self, write: &Write, bug: Option<Bug>) {
         if let Some(snapshot) = &write.snapshot {
             self.snapshot = snapshot.clone();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use shoal_coordinator::control::state::{Change, CoordinatorCommand, KeyFingerprint, NodeCommand};
-use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, Role};
 
 use super::bug::Bug;
 use super::coordinator::{Answered, Coordinator, Purpose};
@@ -52,6 +52,8 @@ pub struct Operator {
     new: Option<NodeId>,
     step: u8,
     asked: Option<u64>,
+    /// Deployments that were, or may have been, removed at some time.
+    pub removed: BTreeSet<DeploymentName>,
 }
 
 impl Operator {
@@ -61,7 +63,7 @@ impl Operator {
     }
 
     fn begin(&mut self, old: NodeId) {
-        *self = Self { old: Some(old), ..Self::default() };
+        (self.old, self.new, self.step, self.asked) = (Some(old), None, 0, None);
     }
 }
 
@@ -283,7 +285,7 @@ impl World {
         self.operator.asked = None;
         let Ok(effects) = answer else {
             // Said before, and made after all.
-            if step == 3 && answer.as_ref().is_err_and(|why| why.contains("not a node")) {
+            if step == 3 && answer.as_ref().is_err_and(|no| no.why.contains("not a node")) {
                 self.operator.step += 1;
             }
             return;

@@ -17,8 +17,12 @@ use shoal_protocol::units::Bytes;
 use super::coordinator::Coordinator;
 use super::disk::Disk;
 use super::executor::address;
+use super::model::VOCAB;
 use super::worker::Worker;
 use super::world::World;
+
+/// What is served at first: name, layers, stages.
+pub const DEPLOYMENTS: [(&str, u32, u32); 2] = [("m", 6, 2), ("n", 2, 1)];
 
 /// Puts the machines there.
 pub fn populate(world: &mut World) {
@@ -31,9 +35,13 @@ pub fn populate(world: &mut World) {
         world.coordinators.insert(NodeId::coordinator(number), machine);
     }
     for number in 1..=4 {
-        let worker = Worker { budget: Bytes::mib(420), incarnation: 0, process: None };
-        world.workers.insert(NodeId::worker(number), worker);
+        world.workers.insert(NodeId::worker(number), worker());
     }
+}
+
+/// A machine for a worker.
+pub fn worker() -> Worker {
+    Worker { budget: Bytes::mib(420), incarnation: 0, process: None }
 }
 
 fn hard() -> HardState {
@@ -69,8 +77,7 @@ fn first_state() -> ClusterState {
     let voters: BTreeSet<NodeId> = (1..=3).map(NodeId::coordinator).collect();
     changes.push(Change::Coordinator(CoordinatorCommand::SetVoters { voters }));
     changes.extend((1..=4).map(|_| enrol(Role::Worker)));
-    changes.push(deployment("m", 6, 2));
-    changes.push(deployment("n", 2, 1));
+    changes.extend(DEPLOYMENTS.map(|(name, layers, stages)| deployment(name, layers, stages)));
     for (sequence, change) in (1..).zip(changes) {
         let command = Command {
             client: NodeId::admin(1),
@@ -85,11 +92,18 @@ fn first_state() -> ClusterState {
     state
 }
 
-fn deployment(name: &str, layers: u32, stages: u32) -> Change {
+/// How many layers the model of a deployment has.
+pub fn layers(name: &DeploymentName) -> u32 {
+    let all = DEPLOYMENTS.iter();
+    all.filter(|(of, ..)| *of == name.as_str()).map(|(_, layers, _)| *layers).next().unwrap_or(1)
+}
+
+/// Asks for a deployment.
+pub fn deployment(name: &str, layers: u32, stages: u32) -> Change {
     let spec = PretendSpec {
         layers,
         hidden: 8,
-        vocab: 32,
+        vocab: VOCAB,
         max_context: 256,
         seed: 1,
         layer_step_ns: 0,

@@ -1,57 +1,38 @@
-//! ○ What computes: a head that makes one token after the other, each a hash of all before it, as long
-//! as every stage of its layout is there.
+//! ○ The shell around the real engine (as `head/driver.rs` and `head/intake.rs` are).
 
+use shoal_protocol::activation::Samples;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, NodeId, RequestId, TokenId};
-use shoal_protocol::request::{
-    DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_STOP_TOKEN, TokenHeader,
-};
+use shoal_protocol::id::{Attempt, NodeId, RequestId};
+use shoal_protocol::request::{FailedHeader, Generate, HeadEvent};
+use shoal_protocol::units::Instant;
 use shoal_shard_worker::agent::lifecycle::ShardKey;
+use shoal_shard_worker::engine::{self, Action, ClientKey};
 
-use super::dice::mix;
+use super::model::embed;
+use super::shard::{Client, Frame, Shard};
 use super::wire::{Event, Payload};
 use super::worker::WorkerProcess;
 use super::world::World;
 
-/// One step of all stages.
-const STEP_US: u64 = 8_000;
-
-/// A token of a prompt or of an answer that goes on.
-const PREFILL_US: u64 = 400;
-
-/// An answer at a head.
-pub struct Running {
-    key: ShardKey,
-    from: NodeId,
-    from_life: u64,
-    generate: Generate,
-    fresh: bool,
-}
-
-/// The token after these: what every undisturbed cluster would say.
-pub fn oracle(seed: u64, tokens: &[TokenId]) -> TokenId {
-    let fold = |hash, token: &TokenId| mix(hash ^ u64::from(*token)).wrapping_add(1);
-    tokens.iter().fold(mix(seed), fold) as u32
-}
-
 impl WorkerProcess {
-    /// A coordinator is gone, and with it whoever wanted its answers.
-    pub fn nobody_waits(&mut self, coordinator: NodeId) {
-        self.running.retain(|_, running| running.from != coordinator);
-    }
-
     /// What its heads report.
     pub fn heads(&self) -> Vec<HeadReport> {
-        let heads = self.shards.iter().filter(|(_, shard)| shard.assignment.is_first());
-        let of = |key: &ShardKey| HeadReport {
-            replica: key.replica,
-            generation: key.generation,
-            running: self.running.values().filter(|running| running.key == *key).count() as u32,
-            blocks_total: 100,
-            ..HeadReport::default()
+        let engines = self.shards.values().filter_map(|shard| shard.engine.as_ref());
+        engines.map(|engine| engine.report()).collect()
+    }
+
+    /// The newest head of a replica that takes requests, or else the newest.
+    fn head(&self, generate: &Generate) -> Option<ShardKey> {
+        let heads = || {
+            let mut all = self.shards.iter().rev();
+            all.by_ref()
+                .filter(|(key, shard)| key.replica == generate.replica && shard.engine.is_some())
+                .collect::<Vec<_>>()
         };
-        heads.map(|(key, _)| of(key)).collect()
+        let heads = heads();
+        let open = heads.iter().find(|(_, shard)| shard.refuse.is_none());
+        open.or(heads.first()).map(|(key, _)| **key)
     }
 }
 
@@ -61,77 +42,85 @@ impl World {
         &mut self,
         id: NodeId,
         process: &mut WorkerProcess,
-        (from, from_life): (NodeId, u64),
+        (from, life): (NodeId, u64),
         generate: Generate,
     ) {
-        let shards = process.shards.iter();
-        let mut heads = shards.filter(|(key, shard)| {
-            key.replica == generate.replica && shard.assignment.is_first() && shard.linked
-        });
-        let key = heads.rfind(|(_, shard)| !shard.broken).map(|(key, _)| *key);
-        let (request, attempt) = (generate.request, generate.attempt);
-        let Some(key) = key else {
-            let failed = failed(&generate, ErrorCode::NotReady);
-            return self.send(id, from, from_life, Payload::Head(failed));
+        let key = process.head(&generate);
+        let shard = key.and_then(|key| process.shards.get_mut(&key));
+        let why = shard.as_ref().map_or(Some(ErrorCode::NotReady), |shard| shard.refuse);
+        if let Some(code) = why {
+            return self.send(id, from, life, Payload::Head(failed(&generate, code)));
+        }
+        let (Some(key), Some(shard)) = (key, shard) else { return };
+        let client = ClientKey(self.number());
+        let name = (generate.request, generate.attempt, generate.choice);
+        shard.clients.insert(client, Client { from, life, name });
+        let request = Box::new(generate);
+        self.engine(id, process, key, engine::Event::Submit { key: client, request });
+    }
+
+    /// Nobody wants an answer any more.
+    pub fn cancelled(
+        &mut self,
+        id: NodeId,
+        process: &mut WorkerProcess,
+        name: (RequestId, Attempt, u32),
+    ) {
+        self.cancel_all(id, process, |client| client.name == name);
+    }
+
+    /// A coordinator is gone, and with it whoever wanted its answers.
+    pub fn nobody_waits(&mut self, id: NodeId, process: &mut WorkerProcess, gone: NodeId) {
+        self.cancel_all(id, process, |client| client.from == gone);
+    }
+
+    fn cancel_all(
+        &mut self,
+        id: NodeId,
+        process: &mut WorkerProcess,
+        whose: impl Fn(&Client) -> bool,
+    ) {
+        let of = |(key, shard): (&ShardKey, &Shard)| {
+            let clients = shard.clients.iter().filter(|(_, client)| whose(client));
+            clients.map(|(client, _)| (*key, *client)).collect::<Vec<_>>()
         };
-        let prefill = PREFILL_US * generate.tokens.len() as u64;
-        let running = Running { key, from, from_life, generate, fresh: true };
-        process.running.insert((request, attempt), running);
-        let at = self.now + prefill + STEP_US;
-        self.at(at, Event::Step { at: id, life: process.life, request, attempt });
+        let gone: Vec<_> = process.shards.iter().flat_map(of).collect();
+        for (key, client) in gone {
+            if let Some(shard) = process.shards.get_mut(&key) {
+                shard.clients.remove(&client);
+            }
+            self.engine(id, process, key, engine::Event::Cancel { key: client });
+        }
     }
 
-    /// A head's next step for an answer.
-    pub fn head_step(&mut self, id: NodeId, life: u64, request: RequestId, attempt: Attempt) {
+    /// The last stage has drawn the tokens of a step.
+    pub fn samples(
+        &mut self,
+        id: NodeId,
+        process: &mut WorkerProcess,
+        key: ShardKey,
+        samples: Samples,
+    ) {
+        self.engine(id, process, key, engine::Event::Samples(samples));
+    }
+
+    /// The only stage of a layout has computed a step.
+    pub fn drawn(&mut self, id: NodeId, process: &mut WorkerProcess, key: ShardKey) {
+        let drawn = process.shards.get_mut(&key).and_then(|shard| shard.drawn.pop_front());
+        if let Some(samples) = drawn {
+            self.samples(id, process, key, samples);
+        }
+    }
+
+    /// The engine's deadline has come.
+    pub fn wake(&mut self, id: NodeId, life: u64, key: ShardKey) {
         self.worker(id, life, |world, process| {
-            let Some(running) = process.running.get(&(request, attempt)) else { return };
-            let key = running.key;
-            let slow = world.net.slow.values().copied().max().unwrap_or(1);
-            let next = Event::Step { at: id, life, request, attempt };
-            if !world.ring_is_whole(id, process, key) {
-                return world.at(world.now + 20_000, next);
+            let Some(shard) = process.shards.get_mut(&key) else { return };
+            if shard.wake <= world.now {
+                shard.wake = 0;
+                world.engine(id, process, key, engine::Event::Tick);
             }
-            let Some(running) = process.running.get_mut(&(request, attempt)) else { return };
-            let generate = &mut running.generate;
-            let index = generate.tokens.len() as u32 - generate.prompt_len;
-            if index >= generate.max_tokens {
-                let event = done(generate, index);
-                let (to, their_life) = (running.from, running.from_life);
-                process.running.remove(&(request, attempt));
-                return world.send(id, to, their_life, Payload::Head(event));
-            }
-            let token = oracle(generate.sampling.seed, &generate.tokens);
-            generate.tokens.push(token);
-            let prefill_us = if std::mem::take(&mut running.fresh) { 1_000 } else { 0 };
-            let header = TokenHeader {
-                request: request.0,
-                attempt: attempt.0,
-                choice: generate.choice,
-                index,
-                token,
-                prefill_us,
-                ..TokenHeader::default()
-            };
-            let event = HeadEvent::Token { header, candidates: Vec::new() };
-            let (to, their_life) = (running.from, running.from_life);
-            world.checks.tokens += 1;
-            world.send(id, to, their_life, Payload::Head(event));
-            world.at(world.now + STEP_US * slow, next);
         });
-    }
-
-    /// Whether every stage of a layout can take a step now.
-    fn ring_is_whole(&self, id: NodeId, process: &WorkerProcess, key: ShardKey) -> bool {
-        let Some(shard) = process.shards.get(&key) else { return false };
-        let others = shard.assignment.replica.nodes().filter(|node| *node != id);
-        others.into_iter().all(|node| {
-            let Some((life, _)) = shard.ring.get(&node) else { return false };
-            let there = self.workers.get(&node).and_then(|worker| worker.process.as_ref());
-            let there = there.filter(|process| process.life == *life);
-            let runs = there.and_then(|p| p.shards.get(&key)).is_some_and(|shard| !shard.broken);
-            let cut = self.net.cut.contains(&(id, node)) || self.net.cut.contains(&(node, id));
-            runs && !cut && !self.is_frozen(node)
-        })
     }
 
     /// Ends all answers of a shard with an error.
@@ -140,29 +129,80 @@ impl World {
         id: NodeId,
         process: &mut WorkerProcess,
         key: ShardKey,
-        code: ErrorCode,
+        why: &str,
     ) {
-        let gone: Vec<_> =
-            process.running.iter().filter(|(_, r)| r.key == key).map(|(name, _)| *name).collect();
-        for name in gone {
-            let Some(running) = process.running.remove(&name) else { continue };
-            let failed = failed(&running.generate, code);
-            self.send(id, running.from, running.from_life, Payload::Head(failed));
+        let Some(shard) = process.shards.get_mut(&key) else { return };
+        shard.refuse = Some(ErrorCode::NotReady);
+        let reason = why.to_owned();
+        self.engine(id, process, key, engine::Event::Fault { reason });
+    }
+
+    /// Tells an engine something and does what it wants: first what the stages wait for, then what
+    /// clients hear.
+    fn engine(
+        &mut self,
+        id: NodeId,
+        process: &mut WorkerProcess,
+        key: ShardKey,
+        event: engine::Event,
+    ) {
+        let now = Instant(self.now);
+        let Some(shard) = process.shards.get_mut(&key) else { return };
+        let Some(engine) = &mut shard.engine else { return };
+        engine.handle(now, event);
+        let (mut frames, mut heard, mut fault) = (Vec::new(), Vec::new(), None);
+        while let Some(action) = engine.poll_action() {
+            match action {
+                Action::Open(open) => frames.push(Frame::Open(open)),
+                Action::Close(close) => frames.push(Frame::Close(close)),
+                Action::Issue { step, tokens } => {
+                    let rows = tokens.iter().map(|token| embed(*token)).collect();
+                    frames.push(Frame::Step(step, rows));
+                }
+                Action::Emit { key, event } => heard.push((key, event)),
+                Action::Fault { reason } => fault = Some(reason),
+            }
+        }
+        for frame in frames {
+            self.stage_takes(id, process, key, frame);
+        }
+        for (client, event) in heard {
+            self.emit(id, process, key, client, event);
+        }
+        if let Some(why) = fault {
+            self.frame_misfits(id, key, &why);
+            self.broken(id, process, key, &why);
+        }
+        self.check_engine(id, key, process);
+        let life = process.life;
+        let Some(shard) = process.shards.get_mut(&key) else { return };
+        let preempted = shard.engine.as_ref().map_or(0, |engine| engine.report().preemptions);
+        self.checks.preemptions += preempted - std::mem::replace(&mut shard.preempted, preempted);
+        let due = shard.engine.as_ref().and_then(|engine| engine.next_deadline());
+        if let Some(due) = due
+            && (shard.wake == 0 || due.0 < shard.wake)
+        {
+            shard.wake = due.0.max(self.now);
+            self.at(shard.wake, Event::Wake { at: id, life, key });
         }
     }
-}
 
-fn done(generate: &Generate, tokens: u32) -> HeadEvent {
-    let header = DoneHeader {
-        request: generate.request.0,
-        attempt: generate.attempt.0,
-        choice: generate.choice,
-        reason: FinishReason::Length as u32,
-        tokens,
-        stop_token: NO_STOP_TOKEN,
-        ..DoneHeader::default()
-    };
-    HeadEvent::Done { header, reason: FinishReason::Length }
+    fn emit(
+        &mut self,
+        id: NodeId,
+        process: &mut WorkerProcess,
+        key: ShardKey,
+        client: ClientKey,
+        event: HeadEvent,
+    ) {
+        let Some(shard) = process.shards.get_mut(&key) else { return };
+        let last = !matches!(event, HeadEvent::Token { .. });
+        let to =
+            if last { shard.clients.remove(&client) } else { shard.clients.get(&client).copied() };
+        let Some(to) = to else { return };
+        self.checks.tokens += u64::from(!last);
+        self.send(id, to.from, to.life, Payload::Head(event));
+    }
 }
 
 fn failed(generate: &Generate, code: ErrorCode) -> HeadEvent {

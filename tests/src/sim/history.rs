@@ -3,7 +3,9 @@
 use shoal_coordinator::control::state::{Change, Effect, KeyFingerprint, NodeCommand};
 use shoal_protocol::id::{NodeId, Role};
 
+use super::changes;
 use super::coordinator::{Answered, Process, Purpose};
+use super::invariants::registers::{Ask, Registers, Told};
 use super::wire::{Event, Wish};
 use super::world::World;
 
@@ -12,6 +14,10 @@ use super::world::World;
 pub struct History {
     /// All of them, in the order in which they began.
     pub operations: Vec<Operation>,
+    /// What is wanted of each worker and deployment.
+    pub registers: Registers,
+    /// The calls of the operator: of which register, and the number there.
+    pub calls: Vec<Option<(String, usize)>>,
 }
 
 /// One of them.
@@ -93,11 +99,20 @@ impl World {
                     (Err(_), _) => Outcome::Unknown,
                 };
                 operation.ended = Some((self.now, outcome));
+                let began = operation.began;
+                if let Outcome::Seen(_) = outcome {
+                    for (name, first, value) in changes::wanted(&process.state) {
+                        let registers = &mut self.history.registers;
+                        let call = registers.call(&name, first, Ask::Read, began);
+                        registers.told(&name, call, self.now, Told::Seen(value));
+                    }
+                }
                 self.trace(number as u64);
             }
             Purpose::Proof | Purpose::Adopt => {
                 self.executor_answered(id, process, purpose, &answer);
             }
+            Purpose::Alter(call) => self.altered(call, &answer),
             Purpose::Replace(step) => self.replaced(step, &answer),
             Purpose::Admit(..) | Purpose::Announce => {}
         }

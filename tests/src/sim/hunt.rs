@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Bug, Report, run};
+use super::{Bug, COUNTS, Report, run};
 
 /// What many seeds came to.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ pub struct Catch {
     /// Time that passed here.
     pub took: Duration,
     /// As in `Report`.
-    pub counts: [u64; 9],
+    pub counts: [u64; COUNTS],
     /// The longest of them.
     pub longest: (Duration, u64),
 }

@@ -6,13 +6,14 @@
 //! ```
 //!
 //! Real are: `Voter` with its log, `Proposals` and `Reads`, `ClusterState`, `reconcile` and the
-//! planner, the router, `Recovery` and `Sequence`, `Lifecycle` and `Orders` of the workers, and the
-//! `Detector` of both ends. The shells around them are written anew here, as thin as they can be; so a
-//! mistake in a real shell is not found here, but by the tests with real processes. What computes is a
-//! hash. `docs/decisions/018-the-simulator.md` says what is left out.
+//! planner, the router, `Recovery` and `Sequence`, `Lifecycle` and `Orders` of the workers, their
+//! `Engine`, `StageTable` and sampler, and the `Detector` of both ends. The shells around them are
+//! written anew here, as thin as they can be; so a mistake in a real shell is not found here, but by
+//! the tests with real processes. What computes is a hash with a KV cache. `docs/decisions/018-the-simulator.md` says what is left out.
 
 mod agents;
 mod bug;
+mod changes;
 mod clients;
 mod coordinator;
 mod desk;
@@ -25,7 +26,11 @@ mod head;
 mod history;
 pub mod hunt;
 mod invariants;
+mod model;
 mod net;
+mod ring;
+mod shard;
+mod waits;
 mod wire;
 mod worker;
 mod world;
@@ -37,6 +42,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use world::World;
+
+/// How much is counted of a run.
+pub const COUNTS: usize = 11;
 
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +58,8 @@ pub struct Report {
     /// How much time passed in it.
     pub simulated: Duration,
     /// Events, faults, tokens, attempts that were lost, events of old attempts, reigns, compactions,
-    /// operations, quarantined answers.
-    pub counts: [u64; 9],
+    /// operations, quarantined answers, preemptions, changes by the operator.
+    pub counts: [u64; COUNTS],
 }
 
 /// Runs one seed.
@@ -61,7 +69,7 @@ pub fn run(seed: u64, bug: Option<Bug>) -> Report {
     if let Err(panic) = ended {
         let words = panic.downcast_ref::<&str>().map(|words| (*words).to_owned());
         let words = words.or_else(|| panic.downcast_ref::<String>().cloned());
-        world.violate("cores", format!("a panic: {}", words.unwrap_or_default()));
+        world.core_panicked(&words.unwrap_or_default());
     }
     let checks = &world.checks;
     Report {
@@ -79,6 +87,8 @@ pub fn run(seed: u64, bug: Option<Bug>) -> Report {
             checks.compactions,
             world.history.operations.len() as u64,
             checks.quarantined,
+            checks.preemptions,
+            checks.changes,
         ],
     }
 }

@@ -9,6 +9,7 @@ use shoal_protocol::request::{Generate, HeadEvent};
 use shoal_shard_worker::agent::lifecycle::{LoadId, ShardKey};
 
 use super::faults::Fault;
+use super::shard::Frame;
 
 /// What travels on streams.
 #[derive(Debug)]
@@ -26,9 +27,13 @@ pub enum Payload {
     /// A coordinator asks a head for an answer.
     Generate { from: NodeId, life: u64, generate: Box<Generate> },
     /// Or does not want it any more.
-    Cancel { request: RequestId, attempt: Attempt },
+    Cancel { request: RequestId, attempt: Attempt, choice: u32 },
     /// A head says something of an answer.
     Head(HeadEvent),
+    /// From a stage to the next one, or from the last to the head.
+    Frame { key: ShardKey, frame: Box<Frame> },
+    /// A shard leaves the ring of its layout.
+    Bye { from: NodeId, key: ShardKey },
 }
 
 /// What travels by itself.
@@ -81,8 +86,12 @@ pub enum Event {
     Freed { at: NodeId, life: u64, key: ShardKey },
     /// A shard looks for its neighbours.
     Ring { at: NodeId, life: u64, key: ShardKey },
-    /// A head's next step for an answer.
-    Step { at: NodeId, life: u64, request: RequestId, attempt: Attempt },
+    /// A head's engine is to be woken.
+    Wake { at: NodeId, life: u64, key: ShardKey },
+    /// What the only stage of a layout has drawn.
+    Samples { at: NodeId, life: u64, key: ShardKey },
+    /// A shard that is to end looks whether what runs is out.
+    Leave { at: NodeId, life: u64, key: ShardKey },
     /// Something goes wrong.
     Fault(Fault),
     /// A machine's process is started.
@@ -91,8 +100,12 @@ pub enum Event {
     Calm,
     /// Somebody asks for an answer.
     Ask { client: u64 },
+    /// Somebody goes away.
+    HangUp { client: u64 },
     /// Somebody asks for a change, or reads.
     Operate,
+    /// The operator has an idea.
+    Alter,
     /// The operator goes on with replacing a coordinator.
     Replace,
     /// Is all well again?

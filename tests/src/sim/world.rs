@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use shoal_protocol::id::{DeploymentName, NodeId};
 
 use super::bug::Bug;
-use super::clients::Clients;
+use super::clients::{Client, Clients};
 use super::coordinator::Coordinator;
 use super::dice::{Dice, mix};
 use super::faults::Operator;
@@ -96,13 +96,20 @@ impl World {
         }
         let until = world.dice.range(1_500_000, 5_000_000);
         world.plan_faults(until);
+        if world.dice.one_in(2) {
+            world.at(400_000, Event::Alter);
+        }
         for client in 0..world.dice.range(4, 14) {
             let name = if world.dice.one_in(3) { "n" } else { "m" };
             let Ok(name) = DeploymentName::new(name) else { continue };
-            let (seed, tokens) = (world.dice.bits(), world.dice.range(4, 160) as u32);
-            world.clients.add(client, name, seed, tokens);
+            let wants = Client::draw(&mut world.dice, name);
+            world.clients.by_number.insert(client, wants);
             let when = world.dice.range(0, until);
             world.at(when, Event::Ask { client });
+            if world.dice.one_in(6) {
+                let hangs_up = when + world.dice.range(50_000, 1_500_000);
+                world.at(hangs_up, Event::HangUp { client });
+            }
         }
         world
     }
@@ -128,6 +135,7 @@ impl World {
         }
         if self.finished {
             self.check_history();
+            self.check_registers();
             self.check_once();
         }
     }
@@ -172,14 +180,18 @@ impl World {
                 self.worker(at, life, |_, process| process.left.remove(&key));
             }
             Event::Ring { at, life, key } => self.ring(at, life, key),
-            Event::Step { at, life, request, attempt } => {
-                self.head_step(at, life, request, attempt);
+            Event::Wake { at, life, key } => self.wake(at, life, key),
+            Event::Samples { at, life, key } => {
+                self.worker(at, life, |world, process| world.drawn(at, process, key));
             }
+            Event::Leave { at, life, key } => self.leave_look(at, life, key),
             Event::Fault(fault) => self.fault(fault),
             Event::Start { at } => self.start(at),
             Event::Calm => self.calm_down(),
             Event::Ask { client } => self.client_asks(client),
+            Event::HangUp { client } => self.client_hangs_up(client),
             Event::Operate => self.operate(),
+            Event::Alter => self.alter(),
             Event::Replace => self.replace_coordinator(),
             Event::Check => self.check_healing(),
         }
@@ -230,8 +242,20 @@ impl World {
 
     /// Sends something on a stream to a process.
     pub fn send(&mut self, from: NodeId, to: NodeId, life: u64, payload: Payload) {
+        self.send_later(0, from, to, life, payload);
+    }
+
+    /// The same, in so many microseconds: nothing that is sent meanwhile overtakes it.
+    pub fn send_later(
+        &mut self,
+        later: u64,
+        from: NodeId,
+        to: NodeId,
+        life: u64,
+        payload: Payload,
+    ) {
         let parcel = Parcel { life, payload };
-        let at = self.net.send(self.now, &mut self.dice, (from, to), parcel);
+        let at = self.net.send(self.now + later, &mut self.dice, (from, to), parcel);
         self.at(at, Event::Channel { from, to });
     }
 
@@ -296,7 +320,9 @@ fn machine(event: &Event) -> Option<NodeId> {
         | Event::Loaded { at, .. }
         | Event::Stopped { at, .. }
         | Event::Ring { at, .. }
-        | Event::Step { at, .. } => Some(*at),
+        | Event::Wake { at, .. }
+        | Event::Samples { at, .. }
+        | Event::Leave { at, .. } => Some(*at),
         Event::Datagram { to, .. } | Event::Channel { to, .. } => Some(*to),
         _ => None,
     }
@@ -314,7 +340,7 @@ fn trace_of(event: &Event) -> (u64, u64) {
         Event::Look { .. } | Event::RingLook { .. } => 6,
         Event::Beats { .. } | Event::Connect { .. } | Event::Report { .. } => 7,
         Event::Loaded { .. } | Event::Stopped { .. } | Event::Ring { .. } => 8,
-        Event::Step { .. } => 9,
+        Event::Wake { .. } | Event::Samples { .. } | Event::Leave { .. } => 9,
         Event::Fault(_) => 10,
         _ => 11,
     };

@@ -11,6 +11,9 @@ use super::Checks;
 impl Checks {
     /// A voter has applied everything up to an entry.
     pub fn applied(&mut self, id: NodeId, index: u64, state: &Arc<ClusterState>) {
+        if !self.states.contains_key(&index) {
+            self.layouts_of(state);
+        }
         let known = self.states.entry(index).or_insert_with(|| Arc::clone(state));
         if !Arc::ptr_eq(known, state) && known != state {
             self.violate("committed_stays", format!("{id} has another state behind entry {index}"));

@@ -1,16 +1,32 @@
 //! **After the faults stop everything heals within a bound**: one leader, one state, every deployment
-//! ready at every coordinator, no shard that no layout has, every answer complete, and nothing under
-//! way.
+//! ready at every coordinator, no shard that no layout has, every answer complete, no block held, and
+//! nothing under way.
 
 use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::admin::DeploymentPhase;
+use shoal_protocol::id::ReplicaId;
 
+use crate::sim::changes::astray;
 use crate::sim::wire::Event;
 use crate::sim::world::World;
 
 /// Patience of the cores: 30 s of back-off after many layouts that did not last, 10 s for a shard that
 /// was not told, 10 s for a change that nobody answers.
 const BOUND_US: u64 = 75_000_000;
+
+/// A replica that is not yet where it is to be.
+fn moving(state: &ClusterState) -> Option<String> {
+    if let Some(next) = state.plans.nexts().next() {
+        return Some(format!("{} still moves to {}", next.id, next.generation));
+    }
+    for (name, deployment) in state.deployments.iter() {
+        let asked = |id: &ReplicaId| state.plans.asked(*id) < deployment.asked;
+        if let Some(late) = deployment.replicas.iter().find(|id| asked(id)) {
+            return Some(format!("{late} of {name} is not as was asked for"));
+        }
+    }
+    None
+}
 
 impl World {
     /// Looks whether all is well; ends the run then, or where it has taken too long.
@@ -65,6 +81,9 @@ impl World {
                     return Some(format!("{id} still has {key}"));
                 }
             }
+            if !process.loads.is_empty() {
+                return Some(format!("{id} still holds what {} loads gave", process.loads.len()));
+            }
         }
         None
     }
@@ -80,6 +99,9 @@ impl World {
             let Some(process) = &machine.process else { return Some(format!("{id} is down")) };
             leaders += u32::from(process.standing.leading);
             states.push(&process.state);
+            if let Some(change) = astray(&process.state) {
+                return Some(format!("{id}: the operator still has to ask for {change:?}"));
+            }
             for (name, _) in process.state.deployments.iter() {
                 let served = process.desk.table.deployments.get(name);
                 match served {
@@ -104,9 +126,15 @@ impl World {
         if let Some(ghost) = states.first().and_then(|state| self.ghost(state)) {
             return Some(ghost);
         }
+        if let Some(moving) = states.first().and_then(|state| moving(state)) {
+            return Some(moving);
+        }
         let waiting = self.clients.waiting();
         if waiting > 0 {
             return Some(format!("{waiting} answers are not complete"));
+        }
+        if let Some(held) = self.held_blocks() {
+            return Some(held);
         }
         let open = |operation: &&crate::sim::history::Operation| {
             operation.ended.is_none() && operation.began > self.calm_since

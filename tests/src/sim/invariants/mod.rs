@@ -2,7 +2,10 @@
 //!
 //! The shells report to [`Checks`] what happens; the first thing that must not be ends the run.
 
+mod blocks;
 mod committed_stays;
+mod cores;
+mod disks;
 mod heals;
 mod latest_leader;
 mod linear;
@@ -12,12 +15,16 @@ mod one_leader;
 mod one_plan;
 mod one_voice;
 mod places;
+pub mod registers;
+mod stages;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shoal_coordinator::control::state::{ClusterState, Command};
-use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::id::{Generation, Incarnation, NodeId, ReplicaId};
+use shoal_protocol::plan::ReplicaPlan;
 
 /// Something that must not be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +43,8 @@ pub struct Checks {
     reigns: BTreeMap<u64, NodeId>,
     /// The state behind each entry that was applied.
     states: BTreeMap<u64, Arc<ClusterState>>,
+    /// The layout behind each number that was given.
+    layouts: BTreeMap<(ReplicaId, Generation), ReplicaPlan>,
     offers: BTreeMap<(NodeId, Incarnation, u64), u32>,
     /// Snapshots that took the place of entries.
     pub compactions: u64,
@@ -47,6 +56,10 @@ pub struct Checks {
     pub stale: u64,
     /// Answers that were given up as poisonous.
     pub quarantined: u64,
+    /// Sequences that had to give their blocks back.
+    pub preemptions: u64,
+    /// Changes of what is to be.
+    pub changes: u64,
     /// Tokens that heads made.
     pub tokens: u64,
     /// Things that went wrong.

@@ -2,11 +2,30 @@
 //! worker of its layout runs, or has just run, a shard of exactly this layout, so that the stages fit together; and no
 //! generation ever has two layouts.
 
+use shoal_coordinator::control::state::ClusterState;
 use shoal_protocol::id::NodeId;
 use shoal_shard_worker::agent::lifecycle::ShardKey;
 
+use super::Checks;
 use crate::sim::worker::WorkerProcess;
 use crate::sim::world::World;
+
+impl Checks {
+    /// A state that nobody had before.
+    pub fn layouts_of(&mut self, state: &ClusterState) {
+        let mut wrong = None;
+        for plan in state.plans.all() {
+            let (replica, generation) = (plan.id, plan.generation);
+            let known = self.layouts.entry((replica, generation)).or_insert_with(|| plan.clone());
+            if known != plan {
+                wrong = Some(format!("{replica} {generation} is of two layouts"));
+            }
+        }
+        if let Some(words) = wrong {
+            self.violate("one_plan", words);
+        }
+    }
+}
 
 impl World {
     /// A shard is linked.
