@@ -21,5 +21,5 @@ pub mod node;
 pub mod sample;
 pub mod stage;
 
-pub use config::WorkerConfig;
+pub use config::{Addresses, WorkerConfig};
 pub use node::{DrainHandle, StartError, Worker};

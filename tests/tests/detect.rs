@@ -9,7 +9,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -17,6 +17,7 @@ use shoal_protocol::admin::{ClusterView, DeploymentPhase};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::{Api, Event};
+use shoal_tests::proc::logs::{now_of_day, time_of};
 use shoal_tests::proc::{Admin, Signal, Up, UpOptions, signal};
 use shoal_tests::slow::SLOW;
 
@@ -44,19 +45,6 @@ fn holder(view: &ClusterView, stage: usize) -> Result<(NodeId, u32)> {
     let node = slow.context("a plan")?.stages[stage].shards[0].node;
     let worker = view.workers.iter().find(|w| w.id == node).context("its worker")?;
     Ok((node, worker.pid))
-}
-
-/// Milliseconds since midnight, as a log line begins.
-fn time_of(line: &str) -> Option<f64> {
-    let (_, time) = line.split_once('T')?;
-    let mut parts = time.split_once('Z')?.0.split(':');
-    let mut next = || parts.next()?.parse::<f64>().ok();
-    Some((next()? * 3600.0 + next()? * 60.0 + next()?) * 1000.0)
-}
-
-fn now_of_day() -> Result<f64> {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-    Ok(since.as_secs_f64() * 1000.0 % 86_400_000.0)
 }
 
 /// The lines of all logs.

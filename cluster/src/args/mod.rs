@@ -9,6 +9,7 @@ mod moves;
 mod nearest;
 mod tokens;
 mod values;
+mod worker_addresses;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -33,6 +34,7 @@ use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
+pub use self::worker_addresses::WorkerAddressArgs;
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -296,6 +298,9 @@ pub struct WorkerArgs {
     /// Identity and unpacked models are kept here
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
+    /// Where it listens, and where others find it.
+    #[command(flatten)]
+    pub addresses: WorkerAddressArgs,
     /// A hard budget for weights + KV + activations, such as 600MiB [default: most of the memory
     /// that is free]
     #[arg(long, value_name = "SIZE", value_parser = size)]

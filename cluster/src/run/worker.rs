@@ -22,6 +22,7 @@ pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
     let config = WorkerConfig {
         join,
         token: args.token,
+        addresses: args.addresses.into(),
         data: args.data,
         memory: args.memory,
         threads: args.threads.and_then(|threads| threads.try_into().ok()),

@@ -3,8 +3,10 @@
 mod admin;
 mod binary;
 pub mod cluster;
-mod logs;
+pub mod disk;
+pub mod logs;
 mod process;
+pub mod relay;
 mod up;
 
 pub use admin::Admin;
