@@ -34,8 +34,8 @@ use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
-pub use self::worker_addresses::WorkerAddressArgs;
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
+pub use self::worker_addresses::WorkerAddressArgs;
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 

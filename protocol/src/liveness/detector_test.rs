@@ -269,7 +269,8 @@ fn nobody_is_given_up_in_ten_minutes_of_stalls() {
         let (mut evictions, mut suspicions) = (0, 0);
         for seed in 0..seeds {
             let (fault, end) = (Fault::None, 600_000 * MS);
-            let outcome = run(&Trace { load, fault, fault_at: 0, end, loss: None, before: 0 }, seed);
+            let outcome =
+                run(&Trace { load, fault, fault_at: 0, end, loss: None, before: 0 }, seed);
             evictions += outcome.evictions;
             suspicions += outcome.suspicions;
         }
@@ -310,7 +311,8 @@ fn a_new_link_of_old_processes_knows_its_machines() {
 fn lost_beats_are_no_death() {
     for loss in [0.01, 0.05] {
         let (load, end) = (Load::Vm, 600_000 * MS);
-        let trace = Trace { load, fault: Fault::None, fault_at: 0, end, loss: Some(loss), before: 0 };
+        let trace =
+            Trace { load, fault: Fault::None, fault_at: 0, end, loss: Some(loss), before: 0 };
         let evictions: u32 = (0..5).map(|seed| run(&trace, seed).evictions).sum();
         assert_eq!(evictions, 0, "with a loss of {loss}");
     }

@@ -30,10 +30,8 @@ const LATENESS_STEP: Duration = Duration::from_millis(5);
 
 /// What this process has seen of its own timers, at all of its links: a fact of the process, and so
 /// one for all of them.
-static MACHINE: LazyLock<Machine> = LazyLock::new(|| Machine {
-    origin: std::time::Instant::now(),
-    experience: Mutex::default(),
-});
+static MACHINE: LazyLock<Machine> =
+    LazyLock::new(|| Machine { origin: std::time::Instant::now(), experience: Mutex::default() });
 
 struct Machine {
     origin: std::time::Instant,
@@ -97,7 +95,7 @@ impl std::fmt::Display for Silence {
         let Self { loss, lasted, interval, jitter } = self;
         match loss {
             Loss::Killed => write!(f, "its process is gone: nobody listens at its address")?,
-            Loss::Silent => write!(f, "it is frozen, or its machine or the way to it is gone")?,
+            Loss::Silent => f.write_str(crate::lost::SILENT)?,
         }
         write!(
             f,

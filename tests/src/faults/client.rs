@@ -37,8 +37,7 @@ impl Stream {
     /// Asks for so many tokens.
     pub fn start(url: String, name: &'static str, deployment: usize, tokens: usize) -> Self {
         let (sender, begun) = mpsc::sync_channel(1);
-        let thread =
-            std::thread::spawn(move || follow(&url, (name, deployment), tokens, &sender));
+        let thread = std::thread::spawn(move || follow(&url, (name, deployment), tokens, &sender));
         Self { thread, begun }
     }
 

@@ -118,9 +118,8 @@ impl Noise {
             };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let identity = Arc::new(identity);
-            let endpoint = runtime.block_on(async {
-                Endpoint::bind(([127, 0, 0, 1], 0).into(), identity, &[])
-            })?;
+            let endpoint = runtime
+                .block_on(async { Endpoint::bind(([127, 0, 0, 1], 0).into(), identity, &[]) })?;
             noise.until_stopped(seed, move |dice| {
                 for (alpn, role, targets) in &places {
                     for target in targets {

@@ -248,5 +248,4 @@ impl Trial {
         lines.sort();
         lines.split_off(lines.len().saturating_sub(LAST_WORDS)).join("\n")
     }
-
 }

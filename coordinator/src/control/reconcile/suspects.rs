@@ -79,5 +79,6 @@ impl History {
             observed.workers.contains_key(node) && target.nodes.get(*node).is_some()
         };
         self.suspects.0.retain(|node, _| here(node));
+        self.pairs.retain(here);
     }
 }
