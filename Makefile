@@ -17,10 +17,16 @@ demo: setup-build ## a coordinator and 3 workers on this machine, a question ask
 	cargo build --release --locked --package shoal
 	$$(scripts/target-dir)/release/shoal up --demo --listen 127.0.0.1:$${PORT:-8000}
 
+# The older build takes its dependencies from the tests' own, so it comes behind them; and before they run,
+# so that no test waits for it.
 test: setup-test ## every test
+	$(RUN_TESTS) --no-run
+	@scripts/older.sh > /dev/null
 	$(RUN_TESTS)
 
 test-full: setup-test ## every test, the slow ones too
+	$(RUN_TESTS) --no-run
+	@scripts/older.sh > /dev/null
 	$(RUN_TESTS) $(if $(NEXTEST),--run-ignored all,-- --include-ignored)
 
 verify: setup-build ## read-only: format, lints, hygiene, docs, licences and advisories

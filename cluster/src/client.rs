@@ -169,6 +169,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Refused(_) => "a refusal",
         AdminReply::Access(_) => "another answer about access",
         AdminReply::Change(_) => "a change",
+        AdminReply::Upgrade(_) => "how an upgrade stands",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))
 }

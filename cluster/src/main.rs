@@ -58,6 +58,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Keys { command } => commands::keys::run(command).await,
             Command::Nodes { command } => commands::nodes::run(command).await,
+            Command::Upgrade { command } => commands::upgrade::run(command).await,
             Command::Scale(args) => commands::scale::run(args).await,
             Command::Drain(args) => commands::drain::run(args).await,
             Command::Undrain(args) => commands::drain::undo(args).await,

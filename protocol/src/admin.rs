@@ -13,6 +13,7 @@ use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
 use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan, StagesAsked};
+use crate::upgrade::{UpgradeCall, UpgradeView};
 use crate::version::VersionRange;
 
 /// The largest admin message.
@@ -96,6 +97,8 @@ pub enum AdminCall {
         /// Change nothing, and answer with `Change`.
         dry_run: bool,
     },
+    /// Protocol versions, and the end of an upgrade. Since version 2.
+    Upgrade(UpgradeCall),
 }
 
 /// What the coordinator answers.
@@ -118,6 +121,8 @@ pub enum AdminReply {
     Access(AccessReply),
     /// To a dry run: what would change.
     Change(Box<ChangeView>),
+    /// To `Upgrade`.
+    Upgrade(UpgradeView),
 }
 
 /// The whole cluster, as the answering coordinator sees it.

@@ -11,7 +11,7 @@
 //! whose shape and type follow from the plan: a peer never sends them. The transport (QUIC) has a
 //! checksum, so frames have none.
 
-use crate::version::PROTOCOL_VERSION;
+use crate::version::FRAME_VERSION;
 
 /// Bytes of a frame's prelude.
 pub const PRELUDE_LEN: usize = 8;
@@ -85,23 +85,14 @@ impl Prelude {
     pub fn encode(&self) -> [u8; PRELUDE_LEN] {
         debug_assert!(self.header_len <= HEADER_LEN_MAX && self.body_len <= BODY_LEN_MAX);
         let len = (self.body_len as u32).to_le_bytes();
-        [
-            len[0],
-            len[1],
-            len[2],
-            len[3],
-            self.header_len as u8,
-            self.kind as u8,
-            PROTOCOL_VERSION as u8,
-            0,
-        ]
+        [len[0], len[1], len[2], len[3], self.header_len as u8, self.kind as u8, FRAME_VERSION, 0]
     }
 
     /// Reads the eight bytes and checks each against its bound.
     pub fn decode(bytes: &[u8; PRELUDE_LEN]) -> Result<Self, FrameError> {
         let body_len = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize;
         let header_len = bytes[4] as usize;
-        if u16::from(bytes[6]) != PROTOCOL_VERSION {
+        if bytes[6] != FRAME_VERSION {
             return Err(FrameError::Version { found: bytes[6] });
         }
         let kind =
@@ -127,7 +118,7 @@ impl Prelude {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// The version byte is not ours.
-    #[error("a frame of protocol version {found}; this connection speaks {PROTOCOL_VERSION}")]
+    #[error("a frame of layout {found}; this build reads layout {FRAME_VERSION}")]
     Version {
         /// The byte.
         found: u8,
@@ -301,6 +292,12 @@ mod tests {
             let prelude = Prelude { kind: *kind, header_len: 64, body_len: BODY_LEN_MAX };
             assert_eq!(Prelude::decode(&prelude.encode()), Ok(prelude));
         }
+    }
+
+    #[test]
+    fn a_frame_begins_as_it_did_for_version_1() {
+        let prelude = Prelude { kind: FrameKind::Message, header_len: 3, body_len: 0x0102 };
+        assert_eq!(prelude.encode(), [2, 1, 0, 0, 3, 32, 1, 0]);
     }
 
     #[test]

@@ -27,4 +27,5 @@ pub mod plan;
 pub mod quic;
 pub mod request;
 pub mod units;
+pub mod upgrade;
 pub mod version;

@@ -6,10 +6,23 @@
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol version that this build speaks.
-pub const PROTOCOL_VERSION: u16 = 1;
+///
+/// It grows when a message, a command or a call is added. What is there keeps its shape for ever: new
+/// variants stand at the end of their enums, and are sent only to those who speak the version that has
+/// them (`coordinator::control::state::versions` for commands).
+///
+/// | version | what it added |
+/// |---|---|
+/// | 1 | everything up to commit f403ba0 |
+/// | 2 | who speaks what, in the state |
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;
+
+/// The layout of a frame's first eight bytes, as its seventh says it. It is no protocol version: a frame
+/// looks the same whatever its sender speaks, since the first one comes before anything is negotiated.
+pub const FRAME_VERSION: u8 = 1;
 
 /// An inclusive range of protocol versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -35,6 +35,7 @@ use shoal_protocol::request::{
     SamplingRecord, TokenHeader,
 };
 use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_protocol::upgrade::UpgradeCall;
 use shoal_protocol::version::VersionRange;
 
 const LIMITS: ReplicaLimits = ReplicaLimits {
@@ -259,7 +260,7 @@ fn coordinator_messages() -> [(&'static str, CoordinatorMessage); 6] {
     ]
 }
 
-fn admin_requests() -> [(&'static str, AdminRequest); 5] {
+fn admin_requests() -> [(&'static str, AdminRequest); 7] {
     let request = |call| AdminRequest { versions: VersionRange { min: 1, max: 1 }, call };
     let deploy = AdminCall::Deploy {
         name: DeploymentName::new("demo").unwrap(),
@@ -290,6 +291,12 @@ fn admin_requests() -> [(&'static str, AdminRequest); 5] {
                 force: true,
             })),
         ),
+        // The last call of version 1, and the first of version 2.
+        (
+            "AdminDrain",
+            request(AdminCall::Drain { node: NodeId::worker(2), draining: true, dry_run: false }),
+        ),
+        ("AdminUpgrade", request(AdminCall::Upgrade(UpgradeCall::Finish))),
     ]
 }
 

@@ -8,6 +8,7 @@ mod coordinators;
 mod moves;
 mod nearest;
 mod tokens;
+mod upgrade;
 mod values;
 mod worker_addresses;
 
@@ -34,6 +35,7 @@ use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
+pub use self::upgrade::UpgradeCommand;
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -134,6 +136,12 @@ pub enum Command {
         /// What to do with a rollout.
         #[command(subcommand)]
         command: RolloutCommand,
+    },
+    /// Show how an upgrade of the nodes' builds stands, and complete it
+    Upgrade {
+        /// What to do with the upgrade.
+        #[command(subcommand)]
+        command: UpgradeCommand,
     },
 }
 

@@ -13,6 +13,7 @@ pub mod sse;
 pub mod status;
 pub mod token;
 pub mod undeploy;
+pub mod upgrade;
 
 use shoal_protocol::access::AccessReply;
 use shoal_protocol::admin::{AdminReply, ClusterView};

@@ -4,6 +4,7 @@ pub mod access;
 pub mod json;
 pub mod progress;
 pub mod table;
+pub mod upgrade;
 
 #[cfg(test)]
 mod golden;

@@ -159,6 +159,10 @@ impl AdminServer {
             AdminCall::Access(call) => {
                 Ok(AdminReply::Access(self.access.answer(operator, call).await?))
             }
+            AdminCall::Upgrade(call) => {
+                let view = super::upgrade::answer(&self.store, operator, call);
+                Ok(AdminReply::Upgrade(view.await?))
+            }
             AdminCall::Scale { name, replicas, stages, dry_run } => {
                 let scale = DeploymentCommand::Scale { name, replicas, stages };
                 self.changes().make(operator, Change::Deployment(scale), dry_run).await

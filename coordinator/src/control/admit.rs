@@ -5,6 +5,7 @@
 //! newer than what is on record, is let in while no majority answers, and its number is recorded as
 //! soon as one does. If the log then knows better, the conversation ends.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::control::Register;
@@ -12,7 +13,7 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::version::VersionRange;
 
-use crate::control::state::{Change, NodeCommand, Refusal};
+use crate::control::state::{Change, ClusterState, NodeCommand, Refusal, VersionCommand};
 use crate::control::store::{ControlStore, ProposeError};
 
 /// How long a registration waits for the log: a few elections, and much less than a worker waits for
@@ -25,6 +26,9 @@ const RECORD_RETRY: Duration = Duration::from_secs(1);
 /// The most devices that a worker may name: ten times what a machine holds.
 const DEVICES_MAX: usize = 1024;
 
+/// The version from which on the log has room for what a worker speaks.
+const WITH_VERSIONS: u16 = 2;
+
 /// The version that both will speak.
 pub(super) async fn admit(
     store: &ControlStore,
@@ -34,6 +38,10 @@ pub(super) async fn admit(
     let version = VersionRange::OURS
         .negotiate(register.versions)
         .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+    let needs = store.state().versions.workers();
+    if register.versions.max < needs {
+        return Err(too_old(&format!("{node}"), register.versions, needs));
+    }
     if register.node != node {
         let text = format!("the certificate is {node}'s, the registration {}'s", register.node);
         return Err(WireError::new(ErrorCode::PermissionDenied, text));
@@ -54,7 +62,9 @@ pub(super) async fn admit(
         Some(last) if incarnation == last => return Ok(version),
         _ => {}
     }
-    match tokio::time::timeout(RECORD_PATIENCE, store.propose(start_of(node, register))).await {
+    match tokio::time::timeout(RECORD_PATIENCE, store.propose(start_of(&state, node, register)))
+        .await
+    {
         Ok(Ok(_)) => {}
         Ok(Err(refused @ (ProposeError::Refused(_) | ProposeError::Stopped))) => {
             return Err(refused.into());
@@ -76,32 +86,71 @@ pub(super) async fn admit(
     Ok(version)
 }
 
-/// Sees to it that a start number that `admit` let in is recorded; returns only where the log refuses
-/// it, or has ended.
+/// What somebody hears who is older than what was decided. Known before its certificate is made, or its
+/// registration taken: it is told nothing that it cannot read.
+pub(super) fn too_old(who: &str, speaks: VersionRange, needs: u16) -> WireError {
+    let text = format!(
+        "{who} speaks protocol versions up to {}, and this cluster needs {needs} since its upgrade was \
+         completed: start the newer build on its data folder",
+        speaks.max
+    );
+    WireError::new(ErrorCode::VersionMismatch, text)
+}
+
+/// Sees to it that a start number that `admit` let in is recorded, and what that start speaks, as soon
+/// as there is room for that; returns only where the log refuses it, or has ended.
 pub(super) async fn record(
     store: &ControlStore,
     node: NodeId,
     register: &Register,
 ) -> ProposeError {
+    let is_current = |state: &ClusterState| {
+        let recorded = state.nodes.get(node).and_then(|known| known.incarnation);
+        recorded == Some(register.incarnation)
+    };
+    while !is_current(&store.state()) {
+        if let Some(end) = try_to_record(store, node, register).await {
+            return end;
+        }
+    }
+    let lacks_version = |state: &Arc<ClusterState>| {
+        let spoken = state.versions.spoken(node, register.incarnation);
+        state.versions.log() >= WITH_VERSIONS
+            && is_current(state)
+            && spoken != Some(register.versions.max)
+    };
+    let mut state = store.watch();
     loop {
-        let recorded = store.state().nodes.get(node).and_then(|known| known.incarnation);
-        if recorded == Some(register.incarnation) {
-            return std::future::pending().await;
+        if state.wait_for(lacks_version).await.is_err() {
+            return ProposeError::Stopped;
         }
-        match store.propose(start_of(node, register)).await {
-            Ok(_) => {}
-            Err(end @ (ProposeError::Refused(_) | ProposeError::Stopped)) => return end,
-            Err(error) => tracing::debug!(%node, "its start is not on record yet: {error}"),
+        if let Some(end) = try_to_record(store, node, register).await {
+            return end;
         }
-        tokio::time::sleep(RECORD_RETRY).await;
     }
 }
 
-fn start_of(node: NodeId, register: &Register) -> Change {
-    Change::Node(NodeCommand::Start {
-        node,
-        incarnation: register.incarnation,
-        // It is stored for ever, so it is bounded here.
-        build: register.build.chars().take(64).collect(),
-    })
+async fn try_to_record(
+    store: &ControlStore,
+    node: NodeId,
+    register: &Register,
+) -> Option<ProposeError> {
+    match store.propose(start_of(&store.state(), node, register)).await {
+        Ok(_) => return None,
+        Err(end @ (ProposeError::Refused(_) | ProposeError::Stopped)) => return Some(end),
+        Err(error) => tracing::debug!(%node, "its start is not on record yet: {error}"),
+    }
+    tokio::time::sleep(RECORD_RETRY).await;
+    None
+}
+
+fn start_of(state: &ClusterState, node: NodeId, register: &Register) -> Change {
+    let incarnation = register.incarnation;
+    // It is stored for ever, so it is bounded here.
+    let build = register.build.chars().take(64).collect();
+    if state.versions.log() < WITH_VERSIONS {
+        return Change::Node(NodeCommand::Start { node, incarnation, build });
+    }
+    let protocol = register.versions.max;
+    Change::Version(VersionCommand::Start { node, incarnation, build, protocol })
 }

@@ -368,6 +368,8 @@ impl Agents {
         outbox: mpsc::Sender<CoordinatorMessage>,
     ) -> Option<u64> {
         let Registered { register, coordinators } = registered;
+        self.store.heard().keep(&self.store.state());
+        self.store.heard().note(node, register.incarnation.0, register.versions.max);
         let mut registry = self.lock();
         let session = registry.number();
         let mut report = Report::default();

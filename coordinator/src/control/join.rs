@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::Role;
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
 use shoal_protocol::version::VersionRange;
 use tokio::sync::Semaphore;
 
+use super::admit::too_old;
 use super::authority::Authority;
 use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash};
 use super::store::ControlStore;
@@ -153,6 +155,7 @@ impl JoinServer {
         if !self.store.state().tokens.is_good(&token, Timestamp::of(now)) {
             return Err(Refusal::BadToken.into());
         }
+        self.check_versions(&token, request.versions)?;
         let join = NodeCommand::Join { token, key: KeyFingerprint(key) };
         let effects = self.store.propose(Change::Node(join)).await?;
         let node = effects.iter().find_map(|effect| match effect {
@@ -165,6 +168,20 @@ impl JoinServer {
             ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
         Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate().to_vec() })
+    }
+
+    /// Whoever would be refused when it comes is refused before it has spent its token.
+    fn check_versions(&self, token: &TokenHash, speaks: VersionRange) -> Result<(), WireError> {
+        let state = self.store.state();
+        let role = state.tokens.iter().find(|known| known.hash == *token).map(|token| token.role);
+        let needs = match role {
+            Some(Role::Coordinator) => state.versions.log(),
+            _ => state.versions.workers(),
+        };
+        match speaks.max < needs {
+            true => Err(too_old("the joiner", speaks, needs)),
+            false => Ok(()),
+        }
     }
 
     fn within_rate(&self) -> bool {
@@ -212,7 +229,7 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-    use shoal_protocol::id::{NodeId, Role};
+    use shoal_protocol::id::NodeId;
 
     use super::*;
     use crate::control::state::TokenCommand;

@@ -23,4 +23,5 @@ mod registry;
 pub mod shape;
 pub mod state;
 pub mod store;
+mod upgrade;
 mod voters;

@@ -56,8 +56,8 @@ impl Targets {
         let api = |index| cluster.api(index).trim_start_matches("http://").parse();
         Ok(Self {
             coordinators: (0..COORDINATORS)
-                .map(|index| cluster.cluster_address(index))
-                .collect::<Result<_>>()?,
+                .map(|index| cluster.cluster_address(index).parse())
+                .collect::<Result<_, _>>()?,
             requests: (0..WORKERS).filter_map(|index| cluster.requests_address(index)).collect(),
             activations: view.workers.iter().filter_map(|worker| worker.address).collect(),
             apis: (0..COORDINATORS).map(api).collect::<Result<_, _>>()?,

@@ -53,7 +53,7 @@ pub struct Trial {
 impl Trial {
     pub fn new(scene: Scene) -> Result<Self> {
         let options = Options { relayed: scene == Scene::Relayed, disks: scene == Scene::Direct };
-        let cluster = Cluster::start_with(COORDINATORS, WORKERS, options)?;
+        let cluster = Cluster::start_for(options, COORDINATORS, WORKERS)?;
         for (seed, name) in DEPLOYMENTS.iter().enumerate() {
             let model = PretendSpec {
                 layers: 4,

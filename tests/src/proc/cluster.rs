@@ -23,9 +23,14 @@ pub const START_TIMEOUT: Duration = Duration::from_secs(30);
 const COORDINATORS_AT: u8 = 10;
 const WORKERS_AT: u8 = 100;
 
+/// How long one may take to end: its streams finish first.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A cluster of processes.
 #[derive(Debug)]
 pub struct Cluster {
+    /// What is started from now on.
+    binary: PathBuf,
     coordinators: Vec<Coordinator>,
     workers: Vec<Worker>,
     /// What stands between them, where it can be cut.
@@ -70,13 +75,23 @@ struct Worker {
 impl Cluster {
     /// So many coordinators, all of which vote, and so many workers, all of which are connected to each.
     pub fn start(coordinators: usize, workers: usize) -> Result<Self> {
-        Self::start_with(coordinators, workers, Options::default())
+        Self::begin(super::shoal(), Options::default(), coordinators, workers)
+    }
+
+    /// The same with another build.
+    pub fn start_with(binary: &Path, coordinators: usize, workers: usize) -> Result<Self> {
+        Self::begin(binary, Options::default(), coordinators, workers)
     }
 
     /// The same, with more that can be done to it.
-    pub fn start_with(coordinators: usize, workers: usize, options: Options) -> Result<Self> {
+    pub fn start_for(options: Options, coordinators: usize, workers: usize) -> Result<Self> {
+        Self::begin(super::shoal(), options, coordinators, workers)
+    }
+
+    fn begin(binary: &Path, options: Options, coordinators: usize, workers: usize) -> Result<Self> {
         let network = options.relayed.then(Network::new).transpose()?;
         let mut cluster = Self {
+            binary: binary.to_owned(),
             coordinators: Vec::new(),
             workers: Vec::new(),
             network,
@@ -109,9 +124,26 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Starts another build from now on.
+    pub fn use_binary(&mut self, binary: &Path) {
+        self.binary = binary.to_owned();
+    }
+
+    /// Another coordinator, which joins and does not vote yet; its index.
+    pub fn join_coordinator(&mut self, seen_by: usize) -> Result<usize> {
+        let token = self.token_from(seen_by, Role::Coordinator, 1)?;
+        self.add_coordinator(Some(&token))?;
+        Ok(self.coordinators.len() - 1)
+    }
+
     fn token(&self, role: Role, uses: usize) -> Result<String> {
+        self.token_from(0, role, uses)
+    }
+
+    /// A join token that a coordinator has made.
+    pub fn token_from(&self, index: usize, role: Role, uses: usize) -> Result<String> {
         let call = AdminCall::CreateToken { role, uses: u32::try_from(uses)?, expires_s: 600 };
-        match self.admin(0)?.call(call)? {
+        match self.admin(index)?.call(call)? {
             AdminReply::Token { token } => Ok(token),
             other => bail!("{other:?} where a token was expected"),
         }
@@ -150,7 +182,11 @@ impl Cluster {
 
     fn start_coordinator(&mut self, index: usize, token: Option<&str>) -> Result<()> {
         let limited = self.options.disks;
-        let seed = self.coordinators[0].reached.clone();
+        // The first ones that are there: who founded the cluster may be gone.
+        let runs = |other: &&Coordinator| other.process.is_some();
+        let seeds: Vec<_> =
+            self.coordinators.iter().filter(runs).map(|c| c.reached.clone()).collect();
+        let seeds = seeds.join(",");
         let coordinator = &mut self.coordinators[index];
         let data = coordinator.data.to_string_lossy().into_owned();
         let mut args =
@@ -160,9 +196,9 @@ impl Cluster {
             args.extend(["--advertise", &coordinator.reached]);
         }
         if let Some(token) = token {
-            args.extend(["--join", &seed, "--token", token]);
+            args.extend(["--join", &seeds, "--token", token]);
         }
-        let mut process = spawn(&args, limited)?;
+        let mut process = spawn(&self.binary, &args, limited)?;
         let line: serde_json::Value = serde_json::from_str(&process.line(START_TIMEOUT)?)?;
         coordinator.api = line["api"].as_str().context("an address")?.to_owned();
         coordinator.process = Some(process);
@@ -173,7 +209,9 @@ impl Cluster {
         let index = self.workers.len();
         let data = self.folder.path().join(format!("w{}", index + 1));
         let mut addresses = Vec::new();
-        for name in ["requests", "activations"] {
+        // An older build has no such flags, and nothing is done to its ports.
+        let named = self.options.relayed || self.options.disks;
+        for name in ["requests", "activations"].into_iter().filter(|_| named) {
             let address = self.free_port(WORKERS_AT + index as u8)?;
             addresses.extend([format!("--{name}"), address.to_string()]);
             if self.network.is_some() {
@@ -195,7 +233,7 @@ impl Cluster {
         args.extend(["--memory", "256MiB", "--threads", "1"]);
         args.extend(worker.addresses.iter().map(String::as_str));
         args.extend(token.into_iter().flat_map(|token| ["--token", token]));
-        let mut process = spawn(&args, limited)?;
+        let mut process = spawn(&self.binary, &args, limited)?;
         process.line(START_TIMEOUT)?;
         worker.process = Some(process);
         Ok(())
@@ -228,11 +266,6 @@ impl Cluster {
         Ok((disk.as_ref().context("no disk of its own")?, process.as_ref().map(Process::pid)))
     }
 
-    /// A worker's data folder.
-    pub fn worker_data(&self, index: usize) -> &Path {
-        &self.workers[index].data
-    }
-
     /// A worker's process, where it runs.
     pub fn worker_pid(&self, index: usize) -> Option<u32> {
         self.workers[index].process.as_ref().map(Process::pid)
@@ -247,11 +280,6 @@ impl Cluster {
     pub fn requests_address(&self, index: usize) -> Option<SocketAddr> {
         let flags = &self.workers[index].addresses;
         flags.get(flags.iter().position(|flag| flag == "--requests")? + 1)?.parse().ok()
-    }
-
-    /// A coordinator's cluster address.
-    pub fn cluster_address(&self, index: usize) -> Result<SocketAddr> {
-        Ok(self.coordinators[index].reached.parse()?)
     }
 
     /// What all processes have said on stderr so far, and by whom: also those that have ended.
@@ -332,6 +360,26 @@ impl Cluster {
         self.start_worker(index, None)
     }
 
+    /// Ends a coordinator with SIGTERM, which lets its streams finish; returns when it has.
+    pub fn stop_coordinator(&mut self, index: usize) -> Result<()> {
+        stop(&mut self.coordinators[index].process)
+    }
+
+    /// The same for a worker.
+    pub fn stop_worker(&mut self, index: usize) -> Result<()> {
+        stop(&mut self.workers[index].process)
+    }
+
+    /// A worker's data folder.
+    pub fn worker_data(&self, index: usize) -> &Path {
+        &self.workers[index].data
+    }
+
+    /// Where a coordinator takes the cluster's conversations.
+    pub fn cluster_address(&self, index: usize) -> &str {
+        &self.coordinators[index].cluster
+    }
+
     /// Whether a worker's process is there.
     pub fn worker_runs(&self, index: usize) -> bool {
         self.workers[index].process.is_some()
@@ -339,12 +387,12 @@ impl Cluster {
 }
 
 /// Starts `shoal`. `limited`: its writes may be made to fail, and that must not kill it.
-fn spawn(args: &[&str], limited: bool) -> Result<Process> {
+fn spawn(binary: &Path, args: &[&str], limited: bool) -> Result<Process> {
     if !limited {
-        return Process::shoal(args);
+        return Process::shoal_at(binary, args);
     }
     let mut command = Command::new("sh");
-    command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(super::shoal()).args(args);
+    command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(binary).args(args);
     command.env_remove("SHOAL_CONTEXT").env_remove("SHOAL_TOKEN");
     Process::spawn(command)
 }
@@ -352,6 +400,16 @@ fn spawn(args: &[&str], limited: bool) -> Result<Process> {
 fn keep(said: &mut Vec<(String, String)>, who: String, process: &mut Option<Process>) {
     let lines = process.iter_mut().flat_map(Process::news);
     said.extend(lines.map(|line| (who.clone(), line)));
+}
+
+fn stop(process: &mut Option<Process>) -> Result<()> {
+    let running = process.take().context("it does not run")?;
+    running.signal(Signal::TERM)?;
+    let finished = running.finish(STOP_TIMEOUT)?;
+    match finished.code() {
+        Some(0) => Ok(()),
+        _ => bail!("it did not end well: {finished:?}"),
+    }
 }
 
 fn signal_to(process: &mut Option<Process>, signal: Signal) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
@@ -60,7 +61,15 @@ impl Finished {
 impl Process {
     /// Starts `shoal` with these arguments, with nothing on stdin.
     pub fn shoal<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Result<Self> {
-        let mut command = Command::new(super::shoal());
+        Self::shoal_at(super::shoal(), args)
+    }
+
+    /// The same with another build of it.
+    pub fn shoal_at<A: AsRef<OsStr>>(
+        binary: &Path,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Self> {
+        let mut command = Command::new(binary);
         command.args(args).env_remove("SHOAL_CONTEXT").env_remove("SHOAL_TOKEN");
         Self::spawn(command)
     }

@@ -46,6 +46,20 @@ pub(super) enum GreetError {
     Refused(shoal_protocol::error::WireError),
     #[error("it did not answer within {GREET_TIMEOUT:?}")]
     Late,
+    /// It would not understand what the log holds, and end.
+    #[error(
+        "it speaks protocol version {speaks} and the log needs {needs}: nothing is sent to it before it runs a \
+         newer build"
+    )]
+    TooOld { speaks: u16, needs: u16 },
+}
+
+/// A coordinator that has welcomed this one.
+pub(super) struct Greeted {
+    pub connection: Connection,
+    pub sender: FrameSender,
+    /// The version that both speak: what it speaks, unless that is newer than what this one does.
+    pub version: u16,
 }
 
 impl Peers {
@@ -54,6 +68,8 @@ impl Peers {
         let Ok(number) = u32::try_from(id) else { return };
         let node = NodeId::coordinator(number);
         let mut retry = RETRY_FIRST;
+        // Said once, not with every message that it is spared.
+        let mut said_too_old = false;
         loop {
             outbox.wait().await;
             let greeted = match self.address_of(node) {
@@ -61,14 +77,20 @@ impl Peers {
                 None => Err(GreetError::Unreachable("nobody knows its address".into())),
             };
             match greeted {
-                Ok((connection, sender)) => {
+                Ok(Greeted { connection, sender, .. }) => {
                     tracing::debug!(%node, "connected to the coordinator");
-                    retry = RETRY_FIRST;
+                    (retry, said_too_old) = (RETRY_FIRST, false);
                     self.send_all(id, &outbox, &connection, sender).await;
                     connection.close(close_code::DONE, "");
                 }
                 Err(error) => {
-                    tracing::debug!(%node, "the coordinator cannot be reached: {error}");
+                    match error {
+                        GreetError::TooOld { .. } if !said_too_old => {
+                            tracing::warn!(%node, "{error}");
+                            said_too_old = true;
+                        }
+                        _ => tracing::debug!(%node, "the coordinator cannot be reached: {error}"),
+                    }
                     self.lost(id, outbox.clear()).await;
                     tokio::time::sleep(retry).await;
                     retry = (retry * 2).min(RETRY_MAX);
@@ -121,7 +143,7 @@ impl Peers {
         &self,
         address: SocketAddr,
         expect: Expect,
-    ) -> Result<(Connection, FrameSender), GreetError> {
+    ) -> Result<Greeted, GreetError> {
         let unreachable =
             |error: &dyn std::fmt::Display| GreetError::Unreachable(error.to_string());
         let connection = self.endpoint.connect(address, expect, Alpn::Raft, GREET_TIMEOUT).await;
@@ -134,13 +156,17 @@ impl Peers {
             sent.map_err(|error| unreachable(&error))?;
             let reply = receiver.message(MESSAGE_LEN_MAX).await;
             match reply.map_err(|error| unreachable(&error))? {
-                Some(PeerReply::Welcome { coordinators, .. }) => {
+                Some(PeerReply::Welcome { version, coordinators }) => {
+                    let needs = self.store.state().versions.log();
+                    if version < needs {
+                        return Err(GreetError::TooOld { speaks: version, needs });
+                    }
                     for known in coordinators {
                         if self.address_of(known.node).is_none() {
                             self.saw(known.node, known.cluster);
                         }
                     }
-                    Ok(sender)
+                    Ok((sender, version))
                 }
                 Some(PeerReply::Refused(error)) => Err(GreetError::Refused(error)),
                 Some(PeerReply::CaKey { .. }) | None => {
@@ -149,9 +175,9 @@ impl Peers {
             }
         };
         match timeout(GREET_TIMEOUT, exchange).await.unwrap_or(Err(GreetError::Late)) {
-            Ok(sender) => {
+            Ok((sender, version)) => {
                 self.welcomed.store(true, Ordering::Relaxed);
-                Ok((connection, sender))
+                Ok(Greeted { connection, sender, version })
             }
             Err(error) => {
                 if let GreetError::Refused(refusal) = &error {
@@ -170,8 +196,8 @@ impl Peers {
             let others = state.coordinators.iter().filter(|(node, _)| *node != self.me.node);
             for (node, _) in others {
                 let Some(address) = self.address_of(node) else { continue };
-                if let Ok((connection, _sender)) = self.greet(address, Expect::Node(node)).await {
-                    connection.close(close_code::DONE, "");
+                if let Ok(greeted) = self.greet(address, Expect::Node(node)).await {
+                    greeted.connection.close(close_code::DONE, "");
                     return;
                 }
             }
@@ -200,7 +226,7 @@ impl Peers {
                 return;
             }
             match self.greet(seed, Expect::Role(Role::Coordinator)).await {
-                Ok((connection, _sender)) => {
+                Ok(Greeted { connection, sender: _sender, .. }) => {
                     if let Some(node) = connection.peer() {
                         self.saw(node, seed);
                     }

@@ -11,6 +11,7 @@
 mod carrier;
 mod outbox;
 mod serve;
+mod versions;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -102,6 +103,7 @@ impl Peers {
         let mut tasks = JoinSet::new();
         tasks.spawn(self.clone().announce());
         tasks.spawn(self.clone().present());
+        tasks.spawn(self.clone().agree());
         for seed in seeds {
             tasks.spawn(self.clone().find(seed));
         }

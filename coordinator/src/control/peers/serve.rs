@@ -88,6 +88,16 @@ impl Peers {
             self.saw(node, reachable(hello.cluster, remote));
             return Ok(version);
         }
+        let needs = state.versions.log();
+        if hello.versions.max < needs {
+            // For good: what it may do by itself, from a state that it cannot bring up to date, is harm.
+            let text = format!(
+                "{node} speaks protocol versions up to {}, and what was decided since all coordinators were \
+                 upgraded needs {needs}: start the newer build on its data folder again",
+                hello.versions.max
+            );
+            return Err(WireError::new(ErrorCode::PermissionDenied, text));
+        }
         let unknown = || Refusal::UnknownNode { node };
         let last = state.nodes.get(node).ok_or_else(unknown)?.incarnation;
         let record = state.coordinators.get(node);

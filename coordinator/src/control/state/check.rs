@@ -30,6 +30,8 @@ pub enum Violation {
     NextNotNext(ReplicaId),
     /// A drain of a node that is not there.
     DrainOfNobody(NodeId),
+    /// What a node speaks that is not there.
+    VersionOfNobody(NodeId),
 }
 
 impl fmt::Display for Violation {
@@ -44,6 +46,7 @@ impl fmt::Display for Violation {
             Violation::BadPlan(id, fault) => write!(f, "the plan of {id}: {fault}"),
             Violation::NextNotNext(id) => write!(f, "the next layout of {id} follows none"),
             Violation::DrainOfNobody(node) => write!(f, "{node} is drained and not there"),
+            Violation::VersionOfNobody(node) => write!(f, "{node} speaks and is not there"),
         }
     }
 }
@@ -85,6 +88,8 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
             found.push(Violation::DrainOfNobody(node));
         }
     }
+    let gone = state.versions.recorded().filter(|node| state.nodes.get(*node).is_none());
+    found.extend(gone.map(Violation::VersionOfNobody));
     for plan in state.plans.all() {
         let owner = state.deployments.get(&plan.deployment);
         match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {

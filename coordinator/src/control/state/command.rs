@@ -22,6 +22,12 @@
 //! | [`PlanCommand::Promote`], [`PlanCommand::Abandon`] | the reconciler | the generation is the one that was prepared |
 //! | [`PlanCommand::Confirm`] | the reconciler | the generation is the one that serves |
 //! | [`DrainCommand::Begin`], [`DrainCommand::End`] | an admin | the node is a worker of this cluster |
+//! | [`VersionCommand::Raise`] | the leader, when it has heard all coordinators | those it heard are those there are, and none was started since |
+//! | [`VersionCommand::Start`] | a coordinator, when a worker registers | as `NodeCommand::Start`, and all coordinators speak version 2 |
+//! | [`VersionCommand::Finish`] | an admin | every member speaks the version |
+//!
+//! Besides, each needs that those whom it concerns understand it ([`needs`](super::versions::needs)). A
+//! command keeps its shape for ever; a new one stands at the end of its enum.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -35,7 +41,7 @@ use shoal_protocol::id::{
 
 use super::{
     CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand, PlanCommand,
-    TokenCommand,
+    TokenCommand, VersionCommand, versions,
 };
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
@@ -93,6 +99,8 @@ pub enum Change {
     Key(KeyCommand),
     /// Which workers are to hold nothing.
     Drain(DrainCommand),
+    /// Who speaks which version of the protocol.
+    Version(VersionCommand),
 }
 
 /// What has changed.
@@ -206,6 +214,11 @@ pub enum Effect {
         node: NodeId,
         /// Whether it is to hold nothing.
         draining: bool,
+    },
+    /// All coordinators speak a newer version: the log may hold what it brought.
+    ProtocolRaised {
+        /// The version.
+        to: u16,
     },
 }
 
@@ -366,6 +379,16 @@ pub enum Refusal {
         /// Which.
         node: NodeId,
     },
+    /// Somebody whom it concerns would not understand it.
+    #[error("this needs protocol version {needs}; {}", versions::names(by, *more))]
+    HeldBack {
+        /// The version that all of them must speak.
+        needs: u16,
+        /// Those who do not, or have not said.
+        by: Vec<NodeId>,
+        /// How many more there are.
+        more: u32,
+    },
 }
 
 /// What there can be too many of.
@@ -436,6 +459,7 @@ impl Refusal {
             | Refusal::NotAWorker { .. } => ErrorCode::InvalidRequest,
             Refusal::NameTaken { .. } => ErrorCode::AlreadyExists,
             Refusal::StalePlan { .. } => ErrorCode::StaleGeneration,
+            Refusal::HeldBack { .. } => ErrorCode::VersionMismatch,
             Refusal::UnknownKey { .. } => ErrorCode::NotFound,
             Refusal::KeyNameTaken { .. } | Refusal::KeyUsedBefore => ErrorCode::AlreadyExists,
             Refusal::KeyRevokedBefore { .. }

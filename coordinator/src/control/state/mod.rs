@@ -6,7 +6,7 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`keys`], [`drains`]; this file only dispatches. What is soft (who is connected, load,
+//! [`plans`], [`keys`], [`drains`], [`versions`]; this file only dispatches. What is soft (who is connected, load,
 //! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
 pub mod check;
@@ -19,6 +19,7 @@ pub mod nodes;
 pub mod plans;
 pub mod snapshot;
 pub mod tokens;
+pub mod versions;
 
 use std::collections::BTreeMap;
 
@@ -33,6 +34,7 @@ pub use keys::{ApiKey, KeyCommand, KeyHash, Keys};
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
+pub use versions::{VersionCommand, Versions};
 
 /// Everything that all coordinators agree on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -56,6 +58,10 @@ pub struct ClusterState {
     /// The last command of each client and what it came to, so that a command that is sent twice is
     /// applied once.
     last: BTreeMap<NodeId, Applied>,
+    /// Who speaks which version of the protocol. Not among what a build of version 1 reads: what came
+    /// later stands behind it, each part under a tag of its own (`snapshot`).
+    #[serde(skip)]
+    pub versions: Versions,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,9 +92,14 @@ impl ClusterState {
             }
         }
         let at = self.clock.max(command.at);
-        let result = self.dispatch(command, at);
+        // Looked at again here: whoever proposed it may not have known who had come meanwhile.
+        let result = match self.permits(&command.change) {
+            Ok(()) => self.dispatch(command, at),
+            Err(held_back) => Err(held_back),
+        };
         if result.is_ok() {
             self.clock = at;
+            self.note_needs(&command.change);
         }
         debug_assert_eq!(check::violations(self), Vec::new(), "after {command:?}");
         let applied = Applied {
@@ -140,6 +151,7 @@ impl ClusterState {
             Change::Node(NodeCommand::Remove { node }) => {
                 let effects = self.nodes.remove(*node)?;
                 self.drains.forget(*node);
+                self.versions.forget(*node);
                 Ok(effects)
             }
             Change::Token(TokenCommand::Create { hash, role, uses, expires }) => {
@@ -172,6 +184,7 @@ impl ClusterState {
             }
             Change::Key(KeyCommand::Revoke { name }) => self.keys.revoke(name, at),
             Change::Coordinator(change) => self.change_coordinators(change),
+            Change::Version(command) => self.change_versions(command),
         }
     }
 

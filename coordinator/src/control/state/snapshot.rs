@@ -1,14 +1,27 @@
-//! The state as bytes: `SHOALST` · format byte · BLAKE3 of the rest · postcard.
+//! The state as bytes: `SHOALST` · format byte · BLAKE3 of the rest · postcard [· parts].
 //!
-//! The format byte grows with each change of what is encoded; a build reads its own and older
-//! formats, and refuses a newer one by name.
+//! A build reads its own and older formats, and refuses a newer one by name. Format 2 is what protocol
+//! version 1 wrote; format 3 is the same bytes and behind them what came later, each noun under a tag of
+//! its own. A state that holds nothing of that is written as format 2, so that an older build reads it:
+//! until something new has been decided, an upgrade can be taken back.
+
+use serde::de::DeserializeOwned;
 
 use super::{ClusterState, check};
 
 const MAGIC: &[u8; 7] = b"SHOALST";
 
-/// The format that this build writes.
-pub const FORMAT: u8 = 2;
+/// The newest format that this build writes: where there are parts.
+pub const FORMAT: u8 = 3;
+
+/// What it writes where there are none.
+pub const PLAIN: u8 = 2;
+
+/// The tag of who speaks which version.
+const VERSIONS: u8 = 1;
+
+/// A noun that format 2 has no room for.
+type Part = (u8, Vec<u8>);
 
 /// The oldest format that this build reads: before it there was one coordinator alone.
 const OLDEST: u8 = 2;
@@ -41,6 +54,12 @@ pub enum SnapshotError {
     /// Their checksum does not fit.
     #[error("the snapshot is damaged: its checksum does not match; restore the data folder")]
     Damaged,
+    /// They hold something that this build does not know.
+    #[error("the snapshot has a part with tag {tag}, which this build does not know; upgrade it")]
+    UnknownPart {
+        /// The tag.
+        tag: u8,
+    },
     /// They are sound but make no sense.
     #[error("the snapshot cannot be read: {0}")]
     Unreadable(String),
@@ -48,13 +67,35 @@ pub enum SnapshotError {
 
 /// The state as bytes.
 pub fn encode(state: &ClusterState) -> Result<Vec<u8>, SnapshotError> {
-    let body = postcard::to_stdvec(state).map_err(|e| SnapshotError::Unreadable(e.to_string()))?;
+    let unreadable = |e: postcard::Error| SnapshotError::Unreadable(e.to_string());
+    let mut body = postcard::to_stdvec(state).map_err(unreadable)?;
+    let parts = parts_of(state).map_err(unreadable)?;
+    if !parts.is_empty() {
+        body = postcard::to_extend(&parts, body).map_err(unreadable)?;
+    }
     let mut bytes = Vec::with_capacity(HEADER_LEN + body.len());
     bytes.extend_from_slice(MAGIC);
-    bytes.push(FORMAT);
+    bytes.push(if parts.is_empty() { PLAIN } else { FORMAT });
     bytes.extend_from_slice(blake3::hash(&body).as_bytes());
     bytes.extend_from_slice(&body);
     Ok(bytes)
+}
+
+/// What is to stand behind format 2: nothing of a noun that nobody has used yet.
+fn parts_of(state: &ClusterState) -> Result<Vec<Part>, postcard::Error> {
+    let mut parts = Vec::new();
+    if !state.versions.is_empty() {
+        parts.push((VERSIONS, postcard::to_stdvec(&state.versions)?));
+    }
+    Ok(parts)
+}
+
+fn put(state: &mut ClusterState, (tag, bytes): &Part) -> Result<(), SnapshotError> {
+    match *tag {
+        VERSIONS => state.versions = whole(bytes)?,
+        tag => return Err(SnapshotError::UnknownPart { tag }),
+    }
+    Ok(())
 }
 
 /// The state that these bytes were made from.
@@ -74,10 +115,23 @@ pub fn decode(bytes: &[u8]) -> Result<ClusterState, SnapshotError> {
     if blake3::hash(body).as_bytes()[..] != header[MAGIC.len() + 1..] {
         return Err(SnapshotError::Damaged);
     }
-    let state: ClusterState =
-        postcard::from_bytes(body).map_err(|e| SnapshotError::Unreadable(e.to_string()))?;
+    let (mut state, rest): (ClusterState, _) =
+        postcard::take_from_bytes(body).map_err(|e| SnapshotError::Unreadable(e.to_string()))?;
+    if found > PLAIN {
+        let parts: Vec<Part> = whole(rest)?;
+        parts.iter().try_for_each(|part| put(&mut state, part))?;
+    }
     match check::violations(&state).first() {
         Some(violation) => Err(SnapshotError::Unreadable(violation.to_string())),
         None => Ok(state),
+    }
+}
+
+/// All of the bytes, and nothing but.
+fn whole<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, SnapshotError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        Ok((_, rest)) => Err(SnapshotError::Unreadable(format!("{} bytes too many", rest.len()))),
+        Err(error) => Err(SnapshotError::Unreadable(error.to_string())),
     }
 }

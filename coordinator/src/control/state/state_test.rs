@@ -451,3 +451,74 @@ fn workers_are_drained_and_nobody_else() {
     dialog.say(0, remove, Ok(vec![Effect::NodeRemoved { node: w1 }]));
     assert!(!dialog.state.drains.contains(w1));
 }
+
+/// Every command that version 1 had, with the numbers of its two enums.
+fn version_1() -> Vec<(Change, [u8; 2])> {
+    let (w1, c1, incarnation) = (NodeId::worker(1), C1, Incarnation(3));
+    let (hash, build, replica) = (TokenHash([9; 32]), "0.1.0".to_owned(), ReplicaId(1));
+    let generation = Generation(2);
+    let announce = CoordinatorCommand::Announce {
+        node: c1,
+        incarnation,
+        boot: 77,
+        cluster: "10.0.0.1:4000".parse().unwrap(),
+        build: build.clone(),
+    };
+    let scale =
+        DeploymentCommand::Scale { name: name("a"), replicas: Some(2), stages: StagesAsked::Same };
+    let alice = shoal_protocol::access::KeyName::new("alice").unwrap();
+    let key = KeyCommand::Create {
+        name: alice.clone(),
+        hash: KeyHash::of("secret"),
+        limits: shoal_protocol::access::KeyLimits::default(),
+        expires: Some(Duration::from_secs(60)),
+    };
+    let voters = [c1].into();
+    vec![
+        (enrol(Role::Worker), [0, 0]),
+        (join(1), [0, 1]),
+        (Change::Node(NodeCommand::Start { node: w1, incarnation, build }), [0, 2]),
+        (Change::Node(NodeCommand::Remove { node: w1 }), [0, 3]),
+        (token(1, Role::Worker, 2, Duration::from_secs(60)), [1, 0]),
+        (Change::Token(TokenCommand::Revoke { hash }), [1, 1]),
+        (create("a"), [2, 0]),
+        (Change::Deployment(DeploymentCommand::Remove { name: name("a") }), [2, 1]),
+        (Change::Deployment(scale), [2, 2]),
+        (adopt("a", 1, 1, &[(0, 4, 1)]), [3, 0]),
+        (prepare("a", 1, 2, &[(0, 2, 1), (2, 4, 2)]), [3, 1]),
+        (Change::Plan(PlanCommand::Promote { replica, generation }), [3, 2]),
+        (Change::Plan(PlanCommand::Abandon { replica, generation }), [3, 3]),
+        (Change::Plan(PlanCommand::Confirm { replica, generation, asked: 2 }), [3, 4]),
+        (Change::Coordinator(announce), [4, 0]),
+        (Change::Coordinator(CoordinatorCommand::SetVoters { voters }), [4, 1]),
+        (Change::Coordinator(CoordinatorCommand::KeyReceived { node: c1 }), [4, 2]),
+        (Change::Coordinator(CoordinatorCommand::Remove { node: c1 }), [4, 3]),
+        (Change::Key(key), [5, 0]),
+        (Change::Key(KeyCommand::Revoke { name: alice }), [5, 1]),
+        (Change::Drain(DrainCommand::Begin { node: w1 }), [6, 0]),
+        (Change::Drain(DrainCommand::End { node: w1 }), [6, 1]),
+    ]
+}
+
+/// An older build reads what this one writes as long as it lasts: commands keep their bytes, and what
+/// they come to keeps its numbers.
+#[test]
+fn what_version_1_wrote_is_written_the_same_for_ever() {
+    let mut all = blake3::Hasher::new();
+    for (change, numbers) in version_1() {
+        let bytes = postcard::to_stdvec(&change).unwrap();
+        assert_eq!(bytes[..2], numbers, "{change:?}");
+        assert_eq!(versions::needs(&change), versions::Needs::NOTHING, "{change:?}");
+        all.update(&bytes);
+    }
+    // Of the tree at f403ba0, which is what `scripts/older.sh` builds.
+    assert_eq!(
+        all.finalize().to_hex().as_str(),
+        "7c207a3dc091755d3066f15fc3646c5d55c15f0d3996865258d0ad4ca346fbbe"
+    );
+    // The last ones of version 1: a variant before them would shift them.
+    let node = NodeId::worker(1);
+    let effect = postcard::to_stdvec(&Effect::DrainChanged { node, draining: true }).unwrap();
+    assert_eq!(effect[0], 16);
+    assert_eq!(postcard::to_stdvec(&Refusal::NotAWorker { node }).unwrap()[0], 21);
+}

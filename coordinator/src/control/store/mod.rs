@@ -8,6 +8,7 @@
 //! Everyone else reads immutable copies.
 
 pub mod etcd;
+mod heard;
 mod kind;
 pub mod raft;
 
@@ -18,6 +19,7 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use heard::Heard;
 pub use kind::{OpenError, StoreConfig, StoreOwner, open};
 
 use super::state::{Change, ClusterState, Effect, Refusal};
@@ -39,6 +41,7 @@ pub struct ControlStore {
     state: watch::Receiver<Arc<ClusterState>>,
     standing: watch::Receiver<Standing>,
     members: watch::Receiver<Members>,
+    heard: Heard,
 }
 
 /// Who takes part in the log.
@@ -158,7 +161,11 @@ impl From<ProposeError> for WireError {
 
 impl ControlStore {
     /// Makes a change durable and applies it. When this returns, `state` shows it.
+    ///
+    /// What somebody would not understand whom it concerns does not get as far as the log.
     pub async fn propose(&self, change: Change) -> Result<Vec<Effect>, ProposeError> {
+        let state = self.state();
+        state.permits(&change).map_err(|refusal| self.heard.explain(&state, refusal))?;
         let (reply, answer) = oneshot::channel();
         let under = *self.standing.borrow();
         let exchange = async {
@@ -195,6 +202,11 @@ impl ControlStore {
     /// Who takes part in the log, again on every change.
     pub fn members(&self) -> watch::Receiver<Members> {
         self.members.clone()
+    }
+
+    /// What the other coordinators have been heard to speak.
+    pub fn heard(&self) -> &Heard {
+        &self.heard
     }
 
     /// The state as this coordinator last heard of it.

@@ -33,7 +33,7 @@ use self::keys::Keys;
 pub use self::options::{EtcdConfig, OptionsError, TlsFiles};
 pub use self::voter::Clock;
 use self::voter::{Follow, Voter};
-use super::{ControlStore, Members, Message, PROPOSALS_MAX, Standing};
+use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Standing};
 
 /// Commands that stand in etcd beside the snapshot, at most, while a coordinator leads: half of them
 /// again for a snapshot that fails once.
@@ -151,7 +151,13 @@ fn start(etcd: Etcd, tail: tail::Tail, client: NodeId, clock: Clock) -> (Control
         Box::pin(voter.run(inbox)).await;
         stop.send_replace(true);
     });
-    let store = ControlStore { proposals: proposals.clone(), state, standing, members };
+    let store = ControlStore {
+        proposals: proposals.clone(),
+        state,
+        standing,
+        members,
+        heard: Heard::default(),
+    };
     (store, EtcdStore { proposals, incarnation, voter, election })
 }
 

@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, watch};
 use self::core::{CoreError, Saved, Voter};
 use self::disk::{Disk, DiskError, Opener, Owner};
 use self::shell::{Parts, Shell};
-use super::{ControlStore, Members, Message, PROPOSALS_MAX, Standing};
+use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Standing};
 
 pub use self::core::TICK;
 pub use self::shell::{NetworkEvent, SendMessage};
@@ -136,6 +136,7 @@ fn open_with(
         state,
         standing: watch_standing,
         members: watch_members,
+        heard: Heard::default(),
     };
     Ok((store, RaftStore { proposals, network, incarnation, thread }))
 }

@@ -1,0 +1,158 @@
+//! What may be proposed while builds are mixed, and what a state looks like on the disk before and after.
+
+use shoal_protocol::id::Role;
+
+use super::*;
+use crate::control::state::{Command, KeyFingerprint, Timestamp, snapshot};
+
+const C1: NodeId = NodeId::coordinator(1);
+const C2: NodeId = NodeId::coordinator(2);
+const W1: NodeId = NodeId::worker(1);
+
+struct Cluster {
+    state: ClusterState,
+    sequence: u64,
+}
+
+impl Cluster {
+    /// Two coordinators and a worker, as version 1 has them.
+    fn of_version_1() -> Self {
+        let mut cluster = Self { state: ClusterState::default(), sequence: 0 };
+        for role in [Role::Coordinator, Role::Coordinator, Role::Worker] {
+            let key = KeyFingerprint([7; 32]);
+            cluster.apply(Change::Node(NodeCommand::Enrol { role, key })).unwrap();
+        }
+        cluster.announce(C1, 1, 11);
+        cluster.announce(C2, 1, 12);
+        cluster.apply(start(1)).unwrap();
+        cluster
+    }
+
+    fn apply(&mut self, change: Change) -> Result<Vec<Effect>, Refusal> {
+        self.sequence += 1;
+        let (incarnation, sequence, at) = (Incarnation(1), self.sequence, Timestamp(0));
+        let result = self.state.apply(&Command { client: C1, incarnation, sequence, at, change });
+        let bytes = snapshot::encode(&self.state).unwrap();
+        assert_eq!(snapshot::decode(&bytes).as_ref(), Ok(&self.state), "the snapshot differs");
+        result
+    }
+
+    fn announce(&mut self, node: NodeId, start: u64, boot: u64) {
+        let (incarnation, cluster) = (Incarnation(start), "127.0.0.1:1".parse().unwrap());
+        let build = "0.1.0".to_owned();
+        let announce = CoordinatorCommand::Announce { node, incarnation, boot, cluster, build };
+        self.apply(Change::Coordinator(announce)).unwrap();
+    }
+
+    fn raise(&mut self, to: u16, heard: &[(NodeId, u64)]) -> Result<Vec<Effect>, Refusal> {
+        let heard = heard.iter().copied().collect();
+        self.apply(Change::Version(VersionCommand::Raise { to, heard }))
+    }
+
+    fn format(&self) -> u8 {
+        snapshot::encode(&self.state).unwrap()[7]
+    }
+}
+
+fn start(incarnation: u64) -> Change {
+    let incarnation = Incarnation(incarnation);
+    Change::Node(NodeCommand::Start { node: W1, incarnation, build: "0.1.0".into() })
+}
+
+fn speaks(incarnation: u64, protocol: u16) -> Change {
+    let incarnation = Incarnation(incarnation);
+    let build = "0.2.0".to_owned();
+    Change::Version(VersionCommand::Start { node: W1, incarnation, build, protocol })
+}
+
+#[test]
+fn a_new_command_waits_for_every_coordinator() {
+    let mut cluster = Cluster::of_version_1();
+    assert_eq!(cluster.state.lowest_protocol(), 1);
+    let held = Err(Refusal::HeldBack { needs: 2, by: vec![C1, C2], more: 0 });
+    assert_eq!(cluster.apply(speaks(1, 2)), held, "it reached a log that version 1 reads");
+    assert_eq!(cluster.format(), snapshot::PLAIN);
+    // One that was not heard, one that has been started again since, one that has come since.
+    let held = |node| Err(Refusal::HeldBack { needs: 2, by: vec![node], more: 0 });
+    assert_eq!(cluster.raise(2, &[(C1, 11)]), held(C2));
+    assert_eq!(cluster.raise(2, &[(C1, 10), (C2, 12)]), held(C1));
+    assert_eq!(cluster.raise(2, &[(C1, 11), (C2, 12)]), Ok(vec![Effect::ProtocolRaised { to: 2 }]));
+    assert_eq!(cluster.raise(2, &[]), Ok(vec![]), "it is raised already");
+    assert_eq!(cluster.format(), snapshot::FORMAT);
+    assert_eq!(cluster.state.protocol_of(C2), 2);
+    assert_eq!(cluster.state.lowest_protocol(), 1, "nothing is known of the worker");
+    cluster.apply(speaks(1, 2)).unwrap();
+    assert_eq!(cluster.state.lowest_protocol(), 2);
+}
+
+#[test]
+fn a_worker_that_goes_back_takes_the_version_back_with_it() {
+    let mut cluster = Cluster::of_version_1();
+    cluster.raise(2, &[(C1, 11), (C2, 12)]).unwrap();
+    cluster.apply(speaks(2, 2)).unwrap();
+    assert_eq!(cluster.state.lowest_protocol(), 2);
+    cluster.apply(start(3)).unwrap();
+    assert_eq!(cluster.state.lowest_protocol(), 1, "start 3 has not said what it speaks");
+    assert!(cluster.apply(speaks(2, 2)).is_err(), "an older start spoke for a newer one");
+    // What has never run holds nothing back, and what is gone neither.
+    let (role, key) = (Role::Worker, KeyFingerprint([8; 32]));
+    cluster.apply(Change::Node(NodeCommand::Enrol { role, key })).unwrap();
+    cluster.apply(Change::Node(NodeCommand::Remove { node: W1 })).unwrap();
+    assert_eq!(cluster.state.lowest_protocol(), 2);
+}
+
+#[test]
+fn what_was_decided_for_workers_binds_those_that_come_later() {
+    let mut cluster = Cluster::of_version_1();
+    let finish = || Change::Version(VersionCommand::Finish { to: 2 });
+    let held = |by: &[NodeId]| Err(Refusal::HeldBack { needs: 2, by: by.to_vec(), more: 0 });
+    assert_eq!(cluster.apply(finish()), held(&[C1, C2, W1]));
+    cluster.raise(2, &[(C1, 11), (C2, 12)]).unwrap();
+    assert_eq!(cluster.apply(finish()), held(&[W1]));
+    cluster.apply(speaks(2, 2)).unwrap();
+    assert_eq!(cluster.state.versions.workers(), 1, "coordinators alone see what a worker speaks");
+    for _ in 0..2 {
+        assert_eq!(cluster.apply(finish()), Ok(vec![]));
+        assert_eq!(cluster.state.versions.workers(), 2);
+    }
+}
+
+#[test]
+fn a_refusal_names_those_who_hold_a_change_back() {
+    let check = |by: &[NodeId], expected: &str| {
+        let words = held_back(2, by.to_vec()).to_string();
+        assert!(words.contains(expected), "{words}");
+    };
+    check(&[], "needs protocol version 2; that all speak it is not on record yet");
+    check(&[C2], "version 2; c2 is not known to speak it: upgrade");
+    check(&[C1, W1], "c1 and w1 are not known");
+    let many: Vec<_> = (1..=11).map(NodeId::worker).collect();
+    check(&many, "w7, w8 and 3 more are not known");
+}
+
+/// What commit f403ba0 wrote, byte for byte: a state that holds nothing new is the same on both builds.
+#[test]
+fn a_state_that_holds_nothing_new_is_written_as_version_1_wrote_it() {
+    let cluster = Cluster::of_version_1();
+    let bytes = snapshot::encode(&cluster.state).unwrap();
+    assert_eq!((cluster.format(), bytes.len()), (2, 226));
+    assert_eq!(
+        blake3::hash(&bytes).to_hex().as_str(),
+        "6ad378581f780dddf6352eb487b09bc46156e348a46de3d3979a12c722ee09f0"
+    );
+}
+
+#[test]
+fn a_part_that_this_build_does_not_know_is_refused_by_name() {
+    let mut cluster = Cluster::of_version_1();
+    cluster.raise(2, &[(C1, 11), (C2, 12)]).unwrap();
+    let mut bytes = snapshot::encode(&cluster.state).unwrap();
+    // Its parts: how many, the first one's tag, its length, its bytes.
+    let part = postcard::to_stdvec(&cluster.state.versions).unwrap();
+    let tag = bytes.len() - part.len() - 2;
+    assert_eq!(bytes[tag - 1..=tag], [1, 1]);
+    bytes[tag] = 200;
+    let sum = *blake3::hash(&bytes[40..]).as_bytes();
+    bytes[8..40].copy_from_slice(&sum);
+    assert_eq!(snapshot::decode(&bytes), Err(snapshot::SnapshotError::UnknownPart { tag: 200 }));
+}
