@@ -362,11 +362,13 @@ impl Cluster {
 
     /// Ends a coordinator with SIGTERM, which lets its streams finish; returns when it has.
     pub fn stop_coordinator(&mut self, index: usize) -> Result<()> {
+        self.said();
         stop(&mut self.coordinators[index].process)
     }
 
     /// The same for a worker.
     pub fn stop_worker(&mut self, index: usize) -> Result<()> {
+        self.said();
         stop(&mut self.workers[index].process)
     }
 

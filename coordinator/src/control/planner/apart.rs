@@ -34,38 +34,35 @@ pub(super) fn arrange<'w>(
     apart: &Apart,
 ) -> Option<Vec<&'w Candidate>> {
     let choices: Vec<_> = cuts.iter().map(choices).collect();
-    let mut search = Search { choices, apart, tries: 0 };
+    let mut search = Search { apart, tries: 0 };
     let mut named = Vec::with_capacity(cuts.len());
-    search.rest(&mut named).then_some(named)
+    search.rest(&choices, &mut named).then_some(named)
 }
 
-struct Search<'w, 'a> {
-    choices: Vec<Vec<&'w Candidate>>,
+struct Search<'a> {
     apart: &'a Apart,
     tries: usize,
 }
 
-impl<'w> Search<'w, '_> {
+impl Search<'_> {
     /// Names the workers of the stages behind those that are named.
-    fn rest(&mut self, named: &mut Vec<&'w Candidate>) -> bool {
-        let stage = named.len();
-        if stage == self.choices.len() {
+    fn rest<'w>(&mut self, stages: &[Vec<&'w Candidate>], named: &mut Vec<&'w Candidate>) -> bool {
+        let Some((stage, behind)) = stages.split_first() else {
             let nodes: Vec<_> = named.iter().map(|worker| worker.node).collect();
             return !is_torn(&nodes, self.apart);
-        }
-        for index in 0..self.choices[stage].len() {
+        };
+        for worker in stage {
             self.tries += 1;
             if self.tries > TRIES_MAX {
                 return false;
             }
-            let worker = self.choices[stage][index];
             let taken = named.iter().any(|other| other.node == worker.node);
-            let reached = |last: &&Candidate| !self.apart.contains(&pair(last.node, worker.node));
-            if taken || !named.last().is_none_or(reached) {
+            let last = named.last().map(|last| pair(last.node, worker.node));
+            if taken || last.is_some_and(|pair| self.apart.contains(&pair)) {
                 continue;
             }
             named.push(worker);
-            if self.rest(named) {
+            if self.rest(behind, named) {
                 return true;
             }
             named.pop();
