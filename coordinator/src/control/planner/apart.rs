@@ -51,7 +51,7 @@ impl Search<'_> {
             let nodes: Vec<_> = named.iter().map(|worker| worker.node).collect();
             return !is_torn(&nodes, self.apart);
         };
-        for worker in stage {
+        for &worker in stage {
             self.tries += 1;
             if self.tries > TRIES_MAX {
                 return false;
