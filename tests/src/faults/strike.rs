@@ -8,14 +8,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use shoal_protocol::admin::AdminCall;
 use shoal_protocol::id::Role;
 
 use super::Fault;
-use super::client::pass;
+use super::client::{pass, prompt};
 use super::garbage::{Noise, Targets};
 use super::report::Row;
 use super::trial::{COORDINATORS, DEPLOYMENTS, Trial};
+use crate::api::Api;
 use crate::proc::cluster::START_TIMEOUT;
 use crate::proc::{Cluster, Signal, signal, wait_until_gone};
 
@@ -134,6 +136,9 @@ impl Struck {
             Fault::DamageWorker => {
                 cluster.network()?.damage(Cluster::worker_ip(worker), DAMAGED_ONE_IN);
             }
+        }
+        if fault == Fault::StopServing {
+            row.note(asked_while_it_stops(&trial.cluster.api(coordinator)));
         }
         Ok(())
     }
@@ -266,6 +271,17 @@ fn both_ways(cluster: &Cluster, one: IpAddr, others: impl Iterator<Item = IpAddr
         network.cut(other, one);
     }
     Ok(())
+}
+
+/// What a client hears that asks a coordinator which was told to stop.
+fn asked_while_it_stops(url: &str) -> String {
+    match Api::new(url, DEPLOYMENTS[0]).complete(prompt(), json!({"max_tokens": 1})) {
+        Ok(answer) => {
+            let code = &answer.body["error"]["code"];
+            format!("a new request meanwhile: HTTP {}, code {code}", answer.status)
+        }
+        Err(_) => "a new request meanwhile finds nobody there".to_owned(),
+    }
 }
 
 /// A small change of the state, by way of a coordinator.
