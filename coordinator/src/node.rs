@@ -216,7 +216,6 @@ impl Running {
         let membership = Membership::new(store.clone());
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
-            renew: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
                 access: AccessServer { store: store.clone(), agents: agents.clone() },
                 store: store.clone(),
@@ -292,7 +291,6 @@ struct Servers {
     agents: Agents,
     admin: AdminServer,
     join: JoinServer,
-    renew: JoinServer,
     peers: Peers,
     membership: Membership,
     members: Semaphore,
@@ -341,8 +339,7 @@ impl Servers {
             match connection.alpn() {
                 Alpn::Control => self.agents.serve(conversation).await,
                 Alpn::Admin => self.admin.serve(conversation).await,
-                Alpn::Join => self.join.serve(conversation).await,
-                Alpn::Renew => self.renew.serve(conversation).await,
+                Alpn::Join | Alpn::Renew => self.join.serve(conversation).await,
                 // Not offered, so TLS does not agree on them; or seen to above.
                 Alpn::Requests | Alpn::Activations | Alpn::Raft => {
                     conversation.close(close_code::REFUSED, "a coordinator does not compute");

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register};
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Incarnation, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
@@ -257,20 +258,31 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
     Ok(identity)
 }
 
-/// Joins through the first coordinator that can be reached. Once one has been sent the secret, its
-/// answer counts: another one would say of a token that was just spent that it is not good.
+/// Joins through the first coordinator that can let it in. Once one may have spent the token its answer
+/// counts: another one would say of it that it is not good.
 async fn join_any(addresses: &[SocketAddr], token: &JoinToken) -> Result<Identity, StartError> {
     let mut first = None;
     for address in addresses {
         match join(*address, token, JOIN_TIMEOUT).await {
-            Err(error @ JoinError::Connect(_)) => {
-                tracing::warn!("{error}");
+            Err(error) if is_of_the_coordinator(&error) => {
+                tracing::warn!(%address, "{error}");
                 first.get_or_insert(error);
             }
             result => return Ok(result?),
         }
     }
     Err(first.map_or(StartError::Coordinators(0), StartError::Join))
+}
+
+/// Whether another coordinator may say something else: this one is not there, is full, or does not
+/// hold the CA's key yet, which it finds before it looks at the token.
+fn is_of_the_coordinator(error: &JoinError) -> bool {
+    let busy = [ErrorCode::NotReady, ErrorCode::Overloaded, ErrorCode::Draining];
+    match error {
+        JoinError::Connect(_) => true,
+        JoinError::Refused(refusal) => busy.contains(&refusal.code),
+        JoinError::Endpoint(_) | JoinError::Request(_) | JoinError::Broken { .. } => false,
+    }
 }
 
 /// The number of this start, kept on disk before anybody hears of it.

@@ -7,8 +7,10 @@
 //! ```
 //!
 //! A task of its own reads the session into a bounded queue, and the body reads the queue: the
-//! request's deadline holds also where a client has stopped reading. The body owns the task: a client
-//! that hangs up drops both, and so cancels every answer.
+//! request's deadline holds also where a client has stopped reading. All answers of one head share a
+//! connection and its credit, so what a client does not read must not stay there: it is read on into the
+//! queue, and a client that is a whole queue behind and stands still loses its answer. The body owns the
+//! task: a client that hangs up drops both, and so cancels every answer.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -18,7 +20,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures_util::stream;
 use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::SendError;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinHandle;
 
 use super::openai::Shape;
@@ -27,8 +29,11 @@ use super::session::{Facts, Session, Update};
 /// How long a stream may be silent: proxies cut connections that are, mostly after a minute.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// Events that wait for a slow client; beyond them its answers wait, too. Some 50 KiB.
-const EVENTS_MAX: usize = 256;
+/// Events that wait for a slow client: most whole answers. Some 2 MiB, where a client is that slow.
+const EVENTS_MAX: usize = 8192;
+
+/// How long a client that is so far behind may stand still. Its head's other answers wait as long.
+const STANDSTILL: Duration = Duration::from_secs(2);
 
 /// How long the last event may wait for a slow client once the request's time is up.
 const LAST_EVENT_GRACE: Duration = Duration::from_secs(1);
@@ -37,10 +42,16 @@ const LAST_EVENT_GRACE: Duration = Duration::from_secs(1);
 pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Response {
     let (events, queue) = mpsc::channel(EVENTS_MAX);
     let until = session.deadline + LAST_EVENT_GRACE;
-    let write = write(session, shape, include_usage, events);
+    let request = session.facts.id.clone();
+    let write = write(session, shape, include_usage, Writer { events });
     let task = tokio::spawn(async move {
-        // Too late means that the client does not read: there is nobody to tell.
-        let _ = tokio::time::timeout_at(until, write).await;
+        // Nobody reads any more, so there is nobody else to tell.
+        match tokio::time::timeout_at(until, write).await {
+            Ok(Ok(())) | Ok(Err(Unread::HungUp)) => {}
+            Ok(Err(Unread::StandsStill)) | Err(_) => {
+                tracing::info!(%request, "its client does not read on: its answer is given up");
+            }
+        }
     });
     let reader = Reader { queue, _task: Owned(task) };
     let events = stream::unfold(reader, |mut reader| async move {
@@ -80,13 +91,37 @@ impl Drop for Owned {
     }
 }
 
+/// Why an event could not be written.
+enum Unread {
+    HungUp,
+    StandsStill,
+}
+
+struct Writer {
+    events: mpsc::Sender<Bytes>,
+}
+
+impl Writer {
+    async fn send(&self, event: Bytes) -> Result<(), Unread> {
+        let event = match self.events.try_send(event) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Closed(_)) => return Err(Unread::HungUp),
+            Err(TrySendError::Full(event)) => event,
+        };
+        match tokio::time::timeout(STANDSTILL, self.events.send(event)).await {
+            Ok(sent) => sent.map_err(|_| Unread::HungUp),
+            Err(_) => Err(Unread::StandsStill),
+        }
+    }
+}
+
 /// Writes all events of a session, in order.
 async fn write<S: Shape>(
     mut session: Session,
     mut shape: S,
     include_usage: bool,
-    events: mpsc::Sender<Bytes>,
-) -> Result<(), SendError<Bytes>> {
+    events: Writer,
+) -> Result<(), Unread> {
     for chunk in shape.opening(&session.facts) {
         events.send(event(&chunk)).await?;
     }

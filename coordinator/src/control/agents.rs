@@ -82,6 +82,23 @@ enum SessionEnd {
     Replaced,
 }
 
+/// A probe under way: its place at the worker's link is free again when this is gone.
+struct Asked<'a> {
+    agents: &'a Agents,
+    node: NodeId,
+    number: u64,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let mut registry = self.agents.lock();
+        let link = registry.workers.get_mut(&self.node).and_then(|worker| worker.link.as_mut());
+        if let Some(link) = link {
+            link.probes.remove(&self.number);
+        }
+    }
+}
+
 impl Agents {
     /// Nobody is connected yet.
     pub fn new(store: ControlStore, authority: Authority) -> Self {
@@ -200,12 +217,9 @@ impl Agents {
             link.probes.insert(number, reply);
             number
         };
-        let result = tokio::time::timeout(PROBE_TIMEOUT, answer).await;
-        let mut registry = self.lock();
-        if let Some(link) = registry.workers.get_mut(&node).and_then(|w| w.link.as_mut()) {
-            link.probes.remove(&number);
-        }
-        match result {
+        // Also where whoever asked has hung up and this is dropped.
+        let _asked = Asked { agents: self, node, number };
+        match tokio::time::timeout(PROBE_TIMEOUT, answer).await {
             Ok(answer) => answer.unwrap_or_else(|_| Err(lost())),
             Err(_) => Err(WireError::new(
                 ErrorCode::DeadlineExceeded,

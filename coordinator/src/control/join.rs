@@ -14,11 +14,13 @@ use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
 use shoal_protocol::version::VersionRange;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::admit::too_old;
 use super::authority::Authority;
-use super::state::{Change, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash};
+use super::state::{
+    Change, ClusterState, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash,
+};
 use super::store::ControlStore;
 
 /// How long a whole join may take on this side, the disk included.
@@ -47,26 +49,49 @@ enum Wish {
     Renew(RenewRequest),
 }
 
-/// Lets nodes in, or back in. Each conversation has a server of its own, so that strangers who ask to
-/// join do not use up the rate of nodes that come back.
+/// Lets nodes in, or back in.
 #[derive(Clone, Debug)]
 pub struct JoinServer {
     store: ControlStore,
     authority: Authority,
+    strangers: Gate,
+    /// For whoever signs with a key that is on record, so that strangers use up nothing of nodes that
+    /// come back.
+    known: Gate,
+}
+
+/// How many get in, at once and a second.
+#[derive(Clone, Debug)]
+struct Gate {
     bucket: Arc<Mutex<Bucket>>,
     places: Arc<Semaphore>,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        let bucket = Bucket { tokens: JOINS_BURST, filled: Instant::now() };
+        Self {
+            bucket: Arc::new(Mutex::new(bucket)),
+            places: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
+        }
+    }
+}
+
+impl Gate {
+    fn enter(&self) -> Result<SemaphorePermit<'_>, WireError> {
+        // A panic under the lock leaves two valid numbers.
+        let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bucket.take(Instant::now()) {
+            return Err(overloaded());
+        }
+        self.places.try_acquire().map_err(|_| overloaded())
+    }
 }
 
 impl JoinServer {
     /// A server that issues certificates of this CA.
     pub fn new(store: ControlStore, authority: Authority) -> Self {
-        let bucket = Bucket { tokens: JOINS_BURST, filled: Instant::now() };
-        Self {
-            store,
-            authority,
-            bucket: Arc::new(Mutex::new(bucket)),
-            places: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
-        }
+        Self { store, authority, strangers: Gate::default(), known: Gate::default() }
     }
 
     /// Holds one conversation, to its end.
@@ -106,10 +131,8 @@ impl JoinServer {
     }
 
     async fn answer(&self, wish: Option<Wish>) -> Result<JoinReply, WireError> {
-        if !self.within_rate() {
-            return Err(overloaded());
-        }
-        let _place = self.places.try_acquire().map_err(|_| overloaded())?;
+        let known = matches!(&wish, Some(Wish::Renew(request)) if self.is_on_record(request));
+        let _place = if known { self.known.enter()? } else { self.strangers.enter()? };
         match wish {
             Some(Wish::Join(request)) => self.join(&request, SystemTime::now()).await,
             Some(Wish::Renew(request)) => self.renew(&request, SystemTime::now()).await,
@@ -118,6 +141,13 @@ impl JoinServer {
                 Err(WireError::new(ErrorCode::InvalidRequest, words))
             }
         }
+    }
+
+    /// As far as this copy of the state knows. The request proves that its sender has the key.
+    fn is_on_record(&self, request: &RenewRequest) -> bool {
+        let key = CertificateAuthority::key_of_request(&request.csr).map(KeyFingerprint);
+        let state = self.store.state();
+        state.nodes.get(request.node).is_some_and(|known| key.is_ok_and(|key| known.key == key))
     }
 
     /// A new certificate for the key that is on record, and for no other.
@@ -151,8 +181,10 @@ impl JoinServer {
         })?;
         let token = TokenHash::of(&request.secret);
         let ca = self.authority.required()?;
-        // Nobody without a good token gets as far as the queue of changes.
-        if !self.store.state().tokens.is_good(&token, Timestamp::of(now)) {
+        // Nobody without a good token gets as far as the queue of changes. This copy of the state may
+        // not have heard of a token that was made elsewhere a moment ago.
+        let good = |state: &ClusterState| state.tokens.is_good(&token, Timestamp::of(now));
+        if !good(&self.store.state()) && !good(&*self.store.read().await?) {
             return Err(Refusal::BadToken.into());
         }
         self.check_versions(&token, request.versions)?;
@@ -182,11 +214,6 @@ impl JoinServer {
             true => Err(too_old("the joiner", speaks, needs)),
             false => Ok(()),
         }
-    }
-
-    fn within_rate(&self) -> bool {
-        // A panic under the lock leaves two valid numbers.
-        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now())
     }
 }
 

@@ -52,6 +52,10 @@ impl Pool {
                 .connect(address, Expect::Node(head), Alpn::Requests, CONNECT_DEADLINE)
                 .await?;
             *connection = Some(new.clone());
+            // Whoever is connecting cannot be closed by `keep`, which has then forgotten the slot.
+            if !self.is_current(head, address, &slot) {
+                new.close(close_code::REFUSED, "this node was removed");
+            }
             tokio::spawn(watch_over(head, new.clone()));
             Ok(new)
         };
@@ -62,6 +66,11 @@ impl Pool {
                 deadline: CONNECT_DEADLINE,
             })
         })
+    }
+
+    fn is_current(&self, head: NodeId, address: SocketAddr, slot: &Slot) -> bool {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.get(&(head, address)).is_some_and(|current| Arc::ptr_eq(current, slot))
     }
 
     /// Ends the connections to nodes of which this does not hold.

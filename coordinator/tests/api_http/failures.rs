@@ -134,3 +134,26 @@ async fn a_stop_ends_with_words_what_does_not_finish_in_time() {
     assert_eq!((whole.status, &whole.json()["error"]["code"]), (503, &json!("draining")));
     setup.head.sees(|seen| seen.cancelled == 2).await;
 }
+
+/// All answers of a head share one connection's credit, a hundred KiB where the kernel grants little.
+#[tokio::test]
+async fn a_client_that_reads_nothing_loses_its_answer_and_costs_nobody_else_theirs() {
+    let setup = Setup::new().await;
+    setup.change(|demo| demo.context_max = 1 << 18);
+    let token = setup.text.encode("7", false).expect("plain text")[0];
+    // More than any socket's buffers and the queue hold.
+    let endless = Script { tokens: vec![token; 200_000], pace: Duration::ZERO, end: End::Done(1) };
+    setup.head.set_first([endless]);
+    let greedy = json!({
+        "model": "demo", "prompt": "x", "max_tokens": 200_000, "stream": true,
+        "logprobs": 5, "return_token_ids": true,
+    });
+    let _unread = open(setup.http, COMPLETIONS, &greedy).await;
+    setup.head.sees(|seen| seen.requests.len() == 1).await;
+    setup.says("1 plus 2 is 3.");
+    for _ in 0..20 {
+        let response = post(setup.http, COMPLETIONS, &body(true)).await;
+        assert!(response.events().1, "{}", response.body);
+    }
+    setup.head.sees(|seen| seen.cancelled == 1).await;
+}

@@ -44,6 +44,8 @@ pub(super) enum Health {
     Hopeless {
         /// The worker's words.
         reason: String,
+        /// The worker whose copy of the model it is, where others' may be good.
+        files_at: Option<NodeId>,
     },
 }
 
@@ -176,7 +178,8 @@ fn of_failure(
 ) -> Health {
     let reason = format!("{node}: {error}");
     if cannot_be_mended(error) {
-        return Health::Hopeless { reason };
+        let files_at = (error.code == ErrorCode::BadModel).then_some(node);
+        return Health::Hopeless { reason, files_at };
     }
     if error.code == ErrorCode::WorkerLost {
         let since = *history.unlinked_since.get_or_insert(now);
@@ -196,7 +199,7 @@ fn of_failure(
     Health::NeedsPlan { reason, blame: if innocent { Vec::new() } else { vec![node] } }
 }
 
-/// Whether other workers would say the same: the model or the request is wrong, not the cluster.
+/// Whether the same layout would fail again: the model or the request is wrong, not the cluster.
 fn cannot_be_mended(error: &WireError) -> bool {
     error.code == ErrorCode::VersionMismatch
         || (error.code.fault() == Fault::Caller && error.code != ErrorCode::Cancelled)

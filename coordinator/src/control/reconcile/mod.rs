@@ -36,7 +36,7 @@ use super::shape::ModelShape;
 use super::state::{ClusterState, PlanCommand};
 use patience::Standing;
 pub use preview::{Preview, preview};
-use suspects::Suspects;
+use suspects::{Suspects, Unreadable};
 
 /// How long a coordinator that has just started waits for the workers of a layout before it counts
 /// them as lost. They try again every second, and their shards may still be serving.
@@ -113,6 +113,8 @@ pub struct History {
     pairs: pairs::Pairs,
     /// How fast the workers of the layout are.
     paces: pace::Paces,
+    /// Workers whose copies of the model are not good.
+    unreadable: Unreadable,
     /// The last layout that was counted among them.
     blamed: Generation,
     /// The workers for which a follower's planner last said yes.
@@ -394,6 +396,9 @@ pub fn dry_run(
 #[cfg(test)]
 #[path = "reconcile_test.rs"]
 mod tests;
+
+#[cfg(test)]
+mod files_test;
 
 #[cfg(test)]
 mod gray_test;

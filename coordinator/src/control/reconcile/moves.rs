@@ -78,12 +78,10 @@ impl Round<'_> {
             let reason = format!("{reason}; {why}: a new layout is made in {wait:.1?}");
             return stand(DeploymentPhase::Ready, reason);
         }
-        let wish = Wish {
-            asked: deployment.asked,
-            replicas: deployment.replicas.len(),
-            drained,
-            beside: self.inventory(deployment, plan.id, false),
-        };
+        let mut beside = self.inventory(deployment, plan.id, false);
+        history.unreadable.leave_out(&mut beside);
+        let wish =
+            Wish { asked: deployment.asked, replicas: deployment.replicas.len(), drained, beside };
         if let Some((last, words)) = &history.stuck
             && *last == wish
         {
@@ -98,7 +96,8 @@ impl Round<'_> {
             history.blame(now, Some(plan.generation), &slow);
         }
         let job = self.job(deployment, plan.id);
-        let instead = self.inventory(deployment, plan.id, true);
+        let mut instead = self.inventory(deployment, plan.id, true);
+        history.unreadable.leave_out(&mut instead);
         let ideal = match history.suspects.plan(&instead, &job, now) {
             Ok(ideal) => ideal,
             Err(refusal) => {

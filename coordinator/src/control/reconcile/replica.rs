@@ -47,6 +47,7 @@ impl Round<'_> {
         if let (Health::Ready { .. }, Some(plan)) = (&health, plan) {
             self.look_at_paces(deployment, plan, &mut history);
         }
+        let health = self.or_on_other_files(deployment, replica, health, &mut history);
         let stable = |since| observed.now.since(since) >= STABLE_AFTER;
         if history.current.ready_since.is_some_and(stable) {
             history.failures = 0;
@@ -83,7 +84,7 @@ impl Round<'_> {
                 self.wake(until);
                 stand(DeploymentPhase::Loading, reason)
             }
-            Health::Hopeless { reason } => stand(DeploymentPhase::Failed, reason),
+            Health::Hopeless { reason, .. } => stand(DeploymentPhase::Failed, reason),
             Health::NeedsPlan { reason, .. } if now < history.not_before => {
                 self.wake(history.not_before);
                 let wait = history.not_before.since(now);
@@ -93,6 +94,25 @@ impl Round<'_> {
             Health::NeedsPlan { reason, blame } => {
                 self.plan_anew(deployment, replica, history, reason, &blame)
             }
+        }
+    }
+
+    /// A worker that cannot read the model has said nothing about the copies that others have: they are
+    /// asked before it is hopeless.
+    fn or_on_other_files(
+        &self,
+        deployment: &Deployment,
+        replica: ReplicaId,
+        health: Health,
+        history: &mut History,
+    ) -> Health {
+        let Health::Hopeless { reason, files_at: Some(node) } = health else { return health };
+        history.unreadable.note(node, self.observed);
+        let mut inventory = self.inventory(deployment, replica, true);
+        history.unreadable.leave_out(&mut inventory);
+        match inventory.workers.is_empty() {
+            true => Health::Hopeless { reason, files_at: None },
+            false => Health::NeedsPlan { reason, blame: Vec::new() },
         }
     }
 
@@ -116,7 +136,7 @@ impl Round<'_> {
         match health::of(Some(next), observed, &mut history.next) {
             Health::Ready { reason }
             | Health::NeedsPlan { reason, .. }
-            | Health::Hopeless { reason }
+            | Health::Hopeless { reason, .. }
                 if observed.follows =>
             {
                 Next::Coming(format!("{generation}: {reason}"))
@@ -138,7 +158,12 @@ impl Round<'_> {
                 history.note_failure(observed.now);
                 self.abandon(next, reason)
             }
-            Health::Hopeless { reason } => {
+            Health::Hopeless { reason, files_at: Some(node) } => {
+                history.unreadable.note(node, observed);
+                history.note_failure(observed.now);
+                self.abandon(next, reason)
+            }
+            Health::Hopeless { reason, files_at: None } => {
                 let blame: Vec<NodeId> = next.nodes().collect();
                 // Which of them it was stands in the words; the current layout runs on others.
                 let here: Vec<NodeId> = self.serving_nodes(replica);
@@ -169,11 +194,16 @@ impl Round<'_> {
         reason: String,
         blame: &[NodeId],
     ) -> Stand {
-        let inventory = self.inventory(deployment, replica, true);
+        let mut inventory = self.inventory(deployment, replica, true);
+        // Where it is the files, whoever waits for capacity waits for an operator.
+        let phase = match history.unreadable.leave_out(&mut inventory) {
+            true => DeploymentPhase::Failed,
+            false => DeploymentPhase::Waiting,
+        };
         let waiting = |why: &str| {
             let reason =
                 if reason.is_empty() { why.to_owned() } else { format!("{reason}; {why}") };
-            stand(DeploymentPhase::Waiting, reason)
+            stand(phase, reason)
         };
         // The planner is a function, so it would say the same again.
         if let Some((refused, why)) = &history.refused
@@ -288,7 +318,7 @@ fn with_next(health: Health, coming: &str) -> Stand {
         }
         Health::Loading { reason, .. }
         | Health::Awaiting { reason, .. }
-        | Health::Hopeless { reason }
+        | Health::Hopeless { reason, .. }
         | Health::NeedsPlan { reason, .. } => {
             stand(DeploymentPhase::Loading, format!("{reason}; moving: {coming}"))
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use shoal_protocol::id::{Generation, NodeId};
+use shoal_protocol::id::{Generation, Incarnation, NodeId};
 use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::Instant;
 
@@ -58,6 +58,28 @@ impl Suspects {
     }
 }
 
+/// Workers that cannot read the model as it was deployed, with the start at which they said so: their
+/// files are damaged, or are those of another model. Whoever was started again may have better ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Unreadable(BTreeMap<NodeId, Incarnation>);
+
+impl Unreadable {
+    pub(super) fn note(&mut self, node: NodeId, observed: &Observed) {
+        self.0.insert(node, start_of(node, observed));
+    }
+
+    /// Takes them out of what the planner may use; `true` where there was one.
+    pub(super) fn leave_out(&self, inventory: &mut Inventory) -> bool {
+        let before = inventory.workers.len();
+        inventory.workers.retain(|worker| !self.0.contains_key(&worker.node));
+        inventory.workers.len() < before
+    }
+}
+
+fn start_of(node: NodeId, observed: &Observed) -> Incarnation {
+    observed.workers.get(&node).map(|worker| worker.register.incarnation).unwrap_or_default()
+}
+
 impl History {
     /// A layout has not lasted: the next one has to wait a little, longer each time.
     pub(super) fn note_failure(&mut self, now: Instant) {
@@ -79,6 +101,7 @@ impl History {
             observed.workers.contains_key(node) && target.nodes.get(*node).is_some()
         };
         self.suspects.0.retain(|node, _| here(node));
+        self.unreadable.0.retain(|node, start| here(node) && start_of(*node, observed) == *start);
         self.pairs.retain(here);
     }
 }
