@@ -58,8 +58,6 @@ struct Pace {
     from: Option<(Instant, u64, u64)>,
     /// Microseconds for a byte, in the last window that said something.
     last: Option<f64>,
-    /// How many times slower than the fastest other one it was then.
-    factor: f64,
     /// Windows in a row in which it was slow.
     slow: u32,
 }
@@ -111,10 +109,10 @@ impl Paces {
         if fastest <= 0.0 {
             return;
         }
-        pace.factor = own / fastest;
-        if pace.factor >= SLOW_FACTOR {
+        let factor = own / fastest;
+        if factor >= SLOW_FACTOR {
             pace.slow = pace.slow.saturating_add(1);
-        } else if pace.factor < FAST_FACTOR {
+        } else if factor < FAST_FACTOR {
             pace.slow = 0;
         }
     }
@@ -123,11 +121,6 @@ impl Paces {
     pub fn slow(&self, windows: u32) -> Vec<NodeId> {
         let slow = self.of.iter().filter(|(_, pace)| pace.slow >= windows);
         slow.map(|(node, _)| *node).collect()
-    }
-
-    /// How many times slower than the fastest other one a worker was last.
-    pub fn factor(&self, node: NodeId) -> f64 {
-        self.of.get(&node).map_or(1.0, |pace| pace.factor)
     }
 
     /// Whether layers may move because of this now.
@@ -202,7 +195,6 @@ mod tests {
         assert_eq!(machines.run(9, 100, [5000, 1000]).slow(LASTING), []);
         assert_eq!(machines.paces.slow(NOTICED), [NodeId::worker(1)]);
         assert_eq!(machines.run(1, 100, [5000, 1000]).slow(LASTING), [NodeId::worker(1)]);
-        assert!((machines.paces.factor(NodeId::worker(1)) - 10.0).abs() < 0.01);
     }
 
     #[test]
