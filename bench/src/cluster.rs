@@ -3,18 +3,13 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
-use shoal_protocol::admin::{
-    AdminCall, AdminReply, AdminRequest, DeploymentPhase, DeploymentView, MESSAGE_LEN_MAX,
-};
-use shoal_protocol::id::{DeploymentName, Role};
-use shoal_protocol::plan::{ModelSource, PretendSpec};
-use shoal_protocol::quic::{AdminContext, Alpn, Endpoint, Expect};
-use shoal_protocol::version::VersionRange;
+use shoal_protocol::plan::PretendSpec;
+
+use crate::admin::Admin;
 
 /// How long a cluster may take to be ready: a model of a few GiB from a cold disk.
 const READY_TIMEOUT: Duration = Duration::from_secs(180);
@@ -24,9 +19,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long a cluster may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// How long the admin API may take to answer, and a deployment without weights to be ready.
-const ADMIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A running `shoal up`. Stopped when dropped.
 #[derive(Debug)]
@@ -147,44 +139,7 @@ impl Cluster {
 
     /// Serves a model whose time is modelled, and talks to that one from now on.
     pub fn deploy_pretend(&mut self, name: &str, spec: PretendSpec, stages: u32) -> Result<()> {
-        let deployment = DeploymentName::new(name)?;
-        let call = AdminCall::Deploy {
-            name: deployment.clone(),
-            source: ModelSource::Pretend(spec),
-            stages: Some(stages),
-            precision: None,
-            replicas: 1,
-        };
-        let context = AdminContext::load(Path::new(&self.context()))?.context("no context file")?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let deployed = async {
-            let any = ([127, 0, 0, 1], 0).into();
-            let endpoint = Endpoint::bind(any, Arc::new(context.identity), &[])?;
-            let expect = Expect::Role(Role::Coordinator);
-            let connection =
-                endpoint.connect(context.address, expect, Alpn::Admin, ADMIN_TIMEOUT).await?;
-            for call in [call, AdminCall::Watch] {
-                let (mut sender, mut receiver) = connection.open_bi().await?;
-                let request = AdminRequest { versions: VersionRange::OURS, call };
-                sender.send_message(&request, MESSAGE_LEN_MAX).await?;
-                sender.finish();
-                while let Some(reply) = receiver.message(MESSAGE_LEN_MAX).await? {
-                    match reply {
-                        AdminReply::Refused(error) => bail!("{name} is refused: {error}"),
-                        AdminReply::Status(view) => {
-                            let mut all = view.deployments.iter();
-                            let ready = |d: &DeploymentView| d.phase == DeploymentPhase::Ready;
-                            if all.any(|d| d.name == deployment && ready(d)) {
-                                return Ok(());
-                            }
-                        }
-                        _ => {}
-                    }
-                }
-            }
-            bail!("the coordinator ended the watch before {name} was ready")
-        };
-        runtime.block_on(async { tokio::time::timeout(ADMIN_TIMEOUT, deployed).await? })?;
+        Admin::open(Path::new(&self.context()))?.deploy(name, spec, stages, 1)?;
         self.model = name.to_owned();
         Ok(())
     }

@@ -7,21 +7,36 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [micro|split|route|election|all] [--pairs N=7] [--models DIR] [--out FILE]
-  micro   frames, a hop, the engine, the planner
-  split   real clusters on loopback: split against unsplit, loading
-  route   the router: a simulated bad replica under each policy; the time of a pick
-  election  how long three coordinators are without a leader when theirs dies
-  all     micro and split; the default
+usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FILE]
+  all       micro and split; the default
+  micro     frames, a hop, beats, the engine, the planner
+  split     real clusters on loopback: split against unsplit, loading
+  control   those below, all in nine minutes
+  leader    kill -9 of the leader: until another leads, and the gaps of streams meanwhile
+  election  the same without processes: three voters in this one, whose messages are lost
+  detect    kill -9 and SIGSTOP of workers: until they are given up
+  gray      a replica four times slower on real processes, under two policies
+  route     the same in the simulator, under each policy; the time of a pick
+  serve     what the coordinator adds to a request, and its processor time
   --pairs   pairs of runs of each comparison, taken in turn
+  --trials  faults of each kind
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
+
+/// Whole groups.
+const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
+
+/// Those of the control plane that run in this process.
+const WITHIN: [&str; 2] = ["route", "election"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
     let mut out: Option<PathBuf> = None;
-    let mut settings =
-        scenarios::Settings { pairs: 7, models: std::env::temp_dir().join("shoal-bench-models") };
+    let mut settings = scenarios::Settings {
+        pairs: 7,
+        trials: 30,
+        models: std::env::temp_dir().join("shoal-bench-models"),
+    };
     let mut args = std::env::args().skip(1).peekable();
     if args.peek().is_some_and(|arg| arg == "--help" || arg == "-h") {
         println!("{USAGE}");
@@ -30,7 +45,8 @@ fn main() -> Result<()> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
-            "micro" | "split" | "route" | "election" | "all" => what = arg,
+            _ if is_known(&arg) => what = arg,
+            "--trials" => settings.trials = value()?.parse().context("--trials takes a number")?,
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--out" => out = Some(value()?.into()),
@@ -38,23 +54,38 @@ fn main() -> Result<()> {
         }
     }
     let mut report = Report::default();
-    if what == "route" {
-        micro::route::run(&mut report)?;
-    }
-    if what == "election" {
-        micro::election::run(&mut report)?;
-    }
     if what == "split" || what == "all" {
         scenarios::run(&settings, &mut report)?;
     }
     if what == "micro" || what == "all" {
         micro::run(&mut report)?;
     }
-    let text = report.markdown();
+    for (name, run) in scenarios::CONTROL {
+        if what == name || what == "control" {
+            report.sections.push(run(&settings)?);
+        }
+    }
+    if what == "election" || what == "control" {
+        micro::election::run(&mut report)?;
+    }
+    if what == "route" || what == "control" {
+        micro::route::run(&mut report)?;
+    }
+    let by = match what.as_str() {
+        "all" => "make bench".to_owned(),
+        "control" => "make bench-control".to_owned(),
+        _ => format!("shoal-bench {what}"),
+    };
+    let text = report.markdown(&by);
     match out {
         Some(path) => std::fs::write(&path, text)
             .with_context(|| format!("cannot write {}", path.display()))?,
         None => println!("{text}"),
     }
     Ok(())
+}
+
+fn is_known(what: &str) -> bool {
+    let mut control = scenarios::CONTROL.iter().map(|(name, _)| name);
+    GROUPS.contains(&what) || WITHIN.contains(&what) || control.any(|name| *name == what)
 }

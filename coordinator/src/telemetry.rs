@@ -15,10 +15,14 @@ use shoal_protocol::error::ErrorCode;
 use crate::router::Standing;
 use crate::serving::ServingTable;
 use resumes::Resumes;
+use way::Way;
 
 mod reported;
 mod resumes;
 mod routing;
+mod way;
+
+pub use way::Part;
 
 /// The metrics of one coordinator.
 #[derive(Debug)]
@@ -38,6 +42,7 @@ pub struct Telemetry {
     answers_failed: IntCounterVec,
     http_requests: IntCounterVec,
     resumes: Resumes,
+    way: Way,
 }
 
 /// Bounds of latencies up to the first token and of waits, in seconds: vLLM's.
@@ -144,6 +149,7 @@ impl Telemetry {
                 &["route", "status", "reason"],
             )?,
             resumes: Resumes::new(&registry)?,
+            way: Way::new(&registry)?,
             sequences_open,
             registry,
         }))

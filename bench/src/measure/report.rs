@@ -72,6 +72,18 @@ impl Section {
         self.push(Row { what: what.into(), seen: seen.into(), goal, met });
     }
 
+    /// Adds a figure with a goal that is more than a number.
+    pub fn judged(
+        &mut self,
+        what: impl Into<String>,
+        seen: impl Into<String>,
+        goal: impl Into<String>,
+        met: bool,
+    ) {
+        let (what, seen, goal) = (what.into(), seen.into(), goal.into());
+        self.push(Row { what, seen, goal, met: Some(met) });
+    }
+
     fn push(&mut self, row: Row) {
         let met = match row.met {
             None => "",
@@ -91,10 +103,10 @@ pub struct Report {
 }
 
 impl Report {
-    /// The report as Markdown.
-    pub fn markdown(&self) -> String {
-        let mut out = String::from(
-            "# Results\n\nWritten by `make bench`. Medians with [min-max]; ratios are medians of pairs taken in turn\n\
+    /// The report as Markdown, with the command that wrote it.
+    pub fn markdown(&self, by: &str) -> String {
+        let mut out = format!(
+            "# Results\n\nWritten by `{by}`. Medians with [min-max]; ratios are medians of pairs taken in turn\n\
              (A B A B …) in one run. The machine was measured just before each table.\n",
         );
         for section in &self.sections {

@@ -12,6 +12,22 @@ impl Series {
         self.0.push(value);
     }
 
+    /// Adds all figures of another.
+    pub fn extend(&mut self, more: impl IntoIterator<Item = f64>) {
+        self.0.extend(more);
+    }
+
+    /// `median / p99 / worst`, with three significant digits.
+    pub fn tail(&self) -> String {
+        let of = |q| significant(self.quantile(q));
+        format!("{} / {} / {}", of(0.5), of(0.99), of(1.0))
+    }
+
+    /// The figures in the order in which they were taken.
+    pub fn iter(&self) -> impl Iterator<Item = f64> + '_ {
+        self.0.iter().copied()
+    }
+
     /// How many figures.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -87,6 +103,7 @@ mod tests {
         assert_eq!(a.over(&b).median(), 1.5);
         assert_eq!(a.quantile(1.0), 10.0);
         assert_eq!(a.to_string(), "2.50 [1.00-10.0]");
+        assert_eq!(a.tail(), "2.50 / 9.79 / 10.0");
         assert!(Series::default().median().is_nan());
     }
 }

@@ -5,16 +5,23 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::measure::Report;
+use crate::measure::report::Section;
 
 mod decode;
+mod detect;
+mod gray;
+mod leader;
 mod load;
 mod pipeline;
+mod serve;
 
 /// What a run of the scenarios may take.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Pairs of runs of each comparison.
     pub pairs: usize,
+    /// Faults of each kind.
+    pub trials: usize,
     /// Where random models are written and kept.
     pub models: PathBuf,
 }
@@ -26,3 +33,10 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     report.sections.push(load::run(settings)?);
     Ok(())
 }
+
+/// A measurement of the control plane.
+pub type Control = fn(&Settings) -> Result<Section>;
+
+/// Those of the control plane: what faults, gray failures and the coordinator itself cost, by name.
+pub const CONTROL: [(&str, Control); 4] =
+    [("leader", leader::run), ("detect", detect::run), ("gray", gray::run), ("serve", serve::run)];

@@ -26,6 +26,7 @@ use crate::dispatch::Sequence;
 use crate::recovery::{LastingAnswer, RecoveryError};
 use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
+use crate::telemetry::Part;
 
 /// How long a stream waits for its first token before it begins: a failure in that time still gets a
 /// status of its own.
@@ -97,6 +98,7 @@ async fn begin(
     arrived: Instant,
 ) -> Result<Session, ApiError> {
     let table = table_that_serves(context, &request.model).await;
+    let checked = Instant::now();
     let deployment = router::find(&table, &request.model)?;
     let model = model_facts(context, &table, deployment).await?;
     let text = model.text.clone();
@@ -109,12 +111,15 @@ async fn begin(
     // Tokenising a long prompt takes time in which the layout may have changed.
     let table = table_that_serves(context, &request.model).await;
     let deployment = router::find(&table, &request.model)?;
+    let prepared_at = Instant::now();
     let places = places(context, &table, deployment, request, &prepared)?;
+    context.telemetry.went(Part::Route, prepared_at.elapsed());
     let mut metrics = context.telemetry.request(&request.model, arrived, places.len());
     let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
     let id_of = RequestId(id);
     let answers = start(context, deployment, places, &prepared, id_of, deadline).await;
     let answers = answers.inspect_err(|error| metrics.failed(error.code()))?;
+    context.telemetry.went(Part::Dispatch, checked.elapsed());
     let facts = Facts {
         id: match endpoint {
             Endpoint::Chat => format!("chatcmpl-{id:016x}"),

@@ -404,6 +404,7 @@ impl Agents {
             %node,
             incarnation = %register.incarnation,
             address = %register.activations,
+            requests = %register.requests,
             "worker registered"
         );
         let (connection, pulse) = (connection.clone(), Arc::clone(pulse));

@@ -75,8 +75,8 @@ pub struct Book {
     pub load: u32,
     /// The most sequences that it runs, where a report showed that others waited.
     pub room: Option<u32>,
-    /// The share of its KV blocks in use, 0 to 1.
-    pub kv_usage: f64,
+    /// How near it is to the end of its KV blocks: `k/(1-k)` of the share `k` in use, 99 at most.
+    pub kv_pressure: f64,
     /// Prompt tokens that were sent and of which no first token came yet.
     pub prompt_ahead: u64,
     /// When we last heard of an open sequence, or began to wait for the first.
@@ -116,7 +116,7 @@ impl Book {
             open: 0,
             load: 0,
             room: None,
-            kv_usage: 0.0,
+            kv_pressure: 0.0,
             prompt_ahead: 0,
             heard: now,
             speed: Speed::default(),
@@ -149,7 +149,9 @@ impl Book {
             self.sent = 0;
             self.over = 0;
             if let Some(load) = replica.load {
-                self.kv_usage = f64::from(load.blocks_used) / f64::from(load.blocks_total.max(1));
+                let used = f64::from(load.blocks_used) / f64::from(load.blocks_total.max(1));
+                let used = used.clamp(0.0, 0.99);
+                self.kv_pressure = used / (1.0 - used);
                 self.room = match self.room {
                     _ if load.waiting > 0 && load.running > 0 => Some(load.running),
                     room => room.map(|room| room.max(load.running)),

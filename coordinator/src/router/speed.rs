@@ -33,7 +33,10 @@ pub struct Speed {
     prompt_tokens: f64,
     prompt_seconds: f64,
     last: Instant,
-    /// The line, kept so that a pick needs no division.
+    /// The quotient of the two before, kept like the line so that a pick needs no division: forgetting
+    /// leaves it as it is.
+    prompt_token: Option<f64>,
+    /// The line.
     at_zero: f64,
     slope: f64,
 }
@@ -63,6 +66,8 @@ impl Speed {
         self.decay(now);
         self.prompt_tokens += tokens;
         self.prompt_seconds += seconds;
+        let known = self.prompt_tokens > 0.0;
+        self.prompt_token = known.then(|| self.prompt_seconds / self.prompt_tokens);
     }
 
     /// Whether there is any measurement of a gap.
@@ -77,7 +82,7 @@ impl Speed {
 
     /// Seconds of a prompt's token; `None` where none was measured.
     pub fn prompt_token(&self) -> Option<f64> {
-        (self.prompt_tokens > 0.0).then(|| self.prompt_seconds / self.prompt_tokens)
+        self.prompt_token
     }
 
     /// How far the figures are believed of a replica from which nothing is awaited, 1 to 0: not at

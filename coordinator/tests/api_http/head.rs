@@ -252,6 +252,8 @@ fn token_event(request: &Generate, attempt: u32, index: u32, token: TokenId) -> 
 
 async fn say(send: &mut FrameSender, event: HeadEvent) {
     let (kind, header, body) = event.encode();
-    // The coordinator may have hung up; then the reset ends this.
-    let _ = send.send_encoded(kind, &header, body).await;
+    if send.send_encoded(kind, &header, body).await.is_err() {
+        // The coordinator has hung up: the reset ends this.
+        std::future::pending().await
+    }
 }

@@ -11,7 +11,7 @@ use shoal_protocol::units::Bytes;
 
 use crate::backend::BackendError;
 use crate::backend::cpu::{CpuOps, Isa};
-use crate::model::pretend::PretendShard;
+use crate::model::pretend::{PretendShard, SLOWER_VARIABLE};
 use crate::model::{LoadError, LoadOptions, WeightsError, load_shard};
 use crate::stage::LoadedModel;
 
@@ -140,8 +140,14 @@ fn load_pretend(spec: &PretendSpec, assignment: &Assignment) -> Result<LoadedMod
         let words = format!("layers {layers} of a pretend model of {}", spec.layers);
         return Err(WireError::new(ErrorCode::BadModel, words));
     }
-    let model = Box::new(PretendShard::new(spec, layers, &assignment.replica.limits));
-    Ok(LoadedModel { model, vocab: spec.vocab })
+    let model = PretendShard::new(spec, layers, &assignment.replica.limits).slower(slower());
+    Ok(LoadedModel { model: Box::new(model), vocab: spec.vocab })
+}
+
+/// How much slower this worker pretends to be than others.
+fn slower() -> f64 {
+    let said = std::env::var(SLOWER_VARIABLE).ok().and_then(|said| said.parse().ok());
+    said.filter(|times| (1.0..=1000.0).contains(times)).unwrap_or(1.0)
 }
 
 #[cfg(test)]

@@ -23,6 +23,9 @@ use crate::model::{Batch, ComputeError, ShardModel, Span};
 const SLOTS: usize = BLOCK_TOKENS as usize;
 /// The system's sleep is late by less than this; the rest of a modelled time is spun away.
 const SLEEP_SLACK: Duration = Duration::from_micros(150);
+/// The environment variable that makes the pretend models of one worker take so many times as long: a
+/// gray failure, which answers right and late.
+pub const SLOWER_VARIABLE: &str = "SHOAL_PRETEND_SLOWER";
 /// Logits of all tokens but the next lie from 0 up to here, that of the next one lies above.
 const NOISE_MAX: f32 = 4.0;
 const PEAK: f32 = 12.0;
@@ -67,6 +70,8 @@ pub struct PretendShard {
     spec: PretendSpec,
     layers: LayerRange,
     bounds: StepBounds,
+    /// Each step takes so many times as long as the model says.
+    slower: f64,
     /// By layer of this stage: `kv_blocks x BLOCK_TOKENS` states.
     cache: Vec<Vec<u64>>,
 }
@@ -80,8 +85,15 @@ impl PretendShard {
             spec: spec.clone(),
             layers,
             bounds: StepBounds::new(limits, spec.hidden, vocab, layers.start == 0),
+            slower: 1.0,
             cache: layers.iter().map(|_| vec![0; positions]).collect(),
         }
+    }
+
+    /// The same stage on a machine that takes so many times as long.
+    #[must_use]
+    pub fn slower(self, times: f64) -> Self {
+        Self { slower: times, ..self }
     }
 
     fn row(&mut self, span: &Span<'_>, position: usize, mut state: u64) -> u64 {
@@ -135,7 +147,7 @@ impl ShardModel for PretendShard {
                 }
             }
         }
-        wait_until(start + modelled(&self.spec, self.layers, batch.rows));
+        wait_until(start + modelled(&self.spec, self.layers, batch.rows).mul_f64(self.slower));
         Ok(())
     }
 }

@@ -97,8 +97,12 @@ pub fn terms(book: &Book, ask: &Ask<'_>) -> Terms {
         None => PROMPT_SHARE * (ask.fastest.0 + ask.fastest.1),
     };
     let prefill_ahead = book.prompt_ahead as f64 * prompt_token;
-    let queued = f64::from(after - running);
-    let ahead = |gap: f64| queued * ask.answer * gap / f64::from(running.max(1));
+    // Divisions are what a pick's time goes into: none where nothing waits.
+    let turns = match after - running {
+        0 => 0.0,
+        queued => f64::from(queued) / f64::from(running.max(1)),
+    };
+    let ahead = |gap: f64| turns * ask.answer * gap;
     // While it says nothing, it is at best as slow as the silence beyond what it has to do first.
     let silence = if book.open > 0 { seconds(book.heard, ask.now) } else { 0.0 };
     let gap = gap.max(silence - prefill_ahead - ahead(gap));
@@ -110,8 +114,7 @@ pub fn terms(book: &Book, ask: &Ask<'_>) -> Terms {
         ..Terms::default()
     };
     let work = terms.prefill + terms.decode;
-    let used = book.kv_usage.clamp(0.0, 0.99);
-    terms.memory = MEMORY * work * used / (1.0 - used);
+    terms.memory = MEMORY * work * book.kv_pressure;
     let share = book.breaker.failure_share(ask.now).min(0.9);
     if share > 0.0 {
         terms.failures = terms.total() * share / (1.0 - share) + FAILURE * share;
