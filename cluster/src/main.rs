@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! args ─► run/{up, coordinator, worker}      config ─► node ─► drain
+//!             └► otlp: the node's traces, to a collector
 //!      └► commands/* ─► client ══shoal-admin══► coordinator ─► output/{table, json} ─► stdout
 //! ```
 
@@ -11,6 +12,7 @@ mod builtin;
 mod client;
 mod commands;
 mod failure;
+mod otlp;
 mod output;
 mod registry;
 mod run;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
+use shoal_protocol::trace::Tracer;
 
 use crate::api::tls;
 pub use crate::control::store::StoreConfig;
@@ -39,4 +40,6 @@ pub struct CoordinatorConfig {
     pub builtin: Vec<BuiltinModel>,
     /// How it chooses among the replicas of a deployment.
     pub policy: Policy,
+    /// Where it tells what it does for requests that are traced; it also decides which are.
+    pub tracer: Tracer,
 }

@@ -17,6 +17,7 @@ pub mod router;
 pub mod serving;
 mod start_error;
 pub mod telemetry;
+mod trace;
 
 pub use config::CoordinatorConfig;
 pub use node::Coordinator;

@@ -239,6 +239,7 @@ impl Running {
             draining.subscribe(),
         )
         .with_policy(config.policy)
+        .tracing(config.tracer)
         .behind(gate);
         let api_context = match tls {
             Some(tls) => api_context.over(tls),

@@ -21,6 +21,8 @@ pub struct ServingTable {
     pub workers_connected: usize,
     /// Workers in the replicated state.
     pub workers_total: usize,
+    /// The protocol version that every member of the cluster speaks; 0 where that is not known.
+    pub protocol: u16,
 }
 
 /// One deployment as the request plane sees it.

@@ -11,6 +11,7 @@ use prometheus::{
     HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use shoal_protocol::error::ErrorCode;
+use shoal_protocol::trace::SpanCounts;
 
 use crate::router::Standing;
 use crate::serving::ServingTable;
@@ -23,6 +24,7 @@ mod routing;
 mod way;
 
 pub use way::Part;
+mod spans;
 
 /// The metrics of one coordinator.
 #[derive(Debug)]
@@ -183,10 +185,12 @@ impl Telemetry {
         table: &ServingTable,
         stale_events: u64,
         standings: &[(String, Standing)],
+        spans: Option<SpanCounts>,
     ) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(reported::families(table, stale_events)?);
         families.extend(routing::families(standings)?);
+        families.extend(spans.map_or(Ok(Vec::new()), spans::families)?);
         // The encoder refuses a family that nothing has a value for.
         families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)
@@ -298,7 +302,7 @@ mod tests {
     use super::*;
 
     fn has(telemetry: &Telemetry, line: &str) {
-        let text = telemetry.render(&ServingTable::default(), 0, &[]).expect("renders");
+        let text = telemetry.render(&ServingTable::default(), 0, &[], None).expect("renders");
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
 

@@ -11,4 +11,5 @@ mod api_http {
     mod refusals;
     mod setup;
     mod tls;
+    mod traces;
 }

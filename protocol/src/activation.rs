@@ -2,7 +2,7 @@
 //! with its own, its sides swapped, once it has let the sender in; nothing else goes back.
 //!
 //! ```text
-//! stage i ──► LinkHello, then any of Open · Step · Close ──► stage i+1
+//! stage i ──► LinkHello, then any of Open · Trace · Step · Close ──► stage i+1
 //! last    ──► LinkHello, then Samples                   ──► stage 0 (the head)
 //!         ◄── LinkHello
 //!

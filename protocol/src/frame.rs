@@ -37,6 +37,9 @@ pub enum FrameKind {
     Close = 4,
     /// What the last stage sampled: `activation::SamplesHeader`, sample and candidate records.
     Samples = 5,
+    /// What comes next (`shoal-req`) or has just been opened (`shoal-act`) is traced:
+    /// `trace::TraceHeader`. Peers know it from protocol version `trace::TRACE_SINCE` on.
+    Trace = 6,
     /// A coordinator asks a head to go on with a sequence: `request::GenerateHeader`.
     Generate = 16,
     /// A head answers with one token: `request::TokenHeader`, candidate records.
@@ -62,6 +65,7 @@ impl FrameKind {
         FrameKind::Done,
         FrameKind::Failed,
         FrameKind::Message,
+        FrameKind::Trace,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

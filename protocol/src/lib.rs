@@ -26,6 +26,7 @@ pub mod plan;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod request;
+pub mod trace;
 pub mod units;
 pub mod upgrade;
 pub mod version;

@@ -1,7 +1,8 @@
 //! Coordinator ↔ head (`shoal-req`): one bidirectional stream per choice of a prompt.
 //!
 //! ```text
-//! coordinator ──► Generate{header, sampling, stop ids, tokens}          then keeps its half open;
+//! coordinator ──► Trace{mark}, where the request is traced
+//!             ──► Generate{header, sampling, stop ids, tokens}          then keeps its half open;
 //!                 a reset or a stop of the stream cancels the sequence
 //! head        ──► Token{…} Token{…} … then Done{…} or Failed{…}, and finishes its half
 //! ```

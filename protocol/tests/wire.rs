@@ -34,6 +34,7 @@ use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, GenerateHeader, HeadEvent,
     SamplingRecord, TokenHeader,
 };
+use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
 use shoal_protocol::units::{Bytes, LayerRange};
 use shoal_protocol::upgrade::UpgradeCall;
 use shoal_protocol::version::VersionRange;
@@ -74,6 +75,11 @@ fn open() -> Open {
         sampling: sampling(),
         tokens: vec![1, 2, 3, 500],
     }
+}
+
+fn trace() -> TraceHeader {
+    let mark = TraceMark { trace: TraceId(0x0102 << 64 | 0x0304), span: SpanId(5) };
+    TraceHeader::of_sequence(mark, Generation(6), SequenceId(7))
 }
 
 fn step() -> Step {
@@ -373,6 +379,7 @@ fn hot_frames_have_golden_bytes() {
 
     let close = check_flat(CloseHeader { generation: 7, sequence: 9 });
     check_golden("Close", &framed(FrameKind::Close, &close, &[]));
+    check_golden("Trace", &framed(FrameKind::Trace, &check_flat(trace()), &[]));
 
     let (header, body) = samples().encode();
     let header = check_flat(header);
@@ -423,6 +430,7 @@ fn headers_are_small() {
         TokenHeader::LEN,
         DoneHeader::LEN,
         FailedHeader::LEN,
+        TraceHeader::LEN,
     ] {
         assert!(len <= HEADER_LEN_MAX);
     }
@@ -535,6 +543,13 @@ fn damaged_hot_frames_are_refused_without_a_panic() {
     let close = CloseHeader { generation: 7, sequence: 9 };
     bombard(10, &framed(FrameKind::Close, &flat_bytes(&close), &[]), |_, header, _| {
         let _ = CloseHeader::read_from(header);
+    });
+}
+
+#[test]
+fn damaged_marks_are_refused_without_a_panic() {
+    bombard(11, &framed(FrameKind::Trace, &flat_bytes(&trace()), &[]), |_, header, _| {
+        let _ = TraceHeader::read_from(header).and_then(|header| header.mark());
     });
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::model::BuiltinModel;
+use shoal_protocol::trace::Tracer;
 use shoal_protocol::units::Bytes;
 
 /// The settings of one worker. There is no file: `shoal worker` has a flag for each.
@@ -30,6 +31,8 @@ pub struct WorkerConfig {
     pub device: String,
     /// The models inside the binary.
     pub builtin: Vec<BuiltinModel>,
+    /// Where it tells what it does for requests that are traced.
+    pub tracer: Tracer,
 }
 
 /// Where a worker takes conversations, and where others find it. Fixed ports are for firewalls; other

@@ -20,6 +20,7 @@ pub mod model;
 pub mod node;
 pub mod sample;
 pub mod stage;
+pub mod trace;
 
 pub use config::{Addresses, WorkerConfig};
 pub use node::{DrainHandle, StartError, Worker};

@@ -145,7 +145,8 @@ impl Worker {
                 (activations.unwrap_or(any_port), requests.unwrap_or(any_port))
             }
         };
-        let links = Arc::new(Links::start(activations, Arc::clone(&identity))?);
+        let links = Links::start(activations, Arc::clone(&identity))?;
+        let links = Arc::new(links.tracing(config.tracer));
         let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
             versions: VersionRange::OURS,
@@ -360,6 +361,7 @@ mod tests {
             threads: None,
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            tracer: shoal_protocol::trace::Tracer::off(),
         };
         let error = Worker::start(config.clone()).await.unwrap_err().to_string();
         assert!(error.contains("shoal token create --role worker"), "{error}");

@@ -105,6 +105,7 @@ async fn start(cluster: &Cluster, join: &[&Endpoint], data: Option<Arc<TempDir>>
         threads: std::num::NonZeroUsize::new(1),
         device: "cpu".to_owned(),
         builtin: Vec::new(),
+        tracer: shoal_protocol::trace::Tracer::off(),
     };
     let worker = Worker::start(config).await.unwrap();
     let drain = worker.drain_handle();

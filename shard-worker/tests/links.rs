@@ -19,6 +19,7 @@ use shoal_protocol::id::{Attempt, Generation, NodeId, RequestId, SequenceId, Ste
 use shoal_protocol::plan::PeerAddress;
 use shoal_protocol::quic::{Alpn, Connection, Endpoint, Expect, FrameReceiver, FrameSender};
 use shoal_protocol::request::SamplingRecord;
+use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
 use shoal_shard_worker::stage::{
     ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links,
     StageInput, StepData, records_of,
@@ -176,6 +177,11 @@ fn nonsense(g: u64) -> Vec<(&'static str, Vec<Raw>)> {
     let opened = |then: Raw| vec![raw_open(&open(g, 3)), then];
     let none = Samples { generation: Generation(g), step: StepId(0), samples: vec![] };
     let close = CloseHeader { generation: g, sequence: 1 };
+    let mark = TraceMark { trace: TraceId(1), span: SpanId(2) };
+    let of = |generation, sequence| {
+        TraceHeader::of_sequence(mark, Generation(generation), SequenceId(sequence))
+    };
+    let trace = |header: TraceHeader, body| raw(FrameKind::Trace, &header, body);
     let mut not_finite = raw_step(&step(g, 1), 1);
     let payload = not_finite.2.len() - SPEC.hidden as usize * size_of::<f32>();
     not_finite.2[payload..payload + 4].copy_from_slice(&f32::NAN.to_le_bytes());
@@ -192,9 +198,14 @@ fn nonsense(g: u64) -> Vec<(&'static str, Vec<Raw>)> {
         ("sample", opened(raw_step(&changed(g, |s| s.header.samples = 1), 1))),
         ("block 9999", opened(raw_step(&changed(g, |s| s.grants[0].block = 9999), 1))),
         ("position", opened(raw_step(&changed(g, |s| s.rows[0].position = 7), 1))),
-        ("Open, Step or Close", opened(raw(FrameKind::LinkHello, &hello(g), vec![]))),
-        ("Open, Step or Close", opened(raw(FrameKind::Samples, &none.encode().0, vec![]))),
+        ("Open, Trace, Step or Close", opened(raw(FrameKind::LinkHello, &hello(g), vec![]))),
+        ("Open, Trace, Step or Close", opened(raw(FrameKind::Samples, &none.encode().0, vec![]))),
         ("3 long", opened(raw(FrameKind::Close, &close, vec![1, 2, 3]))),
+        ("a frame of", opened(trace(of(g + 1, 1), vec![]))),
+        ("not open at this stage", opened(trace(of(g, 9), vec![]))),
+        ("not open at this stage", vec![trace(of(g, 1), vec![])]),
+        ("3 long", opened(trace(of(g, 1), vec![1, 2, 3]))),
+        ("TraceHeader", opened(Raw(FrameKind::Trace, vec![0; 7], vec![]))),
         ("StepHeader", opened(Raw(FrameKind::Step, vec![0; 7], vec![0; 7]))),
         ("no pretend activations", opened(not_finite)),
     ]

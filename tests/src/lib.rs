@@ -5,6 +5,7 @@
 //! dropped; a log with an error that nobody expected fails the test.
 
 pub mod api;
+pub mod collector;
 pub mod faults;
 pub mod model;
 pub mod proc;

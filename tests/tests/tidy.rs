@@ -69,6 +69,7 @@ const PURE: &[&str] = &[
     "protocol/src/model/tensors.rs",
     "protocol/src/plan.rs",
     "protocol/src/request.rs",
+    "protocol/src/trace.rs",
     "protocol/src/units.rs",
     "protocol/src/upgrade.rs",
     "protocol/src/version.rs",

@@ -235,7 +235,7 @@ impl Direct {
             let any = ([127, 0, 0, 1], 0).into();
             anyhow::Ok(Dispatcher::new(Endpoint::bind(any, Arc::new(identity), &[])?))
         })?;
-        Ok(Self { runtime, dispatcher, target: Target { replica, head, address } })
+        Ok(Self { runtime, dispatcher, target: Target { replica, head, address, trace: None } })
     }
 
     /// Microseconds of one request of one token.

@@ -45,7 +45,7 @@ fn defaults_are_those_of_the_help() {
 #[test]
 fn values_are_read() {
     let line = "shoal up m --workers 2 --stages 1 --precision bf16 --worker-memory 600MiB \
-                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c";
+                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c --otlp http://localhost:4318/";
     let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
     assert_eq!(up.model, Some("m".into()));
     assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
@@ -55,6 +55,7 @@ fn values_are_read() {
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
     assert!(up.no_respawn && up.json);
     assert_eq!(up.policy, Policy::P2c);
+    assert_eq!(up.trace.otlp.map(|url| url.to_string()), Some("http://localhost:4318".to_owned()));
 }
 
 #[test]

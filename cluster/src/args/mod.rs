@@ -26,6 +26,8 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
+use crate::otlp::OtlpUrl;
+
 pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
@@ -197,6 +199,9 @@ pub struct UpArgs {
     /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
     #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
     pub policy: Policy,
+    /// Where traces go.
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 const COORDINATOR_EXAMPLES: &str = "\
@@ -253,6 +258,9 @@ pub struct CoordinatorArgs {
     /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
     #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
     pub policy: Policy,
+    /// Where traces go.
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 /// Where the cluster's state is kept.
@@ -319,9 +327,21 @@ pub struct WorkerArgs {
     /// What to compute on
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     pub device: String,
+    /// Where traces go.
+    #[command(flatten)]
+    pub trace: TraceArgs,
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
+}
+
+/// Where traces go. Without the flag, OpenTelemetry's environment variables say it.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct TraceArgs {
+    /// Send traces to this OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318
+    /// [default: what OTEL_EXPORTER_OTLP_ENDPOINT says, else none]
+    #[arg(long, value_name = "URL")]
+    pub otlp: Option<OtlpUrl>,
 }
 
 /// How `shoal up` and the processes that it starts know of each other.

@@ -11,9 +11,17 @@ use super::{DRAIN_TIMEOUT, explain_start};
 use crate::args::{CoordinatorArgs, StoreArgs};
 use crate::builtin;
 use crate::failure::Failure;
+use crate::otlp::Otlp;
 
 /// Runs a coordinator until it is told to stop.
 pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
+    let otlp = Otlp::start(args.trace.otlp.as_ref(), "shoal-coordinator")?;
+    let outcome = serve(args, &otlp).await;
+    otlp.finish().await;
+    outcome
+}
+
+async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
     let _lock = tokio::select! {
         locked = FolderLock::of_node(&args.data) => locked?,
@@ -33,6 +41,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
         token: args.token,
         builtin: builtin::ALL.to_vec(),
         policy: args.policy,
+        tracer: otlp.tracer(),
     };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(config) => started.map_err(explain_start)?,
@@ -41,6 +50,7 @@ pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
     let (id, api, cluster) =
         (coordinator.id(), coordinator.api_address(), coordinator.cluster_address());
     let context = coordinator.admin_context().to_owned();
+    otlp.named(id);
     tracing::info!(%id, %api, %cluster, context = %context.display(), "coordinator runs");
     if args.child.announce {
         Announcement::Coordinator { id, api, cluster, context }.print();

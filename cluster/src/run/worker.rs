@@ -9,9 +9,17 @@ use super::{DRAIN_TIMEOUT, explain_start};
 use crate::args::WorkerArgs;
 use crate::builtin;
 use crate::failure::Failure;
+use crate::otlp::Otlp;
 
 /// Runs a worker until it is told to stop, by a signal or by its coordinator.
 pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
+    let otlp = Otlp::start(args.trace.otlp.as_ref(), "shoal-worker")?;
+    let outcome = serve(args, &otlp).await;
+    otlp.finish().await;
+    outcome
+}
+
+async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
     let join = args.join;
     let coordinators = join.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -28,12 +36,14 @@ pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
         threads: args.threads.and_then(|threads| threads.try_into().ok()),
         device: args.device,
         builtin: builtin::ALL.to_vec(),
+        tracer: otlp.tracer(),
     };
     let worker = tokio::select! {
         started = Worker::start(config) => started.map_err(explain_start)?,
         _ = stop.requested() => return Ok(()),
     };
     let id = worker.id();
+    otlp.named(id);
     if args.child.announce {
         Announcement::Worker { id }.print();
     }

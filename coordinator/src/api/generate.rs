@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
@@ -27,6 +27,7 @@ use crate::recovery::{LastingAnswer, RecoveryError};
 use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
 use crate::telemetry::Part;
+use crate::trace::RequestTrace;
 
 /// How long a stream waits for its first token before it begins: a failure in that time still gets a
 /// status of its own.
@@ -36,14 +37,34 @@ const FIRST_EVENT_PATIENCE: Duration = Duration::from_secs(5);
 pub async fn generate(
     context: Arc<ApiContext>,
     endpoint: Endpoint,
+    headers: &HeaderMap,
     body: Body,
-) -> Result<Response, ApiError> {
+) -> Response {
     let arrived = Instant::now();
+    let (name, route) = match endpoint {
+        Endpoint::Chat => ("POST /v1/chat/completions", "/v1/chat/completions"),
+        Endpoint::Completions => ("POST /v1/completions", "/v1/completions"),
+    };
+    let trace = RequestTrace::begin(&context.tracer, headers, name, route, arrived);
+    let responded = respond(context, endpoint, body, arrived, &trace).await;
+    let mut response = responded.into_response();
+    trace.answered(&mut response);
+    response
+}
+
+async fn respond(
+    context: Arc<ApiContext>,
+    endpoint: Endpoint,
+    body: Body,
+    arrived: Instant,
+    trace: &RequestTrace,
+) -> Result<Response, ApiError> {
     not_draining(&context)?;
     let request = parse(endpoint, &read(&context, body).await?)?;
     // The body may have taken its time.
     not_draining(&context)?;
-    let session = begin(&context, endpoint, &request, arrived).await?;
+    let session = begin(&context, endpoint, &request, arrived, trace).await?;
+    trace.say("shoal.request_id", session.facts.id.as_str());
     let id = HeaderValue::from_str(&session.facts.id);
     let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
     let mut response = match endpoint {
@@ -96,28 +117,45 @@ async fn begin(
     endpoint: Endpoint,
     request: &ValidRequest,
     arrived: Instant,
+    trace: &RequestTrace,
 ) -> Result<Session, ApiError> {
+    let since = Instant::now();
     let table = table_that_serves(context, &request.model).await;
     let checked = Instant::now();
     let deployment = router::find(&table, &request.model)?;
     let model = model_facts(context, &table, deployment).await?;
     let text = model.text.clone();
+    // What clients made up stays out of it: this name is a deployment's.
+    trace.say("gen_ai.request.model", request.model.as_str());
+    trace.part("admission", since, Vec::new);
+    let since = Instant::now();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (id, seed) = (random()?, random()?);
     let prepared = {
         let request = request.clone();
         context.texts.compute(move || prepare(&request, &model, seed, now)).await??
     };
+    let prompt_tokens: usize = prepared.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+    trace.say("gen_ai.usage.input_tokens", prompt_tokens);
+    trace.part("tokenize", since, || {
+        let prompts = ("shoal.prompts", prepared.prompts.len().into());
+        vec![prompts, ("shoal.prompt_tokens", prompt_tokens.into())]
+    });
+    let since = Instant::now();
     // Tokenising a long prompt takes time in which the layout may have changed.
     let table = table_that_serves(context, &request.model).await;
     let deployment = router::find(&table, &request.model)?;
     let prepared_at = Instant::now();
     let places = places(context, &table, deployment, request, &prepared)?;
     context.telemetry.went(Part::Route, prepared_at.elapsed());
+    places.iter().step_by(usize::from(request.n).max(1)).for_each(|place| {
+        trace.part("route", since, || place.why(&deployment.name));
+    });
     let mut metrics = context.telemetry.request(&request.model, arrived, places.len());
     let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
     let id_of = RequestId(id);
-    let answers = start(context, deployment, places, &prepared, id_of, deadline).await;
+    let new = (id_of, deadline, trace);
+    let answers = start(context, deployment, places, &prepared, new).await;
     let answers = answers.inspect_err(|error| metrics.failed(error.code()))?;
     context.telemetry.went(Part::Dispatch, checked.elapsed());
     let facts = Facts {
@@ -134,7 +172,7 @@ async fn begin(
     };
     let stops = Stops { texts: &request.stop, tokens: &request.stop_token_ids };
     let session = Session::new(facts, text, stops, answers, metrics, deadline);
-    Ok(session.cut_off_when(context.stopped()))
+    Ok(session.traced(trace).cut_off_when(context.stopped()))
 }
 
 /// The table as soon as somebody serves the model; the last one seen where that does not come soon, or
@@ -199,15 +237,15 @@ async fn start(
     deployment: &ServedDeployment,
     places: Vec<Place>,
     prepared: &Prepared,
-    id: RequestId,
-    deadline: tokio::time::Instant,
+    (id, deadline, trace): (RequestId, tokio::time::Instant, &RequestTrace),
 ) -> Result<Vec<LastingAnswer>, RecoveryError> {
     let n = (places.len() / prepared.prompts.len()).max(1);
     let mut answers = Vec::with_capacity(places.len());
     let mut reached = true;
     for (i, place) in places.into_iter().enumerate() {
         let sequence = sequence(prepared, i / n, i % n, i, id);
-        let mut answer = context.resumer.answer(deployment, sequence, deadline);
+        let answer = context.resumer.answer(deployment, sequence, deadline);
+        let mut answer = answer.traced(trace);
         // One after the other: the first makes the connection, the others find it. Where there is
         // none, each goes on by itself.
         if reached {

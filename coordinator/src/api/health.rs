@@ -77,7 +77,8 @@ pub async fn ready(State(context): State<Arc<ApiContext>>) -> Response {
 pub async fn metrics(State(context): State<Arc<ApiContext>>) -> Result<Response, ApiError> {
     let table = context.table.borrow().clone();
     let standings = context.places.standings(&table);
-    let text = context.telemetry.render(&table, context.dispatcher.stale_events(), &standings);
+    let (stale, spans) = (context.dispatcher.stale_events(), context.tracer.counts());
+    let text = context.telemetry.render(&table, stale, &standings, spans);
     let text = text.map_err(|error| {
         tracing::error!(%error, "the metrics cannot be rendered");
         ApiError::new(ErrorCode::Internal, "the metrics cannot be rendered")

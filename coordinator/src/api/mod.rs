@@ -37,10 +37,11 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use shoal_protocol::trace::Tracer;
 use tokio::sync::watch;
 
 use crate::dispatch::Dispatcher;
@@ -97,6 +98,7 @@ pub struct ApiContext {
     texts: ModelTexts,
     places: Arc<Places>,
     resumer: Resumer,
+    tracer: Tracer,
 }
 
 /// The bounds of the request plane. Each is there against a client that asks for more than it may.
@@ -175,7 +177,13 @@ impl ApiContext {
             texts: ModelTexts::new(cores),
             places,
             resumer,
+            tracer: Tracer::off(),
         }
+    }
+
+    /// The same, telling what it does for requests that are traced.
+    pub fn tracing(self, tracer: Tracer) -> Self {
+        Self { tracer, ..self }
     }
 
     /// The same, with another way to choose replicas; before anything is served.
@@ -203,12 +211,16 @@ impl ApiContext {
     }
 }
 
-async fn completions(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
-    generate::generate(context, Endpoint::Completions, body).await.into_response()
+async fn completions(
+    State(context): State<Arc<ApiContext>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    generate::generate(context, Endpoint::Completions, &headers, body).await
 }
 
-async fn chat(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
-    generate::generate(context, Endpoint::Chat, body).await.into_response()
+async fn chat(State(context): State<Arc<ApiContext>>, headers: HeaderMap, body: Body) -> Response {
+    generate::generate(context, Endpoint::Chat, &headers, body).await
 }
 
 async fn models(State(context): State<Arc<ApiContext>>) -> Response {

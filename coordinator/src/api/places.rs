@@ -4,6 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::DeploymentName;
+use shoal_protocol::trace::Value;
 use shoal_protocol::units;
 
 use crate::router::admission::AdmissionLimits;
@@ -107,6 +109,36 @@ impl Inner {
 }
 
 impl Place {
+    /// Why the router chose it, for people: what a trace says of its decision.
+    pub fn why(&self, deployment: &DeploymentName) -> Vec<(&'static str, Value)> {
+        let now = self.places.now();
+        let inner = self.places.inner();
+        let policy = inner.router.policy();
+        let of = |(name, standing)| (name == deployment).then_some(standing);
+        let standings: Vec<Standing> = inner.router.standings(now).filter_map(of).collect();
+        drop(inner);
+        let mine = standings.iter().find(|standing| standing.replica == self.ticket.replica);
+        let why = match (mine, standings.len()) {
+            (None, _) => "its replica is not in the table any more".to_owned(),
+            (Some(_), 1) => "it is the only replica".to_owned(),
+            (Some(mine), count) => {
+                let terms = mine.terms.named();
+                let terms = terms.map(|(name, seconds)| format!("{name} {seconds:.4} s"));
+                let (share, state) = (mine.weight * 100.0, mine.state.name());
+                let terms = terms.join(", ");
+                format!("{state}, {share:.0} % of the weights of {count} replicas: {terms}")
+            }
+        };
+        vec![
+            ("shoal.policy", policy.name().into()),
+            ("shoal.replica", self.ticket.replica.to_string().into()),
+            ("shoal.generation", self.ticket.generation.0.into()),
+            ("shoal.head", self.ticket.head.to_string().into()),
+            ("shoal.replicas", standings.len().into()),
+            ("shoal.why", why.into()),
+        ]
+    }
+
     /// A token came. With the first one the head says how many microseconds its prompt took.
     pub fn token(&mut self, prefill_us: Option<u32>) {
         let now = self.places.now();

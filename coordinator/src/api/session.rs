@@ -20,6 +20,7 @@ use super::tokenize::ModelText;
 use crate::dispatch::{AnswerEvent, Token};
 use crate::recovery::{LastingAnswer, RecoveryError};
 use crate::telemetry::{Finished, Outcome, RequestMetrics};
+use crate::trace::{RequestTrace, StreamTrace};
 
 /// The answers of a request.
 pub struct Session {
@@ -31,6 +32,7 @@ pub struct Session {
     /// Updates that were read ahead of the first chunk.
     ahead: VecDeque<Update>,
     metrics: RequestMetrics,
+    trace: StreamTrace,
     /// Resolves when the coordinator can wait for the answers no longer.
     cut_off: BoxFuture<'static, ()>,
     /// When the request's time is up.
@@ -183,7 +185,13 @@ impl Session {
             running.push(Box::pin(step(i, Box::new(answer))) as BoxFuture<'static, Step>);
         }
         let (ahead, cut_off) = (VecDeque::new(), Box::pin(std::future::pending()));
-        Self { facts, text, choices, running, ahead, metrics, cut_off, deadline }
+        let trace = RequestTrace::default().stream();
+        Self { facts, text, choices, running, ahead, metrics, trace, cut_off, deadline }
+    }
+
+    /// The same answers, as a part of this request's trace.
+    pub fn traced(self, request: &RequestTrace) -> Self {
+        Self { trace: request.stream(), ..self }
     }
 
     /// The same answers; those that are under way when `stopped` resolves end with an error.
@@ -224,6 +232,7 @@ impl Session {
                 let why = "the cluster is stopping, and this answer was not complete in time; \
                            ask again when it is back";
                 self.metrics.failed(ErrorCode::Draining);
+                self.trace.failed(ErrorCode::Draining.label());
                 self.running.clear();
                 let retry_after = Some(Duration::from_secs(1));
                 let error = ApiError::new(ErrorCode::Draining, why);
@@ -241,17 +250,14 @@ impl Session {
                     _ => tracing::warn!(request, choice, %error, "an answer failed"),
                 }
                 self.metrics.failed(code);
+                self.trace.failed(code.label());
                 self.running.clear();
                 return Some(Err(error.into()));
             }
         };
-        let update = self.choices[choice].take(
-            choice,
-            event,
-            self.text.as_deref(),
-            &self.facts,
-            &mut self.metrics,
-        );
+        let (text, facts, metrics) = (self.text.as_deref(), &self.facts, &mut self.metrics);
+        let mine = &mut self.choices[choice];
+        let update = self.trace.around(|| mine.take(choice, event, text, facts, metrics));
         if update.finish.is_none() {
             self.running.push(Box::pin(step(choice, answer)));
         }

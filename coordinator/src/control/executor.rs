@@ -260,6 +260,7 @@ impl Executor {
             shards: shards.collect(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
+            protocol: state.lowest_protocol(),
         };
         for (name, deployment) in state.deployments.iter() {
             let Some(Phase { phase, reason }) = stands.deployments.get(name).cloned() else {

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use shoal_protocol::frame::FrameKind;
 use shoal_protocol::id::{NodeId, ReplicaId};
 use shoal_protocol::quic::Endpoint;
+use shoal_protocol::trace::{TraceHeader, TraceMark};
 use tokio::time::Instant;
 
 pub use pool::CONNECT_DEADLINE;
@@ -35,6 +36,8 @@ pub struct Target {
     pub head: NodeId,
     /// Where that worker takes requests.
     pub address: SocketAddr,
+    /// Where in a trace the attempt stands, if it is traced and everybody knows the frame for that.
+    pub trace: Option<TraceMark>,
 }
 
 impl Dispatcher {
@@ -93,6 +96,12 @@ impl Dispatcher {
         let left = deadline.saturating_duration_since(Instant::now()).as_millis();
         // 0 would mean no deadline at all.
         let left = u64::try_from(left).unwrap_or(u64::MAX).max(1);
+        if let Some(mark) = target.trace {
+            let trace = TraceHeader::of_request(mark);
+            send.send(FrameKind::Trace, &trace, Bytes::new(), Bytes::new())
+                .await
+                .map_err(|error| lost(error.to_string()))?;
+        }
         let (header, body) = sequence.generate(target.replica, left).encode();
         send.send(FrameKind::Generate, &header, body.into(), Bytes::new())
             .await

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Generation, ReplicaId};
+use shoal_protocol::trace::{TRACE_SINCE, Value};
 use shoal_protocol::units;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
@@ -20,6 +21,7 @@ use crate::dispatch::{Answer, AnswerEvent, DispatchError, Dispatcher, Sequence, 
 use crate::router::RouteRequest;
 use crate::serving::{ServedDeployment, ServingTable};
 use crate::telemetry::Telemetry;
+use crate::trace::{AttemptTrace, RequestTrace};
 
 /// How long an attempt may be silent before it is looked up whether its layout still is the one that
 /// serves: answers that flow cost nothing, and a head that was replaced on purpose may finish.
@@ -54,12 +56,14 @@ pub struct LastingAnswer {
     alone: Option<OwnedSemaphorePermit>,
     origin: Instant,
     deadline: Instant,
+    trace: RequestTrace,
 }
 
 #[derive(Debug)]
 struct Running {
     answer: Answer,
     place: Place,
+    trace: AttemptTrace,
 }
 
 /// Why an attempt ended.
@@ -103,11 +107,17 @@ impl Resumer {
             alone: None,
             origin: Instant::now(),
             deadline,
+            trace: RequestTrace::default(),
         }
     }
 }
 
 impl LastingAnswer {
+    /// The same, as a part of this request's trace.
+    pub fn traced(self, trace: &RequestTrace) -> Self {
+        Self { trace: trace.clone(), ..self }
+    }
+
     /// Makes the first attempt at this place. Whether it worked is `next`'s business; false: others
     /// need not try that head at once.
     pub async fn begin(&mut self, place: Place) -> Result<bool, RecoveryError> {
@@ -134,7 +144,10 @@ impl LastingAnswer {
                             AnswerEvent::Token(token) => {
                                 running.place.token(token.first.map(|(_, prefill)| prefill));
                             }
-                            AnswerEvent::Done { .. } => running.place.complete(),
+                            AnswerEvent::Done { .. } => {
+                                running.place.complete();
+                                running.trace.complete();
+                            }
                         }
                         self.went_on();
                         return Ok(event);
@@ -144,8 +157,8 @@ impl LastingAnswer {
                 () = superseded => Ended::Superseded,
             };
             self.sequence = running.answer.sequence().clone();
-            if let Some(Running { mut place, .. }) = self.running.take() {
-                self.lost(&mut place, ended)?;
+            if let Some(Running { mut place, trace, .. }) = self.running.take() {
+                self.lost(&mut place, trace, ended)?;
             }
         }
     }
@@ -162,7 +175,12 @@ impl LastingAnswer {
     }
 
     /// The attempt at this place has ended: on to the next, unless the core gives up.
-    fn lost(&mut self, place: &mut Place, ended: Ended) -> Result<(), RecoveryError> {
+    fn lost(
+        &mut self,
+        place: &mut Place,
+        mut trace: AttemptTrace,
+        ended: Ended,
+    ) -> Result<(), RecoveryError> {
         if let Ended::Error(error) | Ended::Unbegun(error) = &ended {
             place.failed(error.code());
         }
@@ -175,6 +193,7 @@ impl LastingAnswer {
                 (Loss::Superseded, words)
             }
         };
+        trace.lost(loss.label());
         let at = (ticket.replica, ticket.generation);
         let verdict = self.recovery.lost(self.now(), dice(), at, loss);
         let (request, choice) = (self.sequence.request, self.sequence.choice);
@@ -209,6 +228,7 @@ impl LastingAnswer {
         if self.recovery.is_suspect() && self.alone.is_none() {
             self.alone = self.resumer.probation.enter(&self.deployment).await;
         }
+        let since = std::time::Instant::now();
         loop {
             let table = Arc::clone(&self.resumer.table.borrow_and_update());
             let deployment = table.deployments.get(&self.deployment);
@@ -227,6 +247,7 @@ impl LastingAnswer {
                     match self.resumer.places.take(dice(), &table, &usable, &request) {
                         Ok(mut places) => {
                             let Some(place) = places.pop() else { continue };
+                            self.trace.part("route", since, || place.why(&self.deployment));
                             return self.attempt(place).await;
                         }
                         Err(_) => self.recovery.no_room(self.now(), dice()),
@@ -257,8 +278,14 @@ impl LastingAnswer {
     async fn attempt(&mut self, mut place: Place) -> Result<(), RecoveryError> {
         let ticket = &place.ticket;
         let at = (ticket.replica, ticket.generation);
-        let target = Target { replica: ticket.replica, head: ticket.head, address: ticket.address };
         self.sequence.attempt = self.recovery.attempt();
+        let trace = self.trace.attempt(|| self.facts(&place));
+        let target = Target {
+            replica: ticket.replica,
+            head: ticket.head,
+            address: ticket.address,
+            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= TRACE_SINCE),
+        };
         let mut table = self.resumer.table.clone();
         let started = tokio::select! {
             biased;
@@ -275,11 +302,26 @@ impl LastingAnswer {
         match started {
             Ok(answer) => {
                 self.note_resume(&place);
-                self.running = Some(Running { answer, place });
+                self.running = Some(Running { answer, place, trace });
                 Ok(())
             }
-            Err(ended) => self.lost(&mut place, ended),
+            Err(ended) => self.lost(&mut place, trace, ended),
         }
+    }
+
+    /// What a trace says of the attempt at this place.
+    fn facts(&self, place: &Place) -> Vec<(&'static str, Value)> {
+        let (sequence, ticket) = (&self.sequence, &place.ticket);
+        let after = self.last.as_ref().map_or("new", |(loss, _)| loss.label());
+        vec![
+            ("shoal.attempt", sequence.attempt.0.into()),
+            ("shoal.choice", sequence.choice.into()),
+            ("shoal.replica", ticket.replica.to_string().into()),
+            ("shoal.generation", ticket.generation.0.into()),
+            ("shoal.head", ticket.head.to_string().into()),
+            ("shoal.after", after.into()),
+            ("shoal.replayed_tokens", sequence.received.len().into()),
+        ]
     }
 
     /// One line and one count for each attempt that takes another's place.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::frame::FrameKind;
+use shoal_protocol::frame::{Flat, FrameKind};
 use shoal_protocol::id::TokenId;
 use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, FrameReceiver, FrameSender, Identity, close_code,
@@ -16,6 +16,7 @@ use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_LOGPROBS,
     TokenHeader,
 };
+use shoal_protocol::trace::{TraceHeader, TraceMark};
 use tokio::sync::watch;
 
 /// What the head does with every sequence. One of which it is told a part goes on behind it.
@@ -51,6 +52,8 @@ pub enum End {
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub requests: Vec<Generate>,
+    /// What stood before each of them.
+    pub marks: Vec<Option<TraceMark>>,
     /// Sequences that were reset.
     pub cancelled: usize,
 }
@@ -112,6 +115,10 @@ impl Head {
         self.seen.borrow().requests.last().expect("a request").clone()
     }
 
+    pub fn marks(&self) -> Vec<Option<TraceMark>> {
+        self.seen.borrow().marks.clone()
+    }
+
     pub fn requests(&self) -> Vec<Generate> {
         self.seen.borrow().requests.clone()
     }
@@ -146,13 +153,22 @@ impl World {
     }
 
     async fn sequence(self, mut send: FrameSender, mut receive: FrameReceiver) {
-        let Ok(Some(frame)) = receive.next().await else { return };
+        let Ok(Some(mut frame)) = receive.next().await else { return };
+        let mut mark = None;
+        if frame.kind == FrameKind::Trace {
+            let trace = TraceHeader::read_from(frame.header()).expect("a header");
+            mark = Some(trace.mark().expect("a mark"));
+            frame = receive.next().await.expect("a frame").expect("Generate");
+        }
         assert_eq!(frame.kind, FrameKind::Generate);
         let body = receive.body(&frame, 1 << 20).await.expect("a body");
         let request = Generate::decode(frame.header(), &body).expect("a valid request");
         let first = self.first.lock().expect("no panic").pop_front();
         let script = first.unwrap_or_else(|| self.script.lock().expect("no panic").clone());
-        self.seen.send_modify(|seen| seen.requests.push(request.clone()));
+        self.seen.send_modify(|seen| {
+            seen.requests.push(request.clone());
+            seen.marks.push(mark);
+        });
         tokio::select! {
             // The answer first: at its end the coordinator finishes its half.
             biased;

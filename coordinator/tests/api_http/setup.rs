@@ -16,6 +16,7 @@ use shoal_protocol::control::HeadReport;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId, TokenId};
 use shoal_protocol::quic::Endpoint;
 use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::trace::Tracer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -74,6 +75,14 @@ impl Setup {
     }
 
     pub async fn over(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>) -> Self {
+        Self::build(limits, gate, tls, Tracer::off()).await
+    }
+
+    pub async fn tracing(tracer: Tracer) -> Self {
+        Self::build(Limits::default(), Gate::without_keys(), None, tracer).await
+    }
+
+    async fn build(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>, tracer: Tracer) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -97,7 +106,7 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let context = context.behind(gate);
+        let context = context.behind(gate).tracing(tracer);
         let server = match tls {
             Some(tls) => serve(listener, context.over(tls)),
             None => serve(listener, context),
@@ -116,6 +125,12 @@ impl Setup {
         let tokens = self.text.encode(text, false).expect("plain text");
         self.head.set(Script { tokens: tokens.clone(), pace: Duration::ZERO, end: End::Done(1) });
         tokens
+    }
+
+    /// What every member of the cluster speaks.
+    pub fn speak(&self, protocol: u16) {
+        let table = ServingTable { protocol, ..ServingTable::clone(&self.table.borrow()) };
+        self.table.send_replace(Arc::new(table));
     }
 
     /// Changes the deployment `demo`.

@@ -48,6 +48,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
         token: None,
         builtin: Vec::new(),
         policy: Default::default(),
+        tracer: shoal_protocol::trace::Tracer::off(),
     }
 }
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use shoal_protocol::activation::Samples;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::ReplicaId;
+use shoal_protocol::id::{ReplicaId, SequenceId};
 use shoal_protocol::request::{FailedHeader, Generate, HeadEvent};
+use shoal_protocol::trace::{TraceMark, Tracer};
 use shoal_protocol::units::Instant;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -18,6 +19,7 @@ use tokio::task::JoinHandle;
 use super::lateness::Lateness;
 use crate::engine::{self, Action, BadEngineConfig, ClientKey, Engine, EngineConfig};
 use crate::stage::{StageInput, StepData, records_of};
+use crate::trace::HeadTraces;
 
 /// Requests and cancels that wait for the loop, which takes microseconds for each. The engine has
 /// the queue that matters, and answers what does not fit it with `Overloaded`.
@@ -37,7 +39,12 @@ pub const TOKENS_WAITING_MAX: usize = 1024;
 #[derive(Debug)]
 enum Event {
     /// A coordinator's stream has brought a request.
-    Submit { key: ClientKey, request: Box<Generate>, tokens: mpsc::Sender<HeadEvent> },
+    Submit {
+        key: ClientKey,
+        request: Box<Generate>,
+        trace: Option<TraceMark>,
+        tokens: mpsc::Sender<HeadEvent>,
+    },
     /// The client or its coordinator went away.
     Cancel { key: ClientKey },
     /// All links are up.
@@ -61,6 +68,8 @@ pub struct HeadParts {
     pub samples: mpsc::Receiver<Samples>,
     /// Told once, where the engine itself finds that the generation cannot go on.
     pub fault: mpsc::Sender<String>,
+    /// Where it tells of answers that are traced.
+    pub tracer: Tracer,
 }
 
 /// A head that runs, as its shard sees it. Dropping it ends the loop and all its streams.
@@ -90,6 +99,7 @@ impl Head {
         runtime: &tokio::runtime::Handle,
     ) -> Result<Self, BadEngineConfig> {
         let context_max = parts.config.limits.context_max;
+        let traces = HeadTraces::new(parts.tracer, parts.config.replica, parts.config.generation);
         let engine = Engine::new(parts.config)?;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (report_to, report) = watch::channel(engine.report());
@@ -107,6 +117,7 @@ impl Head {
             faulted: false,
             retires: false,
             lateness: Lateness::default(),
+            traces,
             report: report_to,
             idle: idle_to,
             slow_readers: Arc::clone(&slow_readers),
@@ -161,10 +172,15 @@ impl Drop for Head {
 impl HeadClient {
     /// Brings a request; its events arrive on the receiver, the last of them `Done` or `Failed`. A
     /// receiver that closes without one was cancelled for reading too slowly, or the head has ended.
-    pub async fn submit(&self, key: ClientKey, request: Generate) -> mpsc::Receiver<HeadEvent> {
+    pub async fn submit(
+        &self,
+        key: ClientKey,
+        request: Generate,
+        trace: Option<TraceMark>,
+    ) -> mpsc::Receiver<HeadEvent> {
         let (tokens, receiver) = mpsc::channel(TOKENS_WAITING_MAX);
         let request = Box::new(request);
-        self.tell(Event::Submit { key, request, tokens }).await;
+        self.tell(Event::Submit { key, request, trace, tokens }).await;
         receiver
     }
 
@@ -249,6 +265,7 @@ struct Driver {
     /// Whether it takes nothing new because its layout or its worker goes.
     retires: bool,
     lateness: Lateness,
+    traces: HeadTraces,
     report: watch::Sender<HeadReport>,
     idle: watch::Sender<bool>,
     slow_readers: Arc<AtomicU64>,
@@ -309,6 +326,7 @@ impl Driver {
     fn absorb(&mut self, samples: Samples) {
         let now = self.now();
         self.lateness.landed(samples.step, now);
+        self.traces.landed(samples.step);
         self.engine.handle(now, engine::Event::Samples(samples));
     }
 
@@ -316,10 +334,13 @@ impl Driver {
     fn take(&mut self, event: Event) -> bool {
         let now = self.now();
         match event {
-            Event::Submit { key, request, tokens } => match &self.refuse {
+            Event::Submit { key, request, trace, tokens } => match &self.refuse {
                 Some(why) => refuse(&request, why, &tokens),
                 None => {
                     self.clients.insert(key, tokens);
+                    if let Some(mark) = trace {
+                        self.traces.submitted(key, &request, mark);
+                    }
                     self.engine.handle(now, engine::Event::Submit { key, request });
                 }
             },
@@ -351,6 +372,7 @@ impl Driver {
 
     fn cancel(&mut self, key: ClientKey) {
         self.clients.remove(&key);
+        self.traces.cancelled(key);
         let now = self.now();
         self.engine.handle(now, engine::Event::Cancel { key });
     }
@@ -379,12 +401,20 @@ impl Driver {
     }
 
     async fn act_on(&mut self, action: Action) {
+        let mut trace = None;
         let input = match action {
-            Action::Open(open) => StageInput::Open(open),
-            Action::Close(close) => StageInput::Close(close),
+            Action::Open(open) => {
+                trace = self.traces.opened(&open);
+                StageInput::Open(open)
+            }
+            Action::Close(close) => {
+                self.traces.closed(SequenceId(close.sequence));
+                StageInput::Close(close)
+            }
             Action::Issue { step, tokens } => {
                 let (id, now) = (shoal_protocol::id::StepId(step.header.step), self.now());
                 self.lateness.issued(id, now);
+                self.traces.issued(&step);
                 let records = records_of(&step);
                 StageInput::Step { step, records, data: StepData::Tokens(tokens) }
             }
@@ -398,6 +428,9 @@ impl Driver {
         };
         // It fails where the stage has stopped; the shard says so with words.
         let _ = self.stage.send(input).await;
+        if let Some(trace) = trace {
+            let _ = self.stage.send(StageInput::Trace(trace)).await;
+        }
     }
 
     fn emit(&mut self, key: ClientKey, mut event: HeadEvent) {
@@ -409,6 +442,7 @@ impl Driver {
             *code = ErrorCode::Draining;
             header.code = u32::from(code.number());
         }
+        self.traces.told(key, &event);
         let last = !matches!(event, HeadEvent::Token { .. });
         let Some(client) = self.clients.get(&key) else { return };
         match client.try_send(event) {

@@ -1,6 +1,6 @@
 //! Streams from coordinators (`shoal-req`): one for each choice of a prompt.
 //!
-//! A stream brings one `Generate` and takes tokens until `Done` or `Failed`. A reset or a stop of the
+//! A stream brings one `Generate`, behind a `Trace` where it is traced, and takes tokens until `Done` or `Failed`. A reset or a stop of the
 //! stream, and the loss of its connection, cancel the sequence.
 
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use shoal_protocol::quic::{
 use shoal_protocol::request::{
     Generate, GenerateHeader, HeadEvent, STOP_TOKENS_MAX, SamplingRecord,
 };
+use shoal_protocol::trace::{TraceHeader, TraceMark};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -90,10 +91,10 @@ impl Intake {
     async fn serve_stream(&self, mut sender: FrameSender, mut receiver: FrameReceiver) {
         let read = tokio::time::timeout(REQUEST_TIMEOUT, self.read_request(&mut receiver)).await;
         match read.unwrap_or(Err(IntakeError::Timeout)) {
-            Ok((request, Some(head))) if self.lease.holds() => {
-                self.run(sender, receiver, request, head).await;
+            Ok((request, trace, Some(head))) if self.lease.holds() => {
+                self.run(sender, receiver, (request, trace), head).await;
             }
-            Ok((request, head)) => {
+            Ok((request, _, head)) => {
                 let words = match head {
                     None => format!(
                         "{} runs no head of {}: the layout has changed or is not up yet; try again",
@@ -121,8 +122,14 @@ impl Intake {
     async fn read_request(
         &self,
         receiver: &mut FrameReceiver,
-    ) -> Result<(Generate, Option<HeadClient>), IntakeError> {
-        let head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
+    ) -> Result<(Generate, Option<TraceMark>, Option<HeadClient>), IntakeError> {
+        let mut head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
+        let mut trace = None;
+        if head.kind == FrameKind::Trace {
+            head.body_within(0)?;
+            trace = Some(TraceHeader::read_from(head.header())?.mark()?);
+            head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
+        }
         if head.kind != FrameKind::Generate {
             let error = FrameError::UnexpectedKind { found: head.kind, expected: "Generate" };
             return Err(error.into());
@@ -132,18 +139,18 @@ impl Intake {
         let context_max =
             to.as_ref().map_or(CONTEXT_UNKNOWN_MAX, |head| head.context_max() as usize);
         let body = receiver.body(&head, request_body_max(context_max)).await?;
-        Ok((Generate::decode(head.header(), &body)?, to))
+        Ok((Generate::decode(head.header(), &body)?, trace, to))
     }
 
     async fn run(
         &self,
         mut sender: FrameSender,
         mut receiver: FrameReceiver,
-        request: Generate,
+        (request, trace): (Generate, Option<TraceMark>),
         head: HeadClient,
     ) {
         let key = ClientKey(self.next_key.fetch_add(1, Ordering::Relaxed));
-        let mut events = head.submit(key, request).await;
+        let mut events = head.submit(key, request, trace).await;
         let stopped = sender.stopped();
         let gone = async {
             tokio::select! {

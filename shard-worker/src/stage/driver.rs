@@ -17,7 +17,8 @@ use std::time::Instant;
 use bytes::Bytes;
 use shoal_protocol::activation::{Samples, Step};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::StageIndex;
+use shoal_protocol::id::{SequenceId, StageIndex};
+use shoal_protocol::trace::TraceHeader;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::buffer::{BufferPool, HiddenBuffer};
@@ -26,6 +27,7 @@ use super::table::{SpanBuffer, StageFault, StageTable};
 use super::wire::{LinkFrame, StageInput, StepData};
 use super::work::WorkShare;
 use crate::model::{Batch, ComputeError, ShardModel};
+use crate::trace::{StageTraces, StepTimes};
 
 /// Where a stage's results go.
 #[derive(Debug)]
@@ -155,6 +157,8 @@ pub struct StageParts {
     pub counters: Arc<Counters>,
     /// Its part of what flows at the worker.
     pub work: WorkShare,
+    /// The sequences whose steps are told.
+    pub traces: StageTraces,
 }
 
 /// What the thread owns.
@@ -169,6 +173,9 @@ pub struct Stage {
     /// How many are open.
     sequences: watch::Sender<usize>,
     work: WorkShare,
+    traces: StageTraces,
+    /// The sequence that was opened last, with its tokens: what a `Trace` behind it is about.
+    opened: Option<(SequenceId, u32)>,
     /// Kept for their memory.
     spans: SpanBuffer,
     logits: Vec<f32>,
@@ -180,10 +187,22 @@ struct Closed;
 impl Stage {
     /// A stage without steps.
     pub fn new(parts: StageParts) -> Self {
-        let StageParts { index, last, table, model, pool, outlet, counters, work } = parts;
-        let (spans, logits) = (SpanBuffer::default(), Vec::new());
-        let sequences = watch::Sender::new(0);
-        Self { index, last, table, model, pool, outlet, counters, sequences, work, spans, logits }
+        let StageParts { index, last, table, model, pool, outlet, counters, work, traces } = parts;
+        Self {
+            index,
+            last,
+            table,
+            model,
+            pool,
+            outlet,
+            counters,
+            sequences: watch::Sender::new(0),
+            work,
+            traces,
+            opened: None,
+            spans: SpanBuffer::default(),
+            logits: Vec::new(),
+        }
     }
 
     fn run(
@@ -191,53 +210,96 @@ impl Stage {
         inputs: &mut mpsc::Receiver<StageInput>,
         stop: &AtomicBool,
     ) -> Result<(), StageError> {
+        let mut idle = self.now_if_traced();
         while let Some(input) = inputs.blocking_recv() {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
-            if let Err(Closed) = self.take(input)? {
+            if let Err(Closed) = self.take(input, idle)? {
                 break;
             }
+            idle = self.now_if_traced();
         }
         Ok(())
     }
 
-    fn take(&mut self, input: StageInput) -> Result<Result<(), Closed>, StageError> {
+    /// Nothing is timed for sequences that are not traced.
+    fn now_if_traced(&self) -> Option<Instant> {
+        (!self.traces.is_idle()).then(Instant::now)
+    }
+
+    /// Takes what came, for which the stage has waited since `idle`.
+    fn take(
+        &mut self,
+        input: StageInput,
+        idle: Option<Instant>,
+    ) -> Result<Result<(), Closed>, StageError> {
         let index = self.index;
         let fault = |fault| StageError::Fault(index, fault);
         match input {
             StageInput::Open(open) => {
                 self.table.open(&open).map_err(fault)?;
                 self.count();
+                self.opened = Some((open.sequence, open.tokens.len() as u32));
                 Ok(self.hand_on(|| LinkFrame::Open(open)))
+            }
+            StageInput::Trace(trace) => {
+                self.begin_trace(&trace).map_err(fault)?;
+                Ok(self.hand_on(|| LinkFrame::Trace(trace)))
             }
             StageInput::Close(close) => {
                 self.table.close(&close).map_err(fault)?;
                 self.count();
+                self.traces.end(SequenceId(close.sequence));
                 Ok(self.hand_on(|| LinkFrame::Close(close)))
             }
             StageInput::Step { step, records, data } => {
+                let taken = idle.map(|idle| (idle, Instant::now()));
                 let hidden = self.compute(&step, data)?;
                 let ready = Instant::now();
-                if !self.last {
+                let (drawn, sent) = if self.last {
+                    drop(hidden);
+                    let vocab = self.model.vocab();
+                    let samples = self.table.draw(&step, &self.logits, vocab).map_err(fault)?;
+                    let drawn = taken.map(|_| Instant::now());
+                    (drawn, self.give_samples(samples, ready))
+                } else {
                     let (header, payload) = (step.header, hidden.into_bytes());
-                    return Ok(self.hand_on(|| LinkFrame::Step {
-                        header,
-                        records,
-                        payload,
-                        ready,
-                    }));
+                    let frame = || LinkFrame::Step { header, records, payload, ready };
+                    (None, self.hand_on(frame))
+                };
+                if let Some((idle, taken)) = taken {
+                    let (drawn, sent) = (drawn.unwrap_or(ready), Instant::now());
+                    let times = StepTimes { idle, taken, computed: ready, drawn, sent };
+                    self.traces.step(&step, &times);
                 }
-                drop(hidden);
-                let vocab = self.model.vocab();
-                let samples = self.table.draw(&step, &self.logits, vocab).map_err(fault)?;
-                Ok(match &self.outlet {
-                    Outlet::Link(to) => {
-                        to.blocking_send(LinkFrame::Samples { samples, ready }).map_err(|_| Closed)
-                    }
-                    Outlet::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
-                })
+                Ok(sent)
             }
+        }
+    }
+
+    /// A `Trace` stands right behind the `Open` of its sequence.
+    fn begin_trace(&mut self, trace: &TraceHeader) -> Result<(), StageFault> {
+        let sequence = SequenceId(trace.sequence);
+        match self.opened.take() {
+            Some((opened, tokens)) if opened == sequence => {
+                // A mark of zeros marks nothing, and hurts nobody.
+                if let Ok(mark) = trace.mark() {
+                    self.traces.begin(sequence, mark, tokens);
+                }
+                Ok(())
+            }
+            _ => Err(StageFault::UnknownSequence(sequence)),
+        }
+    }
+
+    /// Sends what was drawn to the head.
+    fn give_samples(&self, samples: Samples, ready: Instant) -> Result<(), Closed> {
+        match &self.outlet {
+            Outlet::Link(to) => {
+                to.blocking_send(LinkFrame::Samples { samples, ready }).map_err(|_| Closed)
+            }
+            Outlet::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
         }
     }
 

@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use shoal_protocol::activation::{BlockGrant, CloseHeader, Open, RowRecord, StepHeader};
-use shoal_protocol::id::{Attempt, Generation, RequestId, SequenceId};
+use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId};
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::request::SamplingRecord;
+use shoal_protocol::trace::{SpanId, TraceId, TraceMark, Tracer};
 
 use super::*;
 
@@ -83,6 +84,7 @@ fn start(index: u32, model: AddOne) -> Bench {
         outlet: Outlet::Link(frame),
         counters: Arc::default(),
         work: crate::stage::Work::default().share(),
+        traces: StageTraces::new(Tracer::off(), ReplicaId(1), StageIndex(index), last),
     });
     let thread = ComputeThread::start("test".to_owned(), stage, inputs).unwrap();
     Bench { input, frames, thread, pool }
@@ -149,6 +151,22 @@ async fn a_middle_stage_computes_where_it_received_and_sends_from_there() {
     drop(bench.input);
     let ended = bench.thread.ended().await.unwrap();
     assert!(ended.outcome.is_ok() && ended.model.is_some());
+}
+
+#[tokio::test]
+async fn a_mark_behind_its_open_is_handed_on_and_one_that_stands_elsewhere_is_a_fault() {
+    let mark = TraceMark { trace: TraceId(5), span: SpanId(6) };
+    let trace = |sequence| {
+        StageInput::Trace(TraceHeader::of_sequence(mark, Generation(1), SequenceId(sequence)))
+    };
+    let mut bench = start(1, AddOne::default());
+    bench.input.send(open()).await.unwrap();
+    bench.input.send(trace(1)).await.unwrap();
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Open(_))));
+    let Some(LinkFrame::Trace(header)) = bench.frames.recv().await else { panic!("no mark") };
+    assert_eq!((header.sequence, header.mark()), (1, Ok(mark)));
+    assert!(ends_with(1, AddOne::default(), vec![open(), trace(2)], "not open").await);
+    assert!(ends_with(1, AddOne::default(), vec![trace(1)], "not open").await);
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, EndpointError, Expect, FrameSender, Identity, Loss, Pulse,
     close_code,
 };
+use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -91,6 +92,7 @@ pub struct Links {
     refused: Arc<AtomicU64>,
     suspicions: Arc<watch::Sender<u64>>,
     work: Work,
+    tracer: Tracer,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -125,8 +127,19 @@ impl Links {
             .spawn(move || runtime.block_on(serve))?;
         let suspicions = Arc::new(watch::Sender::new(0));
         let thread = Some(thread);
-        let (runtime, work) = (handle, Work::default());
-        Ok(Self { endpoint, runtime, waiting, refused, suspicions, work, stop, thread })
+        let (runtime, work, tracer) = (handle, Work::default(), Tracer::off());
+        Ok(Self { endpoint, runtime, waiting, refused, suspicions, work, tracer, stop, thread })
+    }
+
+    /// The same; the shards that are attached tell what they do for requests that are traced.
+    pub fn tracing(mut self, tracer: Tracer) -> Self {
+        self.tracer = tracer;
+        self
+    }
+
+    /// Where shards give their spans.
+    pub fn tracer(&self) -> &Tracer {
+        &self.tracer
     }
 
     /// Where neighbours dial.

@@ -30,6 +30,7 @@ use super::wire::{Inlet, LinkFrame, StageInput};
 use crate::engine::{BadEngineConfig, EngineConfig};
 use crate::head::{Head, HeadClient, HeadParts};
 use crate::model::ShardModel;
+use crate::trace::StageTraces;
 
 /// How long a compute thread may take to end the step that it is in: far more than the largest step.
 const STEP_END_TIMEOUT: Duration = Duration::from_secs(60);
@@ -129,9 +130,9 @@ impl Shard {
         let pool = BufferPool::new(hidden, limits.step_rows_max as usize, steps);
         let counters = Arc::new(Counters::default());
 
-        // Every step in flight, and `Open` and `Close` of every sequence: it is full only where the
-        // stage has stopped.
-        let frames_max = steps + 2 * limits.sequences_max as usize;
+        // Every step in flight, and `Open`, `Trace` and `Close` of every sequence: it is full only
+        // where the stage has stopped.
+        let frames_max = steps + 3 * limits.sequences_max as usize;
         let (input, inputs) = mpsc::channel::<StageInput>(frames_max);
         // One more than steps in flight, so that nobody ever waits to put samples in.
         let (drawn, samples) = mpsc::channel::<Samples>(steps + 1);
@@ -143,7 +144,8 @@ impl Shard {
         let (fault_to, fault) = mpsc::channel(1);
         let (head, inlet) = if assignment.is_first() {
             let config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
-            let parts = HeadParts { config, stage: input, samples, fault: fault_to };
+            let tracer = links.tracer().clone();
+            let parts = HeadParts { config, stage: input, samples, fault: fault_to, tracer };
             (Some(Head::start(parts, links.runtime())?), Inlet::Head { to: drawn })
         } else {
             (None, Inlet::Stage { hidden, pool: pool.clone(), to: input })
@@ -159,6 +161,12 @@ impl Shard {
             outlet,
             counters: Arc::clone(&counters),
             work: links.work().share(),
+            traces: StageTraces::new(
+                links.tracer().clone(),
+                assignment.replica.id,
+                assignment.stage,
+                assignment.is_last(),
+            ),
         });
         let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
         let thread = ComputeThread::start(name, stage, inputs)?;

@@ -16,6 +16,7 @@ use shoal_protocol::quic::{
     Connection, FrameHead, FrameReceiver, FrameSender, Pulse, RecvError, SendError, Silence,
 };
 use shoal_protocol::request::SamplingRecord;
+use shoal_protocol::trace::TraceHeader;
 use tokio::sync::mpsc;
 
 use super::buffer::{BufferPool, HiddenBuffer};
@@ -30,6 +31,8 @@ const FLOAT_LEN: usize = size_of::<f32>();
 pub enum StageInput {
     /// A sequence begins.
     Open(Open),
+    /// The sequence that has just begun is traced.
+    Trace(TraceHeader),
     /// A batch.
     Step {
         /// Its header, rows and grants.
@@ -57,6 +60,8 @@ pub enum StepData {
 pub enum LinkFrame {
     /// A sequence begins.
     Open(Open),
+    /// The sequence that has just begun is traced.
+    Trace(TraceHeader),
     /// A batch.
     Step {
         /// Its header.
@@ -188,13 +193,22 @@ async fn receive_input(
             check_generation(open.generation.0, plan)?;
             Ok(StageInput::Open(open))
         }
+        FrameKind::Trace => {
+            let trace = TraceHeader::read_from(head.header())?;
+            head.body_within(0)?;
+            check_generation(trace.generation, plan)?;
+            Ok(StageInput::Trace(trace))
+        }
         FrameKind::Close => {
             let close = CloseHeader::read_from(head.header())?;
             head.body_within(0)?;
             check_generation(close.generation, plan)?;
             Ok(StageInput::Close(close))
         }
-        found => Err(FrameError::UnexpectedKind { found, expected: "Open, Step or Close" }.into()),
+        found => {
+            let expected = "Open, Trace, Step or Close";
+            Err(FrameError::UnexpectedKind { found, expected }.into())
+        }
     }
 }
 
@@ -271,6 +285,9 @@ async fn send_frame(
         LinkFrame::Open(open) => {
             let (header, body) = open.encode();
             sender.send(FrameKind::Open, &header, body.into(), Bytes::new()).await
+        }
+        LinkFrame::Trace(trace) => {
+            sender.send(FrameKind::Trace, &trace, Bytes::new(), Bytes::new()).await
         }
         LinkFrame::Close(close) => {
             sender.send(FrameKind::Close, &close, Bytes::new(), Bytes::new()).await

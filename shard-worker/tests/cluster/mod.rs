@@ -114,6 +114,7 @@ impl Cluster {
             threads: std::num::NonZeroUsize::new(1),
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            tracer: shoal_protocol::trace::Tracer::off(),
         };
         let worker = Worker::start(config).await.unwrap();
         let drain = worker.drain_handle();

@@ -245,6 +245,7 @@ impl World {
             shards: Vec::new(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
+            protocol: state.lowest_protocol(),
         };
         for (name, deployment) in state.deployments.iter() {
             let Some(phase) = decision.phases.get(name) else { continue };

@@ -106,6 +106,7 @@ async fn start_coordinator(
             .into_iter()
             .chain(["--policy", policy])
             .map(str::to_owned)
+            .chain(trace_flag(args))
             .collect()
     };
     let recipe = Recipe {
@@ -123,6 +124,12 @@ async fn start_coordinator(
         }
         _ => Err(Failure::failed("the coordinator announced itself as something else")),
     }
+}
+
+/// The environment they have from us; the flag they need to be told.
+fn trace_flag(args: &UpArgs) -> impl Iterator<Item = String> + use<> {
+    let url = args.trace.otlp.as_ref().map(ToString::to_string);
+    url.into_iter().flat_map(|url| ["--otlp".to_owned(), url])
 }
 
 async fn start_workers(
@@ -157,6 +164,7 @@ async fn start_workers(
         if let Some(memory) = memory {
             arguments.extend(["--memory".to_owned(), memory.0.to_string()]);
         }
+        arguments.extend(trace_flag(args));
         let recipe = Recipe {
             who: format!("worker {number}"),
             arguments,
