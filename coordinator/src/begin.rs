@@ -20,9 +20,9 @@ use shoal_protocol::quic::join;
 use crate::config::CoordinatorConfig;
 use crate::control::authority::Authority;
 use crate::control::peers::Outboxes;
-use crate::control::state::{Change, KeyFingerprint, NodeCommand};
+use crate::control::state::{Change, CoordinatorCommand, Effect, KeyFingerprint, NodeCommand};
 use crate::control::store::raft::{self, SendMessage, WhenEmpty};
-use crate::control::store::{self, ControlStore, StoreOwner};
+use crate::control::store::{self, ControlStore, StoreConfig, StoreOwner};
 use crate::start_error::StartError;
 
 /// The CA's file in the data folder.
@@ -76,7 +76,7 @@ pub(crate) async fn begin(config: &CoordinatorConfig) -> Result<Begun, StartErro
         (None, Some(ca)) => {
             let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
             let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Wait).await?;
-            finish_founding(begun).await
+            finish_founding(config, begun).await
         }
         (None, None) => match (&config.join[..], &config.token) {
             ([], _) => found(config).await,
@@ -102,7 +102,7 @@ async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
         let (found, missing) = ("the cluster's state", "the CA's key");
         return Err(StartError::Incomplete { path: data.to_owned(), found, missing });
     }
-    let begun = finish_founding(begun).await?;
+    let begun = finish_founding(config, begun).await?;
     if let Some(ca) = begun.authority.current() {
         ca.save(&path)?;
     }
@@ -110,17 +110,46 @@ async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     Ok(begun)
 }
 
-/// The founder and its operator have numbers, before anybody else gets one.
-async fn finish_founding(begun: Begun) -> Result<Begun, StartError> {
+/// The founder and its operator have numbers, before anybody else gets one. Where others may found a cluster
+/// in the same store at the same time, one of them does.
+async fn finish_founding(config: &CoordinatorConfig, begun: Begun) -> Result<Begun, StartError> {
+    let shared = matches!(config.store, StoreConfig::Etcd(_));
+    // Both get new keys at each start, so the CA stands for the key that renews them.
+    let key = KeyFingerprint(begun.authority.fingerprint());
     for node in [FOUNDER, OPERATOR] {
-        if begun.store.state().nodes.get(node).is_none() && begun.store.state().is_new() {
-            // Both get new keys at each start, so the CA stands for the key that renews them.
-            let key = KeyFingerprint(begun.authority.fingerprint());
-            let enrol = Change::Node(NodeCommand::Enrol { role: node.role, key });
-            begun.store.propose(enrol).await?;
+        let state = begun.store.state();
+        if state.coordinators.iter().next().is_some() {
+            break;
+        }
+        let given = match state.nodes.get(node) {
+            // In a folder of our own it is left of a founding that was cut off.
+            Some(known) if shared && known.key != key => None,
+            Some(_) => continue,
+            None => {
+                let enrol = Change::Node(NodeCommand::Enrol { role: node.role, key });
+                Some(begun.store.propose(enrol).await?)
+            }
+        };
+        let wanted = [Effect::NodeAdded { node }];
+        if given.as_deref() != Some(&wanted[..]) {
+            take_back(&begun.store, given.as_deref()).await;
+            begun.owner.close().await;
+            return Err(StartError::FoundedByAnother);
         }
     }
     Ok(begun)
+}
+
+/// The number that another founder left: nobody will be it.
+async fn take_back(store: &ControlStore, given: Option<&[Effect]>) {
+    let Some([Effect::NodeAdded { node }]) = given else { return };
+    let remove = match node.role {
+        Role::Coordinator => Change::Coordinator(CoordinatorCommand::Remove { node: *node }),
+        _ => Change::Node(NodeCommand::Remove { node: *node }),
+    };
+    if let Err(error) = store.propose(remove).await {
+        tracing::info!(%node, "its number was not taken back: {error}");
+    }
 }
 
 /// Joins the cluster of whoever answers first.

@@ -42,4 +42,6 @@ pub struct CoordinatorConfig {
     pub policy: Policy,
     /// Where it tells what it does for requests that are traced; it also decides which are.
     pub tracer: Tracer,
+    /// Whether `Policy::Score` takes a prompt's blocks that a replica was sent before for computed.
+    pub prefix_affinity: bool,
 }

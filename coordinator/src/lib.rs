@@ -5,6 +5,7 @@
 //! control:  CLI ══shoal-admin══► admin (●) ─► store (●) ─► state.apply (○) ─► planner (○) ─► reconcile (○) ─► agents (●) ══shoal-ctl══► workers
 //! ```
 
+pub mod alone;
 pub mod api;
 mod begin;
 pub mod config;

@@ -240,6 +240,7 @@ impl Running {
         )
         .with_policy(config.policy)
         .tracing(config.tracer)
+        .with_prefix_affinity(config.prefix_affinity)
         .behind(gate);
         let api_context = match tls {
             Some(tls) => api_context.over(tls),

@@ -11,7 +11,7 @@ use shoal_protocol::control::{HeadReport, ShardReport};
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
 
 /// Everything that can be served, and what cannot be and why.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ServingTable {
     /// All deployments by name.
     pub deployments: BTreeMap<DeploymentName, Arc<ServedDeployment>>,
@@ -26,7 +26,7 @@ pub struct ServingTable {
 }
 
 /// One deployment as the request plane sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServedDeployment {
     /// What clients call it.
     pub name: DeploymentName,

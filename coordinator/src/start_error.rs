@@ -56,6 +56,13 @@ pub enum StartError {
         /// What is not.
         missing: &'static str,
     },
+    /// Another coordinator has founded a cluster in the same etcd, or is about to.
+    #[error(
+        "another coordinator is founding a cluster under the same prefix of this etcd: join it (`shoal token \
+         create --role coordinator` there; --join ADDR --token T here), or use another prefix; if a \
+         founding was cut off there, delete what is under the prefix and start again"
+    )]
+    FoundedByAnother,
     /// There is neither an identity nor a token.
     #[error(
         "{} is empty and no token is given; make one with `shoal token create --role coordinator` and \

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use control_support::*;
+use shoal_coordinator::alone::{go_on_alone, survey};
 use shoal_coordinator::config::CoordinatorConfig;
 use shoal_coordinator::{Coordinator, StartError};
 use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
@@ -273,6 +274,61 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
     assert!(why.contains("shoal coordinators remove c3"), "{why}");
 }
 
+/// The founder's folder from when it was alone: its own log says that it is a majority by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_founders_backup_from_when_it_was_alone_ends_with_advice_and_takes_nothing_over() {
+    let mut cluster = Cluster::of_one().await;
+    let backup = tempfile::tempdir().unwrap();
+    cluster.nodes[0].take().unwrap().drain().await;
+    copy(cluster.data(0), backup.path());
+    cluster.restart(0).await;
+    cluster.join(0).await;
+    cluster.join(0).await;
+    let add = vec![C[1], C[2]];
+    let reply =
+        cluster.operator(0).await.call(AdminCall::ChangeVoters { add, remove: vec![] }).await;
+    assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
+    cluster.nodes[0].take().unwrap().drain().await;
+
+    let address = CoordinatorConfig { cluster: cluster.addresses[0], ..config(backup.path()) };
+    let mut ghost = start_when_free(address).await;
+    let why = within("the end of it", ghost.failed()).await;
+    assert!(why.contains("this data folder is an old backup"), "{why}");
+    assert!(why.contains("shoal coordinators remove c1"), "{why}");
+    drop(ghost);
+    // The others go on, and take back the one that is as it was left.
+    cluster.leader(1).await;
+    cluster.operator(1).await.token(Role::Worker, 1, 60).await;
+    cluster.restart(0).await;
+    cluster.leader(0).await;
+    cluster.until_votes(0, &C[..3]).await;
+}
+
+/// Each works the new voters out from a copy in which the other's are not yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_replacements_at_once_are_both_made() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.join(0).await;
+    cluster.join(0).await;
+    until(cluster.node(0), "do they learn", |view| {
+        let learns = |peer: &&PeerView| peer.vote == Vote::Learner;
+        view.coordinators.iter().filter(learns).count() == 2
+    })
+    .await;
+    let (one, other) = (cluster.operator(0).await, cluster.operator(0).await);
+    let replace = |old: usize, new: u32| AdminCall::ChangeVoters {
+        add: vec![NodeId::coordinator(new)],
+        remove: vec![C[old]],
+    };
+    let both =
+        async { tokio::join!(one.call_slowly(replace(1, 4)), other.call_slowly(replace(2, 5))) };
+    let (first, second) = tokio::time::timeout(DEADLINE * 3, both).await.unwrap();
+    assert!(matches!(first, AdminReply::Accepted), "{first:?}");
+    assert!(matches!(second, AdminReply::Accepted), "{second:?}");
+    let expected = [1, 4, 5].map(NodeId::coordinator);
+    cluster.until_votes(0, &expected).await;
+}
+
 fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -295,4 +351,43 @@ async fn a_lost_state_is_not_voted_with_again() {
     .await;
     let error = start(config(&data)).await.unwrap_err().to_string();
     assert!(error.contains("has an identity but not the cluster's state"), "{error}");
+}
+
+/// What etcd calls `--force-new-cluster`.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
+    let mut cluster = Cluster::of_three().await;
+    let worker = cluster.operator(0).await.token(Role::Worker, 2, 600).await;
+    cluster.nodes[2].take().unwrap().drain().await;
+    let data = cluster.data(2).to_owned();
+    // While one of the others answers, nobody is given up.
+    let alive = go_on_alone(&data, &C[..2]).await.unwrap_err().to_string();
+    assert!(alive.contains("c1 answers at") && alive.contains("--replace"), "{alive}");
+    cluster.kill(0);
+    cluster.kill(1);
+    let unnamed = go_on_alone(&data, &C[..1]).await.unwrap_err().to_string();
+    assert!(unnamed.contains("c1,c2 would be given up"), "{unnamed}");
+    let found = survey(&data).unwrap();
+    let done = go_on_alone(&data, &C[..2]).await.unwrap();
+    assert!(done.copy.exists() && done.me == C[2]);
+    assert!(done.epoch > found.epoch + (1 << 31), "{} after {}", done.epoch, found.epoch);
+
+    cluster.restart(2).await;
+    cluster.until_votes(2, &C[2..3]).await;
+    assert_eq!(cluster.node(2).view().coordinators.len(), 1);
+    // What was made before is there, and changes are taken.
+    let joined = try_join(cluster.node(2).cluster_address(), &worker).await.unwrap();
+    assert_eq!(joined.node.role, Role::Worker);
+
+    // The lost ones come back, both of them: a majority of what was.
+    cluster.restart(0).await;
+    cluster.restart(1).await;
+    for index in 0..2 {
+        let mut ghost = cluster.nodes[index].take().unwrap();
+        let why = within("the refusal", ghost.failed()).await;
+        let name = format!("c{} was removed from this cluster", index + 1);
+        assert!(why.contains(&name) && why.contains("empty"), "{why}");
+    }
+    let again = survey(&data).map(drop);
+    assert!(again.is_err(), "it runs: {again:?}");
 }

@@ -17,7 +17,7 @@ use crate::version::VersionRange;
 pub const MESSAGE_LEN_MAX: usize = 4096;
 
 /// What a joiner sends.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinRequest {
     /// The protocol versions the joiner speaks.
     pub versions: VersionRange,
@@ -25,6 +25,17 @@ pub struct JoinRequest {
     pub secret: [u8; 32],
     /// A certificate signing request, DER. Only its key is used: the coordinator chooses the name.
     pub csr: Vec<u8>,
+}
+
+/// Without the secret: whoever logs a request must not log what it buys.
+impl fmt::Debug for JoinRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JoinRequest")
+            .field("versions", &self.versions)
+            .field("secret", &"…")
+            .field("csr", &format_args!("{} bytes", self.csr.len()))
+            .finish()
+    }
 }
 
 /// What a node sends whose certificate has expired (`shoal-renew`).
@@ -155,6 +166,9 @@ mod tests {
 
     #[test]
     fn a_secret_is_not_printed_by_accident() {
+        let request =
+            JoinRequest { versions: VersionRange::OURS, secret: [0xcd; 32], csr: vec![1; 7] };
+        assert!(!format!("{request:?}").contains("205"), "{request:?}");
         let token = JoinToken { role: Role::Worker, ca_fingerprint: [1; 32], secret: [0xcd; 32] };
         assert!(!format!("{token:?}").contains("cdcd"));
     }

@@ -82,6 +82,21 @@ async fn talk(endpoint: &Endpoint, list: &[CoordinatorAddress]) -> Talk {
     Talk { to, said, peer, requests: register.requests }
 }
 
+/// c1 and c2, and where they are.
+struct Two {
+    cluster: Cluster,
+    c1: Endpoint,
+    c2: Endpoint,
+    list: [CoordinatorAddress; 2],
+}
+
+fn two() -> Two {
+    let cluster = Cluster::new();
+    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
+    let list = [named(1, &c1), named(2, &c2)];
+    Two { cluster, c1, c2, list }
+}
+
 struct Running {
     drain: DrainHandle,
     task: JoinHandle<()>,
@@ -150,9 +165,7 @@ fn whole(generation: u64, peer: &PeerAddress) -> Vec<Assignment> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_coordinator_hears_everything_and_the_latest_leader_alone_is_obeyed() {
-    let cluster = Cluster::new();
-    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
-    let list = [named(1, &c1), named(2, &c2)];
+    let Two { cluster, c1, c2, list } = two();
     let worker = start(&cluster, &[&c1], None).await;
     let mut first = talk(&c1, &list).await;
     // c1 has named c2, so c2 is found.
@@ -189,9 +202,7 @@ async fn every_coordinator_hears_everything_and_the_latest_leader_alone_is_obeye
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_coordinator_that_dies_is_not_missed_and_is_found_again() {
-    let cluster = Cluster::new();
-    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
-    let list = [named(1, &c1), named(2, &c2)];
+    let Two { cluster, c1, c2, list } = two();
     let worker = start(&cluster, &[&c1, &c2], None).await;
     let (first, mut second) = tokio::join!(talk(&c1, &list), talk(&c2, &list));
     first.assign(3, whole(1, &first.peer)).await;
@@ -228,9 +239,7 @@ async fn a_coordinator_that_dies_is_not_missed_and_is_found_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_probe_is_answered_to_whoever_asked() {
-    let cluster = Cluster::new();
-    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
-    let list = [named(1, &c1), named(2, &c2)];
+    let Two { cluster, c1, c2, list } = two();
     let worker = start(&cluster, &[&c1], None).await;
     let mut first = talk(&c1, &list).await;
     let mut second = talk(&c2, &list).await;
@@ -274,9 +283,7 @@ async fn the_list_is_followed_and_nobody_else_is_taken_for_who_is_on_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_worker_finds_the_coordinator_that_lives() {
-    let cluster = Cluster::new();
-    let (c1, c2) = (coordinator(&cluster, 1), coordinator(&cluster, 2));
-    let list = [named(1, &c1), named(2, &c2)];
+    let Two { cluster, c1, c2, list } = two();
     let worker = start(&cluster, &[&c1], None).await;
     let talks = (talk(&c1, &list).await, talk(&c2, &list).await);
     worker.until_kept(&list).await;

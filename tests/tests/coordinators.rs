@@ -9,7 +9,7 @@ use shoal_protocol::id::Role;
 use shoal_protocol::plan::{ModelSource, PretendSpec};
 use shoal_tests::api::{Api, Event, Stream};
 use shoal_tests::proc::cluster::START_TIMEOUT;
-use shoal_tests::proc::{Cluster, Signal};
+use shoal_tests::proc::{Cluster, Process, Signal};
 
 /// 2 ms a token over two stages: a stream of 400 tokens outlasts an election.
 const MODEL: PretendSpec = PretendSpec {
@@ -151,5 +151,62 @@ fn a_worker_dies_while_another_leads_than_its_streams_coordinator() -> Result<()
     }
     assert!(!cluster.worker_runs(last));
     assert_eq!(found, expected);
+    Ok(())
+}
+
+#[test]
+fn the_last_of_three_goes_on_alone_and_the_lost_ones_are_refused_by_name() -> Result<()> {
+    let mut cluster = Cluster::start(3, 2)?;
+    serve(&cluster)?;
+    let expected = tokens(&cluster, 2)?;
+    let data = cluster.coordinator_data(2).to_string_lossy().into_owned();
+    let verb = |more: &[&str]| -> Result<_> {
+        let verb = ["coordinators", "recover-alone", "--data", &data];
+        Process::shoal(verb.into_iter().chain(more.iter().copied()))?.finish(START_TIMEOUT)
+    };
+    let running = verb(&[])?.expect_code(1);
+    assert!(running.stderr.contains("uses the data folder"), "{}", running.stderr);
+    for index in 0..2 {
+        cluster.signal_coordinator(index, Signal::KILL)?;
+    }
+    cluster.signal_coordinator(2, Signal::KILL)?;
+    // It says what it would do, and what to say.
+    let asked = verb(&[])?.expect_code(3);
+    for words in ["2 workers, 1 deployments", "lost FOR EVER", "--give-up c1,c2"] {
+        assert!(asked.stderr.contains(words), "{words:?} is not in {}", asked.stderr);
+    }
+    let one = verb(&["--give-up", "c1"])?.expect_code(3);
+    assert!(one.stderr.contains("c1,c2 would be given up, and c1 was said"), "{}", one.stderr);
+    let done = verb(&["--give-up", "c1,c2"])?.expect_code(0);
+    for words in ["c3 votes alone from now on", "state.redb.before-epoch-"] {
+        assert!(done.stderr.contains(words), "{words:?} is not in {}", done.stderr);
+    }
+    cluster.restart_coordinator(2)?;
+    // Its workers obey it, and what was served is served: without a further word from anybody.
+    cluster.admin(2)?.wait_for_phase("pretend", DeploymentPhase::Ready, START_TIMEOUT)?;
+    assert_eq!(tokens(&cluster, 2)?, expected);
+    cluster.admin(2)?.call(AdminCall::CreateToken {
+        role: Role::Worker,
+        uses: 1,
+        expires_s: 60,
+    })?;
+    // A majority of what was comes back, and there is no second cluster.
+    for index in 0..2 {
+        cluster.restart_coordinator(index)?;
+    }
+    for index in 0..2 {
+        let ended = cluster.finish_coordinator(index)?.expect_code(1);
+        let words = format!("c{} was removed from this cluster", index + 1);
+        assert!(ended.stderr.contains(&words), "{}", ended.stderr);
+    }
+    assert_eq!(tokens(&cluster, 2)?, expected);
+    let call = AdminCall::Scale {
+        name: shoal_protocol::id::DeploymentName::new("pretend")?,
+        replicas: Some(1),
+        stages: shoal_protocol::plan::StagesAsked::Exactly(1),
+        dry_run: false,
+    };
+    cluster.admin(2)?.call(call)?;
+    assert_eq!(tokens(&cluster, 2)?, expected);
     Ok(())
 }

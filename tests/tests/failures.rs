@@ -169,6 +169,23 @@ fn a_kept_folder_is_served_again() -> Result<()> {
 }
 
 #[test]
+fn a_second_ctrl_c_ends_what_does_not_end_by_itself() -> Result<()> {
+    let mut up = Up::start(&UpOptions::flags("--workers 2"))?;
+    // One that is frozen drains nothing.
+    let frozen = up.workers()[0].pid;
+    signal(frozen, Signal::STOP)?;
+    let pid = up.process().pid();
+    up.process().signal(Signal::INT)?;
+    up.process().wait_for_words("interrupted; stopping", Duration::from_secs(5))?;
+    up.process().signal(Signal::INT)?;
+    up.process().wait_for_words("interrupted again; ending at once", Duration::from_secs(5))?;
+    // The drain alone would take longer.
+    assert!(wait_until_gone(pid, Duration::from_secs(5))?);
+    assert!(wait_until_gone(frozen, Duration::from_secs(5))?);
+    Ok(())
+}
+
+#[test]
 fn a_model_that_fits_no_worker_alone_is_served_by_three() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let model = folder.path().join("wide");

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use shoal_protocol::admin::{AdminCall, ClusterView, DeploymentPhase};
+use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView, DeploymentPhase};
 use shoal_protocol::id::{DeploymentName, NodeId};
-use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::plan::{ModelSource, PretendSpec, StagesAsked};
 use shoal_tests::api::{Api, Event};
 use shoal_tests::proc::{Admin, Up, UpOptions};
 use shoal_tests::slow::SLOW;
@@ -208,8 +208,14 @@ fn resumed(api: &Api) -> Result<f64> {
 fn what_cannot_be_moved_stays_and_says_why() -> Result<()> {
     let (up, admin) = up(2, "600MiB")?;
     slow(&admin, 2)?;
-    let drained = up.verb(&["drain", "w1", "--wait", "--timeout", "2s"])?.expect_code(1);
-    for words in ["cannot leave w1", "2 stages were asked for, but 1 workers", "still holds"] {
+    // It waits neither for the time-out nor for ever.
+    let since = Instant::now();
+    let drained = up.verb(&["drain", "w1", "--wait", "--timeout", "10m"])?.expect_code(1);
+    let waited = since.elapsed();
+    assert!(waited < Duration::from_secs(30), "{waited:?}");
+    for words in
+        ["cannot leave w1", "2 stages were asked for, but 1 workers", "waiting does not help"]
+    {
         assert!(drained.stderr.contains(words), "{words:?} is not in {}", drained.stderr);
     }
     let rollout = up.verb(&["rollout", "status", "slow", "--timeout", "1s"])?.expect_code(1);
@@ -219,6 +225,38 @@ fn what_cannot_be_moved_stays_and_says_why() -> Result<()> {
     up.verb(&["rollout", "status", "slow", "--timeout", "10s"])?.expect_code(0);
     let refused = up.verb(&["scale", "slow", "--stages", "5"])?.expect_code(3);
     assert!(refused.stderr.contains("2 workers are connected"), "{}", refused.stderr);
+    up.stop(&[])?;
+    Ok(())
+}
+
+/// Else whoever waits for it takes the layout of before, which is as was asked for before, for it.
+#[test]
+fn what_is_shown_after_an_acceptance_is_as_new_as_it() -> Result<()> {
+    let (up, admin) = up(3, "600MiB")?;
+    slow(&admin, 3)?;
+    let asked = || -> Result<u64> {
+        match admin.call(AdminCall::Status)? {
+            AdminReply::Status(view) => Ok(view.deployments[0].asked),
+            other => bail!("{other:?} where a view was expected"),
+        }
+    };
+    for stages in [2, 3, 2, 1, 3] {
+        let before = asked()?;
+        let name = DeploymentName::new("slow")?;
+        let stages = StagesAsked::Exactly(stages);
+        admin.call(AdminCall::Scale { name, replicas: None, stages, dry_run: false })?;
+        assert_eq!(asked()?, before + 1);
+    }
+    // One change after the other, of which nobody waits for the first.
+    up.verb(&["scale", "slow", "--stages", "2", "--no-wait"])?.expect_code(0);
+    let scaled = up.verb(&["scale", "slow", "--stages", "1"])?.expect_code(0);
+    assert!(scaled.stderr.contains("as was asked for"), "{}", scaled.stderr);
+    // One line for each stage.
+    assert!(
+        scaled.stdout.contains("\n0.0 ") && !scaled.stdout.contains("\n1.0 "),
+        "{}",
+        scaled.stdout
+    );
     up.stop(&[])?;
     Ok(())
 }

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::plan::ModelSource;
 use shoal_protocol::upgrade::{UpgradeCall, UpgradeView};
 use shoal_protocol::version::PROTOCOL_VERSION;
-use shoal_tests::api::{Api, Event};
+use shoal_tests::api::{Api, Event, Stream};
 use shoal_tests::proc::cluster::START_TIMEOUT;
 use shoal_tests::proc::{Admin, Cluster, Finished, Process, older, shoal};
 use shoal_tests::slow::SLOW;
@@ -38,33 +38,37 @@ struct Load {
 
 #[derive(Default)]
 struct Shared {
-    /// The coordinators that are in use: what a load balancer knows.
-    used: Mutex<Vec<String>>,
+    /// The coordinators that are in use: what a load balancer knows. Who begins a request holds it, so that
+    /// nobody is on his way to one that is not in use any more.
+    used: RwLock<Vec<String>>,
     stop: AtomicBool,
     asked: AtomicUsize,
 }
 
 impl Shared {
-    fn next(&self) -> (usize, Api) {
+    /// One request at the coordinator whose turn it is, and its number.
+    fn ask(&self, client: u32) -> Result<Vec<u64>> {
         let n = self.asked.fetch_add(1, Ordering::Relaxed);
-        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        (n, Api::new(&used[n % used.len()], "slow"))
+        let used = self.used.read().unwrap_or_else(PoisonError::into_inner);
+        let url = used[n % used.len()].clone();
+        let begun = begin(&Api::new(&url, "slow"), client);
+        drop(used);
+        begun.and_then(finish).with_context(|| format!("request {n} at {url}"))
     }
 }
 
 impl Load {
     fn start(urls: Vec<String>) -> Result<Self> {
-        let shared = Arc::new(Shared { used: Mutex::new(urls), ..Shared::default() });
+        let shared = Arc::new(Shared { used: RwLock::new(urls), ..Shared::default() });
         let mut clients = Vec::new();
         for client in 0..CLIENTS {
-            let expected = ask(&shared.next().1, client).context("undisturbed")?;
+            let expected = shared.ask(client).context("undisturbed")?;
             ensure!(expected.len() == TOKENS as usize);
             let shared = Arc::clone(&shared);
             clients.push(std::thread::spawn(move || {
                 while !shared.stop.load(Ordering::Relaxed) {
-                    let (n, api) = shared.next();
-                    let found = ask(&api, client).with_context(|| format!("request {n}"))?;
-                    ensure!(found == expected, "request {n} of client {client} has other tokens");
+                    let found = shared.ask(client)?;
+                    ensure!(found == expected, "client {client} got other tokens");
                 }
                 Ok(())
             }));
@@ -72,9 +76,9 @@ impl Load {
         Ok(Self { shared, clients })
     }
 
-    /// From now on clients use these coordinators alone.
+    /// From now on clients use these coordinators alone; what has begun at others goes on.
     fn use_only(&self, urls: Vec<String>) {
-        *self.shared.used.lock().unwrap_or_else(PoisonError::into_inner) = urls;
+        *self.shared.used.write().unwrap_or_else(PoisonError::into_inner) = urls;
     }
 
     /// Requests that were begun so far.
@@ -92,10 +96,14 @@ impl Load {
     }
 }
 
-fn ask(api: &Api, client: u32) -> Result<Vec<u64>> {
+fn begin(api: &Api, client: u32) -> Result<Stream> {
     let prompt: Vec<u32> = (10 + client..30 + client).collect();
     let options = json!({"max_tokens": TOKENS, "ignore_eos": true, "return_token_ids": true});
-    let (chunks, end) = api.stream(prompt, options)?.rest()?;
+    api.stream(prompt, options)
+}
+
+fn finish(mut stream: Stream) -> Result<Vec<u64>> {
+    let (chunks, end) = stream.rest()?;
     if end != Event::Done {
         bail!("after {} chunks: {end:?}", chunks.len());
     }
@@ -115,26 +123,39 @@ fn upgrade(admin: &Admin, call: UpgradeCall) -> Result<UpgradeView> {
     }
 }
 
-/// The words with which an upgrade cannot be completed yet.
-fn held_back(cluster: &Cluster, asked: usize) -> Result<String> {
-    match upgrade(&cluster.admin(asked)?, UpgradeCall::Finish) {
-        Ok(view) => bail!("nobody held it back: {view:?}"),
-        Err(error) => Ok(error.to_string()),
+/// Asks until the answer is as wanted: what coordinators hear of each other is seen from outside in
+/// nothing else.
+fn until<T>(mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let end = Instant::now() + WITHIN;
+    loop {
+        match ask() {
+            Ok(Some(answer)) => return Ok(answer),
+            Err(error) if Instant::now() > end => return Err(error),
+            Ok(None) if Instant::now() > end => bail!("not within {WITHIN:?}"),
+            Ok(None) | Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
     }
 }
 
-/// Completes the upgrade, as soon as the coordinators have heard each other.
-fn finish(cluster: &Cluster, asked: usize) -> Result<UpgradeView> {
-    let admin = cluster.admin(asked)?;
-    let until = std::time::Instant::now() + WITHIN;
-    loop {
-        match upgrade(&admin, UpgradeCall::Finish) {
-            Ok(view) => return Ok(view),
-            Err(error) if std::time::Instant::now() > until => return Err(error),
-            // There is nothing to wait for from outside but the answer itself.
-            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+/// An upgrade cannot be completed yet, and these are named for it: no others, as soon as the coordinators
+/// have heard what the others speak.
+fn held_back(cluster: &Cluster, asked: usize, by: &str) -> Result<()> {
+    let (admin, mut last) = (cluster.admin(asked)?, String::new());
+    let expected = format!("needs protocol version 2; {by} not known to speak it: upgrade");
+    let named = until(|| match upgrade(&admin, UpgradeCall::Finish) {
+        Ok(view) => panic!("nobody held it back: {view:?}"),
+        Err(error) => {
+            last = error.to_string();
+            Ok(last.contains(&expected).then_some(()))
         }
-    }
+    });
+    named.with_context(|| format!("{expected:?} is not in {last:?}"))
+}
+
+/// Completes the upgrade, as soon as the coordinators have heard each other.
+fn complete(cluster: &Cluster, asked: usize) -> Result<UpgradeView> {
+    let admin = cluster.admin(asked)?;
+    until(|| upgrade(&admin, UpgradeCall::Finish).map(Some))
 }
 
 fn worker_of(view: &ClusterView, index: usize) -> Option<&shoal_protocol::admin::WorkerView> {
@@ -239,10 +260,7 @@ fn a_cluster_is_upgraded_node_by_node_under_load_and_no_request_fails() -> Resul
     for index in followers.iter().copied() {
         upgrade_coordinator(&mut cluster, index, &load, None)?;
     }
-    let words = held_back(&cluster, followers[0])?;
-    let id = NodeId::coordinator(u32::try_from(leader)? + 1);
-    ensure!(words.contains("needs protocol version 2; "), "{words}");
-    ensure!(words.contains(&format!("; {id} and w4 are not known to speak it")), "{words}");
+    held_back(&cluster, followers[0], &format!("c{} and w4 are", leader + 1))?;
     // Its folder as the older build left it, for later.
     let copy = tempfile::tempdir()?;
     upgrade_coordinator(&mut cluster, leader, &load, Some(copy.path()))?;
@@ -250,17 +268,12 @@ fn a_cluster_is_upgraded_node_by_node_under_load_and_no_request_fails() -> Resul
     // Newer coordinators, one older worker, which alone holds back what is new.
     let asked = followers[0];
     let admin = cluster.admin(asked)?;
-    let until = std::time::Instant::now() + WITHIN;
-    while upgrade(&admin, UpgradeCall::Status)?.log < PROTOCOL_VERSION {
-        ensure!(std::time::Instant::now() < until, "the coordinators did not agree");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    let words = held_back(&cluster, asked)?;
-    ensure!(words.contains("version 2; w4 is not known to speak it: upgrade"), "{words}");
-    let view = upgrade(&admin, UpgradeCall::Status)?;
+    held_back(&cluster, asked, "w4 is")?;
+    let agreed = |view: UpgradeView| (view.log == PROTOCOL_VERSION).then_some(view);
+    let view = until(|| upgrade(&admin, UpgradeCall::Status).map(agreed))?;
     ensure!((view.lowest, view.workers) == (1, 1), "{view:?}");
     upgrade_worker(&mut cluster, 3, asked)?;
-    let view = finish(&cluster, asked)?;
+    let view = complete(&cluster, asked)?;
     ensure!((view.lowest, view.workers, view.log) == (2, 2, 2), "{view:?}");
     ensure!(view.nodes.iter().all(|node| node.protocol == Some(2)), "{view:?}");
     ensure!(load.asked() > before + 3, "no load while it was mixed");
@@ -315,7 +328,7 @@ fn builds_lead_and_follow_each_other_and_take_each_others_snapshots() -> Result<
     // The older build leads; a newer one begins with its snapshot.
     let mut cluster = Cluster::start_with(&older, 1, 2)?;
     cluster.admin(0)?.deploy("slow", ModelSource::Pretend(SLOW), 2)?;
-    let expected = ask(&Api::new(&cluster.api(0), "slow"), 0)?;
+    let expected = finish(begin(&Api::new(&cluster.api(0), "slow"), 0)?)?;
     cluster.use_binary(shoal());
     let newer = cluster.join_coordinator(0)?;
     cluster.use_binary(&older);
@@ -334,9 +347,8 @@ fn builds_lead_and_follow_each_other_and_take_each_others_snapshots() -> Result<
     // An older one that comes now begins with the newer one's snapshot.
     let late = cluster.join_coordinator(newer)?;
     serves(&cluster, late, &expected)?;
-    let words = held_back(&cluster, newer)?;
-    ensure!(words.contains("needs protocol version 2; c1, c3, c4"), "{words}");
-    Ok(())
+    ensure!(cluster.leader(newer)? == newer, "it does not lead any more");
+    held_back(&cluster, newer, "c1, c3, c4, w1 and w2 are")
 }
 
 /// Makes one of three lead: a leader that stops hands over to the only one that is there, and that has
@@ -358,12 +370,9 @@ fn lead(cluster: &mut Cluster, index: usize) -> Result<()> {
 
 fn serves(cluster: &Cluster, index: usize, expected: &[u64]) -> Result<()> {
     // One that has just joined is told where the workers are to go; they come to it.
-    let until = std::time::Instant::now() + WITHIN;
     let api = Api::new(&cluster.api(index), "slow");
-    while api.get("/ready")?.status != 200 {
-        ensure!(std::time::Instant::now() < until, "c{} is not ready", index + 1);
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    ensure!(ask(&api, 0)? == expected, "c{} has other tokens", index + 1);
+    until(|| Ok((api.get("/ready")?.status == 200).then_some(())))
+        .with_context(|| format!("c{} is ready", index + 1))?;
+    ensure!(finish(begin(&api, 0)?)? == expected, "c{} has other tokens", index + 1);
     Ok(())
 }

@@ -54,7 +54,7 @@ fn values_are_read() {
     assert_eq!(up.worker_threads.map(NonZeroU32::get), Some(4));
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
     assert!(up.no_respawn && up.json);
-    assert_eq!(up.policy, Policy::P2c);
+    assert_eq!(up.routing.policy, Policy::P2c);
     assert_eq!(up.trace.otlp.map(|url| url.to_string()), Some("http://localhost:4318".to_owned()));
 }
 

@@ -1,5 +1,7 @@
 //! `shoal coordinators …`.
 
+use std::path::PathBuf;
+
 use clap::{Args as ClapArgs, Subcommand};
 use shoal_protocol::id::{NodeId, Role};
 
@@ -15,6 +17,30 @@ pub enum CoordinatorsCommand {
     Add(CoordinatorAddArgs),
     /// Take the vote of coordinators and remove them from the cluster
     Remove(CoordinatorRemoveArgs),
+    /// Go on with the one coordinator that is left, where a majority is lost for ever
+    #[command(after_help = RECOVER_EXAMPLES)]
+    RecoverAlone(RecoverAloneArgs),
+}
+
+const RECOVER_EXAMPLES: &str = "\
+Example, on the machine of c3, after c1 and c2 have burned:
+  systemctl stop shoal-coordinator
+  shoal coordinators recover-alone --data /var/lib/shoal/coordinator                   shows what is there
+  shoal coordinators recover-alone --data /var/lib/shoal/coordinator --give-up c1,c2   does it
+  systemctl start shoal-coordinator
+
+Never while the lost ones may come back with a majority of their own: what they decide meanwhile and
+what this one decides cannot be brought together. Those that are given up are refused for ever.";
+
+/// `shoal coordinators recover-alone`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct RecoverAloneArgs {
+    /// The data folder of the coordinator that is left, which must not be running
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// All other coordinators, by name: each is lost for ever, and its machine stays off
+    #[arg(long, value_name = "NODE", value_parser = coordinator, value_delimiter = ',')]
+    pub give_up: Vec<NodeId>,
 }
 
 const ADD_EXAMPLES: &str = "\

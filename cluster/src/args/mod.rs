@@ -22,7 +22,6 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
-use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
@@ -32,13 +31,13 @@ pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
 };
-pub use self::coordinators::CoordinatorsCommand;
+pub use self::coordinators::{CoordinatorsCommand, RecoverAloneArgs};
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
-pub use self::tokens::{TokenCommand, TokenCreateArgs, TokenRole};
+pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
-use self::values::{address, count, device, name, nonzero, policy, precision, size, store, token};
+use self::values::{address, count, device, name, nonzero, policy, precision, size, store};
 pub use self::worker_addresses::WorkerAddressArgs;
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -95,7 +94,7 @@ pub enum Command {
         #[command(subcommand)]
         command: TokenCommand,
     },
-    /// Show the coordinators, and which of them vote
+    /// Show the coordinators, add, remove and replace them, or go on with the last one
     Coordinators {
         /// What to do with coordinators.
         #[command(subcommand)]
@@ -196,9 +195,9 @@ pub struct UpArgs {
     /// no terminal (`make demo`)
     #[arg(long, hide = true, conflicts_with_all = ["json", "model"])]
     pub demo: bool,
-    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
-    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
-    pub policy: Policy,
+    /// How replicas are chosen.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
     /// Where traces go.
     #[command(flatten)]
     pub trace: TraceArgs,
@@ -239,28 +238,33 @@ pub struct CoordinatorArgs {
     /// Join the cluster of the coordinators with these --cluster addresses, instead of founding one
     #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',')]
     pub join: Vec<SocketAddr>,
-    /// What `shoal token create --role coordinator` printed; the environment variable keeps it out
-    /// of the list of processes
-    #[arg(
-        long,
-        value_name = "T",
-        env = "SHOAL_TOKEN",
-        hide_env_values = true,
-        value_parser = token
-    )]
-    pub token: Option<JoinToken>,
+    /// What lets it in.
+    #[command(flatten)]
+    pub invitation: InvitationArgs,
     /// Where the cluster's state is kept.
     #[command(flatten)]
     pub store: StoreArgs,
     /// How this process is tied to the `up` that started it.
     #[command(flatten)]
     pub child: ChildArgs,
-    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
-    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
-    pub policy: Policy,
+    /// How replicas are chosen.
+    #[command(flatten)]
+    pub routing: RoutingArgs,
     /// Where traces go.
     #[command(flatten)]
     pub trace: TraceArgs,
+}
+
+/// How replicas are chosen.
+#[derive(Debug, Clone, Copy, ClapArgs)]
+pub struct RoutingArgs {
+    /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
+    pub policy: Policy,
+    /// Prefer the replica to which a prompt's beginning went before (with `score`); of use where
+    /// replicas keep a prefix cache, which those of this version do not
+    #[arg(long)]
+    pub prefix_affinity: bool,
 }
 
 /// Where the cluster's state is kept.
@@ -301,16 +305,9 @@ pub struct WorkerArgs {
     /// The --cluster address of a coordinator, or of several, with commas
     #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',', required = true)]
     pub join: Vec<SocketAddr>,
-    /// What `shoal token create --role worker` printed; the environment variable keeps it out of
-    /// the list of processes
-    #[arg(
-        long,
-        value_name = "T",
-        env = "SHOAL_TOKEN",
-        hide_env_values = true,
-        value_parser = token
-    )]
-    pub token: Option<JoinToken>,
+    /// What lets it in.
+    #[command(flatten)]
+    pub invitation: InvitationArgs,
     /// Identity and unpacked models are kept here
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,

@@ -45,7 +45,10 @@ pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:
   shoal drain w2 --dry-run      what would move where, and what could not
   shoal drain w2 --wait         ... and wait until it holds nothing: then it can be stopped
-  shoal undrain w2              it may hold something again";
+  shoal undrain w2              it may hold something again
+
+--wait ends with 1 after some seconds where something cannot leave the worker, and says what is missing;
+the worker stays marked.";
 
 /// `shoal drain`.
 #[derive(Debug, Clone, ClapArgs)]

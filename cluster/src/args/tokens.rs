@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use shoal_protocol::id::Role;
+use shoal_protocol::join::JoinToken;
 
-use super::values::{count, duration, nonzero};
+use super::values::{count, duration, nonzero, token};
 use super::{ClusterArgs, ListArgs, TokenRevokeArgs};
 
 /// `shoal token …`.
@@ -61,4 +62,19 @@ impl From<TokenRole> for Role {
             TokenRole::Coordinator => Role::Coordinator,
         }
     }
+}
+
+/// What a node that joins shows at its first start.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct InvitationArgs {
+    /// What `shoal token create` printed, with the role of this node; the environment variable keeps it
+    /// out of the list of processes
+    #[arg(
+        long,
+        value_name = "T",
+        env = "SHOAL_TOKEN",
+        hide_env_values = true,
+        value_parser = token
+    )]
+    pub token: Option<JoinToken>,
 }

@@ -1,4 +1,4 @@
-//! `shoal coordinators list | add | remove`.
+//! `shoal coordinators list | add | remove | recover-alone`.
 
 use shoal_protocol::admin::{AdminCall, AdminReply};
 use shoal_protocol::id::NodeId;
@@ -7,6 +7,7 @@ use crate::args::CoordinatorsCommand;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
 use crate::output::table;
+use crate::run;
 
 /// Does what was typed.
 pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
@@ -35,6 +36,8 @@ pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
             );
             Ok(())
         }
+        // There is no cluster to ask.
+        CoordinatorsCommand::RecoverAlone(args) => run::alone::run(args).await,
     }
 }
 

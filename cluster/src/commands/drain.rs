@@ -2,14 +2,21 @@
 
 use std::time::Duration;
 
-use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
+use shoal_protocol::admin::{AdminCall, AdminReply, ChangeView, ClusterView};
 use shoal_protocol::id::NodeId;
 use tokio::time::Instant;
 
 use crate::args::{DrainArgs, UndrainArgs};
-use crate::client::{AdminClient, unexpected};
+use crate::client::{AdminClient, Watch, unexpected};
 use crate::failure::Failure;
 use crate::output::table;
+
+/// How long the plan may say that something cannot leave a worker before waiting is given up: a worker
+/// that is being started again beside it is back within that.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether something cannot leave.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Moves everything off a worker, or shows what that would come to.
 pub async fn run(args: DrainArgs) -> Result<(), Failure> {
@@ -28,11 +35,10 @@ pub async fn run(args: DrainArgs) -> Result<(), Failure> {
         AdminReply::Accepted => eprintln!("{node}: nothing new is placed on it"),
         other => return Err(unexpected(&other)),
     }
-    for line in tried.explanation.iter().filter(|line| line.contains("cannot leave")) {
-        eprintln!("{node}: {line}");
-    }
+    let stays = what_stays(&tried);
+    stays.iter().for_each(|line| eprintln!("{node}: {line}"));
     if args.wait {
-        wait(&client, node, args.timeout).await?;
+        wait(&client, node, args.timeout, stays).await?;
         eprintln!("{node}: it holds nothing; it can be stopped");
     }
     client.close().await;
@@ -53,23 +59,68 @@ pub async fn undo(args: UndrainArgs) -> Result<(), Failure> {
     }
 }
 
-/// Waits until a worker is in no layout and has let go of all shards.
-async fn wait(client: &AdminClient, node: NodeId, timeout: Duration) -> Result<(), Failure> {
+/// What cannot be moved off it, and why: in the words of whoever planned it.
+fn what_stays(tried: &ChangeView) -> Vec<String> {
+    let lines = tried.explanation.iter().filter(|line| line.contains("cannot leave"));
+    lines.map(|line| line.replace('\n', "; ")).collect()
+}
+
+/// Waits until a worker is in no layout and has let go of all shards. Gives up where the plan says for
+/// `PATIENCE` that something cannot leave it: `stays` is what it says now.
+async fn wait(
+    client: &AdminClient,
+    node: NodeId,
+    timeout: Duration,
+    mut stays: Vec<String>,
+) -> Result<(), Failure> {
     let until = Instant::now() + timeout;
-    let mut watch = client.watch().await?;
+    let mut news = Box::pin(next(client.watch().await?));
     let mut last = String::new();
+    let mut stuck_since = Instant::now();
+    let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
-        let late = || {
-            let words = format!("{node} still holds something after {timeout:?}: {last}");
-            Failure::failed(words)
+        let view = tokio::select! {
+            (watch, view) = &mut news => {
+                news = Box::pin(next(watch));
+                view?
+            }
+            () = tokio::time::sleep_until(until) => {
+                let words = format!("{node} still holds something after {timeout:?}: {last}");
+                return Err(Failure::failed(words));
+            }
+            _ = look.tick() => {
+                let call = AdminCall::Drain { node, draining: true, dry_run: true };
+                let AdminReply::Change(tried) = client.call(call).await? else { continue };
+                let now_stays = what_stays(&tried);
+                if now_stays != stays {
+                    now_stays.iter().for_each(|line| eprintln!("{node}: {line}"));
+                }
+                if now_stays.is_empty() || stays.is_empty() {
+                    stuck_since = Instant::now();
+                }
+                stays = now_stays;
+                if stays.is_empty() || stuck_since.elapsed() < PATIENCE {
+                    continue;
+                }
+                return Err(Failure::failed(format!(
+                    "{node} cannot be drained, and waiting does not help: {}; it stays marked, and is \
+                     emptied when that has changed (`shoal undrain {node}` takes the mark back)",
+                    stays.join("; ")
+                )));
+            }
         };
-        let view = tokio::time::timeout_at(until, watch.next()).await.map_err(|_| late())??;
         let Some(held) = held(&view, node) else { return Ok(()) };
         if held != last {
             eprintln!("{node}: {}", held.replace('\n', "; "));
             last = held;
         }
     }
+}
+
+/// The next view. It must be received whole, so this is not to be dropped half-way.
+async fn next(mut watch: Watch) -> (Watch, Result<ClusterView, Failure>) {
+    let view = watch.next().await;
+    (watch, view)
 }
 
 /// What a worker still holds, and why; `None` where that is nothing.

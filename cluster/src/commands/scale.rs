@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use shoal_protocol::admin::{AdminCall, AdminReply};
+use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
 
 use super::rollout;
 use crate::args::ScaleArgs;
@@ -19,8 +19,11 @@ pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
     let before = client.status().await?;
     super::check_exists(&args.name, &before)?;
-    let before = before.deployments.iter().find(|d| d.name == args.name).map_or(0, |d| d.asked);
     let name = args.name.clone();
+    let asked = |view: &ClusterView| {
+        view.deployments.iter().find(|d| d.name == name).map_or(0, |d| d.asked)
+    };
+    let before = asked(&before);
     let call = AdminCall::Scale {
         name: args.name,
         replicas: args.replicas.map(NonZeroU32::get),
@@ -36,6 +39,9 @@ pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
+    // What is shown after the acceptance has it in; what was shown before may have been older than the
+    // change before this one, which is not to be taken for this one.
+    let before = before.max(asked(&client.status().await?).saturating_sub(1));
     let view = rollout::wait(&client, &name, before, TIMEOUT).await?;
     client.close().await;
     eprintln!("{name}: as was asked for");

@@ -2,6 +2,7 @@
 
 use shoal_coordinator::api::tls;
 use shoal_coordinator::config::{EtcdConfig, StoreConfig, TlsFiles};
+use shoal_coordinator::router::policy::Policy;
 use shoal_coordinator::{Coordinator, CoordinatorConfig};
 
 use super::announce::Announcement;
@@ -15,6 +16,12 @@ use crate::otlp::Otlp;
 
 /// Runs a coordinator until it is told to stop.
 pub async fn run(args: CoordinatorArgs) -> Result<(), Failure> {
+    if args.routing.prefix_affinity && args.routing.policy != Policy::Score {
+        return Err(Failure::usage(format!(
+            "--prefix-affinity is for --policy score alone: {} does not look at prompts",
+            args.routing.policy
+        )));
+    }
     let otlp = Otlp::start(args.trace.otlp.as_ref(), "shoal-coordinator")?;
     let outcome = serve(args, &otlp).await;
     otlp.finish().await;
@@ -38,9 +45,10 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
         cluster: args.cluster,
         advertise: args.advertise,
         join: args.join,
-        token: args.token,
+        token: args.invitation.token,
         builtin: builtin::ALL.to_vec(),
-        policy: args.policy,
+        policy: args.routing.policy,
+        prefix_affinity: args.routing.prefix_affinity,
         tracer: otlp.tracer(),
     };
     let mut coordinator = tokio::select! {

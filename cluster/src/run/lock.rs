@@ -44,10 +44,12 @@ impl FolderLock {
             Err(TryLockError::Error(error)) => return Err(failed(error)),
             Err(TryLockError::WouldBlock) => {
                 let who = holder(&mut file);
-                eprintln!(
-                    "{who} uses the data folder {}; waiting up to {patience:?} for its end",
-                    folder.display()
-                );
+                if patience > Duration::ZERO {
+                    eprintln!(
+                        "{who} uses the data folder {}; waiting up to {patience:?} for its end",
+                        folder.display()
+                    );
+                }
                 file = tokio::time::timeout(patience, locked(file))
                     .await
                     .map_err(|_| in_use(&who, folder))?

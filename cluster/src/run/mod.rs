@@ -1,6 +1,7 @@
 //! Processes that run a cluster: configuration in, a node, a drain in order. The only files that name
-//! the two libraries are `coordinator` and `worker`, and `args`, which reads a store's URL.
+//! the two libraries are `coordinator`, `alone` and `worker`, and `args`, which reads a store's URL.
 
+pub mod alone;
 pub mod announce;
 pub mod coordinator;
 pub mod lock;

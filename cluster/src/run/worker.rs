@@ -29,7 +29,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     };
     let config = WorkerConfig {
         join,
-        token: args.token,
+        token: args.invitation.token,
         addresses: args.addresses.into(),
         data: args.data,
         memory: args.memory,

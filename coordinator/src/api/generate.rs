@@ -24,6 +24,7 @@ use super::validate::{ValidRequest, parse};
 use super::{ApiContext, sse};
 use crate::dispatch::Sequence;
 use crate::recovery::{LastingAnswer, RecoveryError};
+use crate::router::prefix::block_hashes;
 use crate::router::{self, RouteRequest};
 use crate::serving::{ServedDeployment, ServingTable};
 use crate::telemetry::Part;
@@ -219,11 +220,16 @@ fn places(
     prepared: &Prepared,
 ) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
+    let mut blocks = Vec::new();
     for prompt in &prepared.prompts {
+        if context.prefix_affinity {
+            block_hashes(&prompt.tokens, &mut blocks);
+        }
         let request = RouteRequest {
             sequences: u32::from(request.n),
             prompt_tokens: prompt.tokens.len() as u32,
             max_tokens: prompt.max_tokens,
+            block_hashes: &blocks,
             ..RouteRequest::default()
         };
         places.extend(context.places.take(random()?, table, deployment, &request)?);

@@ -36,6 +36,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -97,6 +98,8 @@ pub struct ApiContext {
     cut: watch::Receiver<bool>,
     texts: ModelTexts,
     places: Arc<Places>,
+    /// Whether the router is told a prompt's blocks.
+    prefix_affinity: bool,
     resumer: Resumer,
     tracer: Tracer,
 }
@@ -176,6 +179,7 @@ impl ApiContext {
             cut,
             texts: ModelTexts::new(cores),
             places,
+            prefix_affinity: false,
             resumer,
             tracer: Tracer::off(),
         }
@@ -184,6 +188,11 @@ impl ApiContext {
     /// The same, telling what it does for requests that are traced.
     pub fn tracing(self, tracer: Tracer) -> Self {
         Self { tracer, ..self }
+    }
+
+    /// The same, with a preference for the replica to which a prompt's beginning went before, or without.
+    pub fn with_prefix_affinity(self, prefix_affinity: bool) -> Self {
+        Self { prefix_affinity, ..self }
     }
 
     /// The same, with another way to choose replicas; before anything is served.
@@ -231,8 +240,12 @@ async fn models(State(context): State<Arc<ApiContext>>) -> Response {
 /// Names may contain `/`, so the rest of the path is the name.
 async fn model(
     State(context): State<Arc<ApiContext>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    let Path(name) = name.map_err(|error| {
+        let words = format!("the name of a model is UTF-8, percent-encoded: {}", error.body_text());
+        ApiError::http(StatusCode::BAD_REQUEST, words)
+    })?;
     let table = context.table.borrow().clone();
     let deployment = router::find(&table, &name)?;
     Ok(json(openai::models::one(deployment)))

@@ -50,9 +50,22 @@ impl Places {
         Self { inner: Mutex::new(inner), origin: Instant::now() }
     }
 
-    /// Places at one replica, as many as the request has sequences. `dice` breaks ties between
+    /// Places at one replica for a new request, as many as it has sequences. `dice` breaks ties between
     /// replicas.
     pub fn take(
+        self: &Arc<Self>,
+        dice: u64,
+        table: &Arc<ServingTable>,
+        deployment: &ServedDeployment,
+        request: &RouteRequest<'_>,
+    ) -> Result<Vec<Place>, RouteError> {
+        let now = self.now();
+        self.inner().budget.request(now);
+        self.take_again(dice, table, deployment, request)
+    }
+
+    /// The same for a request that was counted before.
+    pub fn take_again(
         self: &Arc<Self>,
         dice: u64,
         table: &Arc<ServingTable>,
@@ -63,9 +76,6 @@ impl Places {
         let ticket = {
             let mut inner = self.inner();
             inner.observe(now, table);
-            if request.avoid.is_empty() {
-                inner.budget.request(now);
-            }
             inner.router.admit(now, dice, deployment, request)?
         };
         let place = |_| Place {

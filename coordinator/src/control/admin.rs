@@ -37,6 +37,9 @@ const CALLS_MAX: usize = 32;
 /// counters change with every report.
 const WATCH_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long an operator waits for what is shown to follow what was decided: some rounds of the reconciler.
+const SHOW_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Answers operators.
 #[derive(Clone, Debug)]
 pub struct AdminServer {
@@ -164,8 +167,12 @@ impl AdminServer {
                 Ok(AdminReply::Upgrade(view.await?))
             }
             AdminCall::Scale { name, replicas, stages, dry_run } => {
+                let shown = name.clone();
                 let scale = DeploymentCommand::Scale { name, replicas, stages };
-                self.changes().make(operator, Change::Deployment(scale), dry_run).await
+                let reply =
+                    self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
+                self.show(&shown).await;
+                Ok(reply)
             }
             AdminCall::Drain { node, draining, dry_run } => {
                 let drain = match draining {
@@ -175,6 +182,18 @@ impl AdminServer {
                 self.changes().make(operator, Change::Drain(drain), dry_run).await
             }
         }
+    }
+
+    /// Waits until what is shown of a deployment is as new as what is decided: who is told `Accepted` and
+    /// looks then must not find the layout of before, as it was asked for before.
+    async fn show(&self, name: &DeploymentName) {
+        let asked = self.store.state().deployments.get(name).map(|deployment| deployment.asked);
+        let is_new = |view: &Arc<ClusterView>| {
+            let shown = view.deployments.iter().find(|deployment| deployment.name == *name);
+            shown.map(|deployment| deployment.asked) >= asked
+        };
+        // Where it takes longer the operator sees it later.
+        let _ = tokio::time::timeout(SHOW_TIMEOUT, self.view.clone().wait_for(is_new)).await;
     }
 
     fn changes(&self) -> Changes<'_> {

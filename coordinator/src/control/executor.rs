@@ -7,7 +7,8 @@
 //! ```
 //!
 //! It keeps nothing but what the last decision gave it for the next one. An action that fails is not
-//! repeated here: the next round sees that it is still to be done.
+//! repeated here: the next round sees that it is still to be done. Acting may take as long as the store
+//! does, so it goes on beside the looking: meanwhile a round shows and decides nothing.
 //!
 //! Every coordinator looks and shows; the leader alone acts, and only once it has made sure that its
 //! copy of the state holds all that the leaders before it decided. Otherwise it would tell workers to
@@ -24,6 +25,7 @@ use shoal_protocol::id::{DeploymentName, NodeId, ReplicaId};
 use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::Instant;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::agents::Agents;
 use super::folders::Folders;
@@ -32,7 +34,7 @@ use super::reconcile::{
     Action, Decision, History, Observed, ObservedWorker, Phase, Stand, reconcile,
 };
 use super::state::{Change, ClusterState};
-use super::store::{ControlStore, Standing};
+use super::store::{ControlStore, ProposeError, Standing};
 use crate::serving::{ServedDeployment, ServedReplica, ServingTable};
 
 /// How often to look even if nothing changes: what could not be done is tried again so soon.
@@ -41,6 +43,10 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Changes that follow each other sooner are looked at together: reports of many workers come in
 /// bursts.
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// How long a coordinator that votes alone waits before it outranks the leader that its workers have heard:
+/// its folder may be an old backup, and another coordinator that knows better says so within two seconds.
+const ALONE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long a round waits for proof that this coordinator leads. The next round asks again.
 const PROOF_PATIENCE: Duration = Duration::from_millis(500);
@@ -56,9 +62,15 @@ pub struct Executor {
     history: BTreeMap<ReplicaId, History>,
     /// The epoch in which this coordinator is proven to lead with a current state.
     leads: Option<u64>,
+    /// Since when workers have said that they have heard a later leader.
+    outranked_since: Option<Instant>,
+    reconcile: Reconcile,
     folders: Folders,
     shown: Shown,
 }
+
+/// What decides: `reconcile`, but in tests.
+type Reconcile = fn(&ClusterState, &Observed) -> Decision;
 
 /// Where the executor shows what is.
 #[derive(Debug)]
@@ -85,6 +97,8 @@ impl Executor {
             origin: std::time::Instant::now(),
             history: BTreeMap::new(),
             leads: None,
+            outranked_since: None,
+            reconcile,
             folders: Folders::new(models),
             shown,
         }
@@ -96,29 +110,52 @@ impl Executor {
         let mut agents_changed = self.agents.changed();
         let mut standing_changed = self.store.standing();
         let mut last_phases = BTreeMap::new();
+        // One at most. It ends with this.
+        let mut acting = JoinSet::new();
+        let mut acts_under = Standing::default();
         loop {
             // Marked as seen before they are looked at, so that no change in between is lost.
             agents_changed.mark_unchanged();
             let standing = *standing_changed.borrow_and_update();
+            if standing != acts_under {
+                acting.shutdown().await;
+            }
+            while acting.try_join_next().is_some() {}
             self.prove(standing).await;
+            if self.leads.is_none() {
+                acting.shutdown().await;
+            }
             let state = Arc::clone(&state_changed.borrow_and_update());
-            let Some(decision) = self.decide(&state).await else { return };
+            let looks_only = !acting.is_empty();
+            let decision = match self.decide(&state, looks_only).await {
+                Decided::This(decision) => decision,
+                // What was shown last is nearer to what is than nothing.
+                Decided::Panicked => {
+                    tokio::select! {
+                        () = tokio::time::sleep(PERIOD) => continue,
+                        _ = stop.wait_for(|stop| *stop) => return,
+                    }
+                }
+                Decided::Ending => return,
+            };
             log(&decision, &mut last_phases);
             self.folders.look(&state).await;
             self.show(&state, &decision);
-            self.history = decision.history;
-            for action in decision.actions {
-                let Some(epoch) = self.leads else { break };
-                if *self.store.standing().borrow() != standing {
-                    break;
+            if !looks_only {
+                self.history = decision.history;
+                if let Some(epoch) = self.leads.filter(|_| !decision.actions.is_empty()) {
+                    acts_under = standing;
+                    let hands = Hands { store: self.store.clone(), agents: self.agents.clone() };
+                    acting.spawn(hands.act(decision.actions, standing, epoch));
                 }
-                self.act(action, epoch).await;
             }
             let wake = decision.wake_at.map_or(PERIOD, |at| at.since(self.now()).min(PERIOD));
             tokio::select! {
                 changed = state_changed.changed() => if changed.is_err() { return },
                 changed = agents_changed.changed() => if changed.is_err() { return },
                 changed = standing_changed.changed() => if changed.is_err() { return },
+                // What was only looked at meanwhile is decided now.
+                Some(_) = acting.join_next(), if looks_only => {}
                 () = tokio::time::sleep(wake) => {}
                 _ = stop.wait_for(|stop| *stop) => return,
             }
@@ -129,6 +166,9 @@ impl Executor {
     /// Sees whether this coordinator leads, and whether its workers believe it.
     async fn prove(&mut self, standing: Standing) {
         let outranked = self.agents.outranked();
+        if outranked.is_empty() {
+            self.outranked_since = None;
+        }
         if !standing.leading {
             if self.leads.take().is_some() {
                 tracing::info!(leader = ?standing.leader, "this coordinator does not lead any more");
@@ -138,7 +178,7 @@ impl Executor {
         if self.leads == Some(standing.epoch) && outranked.is_empty() {
             return;
         }
-        let read = tokio::time::timeout(PROOF_PATIENCE, self.store.read()).await;
+        let read = tokio::time::timeout(PROOF_PATIENCE, self.store.prove(standing.epoch)).await;
         if !matches!(read, Ok(Ok(_))) || *self.store.standing().borrow() != standing {
             self.leads = None;
             return;
@@ -148,7 +188,12 @@ impl Executor {
             self.agents.begin_to_lead();
             self.leads = Some(standing.epoch);
         }
-        self.agents.outrank(standing.epoch, &outranked);
+        let now = self.now();
+        let since = *self.outranked_since.get_or_insert(now);
+        let alone = self.store.members().borrow().voters.len() == 1;
+        if !alone || now.since(since) >= ALONE_PATIENCE {
+            self.agents.outrank(standing.epoch, &outranked);
+        }
     }
 
     fn now(&self) -> Instant {
@@ -162,38 +207,29 @@ impl Executor {
         workers
     }
 
-    /// `None` where the runtime is ending.
-    async fn decide(&mut self, state: &Arc<ClusterState>) -> Option<Decision> {
+    /// Whoever looks only keeps what it remembers: nothing that it sees is counted.
+    async fn decide(&mut self, state: &Arc<ClusterState>, looks_only: bool) -> Decided {
+        let history = match looks_only {
+            true => self.history.clone(),
+            false => std::mem::take(&mut self.history),
+        };
         let observed = Observed {
             now: self.now(),
             since: Instant(0),
-            follows: self.leads.is_none(),
+            follows: self.leads.is_none() || looks_only,
             workers: self.members(state),
-            history: std::mem::take(&mut self.history),
+            history,
         };
-        let state = Arc::clone(state);
+        let (state, reconcile) = (Arc::clone(state), self.reconcile);
         // Planning a large model for many workers takes a while; the timers must not wait for it.
         let decided = tokio::task::spawn_blocking(move || reconcile(&state, &observed)).await;
         match decided {
-            Ok(decision) => Some(decision),
+            Ok(decision) => Decided::This(decision),
             Err(error) if error.is_panic() => {
                 tracing::error!(%error, "reconciliation failed; it starts anew without its memory");
-                Some(Decision::default())
+                Decided::Panicked
             }
-            Err(_) => None,
-        }
-    }
-
-    async fn act(&self, action: Action, epoch: u64) {
-        let Some(command) = action.proposal() else {
-            if let Action::Assign { node, assignments, .. } = action {
-                self.agents.assign(node, epoch, assignments);
-            }
-            return;
-        };
-        // What was not taken is decided anew from what is there then.
-        if let Err(error) = self.store.propose(Change::Plan(command)).await {
-            tracing::warn!(%error, "not taken: {action}");
+            Err(_) => Decided::Ending,
         }
     }
 
@@ -201,7 +237,14 @@ impl Executor {
         let seen = self.members(state);
         let stands = self.stands(state, decision);
         let table = self.table(state, &stands, &seen);
-        self.shown.table.send_replace(Arc::new(table));
+        // Whoever waits for a change wakes for a change.
+        self.shown.table.send_if_modified(|shown| {
+            let changed = **shown != table;
+            if changed {
+                *shown = Arc::new(table);
+            }
+            changed
+        });
         let mut view = view(&self.coordinator, state, &stands, &seen);
         let (members, standing) = (self.store.members(), self.store.standing());
         view.coordinators = super::voters::view(state, &members.borrow(), *standing.borrow());
@@ -284,6 +327,45 @@ impl Executor {
             table.deployments.insert(name.clone(), Arc::new(served));
         }
         table
+    }
+}
+
+/// What a round came to.
+enum Decided {
+    This(Decision),
+    Panicked,
+    /// The runtime is.
+    Ending,
+}
+
+/// What acts, beside the looking.
+struct Hands {
+    store: ControlStore,
+    agents: Agents,
+}
+
+impl Hands {
+    /// Does what was decided under this standing, in order, for as long as it is so and the store takes it.
+    async fn act(self, actions: Vec<Action>, standing: Standing, epoch: u64) {
+        for action in actions {
+            if *self.store.standing().borrow() != standing {
+                return;
+            }
+            let Some(command) = action.proposal() else {
+                if let Action::Assign { node, assignments, .. } = action {
+                    self.agents.assign(node, epoch, assignments);
+                }
+                continue;
+            };
+            // What was not taken is decided anew from what is there then.
+            match self.store.propose_under(Change::Plan(command), Some(standing.epoch)).await {
+                Ok(_) => {}
+                Err(error @ ProposeError::Refused(_)) => {
+                    tracing::warn!(%error, "not taken: {action}")
+                }
+                Err(error) => return tracing::warn!(%error, "not taken: {action}"),
+            }
+        }
     }
 }
 
@@ -393,3 +475,7 @@ fn log(decision: &Decision, last: &mut BTreeMap<DeploymentName, Phase>) {
     }
     last.clone_from(&decision.phases);
 }
+
+#[cfg(test)]
+#[path = "executor_test.rs"]
+mod tests;

@@ -7,9 +7,10 @@ use std::time::Duration;
 use shoal_protocol::admin::{PeerView, Vote};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
+use tokio::time::{Instant, timeout_at};
 
-use super::state::{Change, ClusterState, CoordinatorCommand};
-use super::store::{ControlStore, Members, Standing};
+use super::state::{Change, ClusterState, CoordinatorCommand, Refusal};
+use super::store::{ControlStore, Members, ProposeError, Standing};
 
 /// How long a change may take before the operator is told that it goes on without them: two joint steps
 /// and a snapshot over a slow link.
@@ -19,6 +20,9 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(15);
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Gives votes to some and takes others out, all in one step, and waits until it is so.
+///
+/// What the log holds is the whole set of voters, worked out from a copy: two such changes at once may each
+/// overlook the other, so each looks whether it still stands.
 pub(super) async fn change(
     store: &ControlStore,
     add: &[NodeId],
@@ -31,52 +35,134 @@ pub(super) async fn change(
         add.iter().filter(coming).all(|node| state.coordinators.get(*node).is_some())
     };
     let mut watch = store.watch();
-    let state = match tokio::time::timeout(ANNOUNCE_TIMEOUT, watch.wait_for(announced)).await {
-        Ok(Ok(state)) => Arc::clone(&state),
-        // Refused by the state, with words.
-        _ => store.state(),
-    };
-    let mut voters: BTreeSet<NodeId> = state.coordinators.voters().clone();
-    voters.extend(add);
-    voters.retain(|node| !remove.contains(node));
-    if voters != *state.coordinators.voters() {
-        let change = CoordinatorCommand::SetVoters { voters: voters.clone() };
-        store.propose(Change::Coordinator(change)).await?;
+    // Refused by the state, with words, where it does not.
+    let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, watch.wait_for(announced)).await;
+    let wish = Wish { add, remove };
+    let until = Instant::now() + SETTLE_TIMEOUT;
+    let mut left = remove.to_vec();
+    loop {
+        vote(store, wish, until).await?;
+        match remove_all(store, &mut left).await {
+            // Another operator's copy still had its vote.
+            Err(ProposeError::Refused(Refusal::StillVotes { .. })) if Instant::now() < until => {}
+            done => return done.map_err(WireError::from),
+        }
     }
-    let mut members = store.members();
-    if *members.borrow() == Members::default() {
-        // Another service has the log; who votes is a matter of who gets the CA's key.
-        return remove_all(store, remove).await;
-    }
-    let settled =
-        |members: &Members| members.voters.iter().copied().collect::<BTreeSet<_>>() == voters;
-    match tokio::time::timeout(SETTLE_TIMEOUT, members.wait_for(settled)).await {
-        Ok(Ok(_)) => {}
-        Ok(Err(_)) => return Err(WireError::new(ErrorCode::Draining, "this coordinator stops")),
-        Err(_) => {
-            let text = format!(
-                "it is decided and goes on, but {SETTLE_TIMEOUT:?} were not enough: whoever is to vote must \
-                 be running and have caught up (`shoal coordinators list`)"
-            );
-            return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
+}
+
+/// Has it decided, and waits until those vote who shall and each of them holds the CA's key.
+async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<(), WireError> {
+    loop {
+        // Another operator may wish for something else at the same time, from the same copy: whoever is
+        // overruled wishes anew.
+        if !decide(store, wish, until).await? {
+            continue;
+        }
+        if *store.members().borrow() == Members::default() {
+            // Another service has the log; who votes is a matter of who gets the CA's key.
+            return Ok(());
+        }
+        match timeout_at(until, settled(store, wish)).await {
+            Ok(Settled::Yes) => break,
+            Ok(Settled::Overruled) => {}
+            Ok(Settled::Stopped) => {
+                return Err(WireError::new(ErrorCode::Draining, "this coordinator stops"));
+            }
+            Err(_) => return Err(late()),
         }
     }
     // The last one that holds the CA's key must not be the first to be lost.
     let holds = |state: &Arc<ClusterState>| {
-        voters.iter().all(|node| state.coordinators.get(*node).is_some_and(|r| r.holds_key))
+        let mut voters = state.coordinators.voters().iter();
+        voters.all(|node| state.coordinators.get(*node).is_some_and(|record| record.holds_key))
     };
     if tokio::time::timeout(SETTLE_TIMEOUT, store.watch().wait_for(holds)).await.is_err() {
         let text = "they vote, but not each of them holds the CA's key yet; the log of each says whether \
                     it is reached";
         return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
     }
-    remove_all(store, remove).await
+    Ok(())
 }
 
-async fn remove_all(store: &ControlStore, nodes: &[NodeId]) -> Result<(), WireError> {
-    for node in nodes {
-        let change = CoordinatorCommand::Remove { node: *node };
-        store.propose(Change::Coordinator(change)).await?;
+/// Who is to vote, and who is not.
+#[derive(Clone, Copy)]
+struct Wish<'a> {
+    add: &'a [NodeId],
+    remove: &'a [NodeId],
+}
+
+impl Wish<'_> {
+    /// The voters, with this wish fulfilled.
+    fn on(&self, voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let all = voters.iter().chain(self.add).copied();
+        all.filter(|node| !self.remove.contains(node)).collect()
+    }
+
+    fn is_fulfilled(&self, voters: &BTreeSet<NodeId>) -> bool {
+        self.on(voters) == *voters
+    }
+}
+
+/// Has it decided, from what is decided so far; `false` where somebody decided something else meanwhile.
+async fn decide(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<bool, WireError> {
+    let state = store.read().await?;
+    let voters = wish.on(state.coordinators.voters());
+    if voters != *state.coordinators.voters() {
+        let change = CoordinatorCommand::SetVoters { voters: voters.clone() };
+        if let Err(error) = store.propose(Change::Coordinator(change)).await {
+            let refused = matches!(error, ProposeError::Refused(_)) && Instant::now() < until;
+            // What it was worked out from may be gone.
+            if refused && wish.on(store.read().await?.coordinators.voters()) != voters {
+                return Ok(false);
+            }
+            return Err(error.into());
+        }
+    }
+    let stands = wish.is_fulfilled(store.state().coordinators.voters());
+    Ok(stands || Instant::now() >= until)
+}
+
+enum Settled {
+    Yes,
+    Overruled,
+    Stopped,
+}
+
+/// Waits until those vote who shall, or somebody has decided against the wish.
+async fn settled(store: &ControlStore, wish: Wish<'_>) -> Settled {
+    let (mut members, mut state) = (store.members(), store.watch());
+    loop {
+        let shall = state.borrow_and_update().coordinators.voters().clone();
+        if !wish.is_fulfilled(&shall) {
+            return Settled::Overruled;
+        }
+        let vote: BTreeSet<NodeId> = members.borrow_and_update().voters.iter().copied().collect();
+        if vote == shall {
+            return Settled::Yes;
+        }
+        let changed = tokio::select! {
+            changed = members.changed() => changed,
+            changed = state.changed() => changed,
+        };
+        if changed.is_err() {
+            return Settled::Stopped;
+        }
+    }
+}
+
+fn late() -> WireError {
+    let text = format!(
+        "it is decided and goes on, but {SETTLE_TIMEOUT:?} were not enough: whoever is to vote must be running \
+         and have caught up (`shoal coordinators list`)"
+    );
+    WireError::new(ErrorCode::DeadlineExceeded, text)
+}
+
+/// Removes one after the other; those that are left are still there.
+async fn remove_all(store: &ControlStore, left: &mut Vec<NodeId>) -> Result<(), ProposeError> {
+    while let Some(node) = left.first().copied() {
+        store.propose(Change::Coordinator(CoordinatorCommand::Remove { node })).await?;
+        left.remove(0);
     }
     Ok(())
 }

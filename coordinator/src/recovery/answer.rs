@@ -229,22 +229,30 @@ impl LastingAnswer {
             self.alone = self.resumer.probation.enter(&self.deployment).await;
         }
         let since = std::time::Instant::now();
+        let mut granted = !self.recovery.is_retry();
         loop {
             let table = Arc::clone(&self.resumer.table.borrow_and_update());
             let deployment = table.deployments.get(&self.deployment);
             let next = self.recovery.next(self.now(), deployment.map(|d| d.as_ref()));
             match next.map_err(|verdict| self.give_up(verdict))? {
                 Move::Wait(until) => self.wait(until).await,
-                Move::Ask(replicas) => {
+                Move::Ask(_) => {
                     let Some(deployment) = deployment else { continue };
-                    let usable = ServedDeployment { replicas, ..(**deployment).clone() };
+                    granted = granted || self.resumer.places.may_retry();
+                    if !granted {
+                        // A client that heard an error now would ask again too, and begin anew.
+                        self.recovery.no_room(self.now(), dice());
+                        continue;
+                    }
+                    let avoid = self.recovery.avoided(self.now());
                     let request = RouteRequest {
                         sequences: 1,
                         prompt_tokens: self.sequence.rows() as u32,
                         max_tokens: self.sequence.left(),
+                        avoid: &avoid,
                         ..RouteRequest::default()
                     };
-                    match self.resumer.places.take(dice(), &table, &usable, &request) {
+                    match self.resumer.places.take_again(dice(), &table, deployment, &request) {
                         Ok(mut places) => {
                             let Some(place) = places.pop() else { continue };
                             self.trace.part("route", since, || place.why(&self.deployment));

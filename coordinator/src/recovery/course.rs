@@ -120,6 +120,8 @@ pub struct Recovery {
     /// Since the last event.
     blame: u32,
     losses: u32,
+    /// Whether the last of them took a worker along, or its layout.
+    lost_at_work: bool,
     broken: u32,
     /// Since when the client waits.
     stalled_since: Option<Instant>,
@@ -183,6 +185,7 @@ impl Recovery {
             progressed: false,
             blame: 0,
             losses: 0,
+            lost_at_work: false,
             broken: 0,
             stalled_since: None,
             avoided: BTreeMap::new(),
@@ -238,6 +241,7 @@ impl Recovery {
             _ => {}
         }
         self.losses += 1;
+        self.lost_at_work = matches!(loss, Loss::Lost | Loss::Superseded);
         if !self.progressed {
             self.blame += loss.blame();
             if self.blame >= QUARANTINE_AT {
@@ -253,7 +257,20 @@ impl Recovery {
         Ok(())
     }
 
-    /// The router has no room: ask again a little later.
+    /// Whether the next attempt is a retry, which the budget of retries must grant. The first one after a
+    /// worker was lost at work is none: there is one for each loss, and an answer that was promised goes on.
+    /// What was turned away, or lost again before it had a token, may be one of very many.
+    pub fn is_retry(&self) -> bool {
+        self.losses > 0 && !(self.losses == 1 && self.lost_at_work)
+    }
+
+    /// The layouts that are not to be asked now.
+    pub fn avoided(&self, now: Instant) -> Vec<(ReplicaId, Generation)> {
+        let avoided = self.avoided.iter().filter(|(_, avoided)| now < avoided.until);
+        avoided.map(|(replica, avoided)| (*replica, avoided.generation)).collect()
+    }
+
+    /// The router has no room, or the budget no retry left: ask again a little later.
     pub fn no_room(&mut self, now: Instant, dice: u64) {
         self.stalled_since.get_or_insert(now);
         self.full = Some(Avoided::again(self.full, Generation(0), now, dice));

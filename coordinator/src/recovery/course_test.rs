@@ -230,3 +230,33 @@ fn a_newer_layout_that_serves_supersedes_and_an_unready_one_does_not() {
     check(vec![replica(2, 9)], false);
     check(vec![], false);
 }
+
+#[test]
+fn the_first_attempt_after_a_workers_loss_is_free_and_what_repeats_itself_is_not() {
+    let check = |losses: &[Loss], retry: bool| {
+        let mut recovery = Recovery::new(7);
+        for loss in losses {
+            lost(&mut recovery, *loss).expect("it goes on");
+        }
+        assert_eq!(recovery.is_retry(), retry, "{losses:?}");
+        recovery.went_on(NOW);
+        assert!(!recovery.is_retry(), "an event ends it");
+    };
+    check(&[], false);
+    check(&[Loss::Lost], false);
+    check(&[Loss::Superseded], false);
+    check(&[Loss::Unreachable], true);
+    check(&[Loss::TurnedAway], true);
+    check(&[Loss::Broken], true);
+    check(&[Loss::Lost, Loss::TurnedAway], true);
+    check(&[Loss::Superseded, Loss::Superseded], true);
+}
+
+#[test]
+fn a_layout_that_failed_is_avoided_until_its_back_off_is_over() {
+    let mut recovery = Recovery::new(7);
+    assert!(recovery.avoided(NOW).is_empty());
+    lost(&mut recovery, Loss::TurnedAway).expect("it goes on");
+    assert_eq!(recovery.avoided(NOW), [HERE]);
+    assert!(recovery.avoided(NOW + BACKOFF_MAX).is_empty());
+}

@@ -31,7 +31,7 @@ impl RetryBudget {
         self.requests += 1.0;
     }
 
-    /// Takes one retry; false where the budget is used up: give the error to the client instead.
+    /// Takes one retry; false where the budget is used up: wait, and ask again.
     pub fn retry(&mut self, now: Instant) -> bool {
         self.decay(now);
         let allowed = SHARE * self.requests + FLOOR_PER_SECOND * WINDOW.as_secs_f64();

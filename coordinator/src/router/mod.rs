@@ -57,8 +57,8 @@ pub struct RouteRequest<'a> {
     pub prompt_tokens: u32,
     /// The most tokens of each answer.
     pub max_tokens: u32,
-    /// The prompt's blocks (`prefix::block_hashes`), where replicas keep a prefix cache. They keep
-    /// none yet: empty.
+    /// The prompt's blocks (`prefix::block_hashes`), where replicas keep a prefix cache and the operator
+    /// says so (`--prefix-affinity`); else empty.
     pub block_hashes: &'a [u64],
     /// Where it was tried before: used only where there is nothing else.
     pub avoid: &'a [(ReplicaId, Generation)],

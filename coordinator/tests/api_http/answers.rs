@@ -1,6 +1,9 @@
 //! What a client gets where all goes well.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
+use shoal_protocol::request::Generate;
 
 use super::client::{get, post};
 use super::head::{End, Script};
@@ -39,6 +42,33 @@ fn text_of(events: &[Value], index: usize) -> String {
             choice["text"].as_str().or_else(|| choice["delta"]["content"].as_str())
         })
         .collect()
+}
+
+#[tokio::test]
+async fn with_prefix_affinity_a_prompt_goes_where_its_beginning_went_before() {
+    let setup = Setup::with_prefix_affinity().await;
+    let tokens = setup.says("3.");
+    let script = Script { tokens, pace: Duration::ZERO, end: End::Done(1) };
+    let other = setup.another_replica(script);
+    // Two conversations of 160 tokens, whose turns alternate; the dice alone would mix them.
+    let conversation = |first: u32, turn: u32| {
+        let prompt: Vec<u32> =
+            (0..160).map(|i| 10 + (first * 160 + i) % 400).chain([turn]).collect();
+        complete(json!({"prompt": prompt, "max_tokens": 4}))
+    };
+    for turn in 0..8 {
+        for first in 0..2 {
+            let answer = post(setup.http, COMPLETIONS, &conversation(first, 10 + turn)).await;
+            assert_eq!(answer.status, 200, "{}", answer.body);
+        }
+    }
+    for first in 0..2 {
+        let begins = |request: &&Generate| request.tokens[0] == 10 + first * 160;
+        let here = setup.head.requests().iter().filter(begins).count();
+        let there = other.requests().iter().filter(begins).count();
+        assert!(here == 0 || there == 0, "conversation {first}: {here} here, {there} there");
+        assert_eq!(here + there, 8);
+    }
 }
 
 #[tokio::test]

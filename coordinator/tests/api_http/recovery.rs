@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use shoal_coordinator::api::Limits;
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, Generation, NodeId, ReplicaId};
+use shoal_protocol::id::{Attempt, Generation, NodeId};
 use shoal_protocol::request::Generate;
 
 use super::client::{Response, get, post};
@@ -196,22 +196,53 @@ async fn another_replica_takes_over_where_there_is_one() {
     let setup = Setup::new().await;
     let tokens = setup.says(TEXT);
     let undisturbed = events(&post(setup.http, COMPLETIONS, &body(true)).await);
-    let w2 = NodeId::worker(2);
-    let other = setup.another_head(w2, script(&tokens, End::Done(1)));
+    let other = setup.another_replica(script(&tokens, End::Done(1)));
     setup.head.set(script(&tokens[..4], lost()));
-    setup.change(|demo| {
-        let mut second = demo.replicas[0].clone();
-        (second.id, second.head, second.requests) = (ReplicaId(9), w2, Some(other.address));
-        second.load = None;
-        demo.replicas[0].load = None;
-        demo.replicas.push(second);
-    });
     for _ in 0..8 {
         assert_eq!(events(&post(setup.http, COMPLETIONS, &body(true)).await), undisturbed);
     }
     // Whoever began at the first one has gone on at the second, and not waited for the first.
     assert!(attempts(&setup.head)[1..].iter().all(|(attempt, _)| *attempt == 0));
     assert_eq!(other.requests().len(), 8);
+}
+
+#[tokio::test]
+async fn who_turns_a_request_away_is_not_asked_again_at_once() {
+    let setup = Setup::new().await;
+    let tokens = setup.says(TEXT);
+    let undisturbed = whole(&post(setup.http, COMPLETIONS, &body(false)).await);
+    let other = setup.another_replica(script(&tokens, End::Done(1)));
+    // It says so at once, so its queue is always the shorter one, and no breaker opens for it.
+    setup.head.set(script(&[], End::Failed(ErrorCode::NotReady, "its links are being made")));
+    let before = setup.head.requests().len();
+    const REQUESTS: usize = 12;
+    for _ in 0..REQUESTS {
+        assert_eq!(whole(&post(setup.http, COMPLETIONS, &body(false)).await), undisturbed);
+    }
+    assert!(attempts(&setup.head)[before..].iter().all(|(attempt, _)| *attempt == 0));
+    assert!(attempts(&other).iter().all(|(attempt, _)| *attempt <= 1));
+    assert_eq!(other.requests().len(), REQUESTS);
+}
+
+/// Without a budget each of the requests would ask the head some fifty times in these two seconds.
+#[tokio::test]
+async fn a_head_that_turns_all_away_is_not_buried_under_repetitions() {
+    const REQUESTS: usize = 60;
+    let limits = Limits { request_deadline: Duration::from_secs(2), ..Limits::default() };
+    let setup = Setup::with(limits).await;
+    setup.head.set(script(&[], End::Failed(ErrorCode::NotReady, "its links are being made")));
+    let http = setup.http;
+    let running: Vec<_> = (0..REQUESTS)
+        .map(|_| tokio::spawn(async move { post(http, COMPLETIONS, &body(false)).await.status }))
+        .collect();
+    for one in running {
+        assert_eq!(one.await.expect("no panic"), 504, "it waits, and hears what is missing");
+    }
+    // Once each, a fifth of them again, and ten a second over ten seconds at once.
+    let asked = setup.head.requests().len();
+    let most = REQUESTS + REQUESTS / 5 + 100 + 2 * 10;
+    assert!(asked <= most + 5, "{asked} attempts of {REQUESTS} requests; {most} are granted");
+    assert!(asked > REQUESTS, "nobody tried again");
 }
 
 #[tokio::test]

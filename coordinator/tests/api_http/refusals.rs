@@ -83,6 +83,8 @@ async fn wrong_requests_are_refused_by_name() {
     refused(&get(setup.http, completions).await, 405, "invalid_request", None, "GET");
     let unknown = get(setup.http, "/v1/models/org/other").await;
     refused(&unknown, 404, "model_not_found", Some("model"), "org/other");
+    let no_text = get(setup.http, "/v1/models/%ff").await;
+    refused(&no_text, 400, "invalid_request", None, "UTF-8");
     assert!(setup.head.requests().is_empty(), "nothing wrong reaches a head");
 }
 

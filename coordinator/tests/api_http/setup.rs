@@ -75,14 +75,24 @@ impl Setup {
     }
 
     pub async fn over(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>) -> Self {
-        Self::build(limits, gate, tls, Tracer::off()).await
+        Self::build(limits, gate, tls, |context| context).await
     }
 
     pub async fn tracing(tracer: Tracer) -> Self {
-        Self::build(Limits::default(), Gate::without_keys(), None, tracer).await
+        Self::build(Limits::default(), Gate::without_keys(), None, |c| c.tracing(tracer)).await
     }
 
-    async fn build(limits: Limits, gate: Gate, tls: Option<Arc<Tls>>, tracer: Tracer) -> Self {
+    pub async fn with_prefix_affinity() -> Self {
+        let with = |context: ApiContext| context.with_prefix_affinity(true);
+        Self::build(Limits::default(), Gate::without_keys(), None, with).await
+    }
+
+    async fn build(
+        limits: Limits,
+        gate: Gate,
+        tls: Option<Arc<Tls>>,
+        finish: impl FnOnce(ApiContext) -> ApiContext,
+    ) -> Self {
         let now = SystemTime::now();
         let ca = CertificateAuthority::create(now).expect("a CA");
         let identity = |node| ca.issue_identity(node, now).expect("an identity");
@@ -106,7 +116,7 @@ impl Setup {
         let http = listener.local_addr().expect("an address");
         let dispatcher = Dispatcher::new(endpoint);
         let context = ApiContext::new(table_seen, dispatcher, telemetry, limits, draining_seen);
-        let context = context.behind(gate).tracing(tracer);
+        let context = finish(context.behind(gate));
         let server = match tls {
             Some(tls) => serve(listener, context.over(tls)),
             None => serve(listener, context),
@@ -118,6 +128,20 @@ impl Setup {
     pub fn another_head(&self, node: NodeId, script: Script) -> Head {
         let identity = self.ca.issue_identity(node, SystemTime::now()).expect("an identity");
         std::thread::spawn(|| Head::start(identity, script)).join().expect("a head")
+    }
+
+    /// A second replica of `demo`, of which nothing is known, with a head of its own.
+    pub fn another_replica(&self, script: Script) -> Head {
+        let node = NodeId::worker(2);
+        let head = self.another_head(node, script);
+        self.change(|demo| {
+            let mut second = demo.replicas[0].clone();
+            (second.id, second.head, second.requests) = (ReplicaId(9), node, Some(head.address));
+            second.load = None;
+            demo.replicas[0].load = None;
+            demo.replicas.push(second);
+        });
+        head
     }
 
     /// The head answers every sequence with this text, then its end token.

@@ -49,6 +49,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
         builtin: Vec::new(),
         policy: Default::default(),
         tracer: shoal_protocol::trace::Tracer::off(),
+        prefix_affinity: false,
     }
 }
 

@@ -312,6 +312,58 @@ pub async fn one_leads_and_another_does_when_it_dies<F: Fixture>() {
     assert!(last > 0);
 }
 
+pub async fn what_a_leader_wants_is_not_made_under_another_and_the_rest_is<F: Fixture>() {
+    let Some(mut cluster) = Cluster::<F>::new().await else { return };
+    let led = standing(cluster.first(), |s| s.leader.is_some() && s.epoch > 0).await;
+    let one = within("one leads", async {
+        loop {
+            let leads = |store: &ControlStore| store.standing().borrow().leading;
+            match cluster.stores.iter().position(leads) {
+                Some(leader) => return leader,
+                None => tokio::task::yield_now().await,
+            }
+        }
+    });
+    let one = one.await;
+    let epoch = cluster.stores[one].standing().borrow().epoch;
+    assert!(epoch >= led.epoch);
+    cluster.stores[one].prove(epoch).await.expect("it leads");
+    added(cluster.stores[one].propose_under(enrol(), Some(epoch)).await);
+    if cluster.stores.len() <= F::NEEDED as usize {
+        return;
+    }
+    cluster.kill(one).await;
+    for store in &cluster.stores {
+        standing(store, |s| s.leader.is_some() && s.epoch > epoch).await;
+        // As if the one that was killed had been frozen, and went on where it was.
+        let result = store.propose_under(enrol(), Some(epoch)).await;
+        let error = result.expect_err("another leads");
+        assert!(error.to_string().contains("another coordinator leads now"), "{error}");
+        let error = store.prove(epoch).await.expect_err("another leads");
+        assert!(error.to_string().contains("another coordinator leads now"), "{error}");
+        // What is nobody's in particular is made.
+        insist(store, enrol()).await;
+    }
+}
+
+pub async fn changes_that_wait_at_the_end_are_made<F: Fixture>() {
+    const WAITING: usize = 5;
+    let Some(mut cluster) = Cluster::<F>::new().await else { return };
+    standing(cluster.first(), |standing| standing.leader.is_some()).await;
+    let (store, owner) = (cluster.stores.remove(0), cluster.owners.remove(0));
+    let changes = (0..WAITING).map(|_| store.propose(enrol()));
+    let mut changes = std::pin::pin!(futures_util::future::join_all(changes));
+    // All of them are asked for before the end.
+    let first = std::future::poll_fn(|context| {
+        std::task::Poll::Ready(changes.as_mut().poll(context).is_ready())
+    });
+    assert!(!first.await, "they were made at once");
+    let (results, ()) = tokio::join!(within("answers", changes), cluster.fixture.close(owner));
+    for result in results {
+        added(result);
+    }
+}
+
 pub async fn a_store_that_takes_nothing_says_so_reads_on_and_heals<F: Fixture>() {
     let Some(cluster) = Cluster::<F>::new().await else { return };
     if !F::STALLS {
@@ -385,6 +437,8 @@ macro_rules! contract {
             a_start_finds_everything
             a_long_log_is_compacted_and_nothing_is_lost
             one_leads_and_another_does_when_it_dies
+            what_a_leader_wants_is_not_made_under_another_and_the_rest_is
+            changes_that_wait_at_the_end_are_made
             a_store_that_takes_nothing_says_so_reads_on_and_heals
             time_in_the_log_never_goes_back
         );

@@ -1,9 +1,12 @@
 //! The store in etcd, on an etcd that is killed, frozen, compacted, emptied and cut off.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, Txn, TxnOp};
 use rustix::process::Signal;
+use shoal_coordinator::Coordinator;
+use shoal_coordinator::config::{CoordinatorConfig, StoreConfig};
 use shoal_coordinator::control::store::etcd::{self, EtcdStore, LEASE_TTL, LOG_LEN_MAX};
 use shoal_coordinator::control::store::{ControlStore, ProposeError};
 use shoal_protocol::id::NodeId;
@@ -191,7 +194,9 @@ async fn what_a_leader_wants_that_leads_no_more_is_not_made() {
         client.delete(key, None).await.expect("it answers");
         client.put(key, "c9", None).await.expect("it answers");
         let believed = *store.standing().borrow();
-        let result = store.propose(enrol()).await;
+        let epoch = Some(believed.epoch).filter(|_| believed.leading);
+        let proof = store.prove(believed.epoch).await;
+        let result = store.propose_under(enrol(), epoch).await;
         let after = standing(&store, |standing| standing.epoch > before.epoch).await;
         assert_eq!((after.leader, after.leading), (Some(coordinator(9)), false));
         client.delete(key, None).await.expect("it answers");
@@ -201,9 +206,9 @@ async fn what_a_leader_wants_that_leads_no_more_is_not_made() {
         }
         let error = result.expect_err("another leads").to_string();
         assert!(error.contains("another coordinator leads now"), "{error}");
+        let error = proof.expect_err("another leads").to_string();
+        assert!(error.contains("another coordinator leads now"), "{error}");
         assert_eq!(workers(&store.state()), 0);
-        // What is proposed by one that knows that it does not lead is made.
-        added(store.propose(enrol()).await);
         return;
     }
     panic!("it looked just then ten times");
@@ -254,6 +259,73 @@ async fn an_etcd_that_was_emptied_is_not_believed() {
     assert!(error.contains("restored from an old backup, or emptied"), "{error}");
     assert!(store.read().await.is_err());
     assert_eq!(workers(&store.state()), 1, "what is there can be read");
+}
+
+/// A leader that is behind must not write its snapshot over one that holds more: the commands between the
+/// two are in that one alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_holds_more_is_left_alone() {
+    if is_skipped() {
+        return;
+    }
+    let process = EtcdProcess::start(1, Flags::default());
+    let (store, _owner) = open(&process, 1).await;
+    standing(&store, |standing| standing.leading).await;
+    let mut client = process.client().await;
+    let later = br#"{"index":1000000,"folder":"later","parts":1,"len":1}"#.to_vec();
+    client.put("test/shoal/snapshot", later.clone(), None).await.expect("it answers");
+    client.put("test/shoal/snap/later/0", vec![7], None).await.expect("it answers");
+    let total = LOG_LEN_MAX + 100;
+    for _ in 0..total {
+        added(store.propose(enrol()).await);
+    }
+    let found = client.get("test/shoal/snapshot", None).await.expect("it answers");
+    assert_eq!(found.kvs()[0].value(), later, "it was written over");
+    assert_eq!(process.count("test/shoal/snap/later/").await, 1);
+    assert_eq!(process.count("test/shoal/cmd/").await, total, "commands were trimmed");
+}
+
+/// Both find it empty, and both would be the first coordinator, each with a CA of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_that_found_a_cluster_in_one_etcd_at_once_one_does() {
+    if is_skipped() {
+        return;
+    }
+    for _ in 0..5 {
+        let process = EtcdProcess::start(1, Flags::default());
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let [one, other] = folders.each_ref().map(|folder| CoordinatorConfig {
+            data: folder.path().to_owned(),
+            store: StoreConfig::Etcd(Box::new(process.config())),
+            listen: any,
+            tls: None,
+            cluster: any,
+            advertise: None,
+            join: Vec::new(),
+            token: None,
+            builtin: Vec::new(),
+            policy: Default::default(),
+            tracer: shoal_protocol::trace::Tracer::off(),
+        });
+        let both = async { tokio::join!(Coordinator::start(one), Coordinator::start(other)) };
+        let (one, other) = within("the starts", both).await;
+        let (founder, error) = match (one, other) {
+            (Ok(founder), Err(error)) | (Err(error), Ok(founder)) => (founder, error),
+            (Ok(_), Ok(_)) => panic!("both founded a cluster"),
+            (Err(one), Err(other)) => panic!("nobody did: {one}; {other}"),
+        };
+        // One that finds it founded and announced is told so by what is there.
+        let words = ["another coordinator is founding", "not the CA's key"];
+        assert!(words.iter().any(|words| error.to_string().contains(words)), "{error}");
+        assert_eq!(founder.id(), coordinator(1));
+        // Its operator has a number too, whatever the other one left.
+        let (store, owner) = open(&process, 9).await;
+        assert!(store.state().nodes.get(NodeId::admin(1)).is_some());
+        drop(store);
+        owner.close().await;
+        founder.drain().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -141,14 +141,15 @@ pub async fn welcome_with(
     coordinator: &Endpoint,
     coordinators: Vec<CoordinatorAddress>,
 ) -> (Register, mpsc::Sender<CoordinatorMessage>, watch::Receiver<Said>) {
-    let connection = loop {
+    let (connection, (mut sender, mut receiver)) = loop {
         let accepting = within(coordinator.accept()).await.unwrap();
-        // A worker that a test has ended may have been about to come back.
-        if let Ok(connection) = within(accepting.establish()).await {
-            break connection;
+        // A worker that a test has ended may have been about to come back, and one that dials two of a
+        // coordinator's addresses at once hangs up the second time.
+        let Ok(connection) = within(accepting.establish()).await else { continue };
+        if let Ok(stream) = within(connection.accept_bi()).await {
+            break (connection, stream);
         }
     };
-    let (mut sender, mut receiver) = within(connection.accept_bi()).await.unwrap();
     let first = within(receiver.message(MESSAGE_LEN_MAX)).await.unwrap();
     let Some(WorkerMessage::Register(register)) = first else { panic!("{first:?}") };
     assert_eq!(Some(register.node), connection.peer());

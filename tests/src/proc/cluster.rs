@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::disk::Disk;
 use super::relay::{Network, address_of};
-use super::{Admin, Process, Signal};
+use super::{Admin, Finished, Process, Signal};
 
 /// How long a process may take to start on a machine that is busy.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -351,6 +351,12 @@ impl Cluster {
         self.said();
         drop(self.coordinators[index].process.take());
         self.start_coordinator(index, None)
+    }
+
+    /// Waits for the end of a coordinator that ends by itself.
+    pub fn finish_coordinator(&mut self, index: usize) -> Result<Finished> {
+        let process = self.coordinators[index].process.take().context("it does not run")?;
+        process.finish(START_TIMEOUT)
     }
 
     /// Starts a worker again that has ended.

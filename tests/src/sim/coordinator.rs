@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::prelude::{Message, MessageType};
-use shoal_coordinator::control::state::{ClusterState, Command, Effect, Timestamp};
+use shoal_coordinator::control::state::{Change, ClusterState, Command, Effect, Timestamp};
 use shoal_coordinator::control::store::raft::core::{Done, Round, Voter, Write};
 use shoal_coordinator::control::store::raft::pending::{Proposals, Reads};
 use shoal_coordinator::control::store::{ProposeError, ReadError, Standing};
@@ -119,7 +119,10 @@ impl Process {
         let reply = match wish {
             Wish::Change(change) => {
                 let (send, receive) = oneshot::channel();
-                self.proposals.push(Instant(now), change, send);
+                // As the executor does: a plan is what a leader wants.
+                let plan = matches!(change, Change::Plan(_));
+                let under = self.executor.leads.filter(|_| plan);
+                self.proposals.push(Instant(now), change, under, send);
                 Reply::Change(receive)
             }
             Wish::Read => {
@@ -333,6 +336,7 @@ impl World {
     fn offer(&mut self, process: &mut Process, wall: Timestamp) {
         let now = Instant(self.now);
         let Some(voter) = &mut process.voter else { return };
+        process.proposals.reign(voter.reign());
         if voter.leader().is_some()
             && let Some(command) = process.proposals.due(now, wall).cloned()
         {
@@ -458,7 +462,7 @@ impl World {
 
     /// Says in the log which start this is, until the log shows it.
     fn announce(&mut self, id: NodeId, process: &mut Process) {
-        use shoal_coordinator::control::state::{Change, CoordinatorCommand};
+        use shoal_coordinator::control::state::CoordinatorCommand;
         let recorded = process.state.nodes.get(id).and_then(|node| node.incarnation);
         let due = self.now >= process.last_announced + 500_000;
         if recorded >= Some(process.incarnation) || !due || process.awaits(Purpose::Announce) {

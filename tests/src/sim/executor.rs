@@ -29,7 +29,7 @@ const PROOF_PATIENCE_US: u64 = 500_000;
 #[derive(Default)]
 pub struct Executor {
     history: BTreeMap<ReplicaId, History>,
-    leads: Option<u64>,
+    pub(super) leads: Option<u64>,
     busy: Busy,
     wake: u64,
     /// Actions that wait for the one before them.

@@ -165,7 +165,10 @@ impl Family {
         };
         let in_time = tokio::select! {
             finished = tokio::time::timeout(STOP_TIMEOUT, drained) => finished.is_ok(),
-            _ = hurry => false,
+            why = hurry => {
+                eprintln!("{why} again; ending at once");
+                false
+            }
         };
         if !in_time {
             self.members.clear();

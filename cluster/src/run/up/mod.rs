@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use shoal_protocol::admin::{AdminCall, AdminReply};
 use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::model::Checkpoint;
 use shoal_protocol::plan::ModelSource;
 use tokio::time::timeout;
 
@@ -52,6 +53,14 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
     let model = source_of(args.model.as_deref())?;
+    let source = model.0.clone();
+    tokio::select! {
+        // It blocks on the disk, which may be another machine's.
+        checked = tokio::task::spawn_blocking(move || check(&source)) => {
+            checked.map_err(|error| Failure::failed(format!("reading the model: {error}")))??;
+        }
+        _ = stop.requested() => return Ok(()),
+    }
     let folder = tokio::select! {
         prepared = Folder::prepare(args.data.as_deref(), started_ms, lock::PATIENCE) => prepared?,
         _ = stop.requested() => return Ok(()),
@@ -67,6 +76,18 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     };
     family.stop(stop.requested()).await;
     outcome
+}
+
+/// What the coordinator would refuse is refused before anything is started for it.
+fn check(source: &ModelSource) -> Result<(), Failure> {
+    let ModelSource::Folder { path } = source else { return Ok(()) };
+    let opened = Checkpoint::open(Path::new(path)).and_then(|model| model.check_tokenizer());
+    let opened = opened.map(drop);
+    opened.map_err(|error| {
+        Failure::refused(format!(
+            "{error}; a model is a folder with config.json, safetensors files and tokenizer.json"
+        ))
+    })
 }
 
 async fn serve(
@@ -101,10 +122,12 @@ async fn start_coordinator(
 ) -> Result<PathBuf, Failure> {
     let arguments = |listen: String, cluster: String| {
         let data = folder.data("coordinator").to_string_lossy().into_owned();
-        let policy = args.policy.name();
+        let policy = args.routing.policy.name();
+        let affinity = args.routing.prefix_affinity.then_some("--prefix-affinity");
         ["coordinator", "--data", &data, "--listen", &listen, "--cluster", &cluster]
             .into_iter()
             .chain(["--policy", policy])
+            .chain(affinity)
             .map(str::to_owned)
             .chain(trace_flag(args))
             .collect()

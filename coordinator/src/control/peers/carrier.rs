@@ -191,10 +191,19 @@ impl Peers {
 
     /// Shows itself to the others that it knows of, until one of them has welcomed it.
     pub(super) async fn present(self) {
+        let mut changes = self.store.watch();
         while !self.welcomed.load(Ordering::Relaxed) {
-            let state = self.store.state();
-            let others = state.coordinators.iter().filter(|(node, _)| *node != self.me.node);
-            for (node, _) in others {
+            let state = Arc::clone(&changes.borrow_and_update());
+            let all = state.coordinators.iter().map(|(node, _)| node);
+            let others: Vec<_> = all.filter(|node| *node != self.me.node).collect();
+            if others.is_empty() {
+                // The store ends after all conversations.
+                if changes.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            }
+            for node in others {
                 let Some(address) = self.address_of(node) else { continue };
                 if let Ok(greeted) = self.greet(address, Expect::Node(node)).await {
                     greeted.connection.close(close_code::DONE, "");

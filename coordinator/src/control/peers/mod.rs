@@ -59,13 +59,21 @@ pub struct Peers {
     network: mpsc::Sender<NetworkEvent>,
     outboxes: Outboxes,
     authority: Authority,
-    /// Where coordinators have been seen, which is newer than what the state says.
-    seen: Arc<Mutex<BTreeMap<NodeId, SocketAddr>>>,
+    /// Where coordinators have been seen, which is newer than what the state said then.
+    seen: Arc<Mutex<BTreeMap<NodeId, Seen>>>,
     /// Whether another coordinator has welcomed this start. Until then nothing of the log is listened to:
     /// an old backup would find in it what it has forgotten that it promised.
     welcomed: Arc<AtomicBool>,
     /// Why this process must end, once another coordinator has said so.
     ghost: Arc<watch::Sender<Option<String>>>,
+}
+
+/// Where a coordinator has been seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    address: SocketAddr,
+    /// The start that the state knew then.
+    known: Option<u64>,
 }
 
 impl std::fmt::Debug for Peers {
@@ -101,23 +109,29 @@ impl Peers {
     /// whose state does not say it yet.
     pub async fn run(self, seeds: Vec<SocketAddr>, mut stop: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
+        let mut carriers = JoinSet::new();
+        let mut carried: BTreeMap<u64, tokio::task::Id> = BTreeMap::new();
         tasks.spawn(self.clone().announce());
         tasks.spawn(self.clone().present());
         tasks.spawn(self.clone().agree());
         for seed in seeds {
             tasks.spawn(self.clone().find(seed));
         }
-        let mut carried = Vec::new();
         loop {
             for (id, outbox) in self.outboxes.all() {
-                if !carried.contains(&id) {
-                    carried.push(id);
-                    tasks.spawn(self.clone().carry(id, outbox));
-                }
+                let carry = || carriers.spawn(self.clone().carry(id, outbox)).id();
+                carried.entry(id).or_insert_with(carry);
             }
             tokio::select! {
                 () = self.outboxes.news() => {}
-                Some(_) = tasks.join_next() => {}
+                Some(ended) = tasks.join_next() => if let Err(error) = ended {
+                    tracing::error!("a part of the talk with other coordinators failed: {error}");
+                },
+                // A carrier never ends by itself. Its messages wait for the next one, which begins at once.
+                Some(ended) = carriers.join_next() => if let Err(error) = ended {
+                    tracing::error!("what carries messages to a coordinator failed: {error}");
+                    carried.retain(|_, carrier| *carrier != error.id());
+                },
                 _ = stop.wait_for(|stop| *stop) => return,
             }
         }
@@ -150,14 +164,15 @@ impl Peers {
     }
 
     fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
-        let seen = self.seen().get(&node).copied();
-        seen.or_else(|| self.store.state().coordinators.get(node).map(|record| record.cluster))
+        let record = self.store.state().coordinators.get(node).map(|r| (r.cluster, r.boot));
+        latest(self.seen().get(&node).copied(), record)
     }
 
     fn saw(&self, node: NodeId, address: SocketAddr) {
+        let known = self.store.state().coordinators.get(node).map(|record| record.boot);
         let mut seen = self.seen();
         if node != self.me.node && (seen.len() < ADDRESSES_MAX || seen.contains_key(&node)) {
-            seen.insert(node, address);
+            seen.insert(node, Seen { address, known });
         }
     }
 
@@ -167,7 +182,35 @@ impl Peers {
         known.map(|(node, record)| CoordinatorAddress { node, cluster: record.cluster }).collect()
     }
 
-    fn seen(&self) -> MutexGuard<'_, BTreeMap<NodeId, SocketAddr>> {
+    fn seen(&self) -> MutexGuard<'_, BTreeMap<NodeId, Seen>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where it is: where it was seen, until the state tells of a start that it did not know then. Whoever
+/// comes back elsewhere greets one of us, and that one writes it down for the others.
+fn latest(seen: Option<Seen>, record: Option<(SocketAddr, u64)>) -> Option<SocketAddr> {
+    match (seen, record) {
+        (Some(seen), Some((_, boot))) if seen.known == Some(boot) => Some(seen.address),
+        (_, Some((address, _))) => Some(address),
+        (seen, None) => seen.map(|seen| seen.address),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_came_back_elsewhere_is_found_by_those_that_it_did_not_greet() {
+        let [before, after] = [7001, 7002].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let seen = |address, known| Some(Seen { address, known });
+        // Known from nowhere else; seen since the state was written; its start in the state is newer.
+        assert_eq!(latest(seen(before, None), None), Some(before));
+        assert_eq!(latest(seen(after, Some(1)), Some((before, 1))), Some(after));
+        assert_eq!(latest(seen(before, Some(1)), Some((after, 2))), Some(after));
+        assert_eq!(latest(seen(before, None), Some((after, 2))), Some(after));
+        assert_eq!(latest(None, Some((after, 2))), Some(after));
+        assert_eq!(latest(None, None), None);
     }
 }

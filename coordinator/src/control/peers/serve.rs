@@ -17,7 +17,8 @@ use shoal_protocol::version::VersionRange;
 use tokio::time::timeout;
 
 use super::Peers;
-use crate::control::state::Refusal;
+use crate::control::state::{ClusterState, Refusal};
+use crate::control::store::Members;
 use crate::control::store::raft::NetworkEvent;
 
 /// How long a peer may take to say what it wants.
@@ -54,7 +55,10 @@ impl Peers {
                     Ok(version) => {
                         (PeerReply::Welcome { version, coordinators: self.addresses() }, true)
                     }
-                    Err(refusal) => (PeerReply::Refused(refusal), false),
+                    Err(refusal) => {
+                        self.doubt_myself(node).await;
+                        (PeerReply::Refused(refusal), false)
+                    }
                 }
             }
             PeerRequest::CaKey { versions } => match self.hand_over(node, versions) {
@@ -98,8 +102,8 @@ impl Peers {
             );
             return Err(WireError::new(ErrorCode::PermissionDenied, text));
         }
-        let unknown = || Refusal::UnknownNode { node };
-        let last = state.nodes.get(node).ok_or_else(unknown)?.incarnation;
+        let Some(known) = state.nodes.get(node) else { return Err(stranger(&state, node)) };
+        let last = known.incarnation;
         let record = state.coordinators.get(node);
         let another = record.is_some_and(|record| record.boot != hello.boot);
         if last
@@ -124,6 +128,30 @@ impl Peers {
             });
         }
         Ok(version)
+    }
+
+    /// A number that the cluster's CA has certified and the state has never given was given by a later
+    /// state: this one is an old backup, from before there was a majority that would not follow it.
+    async fn doubt_myself(&self, node: NodeId) {
+        let is_given = || self.store.state().nodes.was_given(node);
+        // An etcd that went back is found out by its log, and may be what the operator wants.
+        let has_log = *self.store.members().borrow() != Members::default();
+        if !has_log || self.store.state().is_new() || is_given() {
+            return;
+        }
+        // What is here may be behind what was decided, as every follower's is at times; a majority is not.
+        if self.store.read().await.is_err() || is_given() {
+            return;
+        }
+        let me = self.me.node;
+        let why = format!(
+            "{node} has a certificate of this cluster, and the state here has never given that number, so \
+             this data folder is an old backup: what was decided since is not in it. Leave it stopped; where \
+             the other coordinators live, remove this one (`shoal coordinators remove {me}`) and join anew \
+             on an empty folder"
+        );
+        tracing::error!("{why}");
+        self.ghost.send_replace(Some(why));
     }
 
     /// The CA's key, for a coordinator that votes.
@@ -162,6 +190,19 @@ impl Peers {
             }
         }
     }
+}
+
+/// Who is no node of this cluster. Numbers are never given again, so one that was given and is not there
+/// was removed for good, by whatever coordinators there were: it must not go on with the others of its kind.
+fn stranger(state: &ClusterState, node: NodeId) -> WireError {
+    if !state.nodes.was_given(node) {
+        return Refusal::UnknownNode { node }.into();
+    }
+    let text = format!(
+        "{node} was removed from this cluster, or given up when the other coordinators went on without \
+         it: what it knows counts no more. Delete its data folder, and join anew on an empty one"
+    );
+    WireError::new(ErrorCode::PermissionDenied, text)
 }
 
 /// One that listens everywhere is found where its connection came from.

@@ -5,7 +5,7 @@ use shoal_protocol::control::ShardState;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::lost::{SILENT, message};
 
-use super::tests::World;
+use super::world_test::World;
 use super::*;
 
 impl World {

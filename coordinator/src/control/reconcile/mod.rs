@@ -404,6 +404,12 @@ mod files_test;
 mod gray_test;
 
 #[cfg(test)]
+mod takeover_test;
+
+#[cfg(test)]
+mod world_test;
+
+#[cfg(test)]
 mod moves_test;
 
 #[cfg(test)]

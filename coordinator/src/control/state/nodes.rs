@@ -121,8 +121,13 @@ impl Nodes {
         Ok(vec![Effect::NodeRemoved { node }])
     }
 
+    /// Leaves so many numbers of each role out: others may have given them.
+    pub(in crate::control) fn skip(&mut self, count: u32) {
+        self.given.values_mut().for_each(|last| *last = last.saturating_add(count));
+    }
+
     /// Whether a node has, or had, this id.
-    pub(super) fn was_given(&self, node: NodeId) -> bool {
+    pub fn was_given(&self, node: NodeId) -> bool {
         node.number >= 1 && node.number <= self.given(node.role)
     }
 

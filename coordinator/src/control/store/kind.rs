@@ -23,7 +23,10 @@ impl StoreConfig {
     /// Whether there can be a state that a coordinator in this folder belongs to.
     pub fn may_have_state(&self, folder: &Path) -> bool {
         match self {
-            StoreConfig::Raft => folder.join(raft::FILE_NAME).exists(),
+            // redb's file is never empty: one that is has lost everything, its vote too.
+            StoreConfig::Raft => {
+                std::fs::metadata(folder.join(raft::FILE_NAME)).is_ok_and(|file| file.len() > 0)
+            }
             StoreConfig::Etcd(_) => true,
         }
     }
@@ -87,7 +90,7 @@ impl StoreOwner {
         }
     }
 
-    /// Lets the changes that wait be made, then closes it.
+    /// Lets the changes that wait be made, as long as a majority takes them at once, then closes it.
     pub async fn close(self) {
         match self {
             StoreOwner::Raft(store) => {

@@ -31,6 +31,9 @@ const PROPOSALS_MAX: usize = 256;
 /// How long a change may take: far more than a disk that works needs, far less than a person waits.
 pub const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Why what a leader wanted was not made.
+const ANOTHER_LEADS: &str = "another coordinator leads now";
+
 /// How long a linearizable read may take: a few elections, and less than a person waits.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -70,12 +73,15 @@ pub struct Standing {
 enum Message {
     Propose {
         change: Change,
-        /// Who led when it was proposed: what a leader wants is not made once another leads.
-        under: Standing,
+        /// Under which epoch of its own a leader wants it: it is not made once another leads. `None` where
+        /// it is nobody's in particular: an operator's change, a join.
+        under: Option<u64>,
         reply: oneshot::Sender<Result<Vec<Effect>, ProposeError>>,
     },
     /// Answered when this coordinator's copy holds all that was committed anywhere before.
     Read {
+        /// Only if this coordinator led with this epoch, still after that.
+        under: Option<u64>,
         reply: oneshot::Sender<Result<(), ReadError>>,
     },
     Stop,
@@ -89,6 +95,15 @@ pub enum ReadError {
         "the state could not be read within {READ_TIMEOUT:?}: no majority of the coordinators answers"
     )]
     NoQuorum,
+    /// The disk failed, so this coordinator takes no part until it has been read again.
+    #[error(
+        "the state could not be read: {why}; free or repair the disk under the data folder: it is tried \
+         again by itself, and what runs goes on"
+    )]
+    Storage {
+        /// What the disk said.
+        why: String,
+    },
     /// The store has ended.
     #[error("this coordinator is stopping")]
     Stopped,
@@ -103,7 +118,9 @@ pub enum ReadError {
 impl From<ReadError> for WireError {
     fn from(error: ReadError) -> Self {
         let code = match &error {
-            ReadError::NoQuorum | ReadError::Unavailable { .. } => ErrorCode::StorageFailed,
+            ReadError::NoQuorum | ReadError::Storage { .. } | ReadError::Unavailable { .. } => {
+                ErrorCode::StorageFailed
+            }
             ReadError::Stopped => ErrorCode::Draining,
         };
         WireError::new(code, error.to_string())
@@ -164,10 +181,18 @@ impl ControlStore {
     ///
     /// What somebody would not understand whom it concerns does not get as far as the log.
     pub async fn propose(&self, change: Change) -> Result<Vec<Effect>, ProposeError> {
+        self.propose_under(change, None).await
+    }
+
+    /// The same, for what the leader of an epoch wants as the leader: once another leads it is not made.
+    pub async fn propose_under(
+        &self,
+        change: Change,
+        under: Option<u64>,
+    ) -> Result<Vec<Effect>, ProposeError> {
         let state = self.state();
         state.permits(&change).map_err(|refusal| self.heard.explain(&state, refusal))?;
         let (reply, answer) = oneshot::channel();
-        let under = *self.standing.borrow();
         let exchange = async {
             let sent = self.proposals.send(Message::Propose { change, under, reply }).await;
             sent.map_err(|_| ProposeError::Stopped)?;
@@ -182,9 +207,24 @@ impl ControlStore {
     /// The state, with everything in it that was committed before this call, whichever coordinator
     /// proposed it (a linearizable read).
     pub async fn read(&self) -> Result<Arc<ClusterState>, ReadError> {
+        self.read_under(None).await
+    }
+
+    /// The same, and proof that this coordinator still led with this epoch when all that was in it: one
+    /// that was deposed does not pass.
+    pub async fn prove(&self, epoch: u64) -> Result<Arc<ClusterState>, ReadError> {
+        let state = self.read_under(Some(epoch)).await?;
+        let standing = *self.standing.borrow();
+        match standing.leading && standing.epoch == epoch {
+            true => Ok(state),
+            false => Err(ReadError::Unavailable { why: ANOTHER_LEADS.to_owned() }),
+        }
+    }
+
+    async fn read_under(&self, under: Option<u64>) -> Result<Arc<ClusterState>, ReadError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            let sent = self.proposals.send(Message::Read { reply }).await;
+            let sent = self.proposals.send(Message::Read { under, reply }).await;
             sent.map_err(|_| ReadError::Stopped)?;
             answer.await.map_err(|_| ReadError::Stopped)?
         };

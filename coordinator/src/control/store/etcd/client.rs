@@ -222,6 +222,12 @@ impl Etcd {
         let found = timely(kv.get(self.keys.manifest(), None)).await?;
         let before = found.kvs().first().map_or(0, |found| found.mod_revision());
         let index = tail.applied();
+        if let Some(found) = found.kvs().first()
+            && Manifest::decode(found.value())?.index >= index
+        {
+            // Another has seen more, and has trimmed what is not in ours.
+            return Ok(false);
+        }
         let bytes = snapshot::encode(tail.state())?;
         let manifest = Manifest::of(index, format!("{index:020}-{nonce:016x}"), &bytes)?;
         // Nobody sees the pieces before the manifest names them.
@@ -229,8 +235,11 @@ impl Etcd {
             timely(kv.put(self.keys.part(&manifest.folder, part), piece, None)).await?;
         }
         let when = [
+            // It is still the one that is older than ours.
             Compare::mod_revision(self.keys.manifest(), CompareOp::Equal, before),
             Compare::create_revision(self.keys.leader(), CompareOp::Equal, epoch as i64),
+            // The log is the one that ours is of: it may have grown since, and has not gone back.
+            Compare::mod_revision(self.keys.head(), CompareOp::Greater, tail.head() - 1),
         ];
         let [older, newer] = self.keys.other_parts(&manifest.folder);
         let write = [

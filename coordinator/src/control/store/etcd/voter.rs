@@ -19,7 +19,7 @@ use super::client::{Appended, Etcd, EtcdError};
 use super::entry::EntryId;
 use super::tail::{Lost, Proposer, Staged, Tail, Unstaged};
 use crate::control::state::{Change, ClusterState, Effect, Timestamp};
-use crate::control::store::{Message, ProposeError, ReadError, Standing};
+use crate::control::store::{ANOTHER_LEADS, Message, ProposeError, ReadError, Standing};
 
 /// How long a change is tried: some requests and an election, and less than `PROPOSE_TIMEOUT`, so that
 /// whoever waits hears why it failed.
@@ -84,8 +84,8 @@ impl Voter {
                         // The proposer may have given up; the change is made all the same.
                         drop(reply.send(result));
                     }
-                    Some(Message::Read { reply }) => {
-                        let result = self.read().await;
+                    Some(Message::Read { under, reply }) => {
+                        let result = self.read(under).await;
                         drop(reply.send(result));
                     }
                     Some(Message::Stop) | None => return,
@@ -105,7 +105,7 @@ impl Voter {
     async fn propose(
         &mut self,
         change: Change,
-        under: Standing,
+        under: Option<u64>,
     ) -> Result<Vec<Effect>, ProposeError> {
         let until = Instant::now() + PROPOSE_PATIENCE;
         let result = timeout_at(until, self.try_propose(change, under)).await;
@@ -117,7 +117,7 @@ impl Voter {
     async fn try_propose(
         &mut self,
         change: Change,
-        under: Standing,
+        under: Option<u64>,
     ) -> Result<Vec<Effect>, ProposeError> {
         let mut staged: Option<Staged> = None;
         let mut epoch = self.epoch_but(None).await;
@@ -126,8 +126,8 @@ impl Voter {
                 return Err(unavailable(lost));
             }
             // What a leader wants it wants as the leader.
-            if under.leading && under.epoch != epoch {
-                return Err(unavailable("another coordinator leads now"));
+            if under.is_some_and(|under| under != epoch) {
+                return Err(unavailable(ANOTHER_LEADS));
             }
             let next = match staged.take() {
                 Some(staged) => staged,
@@ -200,14 +200,22 @@ impl Voter {
         Ok(self.tail.applied() == before)
     }
 
-    async fn read(&mut self) -> Result<(), ReadError> {
+    async fn read(&mut self, under: Option<u64>) -> Result<(), ReadError> {
         let until = Instant::now() + READ_PATIENCE;
         loop {
             if let Some(lost) = &self.broken {
                 return Err(ReadError::Unavailable { why: lost.to_string() });
             }
-            let why = match timeout_at(until, self.catch_up()).await {
-                Ok(Ok(_)) => return Ok(()),
+            let read = async {
+                self.catch_up().await?;
+                self.still_leads(under).await
+            };
+            let why = match timeout_at(until, read).await {
+                Ok(Ok(true)) => return Ok(()),
+                Ok(Ok(false)) => {
+                    self.doubt.notify_one();
+                    return Err(ReadError::Unavailable { why: ANOTHER_LEADS.to_owned() });
+                }
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => "etcd does not answer".to_owned(),
             };
@@ -216,6 +224,14 @@ impl Voter {
             }
             self.recover().await;
         }
+    }
+
+    /// Whether the leader's key is still the one of this epoch. What the leaders before it decided was
+    /// written while theirs was, so whoever read before has all of it.
+    async fn still_leads(&self, under: Option<u64>) -> Result<bool, EtcdError> {
+        let Some(epoch) = under else { return Ok(true) };
+        let (holder, _) = self.etcd.leader().await?;
+        Ok(holder.is_some_and(|holder| holder.epoch as u64 == epoch))
     }
 
     /// Reads the log to its end, or all of it again where that cannot be; returns the revision.
@@ -346,7 +362,7 @@ fn turn_away(inbox: &mut mpsc::Receiver<Message>, error: &ProposeError) {
     for _ in 0..inbox.len() {
         match inbox.try_recv() {
             Ok(Message::Propose { reply, .. }) => drop(reply.send(Err(error.clone()))),
-            Ok(Message::Read { reply }) => {
+            Ok(Message::Read { reply, .. }) => {
                 drop(reply.send(Err(ReadError::Unavailable { why: error.to_string() })));
             }
             // Stopping: the handles find that out.

@@ -61,6 +61,18 @@ pub struct Voter {
     state: Arc<ClusterState>,
     /// Entries before a compaction, and those that stay behind it.
     compaction: (usize, u64),
+    owed: Owed,
+}
+
+/// A commit that the crate told of after the write of its round, and will not tell of again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    Nothing,
+    /// Written with the next change: it may only be learnt anew.
+    Commit,
+    /// Members changed with it: written at once. A voter that began anew with members of before would
+    /// count the wrong majority.
+    Members,
 }
 
 /// What is to be written, and what may be sent meanwhile.
@@ -152,8 +164,8 @@ impl Voter {
             ..Config::default()
         };
         let node = RawNode::new(&config, log, &bridge::logger(id))?;
-        let mut voter =
-            Self { node, dice, ticks: 0, state, compaction: (COMPACT_EVERY, KEEP_ENTRIES) };
+        let compaction = (COMPACT_EVERY, KEEP_ENTRIES);
+        let mut voter = Self { node, dice, ticks: 0, state, compaction, owed: Owed::Nothing };
         voter.draw();
         Ok(voter)
     }
@@ -209,9 +221,14 @@ impl Voter {
     }
 
     /// Asks for the index at which a read is current. Its number comes back in `Done::reads`, or is
-    /// lost: ask again.
+    /// lost: ask again. The leader tells questions apart by their words alone, so they say whose they are
+    /// and of which start.
     pub fn read(&mut self, number: u64) {
-        self.node.read_index(number.to_le_bytes().to_vec());
+        self.node.read_index(self.question(number));
+    }
+
+    fn question(&self, number: u64) -> Vec<u8> {
+        [self.node.raft.id, self.dice, number].iter().flat_map(|n| n.to_le_bytes()).collect()
     }
 
     /// Lets another voter lead, if this one does.
@@ -256,12 +273,16 @@ impl Voter {
 
     /// Begins a round, if there is anything to do. It must be finished, or the voter dropped.
     pub fn begin(&mut self) -> Result<Option<Round>, CoreError> {
-        if !self.node.has_ready() {
+        if !self.node.has_ready() && self.owed != Owed::Members {
             return Ok(None);
         }
         let mut ready = self.node.ready();
         let send = ready.take_messages();
         let mut write = Write { hard: ready.hs().cloned(), ..Write::default() };
+        let owed = std::mem::replace(&mut self.owed, Owed::Nothing);
+        if write.hard.is_none() && owed != Owed::Nothing {
+            write.hard = Some(self.node.store().hard().clone());
+        }
         if !ready.snapshot().is_empty() {
             let snapshot = ready.snapshot().clone();
             self.state = Arc::new(snapshot::decode(&snapshot.data)?);
@@ -282,20 +303,26 @@ impl Voter {
         let Round { mut ready, write, .. } = round;
         let mut done = Done { applied: write.snapshot.is_some(), ..Done::default() };
         for read in ready.take_read_states() {
-            if let Ok(number) = <[u8; 8]>::try_from(read.request_ctx.as_slice()) {
-                done.reads.push((u64::from_le_bytes(number), read.index));
+            let number = read.request_ctx.last_chunk().map(|number| u64::from_le_bytes(*number));
+            if let Some(number) = number.filter(|n| self.question(*n) == read.request_ctx) {
+                done.reads.push((number, read.index));
             }
         }
         done.send = ready.take_persisted_messages();
         let committed = ready.take_committed_entries();
         self.apply(committed, &mut done)?;
         let mut light = self.node.advance(ready);
-        if let Some(commit) = light.commit_index() {
-            // Written with the next change: whoever starts again learns it from the others.
-            self.node.mut_store().commit_to(commit);
-        }
         done.send.extend(light.take_messages());
-        self.apply(light.take_committed_entries(), &mut done)?;
+        let committed = light.take_committed_entries();
+        if let Some(commit) = light.commit_index() {
+            self.node.mut_store().commit_to(commit);
+            let normal = |entry: &Entry| entry.get_entry_type() == EntryType::EntryNormal;
+            self.owed = match committed.iter().all(normal) {
+                true => Owed::Commit,
+                false => Owed::Members,
+            };
+        }
+        self.apply(committed, &mut done)?;
         self.node.advance_apply();
         self.draw();
         let (every, keep) = self.compaction;
@@ -308,25 +335,16 @@ impl Voter {
     fn apply(&mut self, entries: Vec<Entry>, done: &mut Done) -> Result<(), CoreError> {
         for entry in entries {
             let index = entry.index;
-            let bad = |why: String| CoreError::Entry { index, why };
-            match entry.get_entry_type() {
-                // A new leader begins its term with an empty entry.
-                EntryType::EntryNormal if entry.data.is_empty() => {}
-                EntryType::EntryNormal => {
-                    let command: Command = postcard::from_bytes(&entry.data)
-                        .map_err(|error| bad(error.to_string()))?;
-                    // What it came to stays in the state, for whoever asks.
-                    let _ = Arc::make_mut(&mut self.state).apply(&command);
-                    done.applied = true;
-                }
-                EntryType::EntryConfChangeV2 => {
-                    let change = ConfChangeV2::decode(entry.data.as_ref())
-                        .map_err(|error| bad(error.to_string()))?;
-                    let conf = self.node.apply_conf_change(&change)?;
-                    self.node.mut_store().set_conf(conf);
-                    done.applied = true;
-                }
-                EntryType::EntryConfChange => return Err(bad("it is of an unknown kind".into())),
+            if let Some(command) = command_of(&entry)? {
+                // What it came to stays in the state, for whoever asks.
+                let _ = Arc::make_mut(&mut self.state).apply(&command);
+                done.applied = true;
+            } else if entry.get_entry_type() == EntryType::EntryConfChangeV2 {
+                let change = ConfChangeV2::decode(entry.data.as_ref())
+                    .map_err(|error| CoreError::Entry { index, why: error.to_string() })?;
+                let conf = self.node.apply_conf_change(&change)?;
+                self.node.mut_store().set_conf(conf);
+                done.applied = true;
             }
             let state = Arc::clone(&self.state);
             self.node.mut_store().set_applied(index, state);
@@ -361,6 +379,11 @@ impl Voter {
         self.node.raft.state == StateRole::Leader && self.node.raft.commit_to_current_term()
     }
 
+    /// The epoch in which this voter leads, from its election on.
+    pub fn reign(&self) -> Option<u64> {
+        (self.node.raft.state == StateRole::Leader).then(|| self.term())
+    }
+
     /// The number of the reign.
     pub fn term(&self) -> u64 {
         self.node.raft.term
@@ -377,6 +400,12 @@ impl Voter {
         conf.voters == [self.node.raft.id]
             && conf.learners.is_empty()
             && conf.voters_outgoing.is_empty()
+    }
+
+    /// Whether nobody else belongs to the log, and it does not lead for all that: a change of members that
+    /// it had not applied yet was in the way of its election.
+    pub fn is_lost_alone(&self) -> bool {
+        self.is_alone() && self.node.raft.state != StateRole::Leader
     }
 
     /// A voter that has everything, to take over from this one.
@@ -409,6 +438,20 @@ fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
+}
+
+/// The command in an entry; `None` where it is one of the algorithm's own.
+pub(super) fn command_of(entry: &Entry) -> Result<Option<Command>, CoreError> {
+    let bad = |why: String| CoreError::Entry { index: entry.index, why };
+    match entry.get_entry_type() {
+        // A new leader begins its term with an empty entry.
+        EntryType::EntryNormal if entry.data.is_empty() => Ok(None),
+        EntryType::EntryNormal => {
+            postcard::from_bytes(&entry.data).map(Some).map_err(|error| bad(error.to_string()))
+        }
+        EntryType::EntryConfChangeV2 => Ok(None),
+        EntryType::EntryConfChange => Err(bad("it is of an unknown kind".into())),
+    }
 }
 
 /// A change of several members at once: joint consensus that leaves by itself.

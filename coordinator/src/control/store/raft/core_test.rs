@@ -52,6 +52,8 @@ struct World {
     reads: BTreeMap<u64, BTreeMap<u64, u64>>,
     /// Each (term, leader) that was ever seen.
     reigns: BTreeMap<u64, u64>,
+    /// Writes of the first voter until it crashes, and whether that one is still done.
+    crash: Option<(usize, bool)>,
 }
 
 impl World {
@@ -65,6 +67,7 @@ impl World {
             sequence: 0,
             reads: BTreeMap::new(),
             reigns: BTreeMap::new(),
+            crash: None,
         };
         let Saved { hard, snapshot, entries } = Voter::found(1).unwrap();
         world.platters.insert(1, Platter { snapshot, entries, hard });
@@ -107,6 +110,19 @@ impl World {
         self.voters.insert(id, Voter::new(id, saved, dice).unwrap());
     }
 
+    /// Starts one as its process does.
+    fn restart(&mut self, id: u64) {
+        self.start(id);
+        if self.voters[&id].is_alone() {
+            self.voters.get_mut(&id).unwrap().campaign();
+        }
+        self.rounds(id);
+        if self.voters[&id].is_lost_alone() {
+            self.voters.get_mut(&id).unwrap().campaign();
+        }
+        self.rounds(id);
+    }
+
     fn crash(&mut self, id: u64) {
         self.voters.remove(&id);
     }
@@ -120,6 +136,17 @@ impl World {
         let Some(voter) = self.voters.get_mut(&id) else { return };
         while let Some(mut round) = voter.begin().unwrap() {
             self.network.extend(round.send.drain(..));
+            let crash = self.crash.as_mut().filter(|_| id == 1 && !round.write.is_empty());
+            match crash {
+                Some((0, done)) => {
+                    if *done {
+                        self.platters.get_mut(&id).unwrap().write(&round.write);
+                    }
+                    return self.crash(id);
+                }
+                Some((left, _)) => *left -= 1,
+                None => {}
+            }
             self.platters.get_mut(&id).unwrap().write(&round.write);
             let done = voter.finish(round).unwrap();
             self.network.extend(done.send);
@@ -241,6 +268,77 @@ fn one_becomes_three_and_each_has_everything() {
     assert!(states.windows(2).all(|pair| pair[0] == pair[1]));
 }
 
+/// One becomes three, and is killed before or after each of its writes. It starts again where it cannot be
+/// heard: it must not lead alone what the two others lead without it.
+#[test]
+fn a_founder_that_dies_while_one_becomes_three_never_leads_beside_the_others() {
+    let mut deaths = 0;
+    for (at, done) in (0..60).flat_map(|at| [(at, false), (at, true)]) {
+        let mut world = World::new(900 + at as u64);
+        for id in 1..=3 {
+            let key = KeyFingerprint([0; 32]);
+            world.change(Change::Node(NodeCommand::Enrol { role: Role::Coordinator, key }));
+            world.announce(id);
+        }
+        world.crash = Some((at, done));
+        world.start(2);
+        world.start(3);
+        let voters = (1..=3).map(NodeId::coordinator).collect();
+        let command = world.command(Change::Coordinator(CoordinatorCommand::SetVoters { voters }));
+        world.voters.get_mut(&1).unwrap().propose(&command);
+        world.settle();
+        for _ in 0..200 {
+            world.tick();
+        }
+        if world.voters.contains_key(&1) {
+            break;
+        }
+        deaths += 1;
+        world.crash = None;
+        world.cut.insert(1);
+        world.restart(1);
+        for _ in 0..300 {
+            world.tick();
+        }
+        world.cut.clear();
+        world.enrol();
+        world.until("all three vote", |world| {
+            world.conf_voters().is_some_and(|voters| voters.len() == 3)
+                || world.voters[&1].state().coordinators.voters().len() == 1
+        });
+        let leader = world.leader().unwrap();
+        world.until("all agree", |world| {
+            let members = world.voters[&leader].conf().clone();
+            let all = members.voters.iter().chain(&members.learners);
+            let mut states = all.map(|id| world.voters[id].state());
+            let first = states.next().unwrap();
+            states.all(|state| state == first)
+        });
+    }
+    assert!(deaths > 8, "only {deaths} writes were there to die at");
+}
+
+/// Three become one, and the operator is told so and ends the two others. The one that is left is killed at
+/// once: it must find itself alone again, or the cluster is lost.
+#[test]
+fn one_that_was_left_alone_leads_alone_after_a_crash() {
+    for dice in 300..320 {
+        let mut world = World::of(&[1, 2, 3], dice);
+        world.set_voters(&[1]);
+        for id in [2, 3] {
+            let node = NodeId::coordinator(id);
+            world.change(Change::Coordinator(CoordinatorCommand::Remove { node }));
+        }
+        world.until("it is alone", |world| world.voters[&1].is_alone());
+        for id in 1..=3 {
+            world.crash(id);
+        }
+        world.restart(1);
+        assert!(world.voters[&1].leads(), "dice {dice}");
+        world.enrol();
+    }
+}
+
 #[test]
 fn what_was_made_outlives_the_leader_and_a_restart_of_all() {
     let mut world = World::of(&[1, 2, 3], 2);
@@ -295,6 +393,19 @@ fn a_read_is_answered_by_a_majority_alone() {
         world.tick();
     }
     assert!(!world.reads[&old].contains_key(&9), "a leader that is cut off answered a read");
+}
+
+/// Each counts its own questions from one, so they ask with the same numbers all the time.
+#[test]
+fn reads_of_several_with_the_same_number_are_all_answered() {
+    let mut world = World::of(&[1, 2, 3], 14);
+    for id in 1..=3 {
+        world.voters.get_mut(&id).unwrap().read(1);
+    }
+    world.settle();
+    for id in 1..=3 {
+        assert!(world.reads[&id].contains_key(&1), "{id} was not answered");
+    }
 }
 
 #[test]

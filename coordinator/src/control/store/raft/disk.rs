@@ -12,7 +12,10 @@
 //! outside of it. A damaged entry may have been promised to others, so it is never left out: the file
 //! is refused, and its coordinator joins anew under another number.
 
-use std::sync::Arc;
+use std::cell::Cell;
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::sync::{Arc, Once};
 
 use prost::Message as _;
 use raft::prelude::{Entry, HardState, Snapshot};
@@ -62,9 +65,9 @@ pub enum DiskError {
     /// Reading or writing failed.
     #[error("{0}")]
     Io(#[source] redb::Error),
-    /// The library gave up.
+    /// The library gave up, with an error or a panic.
     #[error("the file is damaged ({0}); {REPAIR}")]
-    Panicked(String),
+    Damaged(String),
     /// An entry is missing.
     #[error("the log jumps from entry {from} to {to}; {REPAIR}")]
     Gap {
@@ -99,6 +102,19 @@ pub enum DiskError {
     },
 }
 
+/// Sees to it that what is read from a file is what lies on the disk. After a sync that failed, Linux keeps
+/// pages that were never written and calls them clean, also for the next process: what can still be written
+/// is written, and the rest is forgotten, so that it is read again.
+pub(super) fn distrust_cache(path: &Path) -> std::io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).open(path)?;
+    file.sync_all()?;
+    // A file system that cannot do it has no such cache.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    Ok(())
+}
+
 const REPAIR: &str = "where other coordinators live, remove this one and join anew on an empty folder; \
                       else restore the data folder from a backup";
 
@@ -125,6 +141,14 @@ impl Disk {
         guarded(|| {
             let database = opener().map_err(|error| match error {
                 redb::DatabaseError::DatabaseAlreadyOpen => DiskError::InUse,
+                redb::DatabaseError::Storage(redb::StorageError::Corrupted(why)) => {
+                    DiskError::Damaged(why)
+                }
+                redb::DatabaseError::Storage(redb::StorageError::Io(error))
+                    if error.kind() == std::io::ErrorKind::InvalidData =>
+                {
+                    DiskError::Damaged("it does not begin as a redb file does".to_owned())
+                }
                 error => DiskError::Open(error),
             })?;
             let found = read(&database)?;
@@ -301,8 +325,28 @@ fn unwritable(error: &postcard::Error) -> DiskError {
 /// Makes a panic an error like any other: a damaged page can make redb panic wherever it reads one,
 /// and the thread that owns the state must outlive that. A database that has panicked is given up.
 fn guarded<T>(work: impl FnOnce() -> Result<T, DiskError>) -> Result<T, DiskError> {
+    hush();
+    GUARDED.set(true);
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-    done.unwrap_or_else(|panic| Err(DiskError::Panicked(message_of(&*panic))))
+    GUARDED.set(false);
+    done.unwrap_or_else(|panic| Err(DiskError::Damaged(message_of(&*panic))))
+}
+
+thread_local! {
+    /// Whether this thread is inside of `guarded`: what panics there is told as an error.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whoever reads the error needs no stack of redb's before it. Other panics are told as before.
+fn hush() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| match GUARDED.get() {
+            true => tracing::debug!("inside the file of the log: {panic}"),
+            false => tell(panic),
+        }));
+    });
 }
 
 pub(super) fn message_of(panic: &(dyn std::any::Any + Send)) -> String {

@@ -260,6 +260,10 @@ fn a_full_disk_refuses_changes_and_heals() {
             assert_eq!(WireErrorCode::of(error), "storage_failed");
             assert_eq!(workers(&store), 1);
         }
+        // Nobody is to look for it in the network.
+        let error = store.read().await.unwrap_err();
+        assert!(matches!(error, ReadError::Storage { .. }), "{error}");
+        assert!(error.to_string().contains("disk under the data folder"), "{error}");
         platter.left.store(u64::MAX, Ordering::SeqCst);
         store.propose(enrol()).await.unwrap();
         // A refusal is not an error of the disk.

@@ -49,6 +49,11 @@ impl Log {
         self.conf = conf;
     }
 
+    /// Term, vote and commit as they shall be on the disk.
+    pub fn hard(&self) -> &HardState {
+        &self.hard
+    }
+
     pub fn set_hard(&mut self, hard: HardState) {
         self.hard = hard;
     }

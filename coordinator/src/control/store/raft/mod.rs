@@ -8,6 +8,7 @@
 //! Only commands enter the log. A lone coordinator is the same code with one voter, which leads as soon
 //! as it starts and needs no ticks.
 
+mod alone;
 mod bridge;
 /// Public for the simulator alone (`shoal-tests`), as `pending` is.
 #[doc(hidden)]
@@ -28,11 +29,14 @@ use redb::Database;
 use shoal_protocol::id::{Incarnation, NodeId};
 use tokio::sync::{mpsc, watch};
 
+use self::alone::Heritage;
 use self::core::{CoreError, Saved, Voter};
 use self::disk::{Disk, DiskError, Opener, Owner};
 use self::shell::{Parts, Shell};
 use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Standing};
+use crate::control::state::{ClusterState, Timestamp};
 
+pub use self::alone::AloneError;
 pub use self::core::TICK;
 pub use self::shell::{NetworkEvent, SendMessage};
 
@@ -62,6 +66,10 @@ enum StartError {
     Core(#[from] CoreError),
     #[error("cannot start its thread: {0}")]
     Thread(#[source] std::io::Error),
+    #[error(transparent)]
+    Alone(#[from] AloneError),
+    #[error("cannot keep a copy of it as it was: {0}")]
+    Copy(#[source] std::io::Error),
 }
 
 /// What to do in a folder without a log.
@@ -91,18 +99,88 @@ pub fn open(
     empty: WhenEmpty,
     send: SendMessage,
 ) -> Result<(ControlStore, RaftStore), OpenError> {
-    let path = folder.join(FILE_NAME);
-    let opener: Opener = {
-        let (folder, path) = (folder.to_owned(), path.clone());
-        Arc::new(move || {
-            let database = Database::builder().set_cache_size(CACHE_LEN).create(&path)?;
-            // The file's name must be as durable as what is in it.
-            File::open(&folder).and_then(|folder| folder.sync_all())?;
-            Ok(database)
-        })
-    };
     let dice = getrandom::u64().unwrap_or(u64::from(me.number));
-    open_with(opener, me, empty, dice, send).map_err(|source| OpenError { path, source })
+    open_with(opener(folder), me, empty, dice, send)
+        .map_err(|source| OpenError { path: folder.join(FILE_NAME), source })
+}
+
+fn opener(folder: &Path) -> Opener {
+    let (folder, path) = (folder.to_owned(), folder.join(FILE_NAME));
+    Arc::new(move || {
+        disk::distrust_cache(&path)?;
+        let database = Database::builder().set_cache_size(CACHE_LEN).create(&path)?;
+        // The file's name must be as durable as what is in it.
+        File::open(&folder).and_then(|folder| folder.sync_all())?;
+        Ok(database)
+    })
+}
+
+/// What a voter could go on with alone.
+#[derive(Debug)]
+pub struct Survey {
+    /// Whose log it is.
+    pub me: NodeId,
+    /// The state after all of its entries.
+    pub state: ClusterState,
+    /// The last entry.
+    pub last: u64,
+    /// The latest epoch that it has heard of.
+    pub epoch: u64,
+    /// Everybody else who votes or learns.
+    pub others: Vec<NodeId>,
+}
+
+/// Looks at a log that nobody uses, and changes nothing.
+pub fn survey(folder: &Path) -> Result<Survey, OpenError> {
+    let failed = |source| OpenError { path: folder.join(FILE_NAME), source };
+    survey_with(&opener(folder)).map_err(failed)
+}
+
+fn survey_with(opener: &Opener) -> Result<Survey, StartError> {
+    let (disk, found) = Disk::open(opener)?;
+    disk.close();
+    let (Some(owner), Some(saved)) = (found.owner, found.saved) else {
+        return Err(AloneError::NoLog.into());
+    };
+    let heritage = Heritage::of(&saved)?;
+    let others = heritage.others(owner.node)?;
+    let Heritage { state, last, epoch } = heritage;
+    Ok(Survey { me: owner.node, state, last, epoch, others })
+}
+
+/// Makes the coordinator whose log this is the only one, for ever: `give_up` must name all others. The
+/// file as it was stays beside it, under the name that is returned, with the epoch that begins.
+pub fn go_on_alone(
+    folder: &Path,
+    at: Timestamp,
+    give_up: &[NodeId],
+) -> Result<(PathBuf, u64), OpenError> {
+    let path = folder.join(FILE_NAME);
+    let done = survey_with(&opener(folder)).and_then(|survey| {
+        let copy = folder.join(format!("{FILE_NAME}.before-epoch-{}", survey.epoch));
+        std::fs::copy(&path, &copy).map_err(StartError::Copy)?;
+        Ok((copy, go_on_alone_with(&opener(folder), at, give_up)?))
+    });
+    done.map_err(|source| OpenError { path, source })
+}
+
+fn go_on_alone_with(opener: &Opener, at: Timestamp, give_up: &[NodeId]) -> Result<u64, StartError> {
+    let (disk, found) = Disk::open(opener)?;
+    let (Some(owner), Some(saved)) = (found.owner, found.saved) else {
+        disk.close();
+        return Err(AloneError::NoLog.into());
+    };
+    // Counted as a start of its own: what was proposed by an earlier one is over.
+    let owner = Owner { incarnation: Incarnation(owner.incarnation.0 + 1), ..owner };
+    let made = Heritage::of(&saved)
+        .and_then(|heritage| heritage.alone(owner.node, owner.incarnation, at, give_up));
+    let done = made.map_err(StartError::from).and_then(|(write, epoch)| {
+        disk.own(owner)?;
+        disk.write(&write)?;
+        Ok(epoch)
+    });
+    disk.close();
+    done
 }
 
 fn open_with(
@@ -115,9 +193,16 @@ fn open_with(
     let incarnation = take_ownership(&opener, me, empty)?;
     let (mut voter, disk) = begin(&opener, me, dice)?;
     // A lone voter has everything that was ever promised before anybody looks.
-    while let Some(round) = voter.begin()? {
-        disk.write(&round.write)?;
-        voter.finish(round)?;
+    for _ in 0..2 {
+        while let Some(round) = voter.begin()? {
+            disk.write(&round.write)?;
+            voter.finish(round)?;
+        }
+        // What it has just applied may have been in the way of its election.
+        if !voter.is_lost_alone() {
+            break;
+        }
+        voter.campaign();
     }
     let (proposals, inbox) = mpsc::channel(PROPOSALS_MAX);
     let (network, events) = mpsc::channel(NETWORK_MAX);

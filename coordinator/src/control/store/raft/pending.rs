@@ -11,7 +11,9 @@ use shoal_protocol::units::Instant;
 use tokio::sync::oneshot;
 
 use crate::control::state::{Change, ClusterState, Command, Effect, Refusal, Timestamp};
-use crate::control::store::{PROPOSE_TIMEOUT, ProposeError, READ_TIMEOUT, ReadError};
+use crate::control::store::{
+    ANOTHER_LEADS, PROPOSE_TIMEOUT, ProposeError, READ_TIMEOUT, ReadError,
+};
 
 /// How long after it was sent a command or a read is sent again: a round trip and two syncs of a slow
 /// disk, and about an election.
@@ -28,12 +30,20 @@ pub struct Proposals {
     incarnation: Incarnation,
     sequence: u64,
     /// Bounded by the channel that they come through and by `MAX` there.
-    waiting: VecDeque<(Change, ProposeReply, Instant)>,
+    waiting: VecDeque<Waiting>,
     current: Option<InFlight>,
+}
+
+struct Waiting {
+    change: Change,
+    under: Option<u64>,
+    reply: ProposeReply,
+    since: Instant,
 }
 
 struct InFlight {
     command: Command,
+    under: Option<u64>,
     reply: ProposeReply,
     since: Instant,
     sent: Option<Instant>,
@@ -45,9 +55,30 @@ impl Proposals {
         Self { client, incarnation, sequence: 0, waiting: VecDeque::new(), current: None }
     }
 
-    /// A change that was asked for.
-    pub fn push(&mut self, now: Instant, change: Change, reply: ProposeReply) {
-        self.waiting.push_back((change, reply, now));
+    /// A change that was asked for; `under` is the epoch of the leader that wants it as the leader.
+    pub fn push(&mut self, now: Instant, change: Change, under: Option<u64>, reply: ProposeReply) {
+        self.waiting.push_back(Waiting { change, under, reply, since: now });
+    }
+
+    /// Fails what another leader wanted than the one that this coordinator is: `reign` is its epoch,
+    /// `None` while it does not lead. To be told before a command is taken by `due`, so that none is sent
+    /// to another leader.
+    pub fn reign(&mut self, reign: Option<u64>) {
+        let deposed = |under: Option<u64>| under.is_some() && under != reign;
+        if self.current.as_ref().is_some_and(|current| deposed(current.under))
+            && let Some(current) = self.current.take()
+        {
+            // It may be in the log already, where it came before all that the next leader does.
+            let _ = current.reply.send(Err(another_leads()));
+        }
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        for waiting in self.waiting.drain(..) {
+            match deposed(waiting.under) {
+                true => drop(waiting.reply.send(Err(another_leads()))),
+                false => kept.push_back(waiting),
+            }
+        }
+        self.waiting = kept;
     }
 
     /// How many wait or are under way.
@@ -58,7 +89,7 @@ impl Proposals {
     /// The command to send now, if there is one. `wall` stamps a new one.
     pub fn due(&mut self, now: Instant, wall: Timestamp) -> Option<&Command> {
         if self.current.is_none() {
-            let (change, reply, since) = self.waiting.pop_front()?;
+            let Waiting { change, under, reply, since } = self.waiting.pop_front()?;
             self.sequence += 1;
             let command = Command {
                 client: self.client,
@@ -67,7 +98,7 @@ impl Proposals {
                 at: wall,
                 change,
             };
-            self.current = Some(InFlight { command, reply, since, sent: None });
+            self.current = Some(InFlight { command, under, reply, since, sent: None });
         }
         let current = self.current.as_ref()?;
         let due = current.sent.is_none_or(|sent| now.since(sent) >= RESEND);
@@ -108,9 +139,9 @@ impl Proposals {
         {
             let _ = current.reply.send(Err(ProposeError::TimedOut));
         }
-        while self.waiting.front().is_some_and(|(_, _, since)| late(*since)) {
-            if let Some((_, reply, _)) = self.waiting.pop_front() {
-                let _ = reply.send(Err(ProposeError::TimedOut));
+        while self.waiting.front().is_some_and(|waiting| late(waiting.since)) {
+            if let Some(waiting) = self.waiting.pop_front() {
+                let _ = waiting.reply.send(Err(ProposeError::TimedOut));
             }
         }
     }
@@ -118,10 +149,15 @@ impl Proposals {
     /// None of them can be made now.
     pub fn fail(&mut self, error: &ProposeError) {
         let current = self.current.take().map(|current| current.reply);
-        for reply in current.into_iter().chain(self.waiting.drain(..).map(|(_, reply, _)| reply)) {
+        for reply in current.into_iter().chain(self.waiting.drain(..).map(|waiting| waiting.reply))
+        {
             let _ = reply.send(Err(error.clone()));
         }
     }
+}
+
+fn another_leads() -> ProposeError {
+    ProposeError::Unavailable { why: ANOTHER_LEADS.to_owned() }
 }
 
 /// Reads that wait for an index, or for this copy to reach it.
@@ -221,7 +257,7 @@ mod tests {
         let mut answers = Vec::new();
         for _ in 0..2 {
             let (reply, answer) = oneshot::channel();
-            proposals.push(at(0), enrol(), reply);
+            proposals.push(at(0), enrol(), None, reply);
             answers.push(answer);
         }
         (proposals, answers)
@@ -254,6 +290,32 @@ mod tests {
         assert!(matches!(answers[0].try_recv(), Ok(Ok(_))));
         let second = proposals.due(at(252), Timestamp(9)).unwrap();
         assert_eq!(second.sequence, 2);
+    }
+
+    /// Nothing of it is sent to the next leader: neither what waits nor what is under way.
+    #[test]
+    fn what_a_leader_wants_is_not_sent_once_another_leads() {
+        let mut proposals = Proposals::new(C1, Incarnation(3));
+        let mut answers = Vec::new();
+        for under in [Some(7), None, Some(7)] {
+            let (reply, answer) = oneshot::channel();
+            proposals.push(at(0), enrol(), under, reply);
+            answers.push(answer);
+        }
+        proposals.reign(Some(7));
+        assert_eq!(proposals.due(at(0), Timestamp(0)).unwrap().sequence, 1);
+        proposals.sent(at(0));
+        proposals.reign(Some(7));
+        assert_eq!(proposals.count(), 3);
+        proposals.reign(None);
+        let (first, last) = (answers[0].try_recv().unwrap(), answers[2].try_recv().unwrap());
+        for result in [first, last] {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("another coordinator leads now"), "{error}");
+        }
+        // What is nobody's in particular is made by whoever leads, and has a number of its own.
+        assert!(answers[1].try_recv().is_err());
+        assert_eq!(proposals.due(at(1), Timestamp(0)).unwrap().sequence, 2);
     }
 
     #[test]

@@ -29,6 +29,10 @@ const SETTLE_TICKS: u32 = 10;
 /// Messages that are taken together: one write for all of them.
 const BATCH_MAX: usize = 64;
 
+/// How long changes that wait may take at the end: an election and a few syncs. Without a majority they
+/// would wait in vain.
+const LAST_CHANGES: Duration = Duration::from_secs(1);
+
 /// How long a leader that stops may look for another.
 const HANDOVER: Duration = Duration::from_millis(300);
 
@@ -150,7 +154,8 @@ impl Shell {
             let room = self.proposals.count() + self.reads.count() < PROPOSALS_MAX;
             tokio::select! {
                 message = inbox.recv(), if room => match message {
-                    Some(Message::Stop) | None => break,
+                    Some(Message::Stop) => break self.work_off(&mut network, &mut ticker).await,
+                    None => break,
                     Some(message) => self.take(message),
                 },
                 // The transport outlives this; if it is gone the runtime ends.
@@ -177,8 +182,12 @@ impl Shell {
     fn take(&mut self, message: Message) {
         let now = self.now();
         match message {
-            Message::Propose { change, reply, .. } => self.proposals.push(now, change, reply),
-            Message::Read { reply } => self.reads.push(now, reply),
+            Message::Propose { change, under, reply } => {
+                self.proposals.push(now, change, under, reply);
+            }
+            // A leader's read passes only while a majority follows it; whoever asks for more looks who leads
+            // when it is answered.
+            Message::Read { reply, .. } => self.reads.push(now, reply),
             Message::Stop => {}
         }
         if self.live.is_none() {
@@ -207,6 +216,7 @@ impl Shell {
                     voter.settle_members();
                 }
             }
+            Some((voter, _)) if voter.is_lost_alone() => voter.campaign(),
             Some(_) => {}
             None if self.failed_at.is_none_or(|at| at.elapsed() >= REOPEN) => self.reopen(),
             None => {}
@@ -218,6 +228,7 @@ impl Shell {
         loop {
             let now = self.now();
             let Some((voter, _)) = &mut self.live else { return };
+            self.proposals.reign(voter.reign());
             if voter.leader().is_some()
                 && let Some(command) = self.proposals.due(now, Timestamp::of(SystemTime::now()))
                 && voter.propose(command)
@@ -315,8 +326,7 @@ impl Shell {
             disk.close();
         }
         self.failed_at = Some(std::time::Instant::now());
-        self.proposals.fail(&ProposeError::Storage { why: why.to_owned() });
-        self.reads.fail(&ReadError::NoQuorum);
+        self.fail_all(why);
         let epoch = self.parts.standing.borrow().epoch;
         self.parts.standing.send_replace(Standing { leader: None, epoch, leading: false });
     }
@@ -332,10 +342,33 @@ impl Shell {
             Err(error) => {
                 tracing::warn!(%error, "the control state cannot be opened yet");
                 self.failed_at = Some(std::time::Instant::now());
-                self.proposals.fail(&ProposeError::Storage { why: error.to_string() });
-                self.reads.fail(&ReadError::NoQuorum);
+                self.fail_all(&error.to_string());
             }
         }
+    }
+
+    fn fail_all(&mut self, why: &str) {
+        self.proposals.fail(&ProposeError::Storage { why: why.to_owned() });
+        self.reads.fail(&ReadError::Storage { why: why.to_owned() });
+    }
+
+    /// Lets what was asked for before the end be made and read.
+    async fn work_off(
+        &mut self,
+        network: &mut mpsc::Receiver<NetworkEvent>,
+        ticker: &mut Interval,
+    ) {
+        let work = async {
+            self.pump();
+            while self.live.is_some() && self.proposals.count() + self.reads.count() > 0 {
+                tokio::select! {
+                    Some(event) = network.recv() => self.hear(event),
+                    () = tick(ticker) => self.tick(),
+                }
+                self.pump();
+            }
+        };
+        let _ = tokio::time::timeout(LAST_CHANGES, work).await;
     }
 
     /// A leader that stops lets another lead first: changes wait for a round trip, not for an election.
