@@ -64,7 +64,7 @@ sim-bugs: setup-build ## put each known mistake back and let the simulator look 
 	$$(scripts/target-dir)/debug/shoal-sim --bugs --seeds $${SEEDS:-2000}
 	$$(scripts/target-dir)/debug/shoal-planted --seeds $${SEEDS:-2000} $${ONLY:+--only $$ONLY}
 
-faults: setup-build ## kill, freeze and stop real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
+faults: setup-build ## kill, freeze, cut, fill and slow real processes under load, and write bench/FAULTS.md (TIMES=5 of each)
 	cargo build --release --locked --package shoal
 	SHOAL_BIN=$$(scripts/target-dir)/release/shoal cargo run --release --locked --package shoal-tests --bin shoal-faults -- --times $${TIMES:-5} --out bench/FAULTS.md
 

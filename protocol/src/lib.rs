@@ -19,6 +19,7 @@ pub mod frame;
 pub mod id;
 pub mod join;
 pub mod liveness;
+pub mod lost;
 pub mod model;
 pub mod peer;
 pub mod plan;

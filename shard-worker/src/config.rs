@@ -17,6 +17,9 @@ pub struct WorkerConfig {
     pub join: Vec<SocketAddr>,
     /// Needed at the first start alone: later ones find the identity in `data`.
     pub token: Option<JoinToken>,
+    /// Where it listens and is reached; by default at any port of the address that leads to the
+    /// coordinators.
+    pub addresses: Addresses,
     /// Where identity and unpacked models are kept. Two workers must not share it.
     pub data: PathBuf,
     /// The budget for weights, KV and activations of all shards together; `None`: 80 % of the
@@ -30,4 +33,18 @@ pub struct WorkerConfig {
     pub builtin: Vec<BuiltinModel>,
     /// Where it tells what it does for requests that are traced.
     pub tracer: Tracer,
+}
+
+/// Where a worker takes conversations, and where others find it. Fixed ports are for firewalls; other
+/// addresses than its own for what stands in between: a container's port mapping, a relay.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Addresses {
+    /// Where to take requests of coordinators (UDP).
+    pub requests: Option<SocketAddr>,
+    /// Where to take activations of other workers (UDP).
+    pub activations: Option<SocketAddr>,
+    /// Where coordinators reach `requests`, if that is elsewhere.
+    pub advertise_requests: Option<SocketAddr>,
+    /// Where workers reach `activations`, if that is elsewhere.
+    pub advertise_activations: Option<SocketAddr>,
 }

@@ -22,5 +22,5 @@ pub mod sample;
 pub mod stage;
 pub mod trace;
 
-pub use config::WorkerConfig;
+pub use config::{Addresses, WorkerConfig};
 pub use node::{DrainHandle, StartError, Worker};

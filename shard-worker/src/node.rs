@@ -139,20 +139,25 @@ impl Worker {
         let identity = Arc::new(identity_of(&config).await?);
         let incarnation = next_incarnation(&config.data.join(INCARNATION_FILE))?;
         let kept = read_kept(&config.data.join(COORDINATORS_FILE));
-        let ip = local_ip(&config.join, &kept)?;
-
-        let links = Links::start(SocketAddr::new(ip, 0), Arc::clone(&identity))?;
+        let addresses = config.addresses;
+        let (activations, requests) = match (addresses.activations, addresses.requests) {
+            (Some(activations), Some(requests)) => (activations, requests),
+            (activations, requests) => {
+                let any_port = SocketAddr::new(local_ip(&config.join, &kept)?, 0);
+                (activations.unwrap_or(any_port), requests.unwrap_or(any_port))
+            }
+        };
+        let links = Links::start(activations, Arc::clone(&identity))?;
         let links = Arc::new(links.tracing(config.tracer));
-        let any_port = SocketAddr::new(ip, 0);
-        let endpoint = Endpoint::bind(any_port, Arc::clone(&identity), &[Alpn::Requests])?;
+        let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
             versions: VersionRange::OURS,
             build: env!("CARGO_PKG_VERSION").to_owned(),
             node: identity.node,
             incarnation,
             pid: std::process::id(),
-            requests: endpoint.local_address(),
-            activations: links.address(),
+            requests: addresses.advertise_requests.unwrap_or(endpoint.local_address()),
+            activations: addresses.advertise_activations.unwrap_or(links.address()),
             devices: vec![device.clone()],
             numerics: vec![Numerics::N1],
         };
@@ -368,6 +373,7 @@ mod tests {
         let config = WorkerConfig {
             join: vec!["127.0.0.1:9".parse().unwrap()],
             token: None,
+            addresses: Default::default(),
             data: data.path().to_owned(),
             memory: Some(shoal_protocol::units::Bytes::mib(1)),
             threads: None,

@@ -116,6 +116,7 @@ async fn start(cluster: &Cluster, join: &[&Endpoint], data: Option<Arc<TempDir>>
     let config = WorkerConfig {
         join: join.iter().map(|endpoint| endpoint.local_address()).collect(),
         token: None,
+        addresses: Default::default(),
         data: data.path().to_owned(),
         memory: Some(Bytes::mib(100)),
         threads: std::num::NonZeroUsize::new(1),

@@ -9,7 +9,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -17,8 +17,10 @@ use shoal_protocol::admin::{ClusterView, DeploymentPhase};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::{Api, Event};
-use shoal_tests::proc::{Admin, Signal, Up, UpOptions, signal};
-use shoal_tests::slow::SLOW;
+use shoal_tests::faults::SlowDown;
+use shoal_tests::proc::logs::{now_of_day, time_of};
+use shoal_tests::proc::{Admin, Cluster, Signal, Up, UpOptions, signal};
+use shoal_tests::slow::{self, SLOW};
 
 /// How long a cluster of three may take to serve again.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,7 +29,7 @@ const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 const NEWS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Tokens before a fault: so many take more than ten seconds, after which a link's own jitter counts.
-const TOKENS_BEFORE: usize = 2000;
+const TOKENS_BEFORE: u64 = 2000;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default)
@@ -44,19 +46,6 @@ fn holder(view: &ClusterView, stage: usize) -> Result<(NodeId, u32)> {
     let node = slow.context("a plan")?.stages[stage].shards[0].node;
     let worker = view.workers.iter().find(|w| w.id == node).context("its worker")?;
     Ok((node, worker.pid))
-}
-
-/// Milliseconds since midnight, as a log line begins.
-fn time_of(line: &str) -> Option<f64> {
-    let (_, time) = line.split_once('T')?;
-    let mut parts = time.split_once('Z')?.0.split(':');
-    let mut next = || parts.next()?.parse::<f64>().ok();
-    Some((next()? * 3600.0 + next()? * 60.0 + next()?) * 1000.0)
-}
-
-fn now_of_day() -> Result<f64> {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-    Ok(since.as_secs_f64() * 1000.0 % 86_400_000.0)
 }
 
 /// The lines of all logs.
@@ -128,7 +117,7 @@ fn break_often(how: Signal, mend: Option<Signal>, loss: &str) -> Result<()> {
     let (mut neighbours, mut coordinators) = (Vec::new(), Vec::new());
     for trial in 0..trials {
         let mut stream = stream(&api, 3000)?;
-        for _ in 0..TOKENS_BEFORE {
+        for _ in 0..number("SHOAL_TOKENS_BEFORE", TOKENS_BEFORE) {
             assert!(matches!(stream.event()?, Event::Chunk(_)));
         }
         let (node, pid) = holder(&view, trial as usize % 3)?;
@@ -165,6 +154,43 @@ fn how_soon_a_killed_worker_is_noticed() -> Result<()> {
 #[test]
 fn how_soon_a_frozen_worker_is_noticed() -> Result<()> {
     break_often(Signal::STOP, Some(Signal::CONT), "it is frozen, or its machine")
+}
+
+/// Until the layers of a slow worker have moved: `pace::LASTING` and a load, on a machine that also tests.
+const MOVE_TIMEOUT: Duration = Duration::from_secs(90);
+
+#[test]
+fn a_worker_ten_times_slower_is_no_dead_one_and_its_layers_move() -> Result<()> {
+    let mut cluster = Cluster::start(1, 3)?;
+    let admin = cluster.admin(0)?;
+    admin.deploy("slow", ModelSource::Pretend(SLOW), 2)?;
+    let view = admin.wait_for_phase("slow", DeploymentPhase::Ready, RECOVERY_TIMEOUT)?;
+    let (node, pid) = holder(&view, 1)?;
+    let api = Api::new(&cluster.api(0), "slow");
+    let expected = api.complete((10..30).collect::<Vec<u32>>(), slow::options(1500))?.ok()?;
+    let reader = std::thread::spawn(move || stream(&api, 1500)?.rest());
+    let slowed = Instant::now();
+    let slow_down = SlowDown::start(pid);
+    let told = format!("{node} is slow");
+    let is_told = |view: &ClusterView| view.deployments.iter().any(|d| d.reason.contains(&told));
+    admin.wait_until("told to be slow", MOVE_TIMEOUT, is_told)?;
+    println!("{node} is told to be slow after {:.1?}", slowed.elapsed());
+    let moved = |view: &ClusterView| {
+        view.plan.replicas.iter().all(|replica| replica.nodes().all(|other| other != node))
+    };
+    let view = admin.wait_until("moved off it", MOVE_TIMEOUT, moved)?;
+    println!("its layers have moved after {:.1?}", slowed.elapsed());
+    let worker = view.workers.iter().find(|w| w.id == node).context("it is there")?;
+    assert!(worker.connected, "slow is not dead");
+    let (chunks, end) = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+    assert_eq!(end, Event::Done);
+    drop(slow_down);
+    let ids = chunks.iter().flat_map(|c| c["choices"][0]["token_ids"].as_array().cloned());
+    let ids: Vec<_> = ids.flatten().filter_map(|id| id.as_u64()).collect();
+    assert_eq!(ids, expected.token_ids());
+    let given_up = cluster.said().iter().filter(|(_, line)| line.contains("is given up"));
+    assert_eq!(given_up.count(), 0, "nobody was taken for dead");
+    Ok(())
 }
 
 /// Compilers that run for as long as this lives: each core builds a crate of this workspace, over and

@@ -61,6 +61,7 @@ const PURE: &[&str] = &[
     "protocol/src/id.rs",
     "protocol/src/join.rs",
     "protocol/src/liveness",
+    "protocol/src/lost.rs",
     "protocol/src/model/config.rs",
     "protocol/src/model/memory.rs",
     "protocol/src/model/mod.rs",

@@ -41,7 +41,8 @@ pub fn run() -> Result<Section> {
             numerics: vec![Numerics::N1],
             sibling: false,
         };
-        let inventory = Inventory { workers: (1..=workers).map(candidate).collect() };
+        let inventory =
+            Inventory { workers: (1..=workers).map(candidate).collect(), ..Inventory::default() };
         let shape = ModelShape::Pretend(pretend);
         let job = Job {
             replica: ReplicaId(1),

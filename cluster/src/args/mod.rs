@@ -11,6 +11,7 @@ mod nearest;
 mod tokens;
 mod upgrade;
 mod values;
+mod worker_addresses;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -39,6 +40,7 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{address, count, device, name, nonzero, policy, precision, size, store};
+pub use self::worker_addresses::WorkerAddressArgs;
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
 
@@ -317,6 +319,9 @@ pub struct WorkerArgs {
     /// Identity and unpacked models are kept here
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
+    /// Where it listens, and where others find it.
+    #[command(flatten)]
+    pub addresses: WorkerAddressArgs,
     /// A hard budget for weights + KV + activations, such as 600MiB [default: most of the memory
     /// that is free]
     #[arg(long, value_name = "SIZE", value_parser = size)]

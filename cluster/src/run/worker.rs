@@ -30,6 +30,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     let config = WorkerConfig {
         join,
         token: args.invitation.token,
+        addresses: args.addresses.into(),
         data: args.data,
         memory: args.memory,
         threads: args.threads.and_then(|threads| threads.try_into().ok()),

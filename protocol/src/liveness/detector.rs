@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::beat::{BEAT_IDLE, Beat};
+use super::experience::Known;
 use super::worst::Worst;
 use crate::units::Instant;
 
@@ -20,6 +21,12 @@ const JITTER_UNSEEN: Duration = Duration::from_millis(40);
 /// Arrivals after which what was seen counts and not `JITTER_UNSEEN`: ten seconds of busy beats. With one
 /// second, seven of nine false deaths under synthetic compile load fell into the first twelve.
 const ARRIVALS_KNOWN: u32 = 1000;
+
+/// So many rough stalls in a minute, and the machine is one whose cores are fought for: then the next
+/// stall may be far longer than all before it, and silence is believed only after `DEAD_MAX`. A worst
+/// case of a minute alone forgets too soon: all but one of the false deaths under synthetic compile load
+/// fell into minutes with no long stall and dozens of rough ones.
+const ROUGH_MACHINE: u32 = 12;
 
 /// A timer that fires so late is on time: a runtime's timers have steps of a millisecond, and a wake
 /// from idle costs some, too.
@@ -103,6 +110,10 @@ pub struct Detector {
     own: Worst,
     /// How late the peer's are, by its own word.
     theirs: Duration,
+    /// What this process knows of its own timers from all of its links.
+    known: Known,
+    /// How late our own timer was at the last look.
+    stall: Duration,
     refused: bool,
     verdict: Verdict,
 }
@@ -120,9 +131,21 @@ impl Detector {
             gaps: Worst::default(),
             own: Worst::default(),
             theirs: Duration::ZERO,
+            known: Known::default(),
+            stall: Duration::ZERO,
             refused: false,
             verdict: Verdict::Alive,
         }
+    }
+
+    /// What this process knows of its own timers by now.
+    pub fn learn(&mut self, known: Known) {
+        self.known = known;
+    }
+
+    /// How late our own timer was at the last look or arrival: what all links of a process learn from.
+    pub fn last_stall(&self) -> Duration {
+        self.stall
     }
 
     /// Something of the peer has arrived: a beat, or whatever else only a living peer sends.
@@ -198,20 +221,33 @@ impl Detector {
         self.interval
     }
 
-    /// How late our own timers were at worst: what our own beats announce.
+    /// How late our own timers were at worst: what our own beats announce. Who knows little of them
+    /// says `JITTER_UNSEEN`, so that the peer need not ask itself how long we have been there.
     pub fn own_lateness(&self) -> Duration {
-        self.own.get()
+        let seen = self.own.get().max(self.known.worst);
+        if self.knows_itself() { seen } else { seen.max(JITTER_UNSEEN) }
+    }
+
+    fn knows_itself(&self) -> bool {
+        self.known.enough || self.arrivals >= ARRIVALS_KNOWN
     }
 
     /// The worst of late: of the peer's gaps, of its timers, of ours.
     pub fn jitter(&self) -> Duration {
-        let seen = self.gaps.get().max(self.own.get()).max(self.theirs);
-        if self.arrivals < ARRIVALS_KNOWN { seen.max(JITTER_UNSEEN) } else { seen }
+        let seen = self.gaps.get().max(self.own.get()).max(self.theirs).max(self.known.worst);
+        if self.knows_itself() { seen } else { seen.max(JITTER_UNSEEN) }
+    }
+
+    /// Whether this machine or the peer's is one whose cores are fought for.
+    pub fn is_rough(&self) -> bool {
+        let own = self.own.rough().max(self.known.rough);
+        self.gaps.rough().saturating_add(own) >= ROUGH_MACHINE
     }
 
     /// The bounds that hold now.
     pub fn bounds(&self) -> Bounds {
-        bounds(self.interval, self.jitter())
+        let bounds = bounds(self.interval, self.jitter());
+        if self.is_rough() { Bounds { dead: DEAD_MAX, ..bounds } } else { bounds }
     }
 
     /// Adds to the silence what of the time since the last look was observed.
@@ -220,6 +256,7 @@ impl Detector {
         self.own.turn(now);
         self.gaps.turn(now);
         let own_stall = if late > ON_TIME { late } else { Duration::ZERO };
+        self.stall = own_stall;
         if own_stall > Duration::ZERO {
             self.own.note(now, own_stall);
         }

@@ -11,10 +11,12 @@
 
 mod beat;
 mod detector;
+mod experience;
 mod lease;
 mod worst;
 
 pub use beat::{BEAT_BUSY, BEAT_IDLE, BEAT_LEN, Beat, Pacer};
 pub use detector::{Bounds, DEAD_MAX, Detector, Verdict, bounds};
+pub use experience::{Experience, Known};
 pub use lease::{LEASE, Lease};
 pub use worst::Worst;

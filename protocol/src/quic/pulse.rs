@@ -12,14 +12,14 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::connection::Connection;
-use crate::liveness::{Beat, Bounds, Detector, Lease, Pacer, Verdict};
+use crate::liveness::{Beat, Bounds, Detector, Experience, Known, Lease, Pacer, Verdict};
 use crate::units::Instant;
 
 /// How soon a late peer's port is asked again: a round trip in a LAN, and a wake.
@@ -27,6 +27,25 @@ const ASK_AGAIN: Duration = Duration::from_millis(3);
 
 /// Beats announce the sender's lateness in steps of so much, so that most of them are the same bytes.
 const LATENESS_STEP: Duration = Duration::from_millis(5);
+
+/// What this process has seen of its own timers, at all of its links: a fact of the process, and so
+/// one for all of them.
+static MACHINE: LazyLock<Machine> =
+    LazyLock::new(|| Machine { origin: std::time::Instant::now(), experience: Mutex::default() });
+
+struct Machine {
+    origin: std::time::Instant,
+    experience: Mutex<Experience>,
+}
+
+impl Machine {
+    fn learn(&self, stall: Duration) -> Known {
+        let mut experience = self.experience.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = since(self.origin);
+        experience.note(now, stall);
+        experience.known(now)
+    }
+}
 
 /// One observer of one peer, and our own beats to it. Shared by those who send and receive frames.
 #[derive(Debug)]
@@ -76,7 +95,7 @@ impl std::fmt::Display for Silence {
         let Self { loss, lasted, interval, jitter } = self;
         match loss {
             Loss::Killed => write!(f, "its process is gone: nobody listens at its address")?,
-            Loss::Silent => write!(f, "it is frozen, or its machine or the way to it is gone")?,
+            Loss::Silent => f.write_str(crate::lost::SILENT)?,
         }
         write!(
             f,
@@ -152,6 +171,8 @@ impl Pulse {
     fn note(&self, state: &mut State, beat: Option<Beat>) {
         let suspect = state.detector.verdict() == Verdict::Suspect;
         state.detector.heard(self.now(), beat);
+        let known = MACHINE.learn(state.detector.last_stall());
+        state.detector.learn(known);
         if let Some(beat) = beat {
             state.pacer.peer_is_working(beat.working);
         }
@@ -258,7 +279,10 @@ impl Pulse {
             return None;
         }
         let before = state.detector.verdict();
-        if state.detector.look(now) == Verdict::Alive {
+        let found = state.detector.look(now);
+        let known = MACHINE.learn(state.detector.last_stall());
+        state.detector.learn(known);
+        if found == Verdict::Alive {
             *asked = None;
             return None;
         }

@@ -56,7 +56,7 @@ pub enum LinkEvent {
 
 /// A link that is gone.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the link to {neighbour} is gone: {why}")]
+#[error("{}", shoal_protocol::lost::message(.neighbour, .why))]
 pub struct LinkLost {
     /// Who was at its other end.
     pub neighbour: Neighbour,

@@ -113,6 +113,7 @@ impl Cluster {
         let config = WorkerConfig {
             join: vec![self.coordinator.local_address()],
             token: None,
+            addresses: Default::default(),
             data: data.path().to_owned(),
             memory: Some(memory),
             threads: std::num::NonZeroUsize::new(1),

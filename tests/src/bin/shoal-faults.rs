@@ -11,8 +11,15 @@ const HEAD: &str = "\
 # Faults\n\n\
 Made by `make faults` (`cargo run --release -p shoal-tests --bin shoal-faults`): 3 coordinators, 4 workers \
 and 2 deployments of two stages on one machine,\n4 streams of 400 tokens at a time through coordinators that \
-the fault does not hit. Every token is compared with an undisturbed stream's.\nA stall is the longest gap of a \
-stream after the fault; `none` is the same of undisturbed streams.\n\n";
+the fault does not hit, but for those marked (*). Every token is compared with an undisturbed stream's.\n\
+A stall is the longest gap of a stream after the fault. Its parts, in ms, are those of the longest one of a \
+run, the median over the runs:\ndetection (to the first word that somebody is given up), plan (to the new \
+layout), load (until all of it is linked), begin (until the last\nanswer has asked its new head), prefill \
+(until its client has the next token). The bound of a stream is detection + load + one full\nprefill for \
+each stream that stalled + 50 ms; the full prefill is measured beside it, on its own.\n\n\
+(*) The clients go through the very process that ends: their streams break where it is killed, which \
+counts as an error here and not as\na loss, and each has the whole answer when it asks another \
+coordinator; where it is told to stop, it lets them finish.\n\n";
 
 fn main() -> Result<()> {
     let (mut times, mut out) = (5, None);

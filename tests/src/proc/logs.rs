@@ -1,6 +1,7 @@
 //! What processes wrote into their logs.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 
@@ -17,6 +18,20 @@ pub fn unexpected_errors(folder: &Path, expected: &[&str]) -> Result<Vec<String>
         found.extend(unexpected.map(|line| format!("{name}: {line}")));
     }
     Ok(found)
+}
+
+/// Milliseconds since midnight (UTC), as a log line begins.
+pub fn time_of(line: &str) -> Option<f64> {
+    let (_, time) = line.split_once('T')?;
+    let mut parts = time.split_once('Z')?.0.split(':');
+    let mut next = || parts.next()?.parse::<f64>().ok();
+    Some((next()? * 3600.0 + next()? * 60.0 + next()?) * 1000.0)
+}
+
+/// The same of now.
+pub fn now_of_day() -> Result<f64> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    Ok(since.as_secs_f64() * 1000.0 % 86_400_000.0)
 }
 
 fn is_error(line: &str) -> bool {

@@ -3,9 +3,11 @@
 mod admin;
 mod binary;
 pub mod cluster;
-mod logs;
+pub mod disk;
+pub mod logs;
 mod older;
 mod process;
+pub mod relay;
 mod up;
 
 pub use admin::Admin;

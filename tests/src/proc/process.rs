@@ -130,6 +130,13 @@ impl Process {
         self.said.join("\n")
     }
 
+    /// What it has said on stderr since this was last asked.
+    pub fn news(&mut self) -> Vec<String> {
+        let news: Vec<_> = self.stderr.try_iter().collect();
+        self.said.extend(news.iter().cloned());
+        news
+    }
+
     /// Reads stderr until a line contains `words`.
     pub fn wait_for_words(&mut self, words: &str, within: Duration) -> Result<String> {
         let until = Instant::now() + within;

@@ -8,6 +8,7 @@
 //! The same arguments give the same layout: nothing is drawn, no clock is read, and no choice is
 //! left to whoever carries the layout out.
 
+mod apart;
 mod change;
 mod explain;
 mod memory;
@@ -21,6 +22,7 @@ use shoal_protocol::plan::{
 use shoal_protocol::units::Bytes;
 
 use super::shape::ModelShape;
+pub use apart::{Apart, is_torn, pair};
 pub use change::{Rate, loads, same_layout, speed};
 pub use explain::explain;
 pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
@@ -34,6 +36,8 @@ use placement::Cut;
 pub struct Inventory {
     /// The workers that may be used, each once.
     pub workers: Vec<Candidate>,
+    /// Pairs of them that are not to be neighbours where that can be avoided.
+    pub apart: Apart,
 }
 
 /// One worker with one device.
@@ -80,13 +84,42 @@ pub struct Job<'a> {
     pub replicas: usize,
 }
 
-/// The layout for a job, or why there is none. Workers without a sibling come first.
+/// The most ends of cut ways that are left out in turn; each doubles the layouts that are made.
+const LEFT_OUT_MAX: usize = 4;
+
+/// The layout for a job, or why there is none. No two neighbours are apart if there is any such layout;
+/// where the number of stages is left open, one with fewer stages is better than one that cannot work.
 pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
+    let first = plan_near(inventory, job);
+    let torn = |plan: &ReplicaPlan| is_torn(&plan.nodes().collect::<Vec<_>>(), &inventory.apart);
+    if !first.as_ref().is_ok_and(torn) {
+        return first;
+    }
+    // One end of each pair is left out: of all ways to do that, the one with the most stages.
+    let pairs: Vec<_> = inventory.apart.iter().take(LEFT_OUT_MAX).collect();
+    let whole = (0..1_u32 << pairs.len()).filter_map(|ends| {
+        let out = |(bit, pair): (usize, &&(NodeId, NodeId))| {
+            if (ends >> bit) & 1 == 0 { pair.1 } else { pair.0 }
+        };
+        let out: Vec<_> = pairs.iter().enumerate().map(out).collect();
+        let mut left = inventory.clone();
+        left.workers.retain(|worker| !out.contains(&worker.node));
+        plan_near(&left, job).ok().filter(|plan| !torn(plan))
+    });
+    // Of equals the first.
+    whole
+        .reduce(|best, next| if next.stages.len() > best.stages.len() { next } else { best })
+        .map_or(first, Ok)
+}
+
+/// Workers without a sibling come first.
+fn plan_near(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
     let share = (inventory.workers.len() / job.replicas.max(1)).max(1);
     let (shared, free): (Vec<_>, Vec<_>) =
         inventory.workers.iter().cloned().partition(|worker| worker.sibling);
     if !shared.is_empty()
-        && let Ok(plan) = plan_on(&Inventory { workers: free }, job, share)
+        && let Ok(plan) =
+            plan_on(&Inventory { workers: free, apart: inventory.apart.clone() }, job, share)
     {
         return Ok(plan);
     }
@@ -107,7 +140,7 @@ fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<Replica
     let Some((limits, cuts)) = found else {
         return Err(refusal::does_not_fit(job, &costs, &workers, most));
     };
-    let nodes = placement::name_workers(&cuts, &workers, job.previous, &costs);
+    let nodes = placement::name_workers(&cuts, &workers, job.previous, &costs, &inventory.apart);
     let limits = memory::largest_limits(&costs, limits, &cuts, &nodes);
     let stages = cuts.iter().zip(&nodes).map(|(cut, worker)| StagePlan {
         layers: cut.layers,

@@ -9,6 +9,7 @@ use shoal_protocol::plan::{ReplicaLimits, ReplicaPlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::Candidate;
+use super::apart::{Apart, arrange, is_torn};
 use super::memory::Costs;
 
 /// The most combinations of kinds of workers that the table has columns for: nine workers that all
@@ -193,11 +194,14 @@ impl<'a> Table<'a> {
 /// Pairs are taken greedily, the largest overlap first. Every stage finds a worker: a stage asks for
 /// the memory of its kind, a cut uses no more workers of a kind than there are, and the tightest
 /// fitting kind is served first.
+///
+/// Where neighbours would be apart, they are searched for in the same order of preference.
 pub(super) fn name_workers<'w>(
     cuts: &[Cut],
     workers: &[&'w Candidate],
     previous: Option<&ReplicaPlan>,
     costs: &Costs<'_>,
+    apart: &Apart,
 ) -> Vec<&'w Candidate> {
     let mut named: Vec<Option<&'w Candidate>> = vec![None; cuts.len()];
     // The kind that a worker was counted under: the roomiest one that it has room for.
@@ -219,7 +223,21 @@ pub(super) fn name_workers<'w>(
             named[stage] = Some(worker);
         }
     }
-    named.into_iter().flatten().collect()
+    let named: Vec<_> = named.into_iter().flatten().collect();
+    let nodes: Vec<_> = named.iter().map(|worker| worker.node).collect();
+    if !is_torn(&nodes, apart) {
+        return named;
+    }
+    let choices = |cut: &Cut| {
+        let mut able: Vec<_> =
+            workers.iter().copied().filter(|w| kind_of(w) == Some(cut.free)).collect();
+        let order = |w: &Candidate| {
+            (std::cmp::Reverse(overlap(cut.layers, w, previous, costs)), w.used, w.node)
+        };
+        able.sort_by_key(|worker| order(worker));
+        able
+    };
+    arrange(cuts, choices, apart).unwrap_or(named)
 }
 
 /// Weight bytes of these layers that the worker had in the previous layout.

@@ -44,7 +44,7 @@ fn inventory(budgets: &[u64]) -> Inventory {
         numerics: vec![Numerics::N1],
         sibling: false,
     };
-    Inventory { workers: budgets.iter().enumerate().map(worker).collect() }
+    Inventory { workers: budgets.iter().enumerate().map(worker).collect(), apart: Apart::new() }
 }
 
 fn planned(
@@ -123,6 +123,31 @@ fn a_worker_keeps_what_it_has() {
     // w2 is back and just as good as w4, but w4 has the layers now.
     let third = planned(&all, &shape, Some(3), Some(&second)).unwrap();
     assert_eq!(layout_of(&third), "w1:0..2 w4:2..4 w3:4..6");
+}
+
+#[test]
+fn workers_that_do_not_reach_each_other_are_no_neighbours_where_that_can_be() {
+    let shape = pretend(6, 100 * MIB);
+    let w = NodeId::worker;
+    for (workers, stages, apart, expected) in [
+        (4, Some(2), &[(1, 2)][..], "w1 w3"),
+        (4, Some(3), &[(1, 2)], "w1 w3 w4"),
+        // In a ring of four, two of them stand across.
+        (4, Some(4), &[(1, 2)], "w1 w3 w2 w4"),
+        (4, Some(2), &[(1, 2), (1, 3), (1, 4)], "w2 w3"),
+        // Fewer stages rather than none that work, where that is open.
+        (2, None, &[(1, 2)], "w1"),
+        (3, None, &[(1, 2)], "w1 w3"),
+        // There is no other way: perhaps it is mended.
+        (2, Some(2), &[(1, 2)], "w1 w2"),
+        (3, Some(3), &[(2, 3)], "w1 w2 w3"),
+    ] {
+        let mut all = inventory(&vec![1000 * MIB; workers]);
+        all.apart = apart.iter().map(|(a, b)| pair(w(*a), w(*b))).collect();
+        let plan = planned(&all, &shape, stages, None).unwrap();
+        let nodes: Vec<_> = plan.nodes().map(|node| node.to_string()).collect();
+        assert_eq!(nodes.join(" "), expected, "{workers} workers, {stages:?}, {apart:?}");
+    }
 }
 
 #[test]
@@ -249,7 +274,7 @@ fn the_cut_is_as_good_as_brute_force_finds() {
                 continue;
             };
             fitting += 1;
-            let named = placement::name_workers(&cuts, &candidates, None, &costs);
+            let named = placement::name_workers(&cuts, &candidates, None, &costs, &Apart::new());
             assert_eq!(named.len(), cuts.len(), "case {case}: a stage without a worker");
             let full = memory::largest_limits(&costs, limits.clone(), &cuts, &named);
             assert!(full.kv_blocks >= limits.kv_blocks);

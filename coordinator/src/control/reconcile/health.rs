@@ -9,7 +9,7 @@ use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::{Bytes, Instant};
 
 use super::words::place_of;
-use super::{LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, Watched, patience};
+use super::{LINK_SETTLE, LINK_SETTLE_LOOK, Observed, RECONNECT_GRACE, Watched, pairs, patience};
 
 /// How a replica is.
 #[derive(Debug)]
@@ -67,7 +67,12 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
         watched.ready_since = None;
         let silence = |node| observed.workers.get(&node).map(|worker| worker.silent_for);
         let silence = plan.nodes().filter_map(silence).max().unwrap_or_default();
-        return of_failure(node, error, silence, now, watched);
+        let health = of_failure(node, error, silence, now, watched);
+        let heard = watched.unlinked_since.is_some_and(|since| silence < now.since(since));
+        if heard && matches!(health, Health::NeedsPlan { .. }) {
+            watched.apart = pairs::silent(&shards);
+        }
+        return health;
     }
     watched.unlinked_since = None;
     if observed.follows {
@@ -82,6 +87,7 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
     }
     watched.ready_since = None;
     if !outlook.overdue.is_empty() {
+        watched.apart = pairs::unlinked(&shards);
         let (blame, words): (_, Vec<_>) = outlook.overdue.into_iter().unzip();
         return Health::NeedsPlan { reason: words.join(", "), blame };
     }
@@ -199,11 +205,11 @@ fn cannot_be_mended(error: &WireError) -> bool {
         || (error.code.fault() == Fault::Caller && error.code != ErrorCode::Cancelled)
 }
 
-type Shard<'a> = (NodeId, Option<&'a ShardReport>);
+pub(super) type Shard<'a> = (NodeId, Option<&'a ShardReport>);
 
 /// What each worker of a layout says of its shard in this generation, in stage order. A worker that
 /// refuses it names the newest generation that it knows instead.
-fn current_shards<'a>(plan: &ReplicaPlan, observed: &'a Observed) -> Vec<Shard<'a>> {
+pub(super) fn current_shards<'a>(plan: &ReplicaPlan, observed: &'a Observed) -> Vec<Shard<'a>> {
     let report = |node: NodeId| {
         let worker = observed.workers.get(&node)?;
         let mut shards = worker.report.shards.iter().filter(|shard| shard.replica == plan.id);

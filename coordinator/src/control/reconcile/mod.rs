@@ -13,6 +13,8 @@
 
 mod health;
 mod moves;
+mod pace;
+mod pairs;
 mod patience;
 mod preview;
 mod replica;
@@ -29,7 +31,7 @@ use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, Replic
 use shoal_protocol::plan::{Assignment, DeploymentSpec, ReplicaPlan};
 use shoal_protocol::units::{Bytes, Instant};
 
-use super::planner::{Candidate, Inventory, Job, PlanRefusal, plan};
+use super::planner::{Apart, Candidate, Inventory, Job, PlanRefusal, plan};
 use super::shape::ModelShape;
 use super::state::{ClusterState, PlanCommand};
 use patience::Standing;
@@ -107,6 +109,10 @@ pub struct History {
     stuck: Option<(moves::Wish, String)>,
     /// Workers at which layouts have failed.
     suspects: Suspects,
+    /// Workers that do not reach each other.
+    pairs: pairs::Pairs,
+    /// How fast the workers of the layout are.
+    paces: pace::Paces,
     /// Workers whose copies of the model are not good.
     unreadable: Unreadable,
     /// The last layout that was counted among them.
@@ -130,6 +136,10 @@ struct Watched {
     alone_since: Option<Instant>,
     /// Since when all of it has been ready.
     ready_since: Option<Instant>,
+    /// Its workers that were found not to reach each other, until they are counted: once.
+    apart: Vec<(NodeId, NodeId)>,
+    /// Whether they were.
+    apart_counted: bool,
 }
 
 /// What is to be done.
@@ -247,7 +257,8 @@ pub struct Decision {
 /// One round.
 pub fn reconcile(target: &ClusterState, observed: &Observed) -> Decision {
     let plans = target.plans.all().cloned().collect();
-    let mut round = Round { target, observed, plans, decision: Decision::default() };
+    let apart = apart(observed);
+    let mut round = Round { target, observed, plans, apart, decision: Decision::default() };
     for (name, deployment) in target.deployments.iter() {
         for replica in &deployment.replicas {
             let stand = round.replica(deployment, *replica);
@@ -273,6 +284,8 @@ struct Round<'a> {
     /// The layouts of the state, and those that this round proposes: what they use of a worker is not
     /// free for the next one.
     plans: Vec<ReplicaPlan>,
+    /// What any replica knows of workers that do not reach each other.
+    apart: Apart,
     decision: Decision,
 }
 
@@ -310,7 +323,13 @@ pub fn inventory_for(
     replica: ReplicaId,
 ) -> Inventory {
     let plans: Vec<_> = target.plans.all().cloned().collect();
-    workers_for(target, observed, &plans, Seeker { name, replica, instead: true })
+    let workers = workers_for(target, observed, &plans, Seeker { name, replica, instead: true });
+    Inventory { workers, apart: apart(observed) }
+}
+
+/// The pairs that any replica has found not to reach each other.
+fn apart(observed: &Observed) -> Apart {
+    observed.history.values().flat_map(|history| history.pairs.apart(observed.now)).collect()
 }
 
 /// The connected workers of this cluster that are not drained.
@@ -319,7 +338,7 @@ fn workers_for(
     observed: &Observed,
     plans: &[ReplicaPlan],
     seeker: Seeker<'_>,
-) -> Inventory {
+) -> Vec<Candidate> {
     let usable = observed
         .workers
         .iter()
@@ -348,7 +367,7 @@ fn workers_for(
             sibling,
         })
     });
-    Inventory { workers: candidates.collect() }
+    candidates.collect()
 }
 
 fn backoff(failures: u32) -> Duration {
@@ -380,6 +399,9 @@ mod tests;
 
 #[cfg(test)]
 mod files_test;
+
+#[cfg(test)]
+mod gray_test;
 
 #[cfg(test)]
 mod takeover_test;

@@ -15,9 +15,32 @@ use shoal_protocol::plan::ReplicaPlan;
 use super::super::planner::{Inventory, same_layout};
 use super::super::state::Deployment;
 use super::health;
+use super::pace;
 use super::replica::stand;
 use super::words::place_of;
 use super::{Action, History, Round, Stand};
+
+/// Why a replica is to be somewhere else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// It has a worker that is drained.
+    Drained,
+    /// Somebody wants it so.
+    Asked,
+    /// A worker of it is far slower than the others.
+    Slow,
+}
+
+/// Names whoever is slow, in a layout that serves.
+fn pace_words(history: &History, reason: String) -> String {
+    let slow = history.paces.slow(pace::NOTICED);
+    let names: Vec<_> = slow.iter().map(ToString::to_string).collect();
+    match names.as_slice() {
+        [] => reason,
+        [one] => format!("{reason}; {one} is slow"),
+        many => format!("{reason}; {} are slow", many.join(", ")),
+    }
+}
 
 /// What a move is decided from; where it is the same again, so is the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,13 +60,17 @@ impl Round<'_> {
         history: &mut History,
         reason: String,
     ) -> Stand {
-        let Some((why, drained)) = self.why_move(deployment, plan) else {
+        let Some((why, cause)) = self.why_move(deployment, plan, history) else {
             history.stuck = None;
+            let reason = pace_words(history, reason);
             return Stand { settled: true, ..stand(DeploymentPhase::Ready, reason) };
         };
+        let drained = cause == Cause::Drained;
+        // A slow layout is served as was asked for.
+        let settled = cause == Cause::Slow;
         if self.observed.follows {
             let reason = format!("{reason}; {why}: it is for the leader to move it");
-            return stand(DeploymentPhase::Ready, reason);
+            return Stand { settled, ..stand(DeploymentPhase::Ready, reason) };
         }
         if self.observed.now < history.not_before {
             self.wake(history.not_before);
@@ -58,10 +85,16 @@ impl Round<'_> {
         if let Some((last, words)) = &history.stuck
             && *last == wish
         {
-            return stand(DeploymentPhase::Ready, format!("{reason}; {why}, but {words}"));
+            let told = format!("{reason}; {why}, but {words}");
+            return Stand { settled, ..stand(DeploymentPhase::Ready, told) };
         }
         history.stuck = None;
         let now = self.observed.now;
+        let slow = history.paces.slow(pace::LASTING);
+        if cause == Cause::Slow {
+            // Others are preferred for a while, whatever the next layout is made for.
+            history.blame(now, Some(plan.generation), &slow);
+        }
         let job = self.job(deployment, plan.id);
         let mut instead = self.inventory(deployment, plan.id, true);
         history.unreadable.leave_out(&mut instead);
@@ -74,6 +107,16 @@ impl Round<'_> {
                 return stand(DeploymentPhase::Ready, told);
             }
         };
+        if cause == Cause::Slow {
+            let stages = ideal.stages.len() >= plan.stages.len();
+            if !stages || ideal.nodes().any(|node| slow.contains(&node)) {
+                let words = "there is no better place for its layers".to_owned();
+                let told = format!("{reason}; {why}, but {words}");
+                history.stuck = Some((wish, words));
+                return Stand { settled, ..stand(DeploymentPhase::Ready, told) };
+            }
+            history.paces.moved(now);
+        }
         if same_layout(&ideal, plan) {
             let (replica, generation, asked) = (plan.id, plan.generation, deployment.asked);
             self.decision.actions.push(Action::Confirm { replica, generation, asked });
@@ -123,8 +166,13 @@ impl Round<'_> {
         stand(DeploymentPhase::Loading, loading)
     }
 
-    /// Why a replica is not where it should be, and whether a drained worker is the reason.
-    fn why_move(&self, deployment: &Deployment, plan: &ReplicaPlan) -> Option<(String, bool)> {
+    /// Why a replica is not where it should be.
+    fn why_move(
+        &self,
+        deployment: &Deployment,
+        plan: &ReplicaPlan,
+        history: &History,
+    ) -> Option<(String, Cause)> {
         let drained: Vec<_> = plan
             .nodes()
             .filter(|node| self.target.drains.contains(*node))
@@ -132,9 +180,15 @@ impl Round<'_> {
             .collect();
         if !drained.is_empty() {
             let verb = if drained.len() == 1 { "is" } else { "are" };
-            return Some((format!("{} {verb} drained", drained.join(", ")), true));
+            return Some((format!("{} {verb} drained", drained.join(", ")), Cause::Drained));
         }
-        let asked = self.target.plans.asked(plan.id) < deployment.asked;
-        asked.then(|| ("it was asked for anew".to_owned(), false))
+        if self.target.plans.asked(plan.id) < deployment.asked {
+            return Some(("it was asked for anew".to_owned(), Cause::Asked));
+        }
+        let slow = history.paces.slow(pace::LASTING);
+        let slow = slow.first().filter(|_| history.paces.may_move(self.observed.now))?;
+        let lasting = pace::LASTING;
+        let words = format!("{slow} has been slow for {lasting} s and more, though it is heard");
+        Some((words, Cause::Slow))
     }
 }

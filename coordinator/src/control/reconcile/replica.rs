@@ -35,6 +35,18 @@ impl Round<'_> {
             true => health::of(plan, observed, &mut history.current),
             false => health::needs_plan(format!("{} was removed", removed.join(", "))),
         };
+        if !observed.follows {
+            for watched in [&mut history.current, &mut history.next] {
+                let apart = std::mem::take(&mut watched.apart);
+                if !apart.is_empty() && !std::mem::replace(&mut watched.apart_counted, true) {
+                    history.pairs.note(apart, observed.now);
+                }
+            }
+            self.apart.extend(history.pairs.apart(observed.now));
+        }
+        if let (Health::Ready { .. }, Some(plan)) = (&health, plan) {
+            self.look_at_paces(deployment, plan, &mut history);
+        }
         let health = self.or_on_other_files(deployment, replica, health, &mut history);
         let stable = |since| observed.now.since(since) >= STABLE_AFTER;
         if history.current.ready_since.is_some_and(stable) {
@@ -267,7 +279,23 @@ impl Round<'_> {
         instead: bool,
     ) -> Inventory {
         let seeker = Seeker { name: &deployment.spec.name, replica, instead };
-        workers_for(self.target, self.observed, &self.plans, seeker)
+        let workers = workers_for(self.target, self.observed, &self.plans, seeker);
+        Inventory { workers, apart: self.apart.clone() }
+    }
+
+    /// Notes how fast each worker of a layout that serves was since the last time.
+    fn look_at_paces(&self, deployment: &Deployment, plan: &ReplicaPlan, history: &mut History) {
+        let bytes = |index: usize| -> u64 {
+            let layers = plan.stages[index].layers;
+            let step = |layer| deployment.shape.step_bytes(layer, plan.precision).0;
+            (layers.start..layers.end).map(step).sum()
+        };
+        let shards: Vec<_> = health::current_shards(plan, self.observed)
+            .into_iter()
+            .enumerate()
+            .map(|(index, (node, shard))| (node, shard, bytes(index)))
+            .collect();
+        history.paces.look(plan.generation, &shards, self.observed.now);
     }
 
     /// The newest layout that there has been of a replica: workers may know of newer ones than a state

@@ -102,5 +102,6 @@ impl History {
         };
         self.suspects.0.retain(|node, _| here(node));
         self.unreadable.0.retain(|node, start| here(node) && start_of(*node, observed) == *start);
+        self.pairs.retain(here);
     }
 }

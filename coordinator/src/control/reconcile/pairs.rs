@@ -1,0 +1,126 @@
+//! Pairs of workers that do not reach each other, though both reach the coordinators: for a while no
+//! layout makes them neighbours where that can be avoided.
+//!
+//! | how it is known | when |
+//! |---|---|
+//! | a shard says that its neighbour fell silent, and all workers of the layout were heard since | at once |
+//! | two neighbours have loaded and not linked, and their others have | after `LINKING` |
+//!
+//! A layout that exists is not torn up for it, and none is made because a pair is forgotten: a way that
+//! is mended is used again by the next layout that is made for another reason.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use shoal_protocol::control::{ShardReport, ShardState};
+use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::NodeId;
+use shoal_protocol::lost::silent_neighbour;
+use shoal_protocol::units::Instant;
+
+use super::super::planner::{Apart, pair};
+
+/// How long a pair is avoided after the first time.
+pub const APART_FOR: Duration = Duration::from_secs(60);
+
+/// Each time that it is cut again doubles that, up to this: whoever mends a cable should not have to
+/// wait for long, and a stream stalls for each try.
+pub const APART_FOR_MAX: Duration = Duration::from_secs(1800);
+
+/// A pair that was not cut for so long after it was tried again is forgotten.
+const REMEMBERED: Duration = Duration::from_secs(1800);
+
+/// The most pairs that one replica remembers: a ring of as many stages, each way of which is cut.
+const PAIRS_MAX: usize = 64;
+
+/// What one replica has learnt.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pairs(BTreeMap<(NodeId, NodeId), Cut>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cut {
+    times: u32,
+    until: Instant,
+}
+
+impl Pairs {
+    /// These were cut off from each other.
+    pub fn note(&mut self, cut: impl IntoIterator<Item = (NodeId, NodeId)>, now: Instant) {
+        self.0.retain(|_, cut| now < cut.until + REMEMBERED);
+        // Both ends tell of it.
+        let cut: Apart = cut.into_iter().map(|(a, b)| pair(a, b)).collect();
+        for pair in cut {
+            if self.0.len() >= PAIRS_MAX && !self.0.contains_key(&pair) {
+                continue;
+            }
+            let known = self.0.entry(pair).or_insert(Cut { times: 0, until: now });
+            let lasts = APART_FOR.saturating_mul(1 << known.times.min(16)).min(APART_FOR_MAX);
+            *known = Cut { times: known.times.saturating_add(1), until: now + lasts };
+        }
+    }
+
+    /// The pairs that are avoided now.
+    pub fn apart(&self, now: Instant) -> Apart {
+        self.0.iter().filter(|(_, cut)| now < cut.until).map(|(pair, _)| *pair).collect()
+    }
+
+    /// Forgets those of workers that are gone.
+    pub fn retain(&mut self, here: impl Fn(&NodeId) -> bool) {
+        self.0.retain(|(a, b), _| here(a) && here(b));
+    }
+}
+
+/// The pairs of a layout that its shards say have fallen silent to each other. Only for a layout all
+/// workers of which were heard since.
+pub(super) fn silent(shards: &[(NodeId, Option<&ShardReport>)]) -> Vec<(NodeId, NodeId)> {
+    let nodes: Vec<_> = shards.iter().map(|(node, _)| *node).collect();
+    let said = shards.iter().filter_map(|(node, shard)| match &shard.as_ref()?.state {
+        ShardState::Failed(error) if error.code == ErrorCode::WorkerLost => {
+            Some((*node, silent_neighbour(&error.message)?))
+        }
+        _ => None,
+    });
+    said.filter(|(node, other)| node != other && nodes.contains(other)).collect()
+}
+
+/// The neighbours of a layout both of which have loaded and not linked, where all have loaded.
+pub(super) fn unlinked(shards: &[(NodeId, Option<&ShardReport>)]) -> Vec<(NodeId, NodeId)> {
+    let is = |index: usize, wanted: &ShardState| {
+        shards[index % shards.len()].1.is_some_and(|shard| shard.state == *wanted)
+    };
+    let loaded = |index| is(index, &ShardState::Linking) || is(index, &ShardState::Ready);
+    if shards.len() < 2 || !(0..shards.len()).all(loaded) {
+        return Vec::new();
+    }
+    let links = (0..shards.len())
+        .filter(|index| is(*index, &ShardState::Linking) && is(index + 1, &ShardState::Linking));
+    links.map(|index| (shards[index].0, shards[(index + 1) % shards.len()].0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn s(s: u64) -> Instant {
+        Instant(s * 1_000_000)
+    }
+
+    #[test]
+    fn a_pair_is_avoided_longer_each_time_and_tried_again() {
+        let [a, b, c] = [1, 2, 3].map(NodeId::worker);
+        let mut pairs = Pairs::default();
+        pairs.note([(b, a)], s(0));
+        assert_eq!(pairs.apart(s(59)), Apart::from([(a, b)]));
+        assert_eq!(pairs.apart(s(60)), Apart::new(), "it is tried again");
+        pairs.note([(a, b)], s(100));
+        assert_eq!(pairs.apart(s(219)), Apart::from([(a, b)]), "twice as long");
+        assert_eq!(pairs.apart(s(220)), Apart::new());
+        pairs.note([(a, c)], s(220 + 1800));
+        pairs.note([(a, b)], s(220 + 1801));
+        assert_eq!(pairs.apart(s(220 + 1801 + 60)), Apart::new(), "the old ones are forgotten");
+        pairs.retain(|node| *node != c);
+        assert_eq!(pairs.0.len(), 1);
+        pairs.note((10..200).map(|n| (a, NodeId::worker(n))), s(3000));
+        assert_eq!(pairs.0.len(), PAIRS_MAX);
+    }
+}
