@@ -125,6 +125,7 @@ fn upgrade(admin: &Admin, call: UpgradeCall) -> Result<UpgradeView> {
 
 /// Asks until the answer is as wanted: what coordinators hear of each other is seen from outside in
 /// nothing else.
+#[allow(clippy::disallowed_methods)]
 fn until<T>(mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let end = Instant::now() + WITHIN;
     loop {

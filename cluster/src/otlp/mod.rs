@@ -72,7 +72,8 @@ impl Otlp {
         let (node, stopping) = (Arc::default(), Arc::default());
         let sender =
             Sender::new(settings, queue, tracer.clone(), Arc::clone(&node), Arc::clone(&stopping));
-        let (end, ended) = std::sync::mpsc::channel();
+        // Nothing is sent: that it ends is the news.
+        let (end, ended) = std::sync::mpsc::sync_channel(0);
         let thread = std::thread::Builder::new().name("otlp".to_owned());
         let body = move || {
             sender.run();

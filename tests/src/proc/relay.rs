@@ -53,7 +53,7 @@ impl Faults {
             return false;
         }
         if let Some(one_in) = self.damaged.get(&to).copied()
-            && self.draw() % u64::from(one_in.max(1)) == 0
+            && self.draw().is_multiple_of(u64::from(one_in.max(1)))
             && !datagram.is_empty()
         {
             let bit = self.draw() as usize % (datagram.len() * 8);
