@@ -107,11 +107,12 @@ async fn a_change_that_waits_keeps_nobody_from_looking() {
         let actions = vec![Action::Confirm { replica, generation, asked: 1 }];
         Decision { actions, ..Decision::default() }
     }
-    let (hung, mut hangs) = mpsc::unbounded_channel();
+    // One word that it hangs is enough.
+    let (hung, mut hangs) = mpsc::channel(1);
     let send: SendMessage = Box::new(move |_| {
         while SHUT.load(Ordering::SeqCst) {
-            let _ = hung.send(());
-            std::thread::sleep(Duration::from_millis(1));
+            let _ = hung.try_send(());
+            std::thread::park_timeout(Duration::from_millis(1));
         }
     });
     let Setup { executor, store, agents: _agents, .. } = set_up(wants, send);

@@ -113,7 +113,7 @@ fn the_layers_of_a_worker_that_stays_slow_move_to_a_better_place_once() {
     let next = next.trim_start_matches("next ").to_owned();
     assert!(next.contains("w2") && next.contains("w3"), "{next}");
     world.settle();
-    assert_eq!(world.places(), [next.clone()]);
+    assert_eq!(world.places(), std::slice::from_ref(&next));
     // Now the other one is slow: that has to wait, and nothing goes back at once.
     world.compute(30, &[1000, 9000, 1000]);
     assert_eq!(world.places(), [next]);
