@@ -62,6 +62,9 @@ pub struct Executor {
     history: BTreeMap<ReplicaId, History>,
     /// The epoch in which this coordinator is proven to lead with a current state.
     leads: Option<u64>,
+    /// When it began to look as it does now, as a leader or as one that follows: a worker that has no way
+    /// here may serve others all the while.
+    since: Instant,
     /// Since when workers have said that they have heard a later leader.
     outranked_since: Option<Instant>,
     reconcile: Reconcile,
@@ -97,6 +100,7 @@ impl Executor {
             origin: std::time::Instant::now(),
             history: BTreeMap::new(),
             leads: None,
+            since: Instant(0),
             outranked_since: None,
             reconcile,
             folders: Folders::new(models),
@@ -187,6 +191,7 @@ impl Executor {
             tracing::info!(epoch = standing.epoch, "this coordinator leads");
             self.agents.begin_to_lead();
             self.leads = Some(standing.epoch);
+            self.since = self.now();
         }
         let now = self.now();
         let since = *self.outranked_since.get_or_insert(now);
@@ -215,7 +220,7 @@ impl Executor {
         };
         let observed = Observed {
             now: self.now(),
-            since: Instant(0),
+            since: self.since,
             follows: self.leads.is_none() || looks_only,
             workers: self.members(state),
             history,

@@ -27,6 +27,12 @@ use crate::trace::{AttemptTrace, RequestTrace};
 /// serves: answers that flow cost nothing, and a head that was replaced on purpose may finish.
 const SILENCE: Duration = Duration::from_millis(50);
 
+/// An attempt that has been as silent before is not silent yet: so many times its longest gap.
+const SILENCE_FACTOR: u32 = 3;
+
+/// However slow its tokens are: an old layout that retires waits five seconds for its answers.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
+
 /// What all answers need to go on. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Resumer {
@@ -64,6 +70,27 @@ struct Running {
     answer: Answer,
     place: Place,
     trace: AttemptTrace,
+    pace: Pace,
+}
+
+/// How its tokens come.
+#[derive(Debug, Default)]
+struct Pace {
+    last: Option<Instant>,
+    longest: Duration,
+}
+
+impl Pace {
+    fn token(&mut self, now: Instant) {
+        // What comes before the first one is the prompt's.
+        if let Some(last) = self.last.replace(now) {
+            self.longest = self.longest.max(now.duration_since(last));
+        }
+    }
+
+    fn silence(&self) -> Duration {
+        (self.longest * SILENCE_FACTOR).clamp(SILENCE, SILENCE_MAX)
+    }
 }
 
 /// Why an attempt ended.
@@ -134,7 +161,8 @@ impl LastingAnswer {
                 continue;
             };
             let at = (running.place.ticket.replica, running.place.ticket.generation);
-            let superseded = superseded(&mut self.resumer.table, &self.deployment, at);
+            let silence = running.pace.silence();
+            let superseded = superseded(&mut self.resumer.table, &self.deployment, at, silence);
             let ended = tokio::select! {
                 // What has come counts, whatever the table says.
                 biased;
@@ -142,6 +170,7 @@ impl LastingAnswer {
                     Ok(event) => {
                         match &event {
                             AnswerEvent::Token(token) => {
+                                running.pace.token(Instant::now());
                                 running.place.token(token.first.map(|(_, prefill)| prefill));
                             }
                             AnswerEvent::Done { .. } => {
@@ -301,7 +330,7 @@ impl LastingAnswer {
                 started.map_err(Ended::Unbegun)
             }
             // A connection to a worker that is gone takes long to fail.
-            () = superseded(&mut table, &self.deployment, at) => {
+            () = superseded(&mut table, &self.deployment, at, SILENCE) => {
                 let message = format!("{} of {} was replaced", at.1, at.0);
                 let code = ErrorCode::StaleGeneration;
                 Err(Ended::Unbegun(DispatchError::Failed { code, message }))
@@ -310,7 +339,8 @@ impl LastingAnswer {
         match started {
             Ok(answer) => {
                 self.note_resume(&place);
-                self.running = Some(Running { answer, place, trace });
+                let pace = Pace::default();
+                self.running = Some(Running { answer, place, trace, pace });
                 Ok(())
             }
             Err(ended) => self.lost(&mut place, trace, ended),
@@ -367,8 +397,9 @@ async fn superseded(
     table: &mut watch::Receiver<Arc<ServingTable>>,
     deployment: &DeploymentName,
     at: (ReplicaId, Generation),
+    silence: Duration,
 ) {
-    tokio::time::sleep(SILENCE).await;
+    tokio::time::sleep(silence).await;
     let newer = |table: &Arc<ServingTable>| {
         table.deployments.get(deployment).is_some_and(|deployment| is_superseded(deployment, at))
     };

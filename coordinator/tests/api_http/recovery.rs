@@ -8,8 +8,9 @@ use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, Generation, NodeId};
 use shoal_protocol::request::Generate;
+use tokio::io::AsyncReadExt;
 
-use super::client::{Response, get, post};
+use super::client::{Response, get, open, post};
 use super::head::{End, Head, Script};
 use super::setup::Setup;
 
@@ -176,6 +177,24 @@ async fn a_frozen_head_is_left_as_soon_as_there_is_another_layout() {
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     // The old attempt is cancelled, so that a head that wakes up knows that nobody waits.
     setup.head.sees(|seen| seen.cancelled == 1).await;
+}
+
+/// The old layout waits for its answers before it retires: one whose model is slow is not frozen.
+#[tokio::test]
+async fn a_head_whose_tokens_come_slowly_may_finish_beside_a_newer_layout() {
+    let setup = Setup::new().await;
+    let tokens = setup.says(TEXT)[..10].to_vec();
+    let pace = Duration::from_millis(120);
+    setup.head.set(Script { tokens, pace, end: End::Done(1) });
+    let mut stream = open(setup.http, COMPLETIONS, &body(true)).await;
+    let mut read = Vec::new();
+    while String::from_utf8_lossy(&read).matches("data: ").count() < 4 {
+        assert_ne!(stream.read_buf(&mut read).await.expect("a stream"), 0);
+    }
+    setup.change(|demo| demo.replicas[0].generation = Generation(2));
+    stream.read_to_end(&mut read).await.expect("a stream");
+    assert!(String::from_utf8_lossy(&read).contains("data: [DONE]"));
+    assert_eq!(attempts(&setup.head), [(0, 0)], "it was begun again elsewhere");
 }
 
 #[tokio::test]

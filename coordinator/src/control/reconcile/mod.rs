@@ -66,7 +66,7 @@ pub const STABLE_AFTER: Duration = Duration::from_secs(2);
 pub struct Observed {
     /// The time.
     pub now: Instant,
-    /// When this coordinator began to listen.
+    /// When this coordinator began to listen, or to lead.
     pub since: Instant,
     /// Whether another one leads, or nobody: then nothing is done here, nobody is blamed for what
     /// nobody was told from here, and what is to be done is only foreseen.
