@@ -110,7 +110,7 @@ fn a_damaged_state_is_told_in_one_sentence() {
     let damaged = [
         (sound[..sound.len() / 2].to_vec(), "the file is damaged"),
         (b"hello, this is no database".repeat(1000), "the file is damaged"),
-        (Vec::new(), "has the CA's key but not the cluster's state"),
+        (Vec::new(), "has an identity but not the cluster's state"),
     ];
     for (bytes, words) in damaged {
         std::fs::write(&state, bytes).unwrap();

@@ -112,6 +112,8 @@ fn the_layers_of_a_worker_that_stays_slow_move_to_a_better_place_once() {
     assert_eq!(serves, "w1 w2");
     let next = next.trim_start_matches("next ").to_owned();
     assert!(next.contains("w2") && next.contains("w3"), "{next}");
+    // It is loaded, and takes over.
+    world.settle();
     world.settle();
     assert_eq!(world.places(), std::slice::from_ref(&next));
     // Now the other one is slow: that has to wait, and nothing goes back at once.
