@@ -103,6 +103,7 @@ async fn resume(
         begun.authority.keep(key);
     }
     if let Some(fresh) = begun.authority.certify(&begun.identity, SystemTime::now())? {
+        fresh.save(&config.data.join(IDENTITY_FILE))?;
         begun.identity = fresh;
     }
     Ok(begun)

@@ -84,7 +84,7 @@ fn a_cluster_whose_certificates_have_all_expired_comes_back() -> Result<()> {
     let ca = find(folder.path(), "ca.key")?.pop().context("a CA")?;
     let ca = CertificateAuthority::load(&ca)?.context("a CA")?;
     let files = find(folder.path(), "identity")?;
-    ensure!(files.len() == 2, "{files:?}");
+    ensure!(files.len() == 3, "{files:?}");
     for file in &files {
         let identity = Identity::load(file)?.context("an identity")?;
         let csr = identity.renewal_request()?;

@@ -11,7 +11,7 @@
 //! names is dropped, whatever it says of itself. A coordinator that cannot be reached says nothing: it
 //! changes no list.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress};
@@ -25,7 +25,12 @@ pub struct Book {
     reached: BTreeMap<NodeId, SocketAddr>,
     /// With whom there is a conversation, and what they say; `None` before their welcome.
     talks: BTreeMap<NodeId, Option<Vec<CoordinatorAddress>>>,
+    /// Who was known and is not any more.
+    gone: BTreeSet<NodeId>,
 }
+
+/// The most that are remembered of those that are gone: more than a cluster loses while a worker runs.
+const GONE_MAX: usize = 256;
 
 impl Book {
     /// What was kept from the last life.
@@ -37,6 +42,11 @@ impl Book {
     /// The coordinators.
     pub fn known(&self) -> &BTreeMap<NodeId, SocketAddr> {
         &self.known
+    }
+
+    /// Whether it was a coordinator and is none any more. Nobody gets its number again.
+    pub fn is_gone(&self, node: NodeId) -> bool {
+        self.gone.contains(&node)
     }
 
     /// Where to look for one in the nth try; `None` where it is no coordinator any more.
@@ -104,7 +114,14 @@ impl Book {
             // Nothing that would be a reason to forget anybody.
             self.known.append(&mut known);
         } else {
-            self.known = known;
+            let before = std::mem::replace(&mut self.known, known);
+            self.gone.extend(before.into_keys());
+        }
+        // Who lags behind may have left somebody out.
+        let known = &self.known;
+        self.gone.retain(|node| !known.contains_key(node));
+        while self.gone.len() > GONE_MAX {
+            self.gone.pop_first();
         }
         while self.known.len() > COORDINATORS_MAX {
             self.known.pop_last();

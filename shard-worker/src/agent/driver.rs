@@ -84,10 +84,7 @@ impl AgentHandle {
     pub async fn left(&self, coordinator: NodeId) {
         let mut book = self.book.clone();
         // Who has just joined may be here before its name is.
-        let known = book.wait_for(|book| book.known().contains_key(&coordinator)).await.is_ok();
-        let left =
-            known && book.wait_for(|book| !book.known().contains_key(&coordinator)).await.is_ok();
-        if !left {
+        if book.wait_for(|book| book.is_gone(coordinator)).await.is_err() {
             // The agent has ended, and all connections end with it.
             std::future::pending().await
         }
