@@ -99,6 +99,11 @@ impl Authority {
         });
     }
 
+    /// Forgets a key.
+    pub fn drop_key(&self, ca: &CaFingerprint) {
+        self.shared.send_modify(|keys| keys.held.retain(|held| held.fingerprint() != *ca));
+    }
+
     /// Believes these from now on, and forgets the keys of others.
     pub fn follow(&self, trust: Trust) {
         self.shared.send_if_modified(|keys| {
@@ -180,6 +185,19 @@ impl CaFiles {
     pub fn has(&self, ca: &CaFingerprint) -> bool {
         let kept = CertificateAuthority::load(&self.0.join(CA_FILE)).ok().flatten();
         kept.is_some_and(|kept| kept.fingerprint() == *ca)
+    }
+
+    /// Forgets the key of a CA that was to sign, where it is that one's.
+    pub fn drop_next(&self, ca: &CaFingerprint) -> Result<(), CaError> {
+        let next = self.0.join(NEXT_CA_FILE);
+        match CertificateAuthority::load(&next)? {
+            Some(kept) if kept.fingerprint() == *ca => {
+                // What is left is never asked for, and the next one takes its place.
+                let _ = std::fs::remove_file(next);
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Keeps the key of a CA that is to sign.
