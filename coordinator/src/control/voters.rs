@@ -63,6 +63,8 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
         }
         match timeout_at(until, settled(store, wish)).await {
             Ok(Settled::Yes) => break,
+            // Nothing is waited for then, so nothing else would end this.
+            Ok(Settled::Overruled) if Instant::now() >= until => return Err(late()),
             Ok(Settled::Overruled) => {}
             Ok(Settled::Stopped) => {
                 return Err(WireError::new(ErrorCode::Draining, "this coordinator stops"));
