@@ -437,3 +437,24 @@ fn another_rotation_follows_where_a_coordinator_is_removed_while_the_old_ca_leav
     world.make(Change::Node(NodeCommand::Remove { node: W[2] }));
     assert!(!world.state.authorities.again());
 }
+
+#[test]
+fn a_key_that_was_received_of_the_old_ca_is_none_of_the_one_that_signs() {
+    let mut world = World::new([2; 3]);
+    world.running.remove(&C[2]);
+    world.begin(false).unwrap();
+    while world.rotation().unwrap().signs.is_none() {
+        world.act();
+        world.lead();
+        world.now.0 += 1;
+    }
+    let holds = |world: &World| world.state.coordinators.get(C[2]).unwrap().holds_key;
+    let received = || Change::Coordinator(CoordinatorCommand::KeyReceived { node: C[2] });
+    // It was on its way when the other one began to sign.
+    world.make(received());
+    assert!(!holds(&world));
+    let (ca, step, nodes) = (world.rotation().unwrap().ca(), CaStep::Holds, [C[2]].into());
+    world.make(Change::Authority(AuthorityCommand::Reached { ca, step, nodes }));
+    world.make(received());
+    assert!(holds(&world));
+}
