@@ -130,7 +130,8 @@ mod tests {
     fn only_the_key_of_the_ca_that_signs_suffices_whichever_file_it_is_in() {
         let data = tempfile::tempdir().unwrap();
         let now = SystemTime::now();
-        let [founding, newer, newest] = [(); 3].map(|()| CertificateAuthority::create(now).unwrap());
+        let [founding, newer, newest] =
+            [(); 3].map(|()| CertificateAuthority::create(now).unwrap());
         let found = |signing: Option<&CertificateAuthority>| {
             let key = signing_key(data.path(), signing.map(|ca| ca.certificate()));
             key.map(|key| key.fingerprint())

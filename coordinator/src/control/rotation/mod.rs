@@ -65,7 +65,9 @@ pub async fn drive(ca: CaServer, mut stop: watch::Receiver<bool>) {
         let leading = store.standing().borrow().leading;
         leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
         if leading && let Err(error) = ca.rotate_again(&state).await {
-            tracing::warn!("another rotation of the CA is to follow, and does not begin yet: {error}");
+            tracing::warn!(
+                "another rotation of the CA is to follow, and does not begin yet: {error}"
+            );
         }
         let commands = leads_since.map(|since: Instant| {
             verdict(&store, &agents, &state, since.elapsed() >= SETTLE).commands

@@ -115,7 +115,8 @@ impl View<'_> {
         }
         if self.state.authorities.again() {
             let commands = vec![AuthorityCommand::Abandon { ca }];
-            let words = "is given up for another one: a coordinator was removed that may have its key";
+            let words =
+                "is given up for another one: a coordinator was removed that may have its key";
             return verdict(commands, words, vec![]);
         }
         let late = self.now >= rotation.begun + COORDINATOR_PATIENCE;
