@@ -8,8 +8,9 @@ use std::time::{Duration, SystemTime};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
 use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Expect, close_code};
+use shoal_protocol::trust::fingerprint;
 
-use crate::control::authority::CA_FILE;
+use crate::control::authority::{CA_FILE, CaFiles};
 use crate::control::state::Timestamp;
 use crate::control::store::raft::{self, OpenError, Survey};
 
@@ -30,7 +31,7 @@ pub enum AloneError {
     },
     /// It could let nobody in, itself included.
     #[error(
-        "{} does not hold the cluster's CA key ({CA_FILE}), which every coordinator that votes is given: \
+        "{} does not hold the key of the cluster's CA that signs ({CA_FILE}), which every coordinator that votes is given: \
          without it nobody can be let in again; restore the folder of one that has it", path.display()
     )]
     NoKey {
@@ -83,9 +84,10 @@ pub fn survey(data: &Path) -> Result<Survey, AloneError> {
 pub async fn go_on_alone(data: &Path, give_up: &[NodeId]) -> Result<Alone, AloneError> {
     let survey = survey(data)?;
     let now = SystemTime::now();
-    let ca = CertificateAuthority::load(&data.join(CA_FILE))?;
-    let ca = ca.ok_or_else(|| AloneError::NoKey { path: data.to_owned() })?;
-    let identity = Arc::new(ca.issue_identity(survey.me, now)?);
+    let authorities = &survey.state.authorities;
+    let ca = signing_key(data, authorities.signing())?;
+    let identity = ca.issue_identity(survey.me, now)?;
+    let identity = Arc::new(identity.trusting(authorities.trust().unwrap_or_default()));
     for node in &survey.others {
         let Some(record) = survey.state.coordinators.get(*node) else { continue };
         let address = record.cluster;
@@ -95,12 +97,51 @@ pub async fn go_on_alone(data: &Path, give_up: &[NodeId]) -> Result<Alone, Alone
         };
         let endpoint = Endpoint::bind(from, Arc::clone(&identity), &[])?;
         let expect = Expect::Node(*node);
-        if let Ok(there) = endpoint.connect(address, expect, Alpn::Raft, ANSWER_TIMEOUT).await {
-            there.close(close_code::DONE, "");
-            endpoint.drained(Duration::from_millis(200)).await;
-            return Err(AloneError::Alive { node: *node, address });
+        match endpoint.connect(address, expect, Alpn::Raft, ANSWER_TIMEOUT).await {
+            Ok(there) => {
+                there.close(close_code::DONE, "");
+                endpoint.drained(Duration::from_millis(200)).await;
+            }
+            // Whoever does not believe this one is there, and may lead the others.
+            Err(error) if error.is_distrust() => {}
+            Err(_) => continue,
         }
+        return Err(AloneError::Alive { node: *node, address });
     }
     let (copy, epoch) = raft::go_on_alone(data, Timestamp::of(now), give_up)?;
     Ok(Alone { me: survey.me, epoch, copy })
+}
+
+/// The key of the CA that signs, by the state; `None` there: that of the founding. It may not have taken
+/// the place of the one before it on this disk yet.
+fn signing_key(data: &Path, signing: Option<&[u8]>) -> Result<CertificateAuthority, AloneError> {
+    let found = match signing.map(fingerprint) {
+        Some(ca) => CaFiles::of(data).load()?.into_iter().find(|key| key.fingerprint() == ca),
+        None => CertificateAuthority::load(&data.join(CA_FILE))?,
+    };
+    found.ok_or_else(|| AloneError::NoKey { path: data.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_key_of_the_ca_that_signs_suffices_whichever_file_it_is_in() {
+        let data = tempfile::tempdir().unwrap();
+        let now = SystemTime::now();
+        let [founding, newer, newest] =
+            [(); 3].map(|()| CertificateAuthority::create(now).unwrap());
+        let found = |signing: Option<&CertificateAuthority>| {
+            let key = signing_key(data.path(), signing.map(|ca| ca.certificate()));
+            key.map(|key| key.fingerprint())
+        };
+        assert!(matches!(found(None), Err(AloneError::NoKey { .. })));
+        let files = CaFiles::of(data.path());
+        files.save(&founding).unwrap();
+        files.save_next(&newer).unwrap();
+        assert_eq!(found(None).unwrap(), founding.fingerprint());
+        assert_eq!(found(Some(&newer)).unwrap(), newer.fingerprint());
+        assert!(matches!(found(Some(&newest)), Err(AloneError::NoKey { .. })));
+    }
 }

@@ -214,19 +214,21 @@ impl Running {
         );
         let gate = Gate::new(store.watch());
         let membership = Membership::new(store.clone());
+        let ca = CaServer {
+            store: store.clone(),
+            agents: agents.clone(),
+            authority: authority.clone(),
+            files: CaFiles::of(&data),
+            me,
+            turn: Arc::default(),
+        };
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
                 access: AccessServer {
                     store: store.clone(),
                     agents: agents.clone(),
-                    ca: CaServer {
-                        store: store.clone(),
-                        agents: agents.clone(),
-                        authority: authority.clone(),
-                        files: CaFiles::of(&data),
-                        me,
-                    },
+                    ca: ca.clone(),
                 },
                 store: store.clone(),
                 agents: agents.clone(),
@@ -262,7 +264,7 @@ impl Running {
         tasks.spawn(executor.run(stopping.subscribe()));
         tasks.spawn(servers.accept(endpoint.clone(), stopping.subscribe()));
         tasks.spawn(peers.clone().run(stopping.subscribe()));
-        tasks.spawn(rotation::drive(store.clone(), agents.clone(), stopping.subscribe()));
+        tasks.spawn(rotation::drive(ca.clone(), stopping.subscribe()));
         tasks.spawn(tell_workers(store.clone(), agents.clone(), stopping.subscribe()));
         let (to, peer_tasks) = (context.clone(), peers.clone());
         let renewal = Renewal {

@@ -235,7 +235,8 @@ impl Renewal {
         let Some(renewed) = self.peers.ask_for_certificate(shown).await else { return };
         let newer = renewed.trust.revision > shown.trust.revision;
         // A coordinator that lags behind signs what is worth no more than what is here.
-        if newer || renewed.shows() != shown.shows() || ends_soon {
+        let signing = renewed.trust.signing().is_none_or(|ca| ca == renewed.shows());
+        if newer || (signing && renewed.shows() != shown.shows()) || ends_soon {
             tracing::info!("another coordinator has renewed this one's certificate");
             if let Err(error) = self.show(renewed, progress) {
                 tracing::error!(%error, "the new certificate cannot be used");

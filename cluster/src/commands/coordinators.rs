@@ -70,7 +70,18 @@ async fn rotate(client: &AdminClient, keep: bool) -> Result<(), Failure> {
 
 async fn change(client: &AdminClient, add: &[NodeId], remove: &[NodeId]) -> Result<(), Failure> {
     let call = AdminCall::ChangeVoters { add: add.to_vec(), remove: remove.to_vec() };
-    match client.call(call).await? {
+    let called = client.call(call).await.map_err(|failure| match remove.is_empty() {
+        true => failure,
+        // Some of them may be removed, and the CA whose key they have is not rotated.
+        false => {
+            let message = format!(
+                "{failure}; whoever of them `shoal coordinators list` does not show is removed, and has the \
+                 CA's key: say this again, or `shoal ca rotate`"
+            );
+            Failure { message, ..failure }
+        }
+    });
+    match called? {
         AdminReply::Accepted => Ok(()),
         other => Err(unexpected(&other)),
     }

@@ -83,11 +83,19 @@ impl Authority {
 
     /// The key, or words for whoever needs it.
     pub fn required(&self) -> Result<Arc<CertificateAuthority>, WireError> {
-        self.current().ok_or_else(|| {
-            let text = "this coordinator does not hold the cluster's CA key: ask one that votes \
-                        (`shoal coordinators list`)";
-            WireError::new(ErrorCode::NotReady, text)
-        })
+        self.current().ok_or_else(no_key)
+    }
+
+    /// Whom to believe, this or what is known here, whichever is newer, and the key of the one of them that
+    /// signs: an answer must not hold the certificate of one time and the CAs of another.
+    pub fn signer(
+        &self,
+        state: Option<Trust>,
+    ) -> Result<(Arc<CertificateAuthority>, Trust), WireError> {
+        let known = self.trust();
+        let trust = state.filter(|state| state.revision > known.revision).unwrap_or(known);
+        let key = trust.signing().and_then(|ca| self.key_of(&ca));
+        Ok((key.ok_or_else(no_key)?, trust))
     }
 
     /// Keeps a key.
@@ -97,6 +105,11 @@ impl Authority {
                 keys.held.push(Arc::new(ca));
             }
         });
+    }
+
+    /// Forgets a key.
+    pub fn drop_key(&self, ca: &CaFingerprint) {
+        self.shared.send_modify(|keys| keys.held.retain(|held| held.fingerprint() != *ca));
     }
 
     /// Believes these from now on, and forgets the keys of others.
@@ -131,6 +144,12 @@ impl Authority {
     pub fn told(&self) -> Trust {
         Some(self.trust()).filter(|trust| trust.revision > 0).unwrap_or_default()
     }
+}
+
+fn no_key() -> WireError {
+    let text = "this coordinator does not hold the cluster's CA key: ask one that votes (`shoal coordinators \
+                list`)";
+    WireError::new(ErrorCode::NotReady, text)
 }
 
 /// An identity that gets no certificate.
@@ -182,8 +201,68 @@ impl CaFiles {
         kept.is_some_and(|kept| kept.fingerprint() == *ca)
     }
 
+    /// Forgets the key of a CA that was to sign, where it is that one's.
+    pub fn drop_next(&self, ca: &CaFingerprint) -> Result<(), CaError> {
+        let next = self.0.join(NEXT_CA_FILE);
+        match CertificateAuthority::load(&next)? {
+            Some(kept) if kept.fingerprint() == *ca => {
+                // What is left is never asked for, and the next one takes its place.
+                let _ = std::fs::remove_file(next);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Keeps the key of a CA that is to sign.
     pub fn save_next(&self, ca: &CertificateAuthority) -> Result<(), CaError> {
         ca.save(&self.0.join(NEXT_CA_FILE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_signed_and_who_is_believed_are_of_one_time() {
+        let now = SystemTime::now();
+        let [old, new] = [(); 2].map(|()| CertificateAuthority::create(now).unwrap());
+        let [old_is, new_is] = [&old, &new].map(|ca| ca.certificate().to_vec());
+        let trust = |revision, cas: &[&Vec<u8>]| {
+            let cas = cas.iter().map(|ca| ca.to_vec()).collect();
+            Trust { revision, cas, ..Trust::default() }
+        };
+        let authority = Authority::holding(old);
+        let signs = |state| authority.signer(state).map(|(ca, trust)| (ca.fingerprint(), trust));
+        assert_eq!(signs(None).unwrap().0, fingerprint(&old_is));
+        // The state knows of another one, whose key is not here: nothing is signed with the old one.
+        let signed = trust(2, &[&new_is, &old_is]);
+        assert_eq!(signs(Some(signed.clone())).unwrap_err().code, ErrorCode::NotReady);
+        authority.keep(new);
+        let expected = (fingerprint(&new_is), signed);
+        assert_eq!(signs(Some(expected.1.clone())).unwrap(), expected);
+        // A copy of the state that lags behind leads nobody back.
+        authority.follow(expected.1.clone());
+        assert_eq!(signs(Some(trust(1, &[&old_is, &new_is]))).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_key_of_a_ca_that_never_comes_goes_and_no_other() {
+        let data = tempfile::tempdir().unwrap();
+        let now = SystemTime::now();
+        let [founding, next] = [(); 2].map(|()| CertificateAuthority::create(now).unwrap());
+        let [founding_is, next_is] = [&founding, &next].map(CertificateAuthority::fingerprint);
+        let files = CaFiles::of(data.path());
+        files.save(&founding).unwrap();
+        files.save_next(&next).unwrap();
+        files.drop_next(&founding_is).unwrap();
+        assert_eq!(files.load().unwrap().len(), 2);
+        files.drop_next(&next_is).unwrap();
+        assert_eq!(files.load().unwrap().len(), 1);
+        let authority = Authority::holding(founding);
+        authority.keep(next);
+        authority.drop_key(&next_is);
+        assert!(authority.key_of(&next_is).is_none() && authority.current().is_some());
     }
 }

@@ -13,6 +13,7 @@ use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
+use shoal_protocol::trust::Trust;
 use shoal_protocol::version::VersionRange;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -165,12 +166,12 @@ impl JoinServer {
             let words = format!("{node} has another key on record than the one that asks");
             return Err(WireError::new(ErrorCode::PermissionDenied, words));
         }
-        let ca = self.authority.required()?;
+        let (ca, trust) = self.authority.signer(state.authorities.trust())?;
         let certificate = ca
             .issue(&request.csr, node, now)
             .map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
         tracing::info!(%node, "is back with an expired certificate: renewed");
-        self.admitted(node, certificate, request.versions)
+        admitted(node, certificate, trust, request.versions)
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
@@ -181,7 +182,7 @@ impl JoinServer {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
         let token = TokenHash::of(&request.secret);
-        let ca = self.authority.required()?;
+        self.authority.required()?;
         // Nobody without a good token gets as far as the queue of changes. This copy of the state may
         // not have heard of a token that was made elsewhere a moment ago.
         let good = |state: &ClusterState| state.tokens.is_good(&token, Timestamp::of(now));
@@ -197,33 +198,12 @@ impl JoinServer {
         });
         let internal = |why: String| WireError::new(ErrorCode::Internal, why);
         let node = node.ok_or_else(|| internal("no node came of the join".into()))?;
+        // Another CA may sign than before the queue.
+        let (ca, trust) = self.authority.signer(self.store.state().authorities.trust())?;
         let certificate =
             ca.issue(&request.csr, node, now).map_err(|error| internal(error.to_string()))?;
         tracing::info!(%node, "joined");
-        self.admitted(node, certificate, request.versions)
-    }
-
-    /// The answer, as far as whoever asked understands it.
-    fn admitted(
-        &self,
-        node: NodeId,
-        certificate: Vec<u8>,
-        versions: VersionRange,
-    ) -> Result<JoinReply, WireError> {
-        let trust = self.authority.trust();
-        match (trust.revision, &trust.cas[..]) {
-            (0, _) => {}
-            _ if versions.max >= KNOWS_TRUST => {
-                return Ok(JoinReply::Admitted { node, certificate, trust: trust.for_workers() });
-            }
-            (_, [_]) => {}
-            _ => {
-                let words = "the cluster's CA is being replaced, which this build does not understand; \
-                             upgrade it, or wait until `shoal ca list` shows one CA";
-                return Err(WireError::new(ErrorCode::VersionMismatch, words));
-            }
-        }
-        Ok(JoinReply::Joined { node, certificate, ca: self.authority.certificate() })
+        admitted(node, certificate, trust, request.versions)
     }
 
     /// Whoever would be refused when it comes is refused before it has spent its token.
@@ -239,6 +219,29 @@ impl JoinServer {
             false => Ok(()),
         }
     }
+}
+
+/// The answer, as far as whoever asked understands it.
+fn admitted(
+    node: NodeId,
+    certificate: Vec<u8>,
+    trust: Trust,
+    versions: VersionRange,
+) -> Result<JoinReply, WireError> {
+    match (trust.revision, &trust.cas[..]) {
+        (0, _) => {}
+        _ if versions.max >= KNOWS_TRUST => {
+            return Ok(JoinReply::Admitted { node, certificate, trust: trust.for_workers() });
+        }
+        (_, [_]) => {}
+        _ => {
+            let words = "the cluster's CA is being replaced, which this build does not understand; \
+                         upgrade it, or wait until `shoal ca list` shows one CA";
+            return Err(WireError::new(ErrorCode::VersionMismatch, words));
+        }
+    }
+    let ca = trust.cas.into_iter().next().unwrap_or_default();
+    Ok(JoinReply::Joined { node, certificate, ca })
 }
 
 async fn wish(alpn: Alpn, receiver: &mut FrameReceiver) -> Option<Wish> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use shoal_protocol::admin::{PeerView, Vote};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::NodeId;
+use shoal_protocol::id::{NodeId, Role};
 use tokio::time::{Instant, timeout_at};
 
 use super::state::{Change, ClusterState, CoordinatorCommand, CoordinatorRecord, Refusal};
@@ -63,6 +63,8 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
         }
         match timeout_at(until, settled(store, wish)).await {
             Ok(Settled::Yes) => break,
+            // Nothing is waited for then, so nothing else would end this.
+            Ok(Settled::Overruled) if Instant::now() >= until => return Err(late()),
             Ok(Settled::Overruled) => {}
             Ok(Settled::Stopped) => {
                 return Err(WireError::new(ErrorCode::Draining, "this coordinator stops"));
@@ -188,13 +190,24 @@ fn late() -> WireError {
     WireError::new(ErrorCode::DeadlineExceeded, text)
 }
 
-/// Removes one after the other; those that are left are still there.
+/// Removes one after the other; those that are left are still there. One that is gone was removed by the same
+/// words, whose answer was lost.
 async fn remove_all(store: &ControlStore, left: &mut Vec<NodeId>) -> Result<(), ProposeError> {
     while let Some(node) = left.first().copied() {
-        store.propose(Change::Coordinator(CoordinatorCommand::Remove { node })).await?;
+        match store.propose(Change::Coordinator(CoordinatorCommand::Remove { node })).await {
+            Err(ProposeError::Refused(refusal)) if is_gone(&refusal, &store.state()) => {}
+            done => drop(done?),
+        }
         left.remove(0);
     }
     Ok(())
+}
+
+/// Whether it is refused since the coordinator was removed already. A number that was never given is a slip
+/// of the operator's.
+fn is_gone(refusal: &Refusal, state: &ClusterState) -> bool {
+    matches!(refusal, Refusal::UnknownNode { node }
+        if node.role == Role::Coordinator && state.nodes.was_given(*node))
 }
 
 /// All coordinators, for people.
@@ -220,4 +233,34 @@ pub(super) fn view(state: &ClusterState, store: &ControlStore) -> Vec<PeerView> 
         leads: standing.leader == Some(id),
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::state::{Command, KeyFingerprint, NodeCommand};
+    use shoal_protocol::id::Incarnation;
+
+    #[test]
+    fn to_remove_a_coordinator_again_is_done_and_one_that_never_was_is_refused() {
+        let mut state = ClusterState::default();
+        let mut sequence = 0;
+        let mut make = |state: &mut ClusterState, change| {
+            sequence += 1;
+            let (client, incarnation) = (NodeId::coordinator(1), Incarnation(1));
+            state.apply(&Command { client, incarnation, sequence, at: Default::default(), change })
+        };
+        for _ in 0..2 {
+            let (role, key) = (Role::Coordinator, KeyFingerprint([1; 32]));
+            make(&mut state, Change::Node(NodeCommand::Enrol { role, key })).unwrap();
+        }
+        let remove = |number| {
+            Change::Coordinator(CoordinatorCommand::Remove { node: NodeId::coordinator(number) })
+        };
+        make(&mut state, remove(2)).unwrap();
+        let again = make(&mut state, remove(2)).unwrap_err();
+        assert!(is_gone(&again, &state));
+        let never = make(&mut state, remove(3)).unwrap_err();
+        assert!(!is_gone(&never, &state));
+    }
 }

@@ -14,6 +14,7 @@ use super::identity::{Identity, NoNode};
 use super::join::{JoinError, ask};
 use crate::error::WireError;
 use crate::join::{JoinReply, RenewRequest};
+use crate::trust::Trust;
 use crate::version::VersionRange;
 
 /// How long before its end a certificate counts as expired, since clocks differ. Members renew theirs
@@ -66,8 +67,41 @@ pub async fn renew(
         // TLS has led from a CA that this node knows to the coordinator that says so.
         JoinReply::Admitted { certificate, trust, .. } => {
             trust.check().map_err(|bad| RenewError::Broken(bad.to_string()))?;
-            Ok(identity.trusting(trust).renewed(certificate)?)
+            Ok(believing(identity, trust).renewed(certificate)?)
         }
         JoinReply::Refused(error) => Err(RenewError::Refused(error)),
+    }
+}
+
+/// A coordinator that lags behind leads nobody back to a CA that was believed before.
+fn believing(identity: &Identity, trust: Trust) -> Identity {
+    match trust.revision > identity.trust.revision {
+        true => identity.trusting(trust),
+        false => identity.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::NodeId;
+    use crate::quic::ca::CertificateAuthority;
+
+    #[test]
+    fn a_coordinator_that_lags_behind_leads_nobody_back() {
+        let now = SystemTime::now();
+        let [old, new] = [(); 2].map(|()| CertificateAuthority::create(now).unwrap());
+        let trust = |revision, ca: &CertificateAuthority| Trust {
+            revision,
+            cas: vec![ca.certificate().to_vec()],
+            ..Trust::default()
+        };
+        let shown = new.issue_identity(NodeId::worker(1), now).unwrap().trusting(trust(3, &new));
+        let back = believing(&shown, trust(2, &old));
+        assert_eq!(back.trust, shown.trust);
+        let csr = shown.renewal_request().unwrap();
+        let stale = old.issue(&csr, shown.node, now).unwrap();
+        assert!(back.renewed(stale).is_err(), "what it signs is worth nothing either");
+        assert_eq!(believing(&shown, trust(4, &new)).trust.revision, 4);
     }
 }

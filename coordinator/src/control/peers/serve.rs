@@ -64,11 +64,11 @@ impl Peers {
                 }
             }
             PeerRequest::CaKey { versions } => {
-                let key = self.hand_over(node, versions, &self.authority.fingerprint());
+                let key = self.hand_over(node, versions, &self.authority.fingerprint()).await;
                 (key.unwrap_or_else(PeerReply::Refused), false)
             }
             PeerRequest::CaKeyOf { versions, ca } => {
-                let key = self.hand_over(node, versions, &ca);
+                let key = self.hand_over(node, versions, &ca).await;
                 (key.unwrap_or_else(PeerReply::Refused), false)
             }
         };
@@ -160,15 +160,20 @@ impl Peers {
         self.ghost.send_replace(Some(why));
     }
 
-    /// A CA's key, for a coordinator that is to have it.
-    fn hand_over(
+    /// A CA's key, for a coordinator that is to have it by what all coordinators know: this copy of the state
+    /// may not have heard that it lost its vote, or was removed.
+    async fn hand_over(
         &self,
         node: NodeId,
         versions: VersionRange,
         ca: &CaFingerprint,
     ) -> Result<PeerReply, WireError> {
         negotiate(versions)?;
-        if !entitled(&self.store, &self.store.state()).contains(&node) {
+        let state = self.store.read().await?;
+        if state.nodes.get(node).is_none() {
+            return Err(stranger(&state, node));
+        }
+        if !entitled(&self.store, &state).contains(&node) {
             let text = format!("{node} does not vote, so it does not get the CA's key");
             return Err(WireError::new(ErrorCode::NotReady, text));
         }

@@ -1,6 +1,7 @@
 //! ● Drives a rotation of the CA: looks, decides ([`step`]), proposes. Any coordinator could; the leader does.
 //!
-//! It keeps nothing: whoever leads after a crash goes on from what stands in the state.
+//! It keeps nothing: whoever leads after a crash goes on from what stands in the state. Where a coordinator
+//! was removed during a rotation, it begins another one when that one is over.
 
 pub mod step;
 mod verbs;
@@ -49,7 +50,8 @@ fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState, settled:
 }
 
 /// Drives rotations while this coordinator leads, until `stop` becomes true.
-pub async fn drive(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
+pub async fn drive(ca: CaServer, mut stop: watch::Receiver<bool>) {
+    let (store, agents) = (ca.store.clone(), ca.agents.clone());
     let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
     let mut reminded = Instant::now();
     let mut leads_since = None;
@@ -62,6 +64,11 @@ pub async fn drive(store: ControlStore, agents: Agents, mut stop: watch::Receive
         }
         let leading = store.standing().borrow().leading;
         leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
+        if leading && let Err(error) = ca.rotate_again(&state).await {
+            tracing::warn!(
+                "another rotation of the CA is to follow, and does not begin yet: {error}"
+            );
+        }
         let commands = leads_since.map(|since: Instant| {
             verdict(&store, &agents, &state, since.elapsed() >= SETTLE).commands
         });

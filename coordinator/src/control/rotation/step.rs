@@ -3,8 +3,9 @@
 //! | what stands in the state | what is waited for | then |
 //! |---|---|---|
 //! | begun | each coordinator has the key and believes the new CA, each connected worker believes it | `Sign` |
-//! | begun, and nobody has the key any more | | `Abandon` |
+//! | begun, and nobody has the key any more, or somebody who was removed may have it | | `Abandon` |
 //! | it signs | each member shows a certificate of it, or 24 h have passed | `Retire` |
+//! | over, and a coordinator was removed meanwhile | | another one begins ([`super::CaServer`]) |
 //!
 //! A coordinator that has not come so far within [`COORDINATOR_PATIENCE`] is taken for one that is off, as
 //! long as most of them hold the key. It loses nothing: what is signed with the new key comes with the
@@ -111,6 +112,12 @@ impl View<'_> {
         if rotation.holding.intersection(&members).next().is_none() {
             let commands = vec![AuthorityCommand::Abandon { ca }];
             return verdict(commands, "is given up: nobody has its key any more", vec![]);
+        }
+        if self.state.authorities.again() {
+            let commands = vec![AuthorityCommand::Abandon { ca }];
+            let words =
+                "is given up for another one: a coordinator was removed that may have its key";
+            return verdict(commands, words, vec![]);
         }
         let late = self.now >= rotation.begun + COORDINATOR_PATIENCE;
         let keyless: Vec<_> = self.entitled.difference(&rotation.holding).copied().collect();

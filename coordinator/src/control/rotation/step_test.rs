@@ -369,3 +369,92 @@ fn a_new_leader_waits_for_the_workers_that_are_on_their_way_to_it() {
     world.settled = true;
     world.run();
 }
+
+/// Takes its vote, and removes it.
+fn remove(world: &mut World, node: NodeId) {
+    let voters = [C[0]].into();
+    world.make(Change::Coordinator(CoordinatorCommand::SetVoters { voters }));
+    world.make(Change::Coordinator(CoordinatorCommand::Remove { node }));
+    world.running.remove(&node);
+}
+
+#[test]
+fn what_a_coordinator_has_that_is_removed_while_the_key_spreads_never_signs() {
+    for reported in [false, true] {
+        let mut world = World::new([2; 3]);
+        world.begin(false).unwrap();
+        if reported {
+            world.act();
+        }
+        let ca = world.rotation().unwrap().ca();
+        // It may have been handed the key a moment ago.
+        remove(&mut world, C[2]);
+        world.crash();
+        let sign = Change::Authority(AuthorityCommand::Sign { ca });
+        assert_eq!(world.propose(sign), Err(Refusal::StaleRotation), "it was on its way");
+        world.run();
+        assert_eq!(world.state.authorities.trust().unwrap().cas, [vec![1]], "it was given up");
+        assert!(world.state.authorities.again());
+        // What comes next is another CA.
+        let next = vec![9];
+        let (introduction, maker) = (vec![9, 1], C[0]);
+        let begin = AuthorityCommand::Begin {
+            present: vec![1],
+            next,
+            introduction,
+            maker,
+            skip_absent: false,
+        };
+        world.make(Change::Authority(begin));
+        assert!(!world.state.authorities.again(), "one is enough");
+        world.run();
+        assert_eq!(world.state.authorities.trust().unwrap().cas, [vec![9]]);
+    }
+}
+
+#[test]
+fn another_rotation_follows_where_a_coordinator_is_removed_while_the_old_ca_leaves() {
+    let mut world = World::new([2; 3]);
+    world.workers.get_mut(&W[2]).unwrap().connected = false;
+    world.begin(false).unwrap();
+    for _ in 0..ROUNDS_MAX {
+        world.act();
+        world.lead();
+    }
+    assert!(world.rotation().unwrap().signs.is_some());
+    remove(&mut world, C[2]);
+    assert!(world.state.authorities.again());
+    world.workers.get_mut(&W[2]).unwrap().connected = true;
+    world.run();
+    world.crash();
+    assert!(world.state.authorities.again(), "it has the key of the one that signs");
+    world.begin(false).unwrap();
+    assert!(!world.state.authorities.again());
+    world.run();
+    assert_eq!(world.state.authorities.trust().unwrap().cas, [vec![3]]);
+    // A worker has no key.
+    world.begin(false).unwrap();
+    world.make(Change::Node(NodeCommand::Remove { node: W[2] }));
+    assert!(!world.state.authorities.again());
+}
+
+#[test]
+fn a_key_that_was_received_of_the_old_ca_is_none_of_the_one_that_signs() {
+    let mut world = World::new([2; 3]);
+    world.running.remove(&C[2]);
+    world.begin(false).unwrap();
+    while world.rotation().unwrap().signs.is_none() {
+        world.act();
+        world.lead();
+        world.now.0 += 1;
+    }
+    let holds = |world: &World| world.state.coordinators.get(C[2]).unwrap().holds_key;
+    let received = || Change::Coordinator(CoordinatorCommand::KeyReceived { node: C[2] });
+    // It was on its way when the other one began to sign.
+    world.make(received());
+    assert!(!holds(&world));
+    let (ca, step, nodes) = (world.rotation().unwrap().ca(), CaStep::Holds, [C[2]].into());
+    world.make(Change::Authority(AuthorityCommand::Reached { ca, step, nodes }));
+    world.make(received());
+    assert!(holds(&world));
+}

@@ -1,5 +1,6 @@
 //! ● What operators ask about the CA: rotate, list, and a certificate for themselves.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::access::{AccessReply, CaEntry, CaStanding, CaView, RotationView};
@@ -7,7 +8,8 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::join::Hex;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
-use shoal_protocol::trust::fingerprint;
+use shoal_protocol::trust::{CaFingerprint, fingerprint};
+use tokio::sync::Mutex;
 
 use super::step::Verdict;
 use crate::control::agents::Agents;
@@ -34,6 +36,8 @@ pub struct CaServer {
     pub files: CaFiles,
     /// This coordinator.
     pub me: NodeId,
+    /// Whoever begins a rotation here: two at once would overwrite each other's key on the disk.
+    pub turn: Arc<Mutex<()>>,
 }
 
 impl CaServer {
@@ -43,6 +47,7 @@ impl CaServer {
         operator: NodeId,
         skip_absent: bool,
     ) -> Result<AccessReply, WireError> {
+        let _turn = self.turn.lock().await;
         let state = self.store.read().await?;
         if let Some(rotation) = state.authorities.rotation() {
             if skip_absent && !rotation.skip_absent {
@@ -51,6 +56,27 @@ impl CaServer {
             }
             return Ok(AccessReply::Done);
         }
+        self.begin(operator, skip_absent).await?;
+        Ok(AccessReply::Done)
+    }
+
+    /// Begins another rotation, where one is to follow the last one.
+    pub(super) async fn rotate_again(&self, state: &ClusterState) -> Result<(), WireError> {
+        let is_due = |state: &ClusterState| {
+            state.authorities.again() && state.authorities.rotation().is_none()
+        };
+        if !is_due(state) {
+            return Ok(());
+        }
+        let _turn = self.turn.lock().await;
+        match is_due(&*self.store.read().await?) {
+            true => self.begin(self.me, false).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Makes a CA, and has the rotation to it begin. Whoever calls this has the turn.
+    async fn begin(&self, asked_by: NodeId, skip_absent: bool) -> Result<(), WireError> {
         let now = SystemTime::now();
         let present = self.authority.required()?;
         let failed = |error: CaError| WireError::new(ErrorCode::Internal, error.to_string());
@@ -68,17 +94,42 @@ impl CaServer {
         let mut changes = self.store.watch();
         let agreed = changes.wait_for(|state| state.versions.log() >= needs(&begin).log);
         let _ = tokio::time::timeout(AGREE_PATIENCE, agreed).await;
+        if self.store.state().authorities.rotation().is_some() {
+            // Somebody else was faster, and its key may be on this disk already.
+            return Ok(());
+        }
         // Before it is on this disk nobody hears of it: a crash must not lose what others wait for.
         self.files.save_next(&next).map_err(failed)?;
-        let name = Hex(&next.fingerprint()).to_string();
+        let made = next.fingerprint();
+        let name = Hex(&made).to_string();
         self.authority.keep(next);
         match self.store.propose(begin).await {
-            Ok(_) => tracing::info!(%operator, ca = name, "the CA's rotation begins"),
-            // Somebody else was faster.
-            Err(ProposeError::Refused(Refusal::RotationUnderWay)) => {}
+            Ok(_) => tracing::info!(%asked_by, ca = name, "the CA's rotation begins"),
+            Err(ProposeError::Refused(refusal)) => {
+                self.discard(&made)?;
+                // Somebody else was faster.
+                if refusal != Refusal::RotationUnderWay {
+                    return Err(refusal.into());
+                }
+            }
+            // It may still begin: its key stays.
             Err(error) => return Err(error.into()),
         }
-        Ok(AccessReply::Done)
+        Ok(())
+    }
+
+    /// The key of a CA that never comes goes, and makes room for that of the one that does.
+    fn discard(&self, made: &CaFingerprint) -> Result<(), WireError> {
+        let failed = |error: CaError| WireError::new(ErrorCode::Internal, error.to_string());
+        self.authority.drop_key(made);
+        self.files.drop_next(made).map_err(failed)?;
+        let state = self.store.state();
+        let begun = state.authorities.rotation().filter(|rotation| rotation.signs.is_none());
+        match begun.and_then(|rotation| self.authority.key_of(&rotation.ca())) {
+            // What was saved here took its place.
+            Some(key) => self.files.save_next(&key).map_err(failed),
+            None => Ok(()),
+        }
     }
 
     /// The CAs, and how far a rotation is.

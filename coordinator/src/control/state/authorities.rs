@@ -120,6 +120,9 @@ pub struct Authorities {
     rotation: Option<Rotation>,
     /// Those that are believed no more, newest first.
     past: Vec<PastCa>,
+    /// A coordinator was removed while a rotation was under way, and may have the key of the CA to come:
+    /// another rotation is to follow.
+    again: bool,
 }
 
 /// A CA takes the place of another.
@@ -174,6 +177,11 @@ impl Authorities {
         self.rotation.as_ref()
     }
 
+    /// Whether another rotation is to follow, since somebody who was removed may have the last one's key.
+    pub fn again(&self) -> bool {
+        self.again
+    }
+
     /// Those that are believed no more, newest first.
     pub fn past(&self) -> &[PastCa] {
         &self.past
@@ -209,9 +217,11 @@ impl Authorities {
         Some(Trust { revision: self.revision, cas, lineage })
     }
 
-    /// Forgets how far a node had come that belongs to the cluster no more.
+    /// Forgets how far a node had come that belongs to the cluster no more. A coordinator takes the keys with
+    /// it, whether it said that it has them or not.
     pub(super) fn forget(&mut self, node: NodeId) {
         if let Some(rotation) = &mut self.rotation {
+            self.again |= node.role == Role::Coordinator;
             for nodes in [&mut rotation.trusting, &mut rotation.holding, &mut rotation.showing] {
                 nodes.remove(&node);
             }
@@ -247,9 +257,14 @@ impl Authorities {
                 Ok(Vec::new())
             }
             AuthorityCommand::Sign { ca } => {
+                let again = self.again;
                 let rotation = self.rotating(ca)?;
                 if rotation.signs.is_some() {
                     return Ok(Vec::new());
+                }
+                if again {
+                    // Decided before somebody was removed who may have its key.
+                    return Err(Refusal::StaleRotation);
                 }
                 rotation.signs = Some(at);
                 self.revision += 1;
@@ -292,6 +307,7 @@ impl Authorities {
             return Err(Refusal::StaleRotation);
         }
         present.clone_into(&mut self.present);
+        self.again = false;
         self.revision += 1;
         let ca = fingerprint(next);
         self.rotation = Some(Rotation {

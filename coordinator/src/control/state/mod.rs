@@ -210,7 +210,15 @@ impl ClusterState {
                 self.coordinators.announce(*node, *incarnation, record, build, &mut self.nodes)
             }
             CoordinatorCommand::SetVoters { voters } => self.coordinators.set_voters(voters),
-            CoordinatorCommand::KeyReceived { node } => self.coordinators.received_key(*node),
+            CoordinatorCommand::KeyReceived { node } => {
+                let rotation = self.authorities.rotation();
+                let signs = rotation.filter(|rotation| rotation.signs.is_some());
+                if signs.is_some_and(|rotation| !rotation.holding.contains(node)) {
+                    // It means the key before: of the one that signs it says `Reached`, and then this.
+                    return Ok(Vec::new());
+                }
+                self.coordinators.received_key(*node)
+            }
             CoordinatorCommand::Remove { node } => {
                 let effects = self.coordinators.remove(*node, &mut self.nodes)?;
                 self.authorities.forget(*node);
