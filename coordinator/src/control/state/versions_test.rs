@@ -71,7 +71,9 @@ fn a_new_command_waits_for_every_coordinator() {
     assert_eq!(cluster.state.lowest_protocol(), 1);
     let held = Err(Refusal::HeldBack { needs: 2, by: vec![C1, C2], more: 0 });
     assert_eq!(cluster.apply(speaks(1, 2)), held, "it reached a log that version 1 reads");
-    assert_eq!(cluster.format(), snapshot::PLAIN);
+    assert_eq!(cluster.format(), snapshot::FORMAT, "version 1 does not know that answer");
+    cluster.apply(start(1)).unwrap();
+    assert_eq!(cluster.format(), snapshot::PLAIN, "nobody remembers it any more");
     // One that was not heard, one that has been started again since, one that has come since.
     let held = |node| Err(Refusal::HeldBack { needs: 2, by: vec![node], more: 0 });
     assert_eq!(cluster.raise(2, &[(C1, 11)]), held(C2));
