@@ -193,6 +193,9 @@ impl Executor {
             self.leads = Some(standing.epoch);
             self.since = self.now();
         }
+        if outranked.is_empty() {
+            return;
+        }
         let now = self.now();
         let since = *self.outranked_since.get_or_insert(now);
         let alone = self.store.members().borrow().voters.len() == 1;
