@@ -9,18 +9,21 @@
 //! A task of its own reads the session into a bounded queue, and the body reads the queue: the
 //! request's deadline holds also where a client has stopped reading. All answers of one head share a
 //! connection and its credit, so what a client does not read must not stay there: it is read on into the
-//! queue, and a client that is a whole queue behind and stands still loses its answer. The body owns the
-//! task: a client that hangs up drops both, and so cancels every answer.
+//! queue, and a client that is a whole queue behind and stands still loses its answer. Whatever it has not
+//! read a little after the deadline is thrown away, even where nobody asks for it any more: hyper asks for
+//! more only once the last bytes are written. The body owns the task: a client that hangs up drops both,
+//! and so cancels every answer.
 
-use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures_util::stream;
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use super::openai::Shape;
@@ -29,8 +32,12 @@ use super::session::{Facts, Session, Update};
 /// How long a stream may be silent: proxies cut connections that are, mostly after a minute.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// Events that wait for a slow client: most whole answers. Some 2 MiB, where a client is that slow.
+/// Events that wait for a slow client: most whole answers.
 const EVENTS_MAX: usize = 8192;
+
+/// And so many bytes of them: twice what so many events of one token each are. With `top_logprobs` an event
+/// is several times larger.
+const BYTES_MAX: usize = 4 << 20;
 
 /// How long a client that is so far behind may stand still. Its head's other answers wait as long.
 const STANDSTILL: Duration = Duration::from_secs(2);
@@ -40,23 +47,31 @@ const LAST_EVENT_GRACE: Duration = Duration::from_secs(1);
 
 /// The response that streams this session.
 pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Response {
-    let (events, queue) = mpsc::channel(EVENTS_MAX);
+    let (events, queue) = queue();
     let until = session.deadline + LAST_EVENT_GRACE;
     let request = session.facts.id.clone();
-    let write = write(session, shape, include_usage, Writer { events });
+    // Until it is known whether it is cut off, its queue must not look as if it had ended.
+    let open = events.events.clone();
+    let write = write(session, shape, include_usage, events);
+    let unread = queue.clone();
     let task = tokio::spawn(async move {
-        // Nobody reads any more, so there is nobody else to tell.
         match tokio::time::timeout_at(until, write).await {
-            Ok(Ok(())) | Ok(Err(Unread::HungUp)) => {}
-            Ok(Err(Unread::StandsStill)) | Err(_) => {
-                tracing::info!(%request, "its client does not read on: its answer is given up");
+            Ok(Ok(())) => {
+                drop(open);
+                // The body ends this task as soon as it has read all.
+                tokio::time::sleep_until(until).await;
             }
+            Ok(Err(Unread::HungUp)) => return,
+            Ok(Err(Unread::StandsStill)) | Err(_) => unread.cut_off(),
         }
+        // Nobody reads any more, so there is nobody else to tell.
+        tracing::info!(%request, "its client does not read on: its answer is given up");
+        unread.throw_away();
     });
     let reader = Reader { queue, _task: Owned(task) };
-    let events = stream::unfold(reader, |mut reader| async move {
+    let events = stream::unfold(reader, |reader| async move {
         let event = reader.next().await?;
-        Some((Ok::<_, Infallible>(event), reader))
+        Some((event, reader))
     });
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
@@ -68,16 +83,74 @@ pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Re
     response
 }
 
+/// An event, with its place among the bytes that may wait.
+type Waiting = (Bytes, OwnedSemaphorePermit);
+
+/// What waits for the client. The body reads it; the task empties it where the body does not.
+#[derive(Clone)]
+struct Queue(Arc<Mutex<Rest>>);
+
+struct Rest {
+    events: mpsc::Receiver<Waiting>,
+    /// The end is missing.
+    cut_off: bool,
+}
+
+fn queue() -> (Writer, Queue) {
+    let (events, rest) = mpsc::channel(EVENTS_MAX);
+    let room = Arc::new(Semaphore::new(BYTES_MAX));
+    let rest = Rest { events: rest, cut_off: false };
+    (Writer { events, room }, Queue(Arc::new(Mutex::new(rest))))
+}
+
+impl Queue {
+    /// The next event; `None` at the end. Whoever is given up is cut off, so that it does not take what it
+    /// has for all of it.
+    async fn next(&self) -> Option<io::Result<Bytes>> {
+        // Not held while it waits: a body that nobody asks any more would keep it for ever.
+        poll_fn(|cx| {
+            let mut rest = self.lock();
+            rest.events.poll_recv(cx).map(|event| match event {
+                Some((event, _)) => Some(Ok(event)),
+                None if std::mem::take(&mut rest.cut_off) => {
+                    Some(Err(io::Error::other("the client has not read on in time")))
+                }
+                None => None,
+            })
+        })
+        .await
+    }
+
+    /// What there is in it is not all.
+    fn cut_off(&self) {
+        self.lock().cut_off = true;
+    }
+
+    /// Throws away what has not been read.
+    fn throw_away(&self) {
+        let mut rest = self.lock();
+        rest.events.close();
+        while rest.events.try_recv().is_ok() {
+            rest.cut_off = true;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rest> {
+        // A panic under the lock leaves a queue all the same.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 struct Reader {
-    queue: mpsc::Receiver<Bytes>,
+    queue: Queue,
     _task: Owned,
 }
 
 impl Reader {
-    async fn next(&mut self) -> Option<Bytes> {
-        match tokio::time::timeout(KEEP_ALIVE, self.queue.recv()).await {
+    async fn next(&self) -> Option<io::Result<Bytes>> {
+        match tokio::time::timeout(KEEP_ALIVE, self.queue.next()).await {
             Ok(event) => event,
-            Err(_) => Some(Bytes::from_static(b": keep-alive\n\n")),
+            Err(_) => Some(Ok(Bytes::from_static(b": keep-alive\n\n"))),
         }
     }
 }
@@ -98,18 +171,23 @@ enum Unread {
 }
 
 struct Writer {
-    events: mpsc::Sender<Bytes>,
+    events: mpsc::Sender<Waiting>,
+    /// A place for each byte that may wait.
+    room: Arc<Semaphore>,
 }
 
 impl Writer {
     async fn send(&self, event: Bytes) -> Result<(), Unread> {
-        let event = match self.events.try_send(event) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Closed(_)) => return Err(Unread::HungUp),
-            Err(TrySendError::Full(event)) => event,
+        let push = async {
+            // An event that is larger than all there is room for waits until it is alone.
+            let bytes = u32::try_from(event.len().min(BYTES_MAX)).unwrap_or(u32::MAX);
+            let room = Arc::clone(&self.room).acquire_many_owned(bytes).await;
+            // The semaphore is never closed.
+            let room = room.map_err(|_| Unread::HungUp)?;
+            self.events.send((event, room)).await.map_err(|_| Unread::HungUp)
         };
-        match tokio::time::timeout(STANDSTILL, self.events.send(event)).await {
-            Ok(sent) => sent.map_err(|_| Unread::HungUp),
+        match tokio::time::timeout(STANDSTILL, push).await {
+            Ok(pushed) => pushed,
             Err(_) => Err(Unread::StandsStill),
         }
     }
@@ -148,4 +226,56 @@ fn is_worth_a_chunk(facts: &Facts, update: &Update) -> bool {
 
 fn event(json: &str) -> Bytes {
     Bytes::from(format!("data: {json}\n\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const KIB: usize = 1 << 10;
+
+    fn large() -> Bytes {
+        Bytes::from(vec![b'x'; 64 * KIB])
+    }
+
+    /// As many as fit, of one who does not read.
+    fn fill(events: &Writer) -> usize {
+        let mut sent = 0;
+        while let Some(Ok(())) = events.send(large()).now_or_never() {
+            sent += 1;
+        }
+        sent
+    }
+
+    #[tokio::test]
+    async fn bytes_that_wait_are_bounded_and_each_that_is_read_makes_room() {
+        let (events, queue) = queue();
+        assert_eq!(fill(&events), BYTES_MAX / (64 * KIB));
+        assert!(queue.next().await.unwrap().is_ok());
+        assert_eq!(fill(&events), 1);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asks_for_is_thrown_away_in_the_end_and_its_client_is_cut_off() {
+        let (events, queue) = queue();
+        fill(&events);
+        assert_eq!(events.room.available_permits(), 0);
+        queue.throw_away();
+        assert_eq!(events.room.available_permits(), BYTES_MAX, "it keeps its memory");
+        assert!(matches!(events.send(large()).await, Err(Unread::HungUp)));
+        assert!(queue.next().await.unwrap().is_err(), "it looks like a whole answer");
+        assert!(queue.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_was_read_ends_as_it_should() {
+        let (events, queue) = queue();
+        events.send(large()).await.ok().unwrap();
+        drop(events);
+        assert!(queue.next().await.unwrap().is_ok());
+        queue.throw_away();
+        assert!(queue.next().await.is_none());
+    }
 }

@@ -131,7 +131,7 @@ impl Executor {
             }
             let state = Arc::clone(&state_changed.borrow_and_update());
             let looks_only = !acting.is_empty();
-            let decision = match self.decide(&state, looks_only).await {
+            let mut decision = match self.decide(&state, looks_only).await {
                 Decided::This(decision) => decision,
                 // What was shown last is nearer to what is than nothing.
                 Decided::Panicked => {
@@ -142,6 +142,7 @@ impl Executor {
                 }
                 Decided::Ending => return,
             };
+            decision.actions.retain(|_| !looks_only);
             log(&decision, &mut last_phases);
             self.folders.look(&state).await;
             self.show(&state, &decision);
@@ -193,6 +194,9 @@ impl Executor {
             self.leads = Some(standing.epoch);
             self.since = self.now();
         }
+        if outranked.is_empty() {
+            return;
+        }
         let now = self.now();
         let since = *self.outranked_since.get_or_insert(now);
         let alone = self.store.members().borrow().voters.len() == 1;
@@ -212,7 +216,7 @@ impl Executor {
         workers
     }
 
-    /// Whoever looks only keeps what it remembers: nothing that it sees is counted.
+    /// Whoever looks only sees what it would decide, and keeps what it remembers: nothing is counted.
     async fn decide(&mut self, state: &Arc<ClusterState>, looks_only: bool) -> Decided {
         let history = match looks_only {
             true => self.history.clone(),
@@ -221,7 +225,7 @@ impl Executor {
         let observed = Observed {
             now: self.now(),
             since: self.since,
-            follows: self.leads.is_none() || looks_only,
+            follows: self.leads.is_none(),
             workers: self.members(state),
             history,
         };

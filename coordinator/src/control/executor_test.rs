@@ -95,17 +95,22 @@ async fn a_panic_in_reconciliation_leaves_what_is_shown_as_it_was() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_that_waits_keeps_nobody_from_looking() {
     static SHUT: AtomicBool = AtomicBool::new(false);
+    // Rounds that were remembered, and all of them.
     static WANTED: AtomicUsize = AtomicUsize::new(0);
     static LOOKED: AtomicUsize = AtomicUsize::new(0);
+    static FOLLOWED: AtomicBool = AtomicBool::new(false);
     fn wants(_: &ClusterState, observed: &Observed) -> Decision {
+        let mut history = observed.history.clone();
+        LOOKED.fetch_add(1, Ordering::SeqCst);
         if observed.follows {
-            LOOKED.fetch_add(1, Ordering::SeqCst);
-            return Decision::default();
+            FOLLOWED.fetch_or(!history.is_empty(), Ordering::SeqCst);
+            return Decision { history, ..Decision::default() };
         }
-        WANTED.fetch_add(1, Ordering::SeqCst);
+        WANTED.store(history.len() + 1, Ordering::SeqCst);
+        history.insert(ReplicaId(history.len() as u32), History::default());
         let (replica, generation) = (ReplicaId(1), Generation(1));
         let actions = vec![Action::Confirm { replica, generation, asked: 1 }];
-        Decision { actions, ..Decision::default() }
+        Decision { actions, history, ..Decision::default() }
     }
     // One word that it hangs is enough.
     let (hung, mut hangs) = mpsc::channel(1);
@@ -141,12 +146,13 @@ async fn a_change_that_waits_keeps_nobody_from_looking() {
     within("the store hangs", hangs.recv()).await;
     let (wanted, looked) = (WANTED.load(Ordering::SeqCst), LOOKED.load(Ordering::SeqCst));
     within("two more looks", async {
-        while LOOKED.load(Ordering::SeqCst) < looked + 2 {
+        while LOOKED.load(Ordering::SeqCst) < looked + 3 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
     .await;
     assert!(WANTED.load(Ordering::SeqCst) <= wanted + 2, "it decided while it acted");
+    assert!(!FOLLOWED.load(Ordering::SeqCst), "it leads, and looked as one that follows");
     SHUT.store(false, Ordering::SeqCst);
     running.abort();
 }

@@ -133,9 +133,10 @@ fn learn(process: &mut Process, before: u64) -> Experience {
     let mut experience = Experience::default();
     for look in 0..before * IDLE_LOOKS / (1000 * MS) {
         let due = look * 1000 * MS / IDLE_LOOKS;
-        let late = process.wake(due) - due;
+        let woken = process.wake(due);
+        let late = woken - due;
         let late = Duration::from_micros(if late > 2000 { late } else { 0 });
-        experience.note(Instant(due), late);
+        experience.note(Instant(woken), late);
     }
     experience
 }

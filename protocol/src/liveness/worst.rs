@@ -29,11 +29,17 @@ pub struct Worst {
 impl Worst {
     /// Takes a value.
     pub fn note(&mut self, now: Instant, value: Duration) {
+        let index = self.see(now, value);
+        self.rough[index] = self.rough[index].saturating_add(u32::from(value >= ROUGH));
+    }
+
+    /// Takes a value that was counted already; says in which bucket it is.
+    pub fn see(&mut self, now: Instant, value: Duration) -> usize {
         self.turn(now);
         let index = (self.newest % BUCKETS as u64) as usize;
         let bucket = &mut self.buckets[index];
         *bucket = value.max(*bucket);
-        self.rough[index] = self.rough[index].saturating_add(u32::from(value >= ROUGH));
+        index
     }
 
     /// How many were `ROUGH`.

@@ -129,3 +129,32 @@ fn a_slow_worker_stays_where_there_is_no_better_place() {
     assert!(told.contains("there is no better place for its layers"), "{told}");
     assert_eq!(world.places(), ["w1 w2"]);
 }
+
+/// On each worker there is room for one layout's stage, not for two.
+fn full() -> World {
+    let mut world = World::empty(3, Bytes::mib(50));
+    world.deploy_many("m", Some(2), 1, 10 << 20);
+    world.settle();
+    assert_eq!(world.places(), ["w1 w2"]);
+    world
+}
+
+#[test]
+fn a_slow_layout_is_not_ended_before_the_better_one_is_there() {
+    let mut world = full();
+    let told = world.compute(20, &[9000, 1000, 1000]);
+    assert!(told.contains("there is no memory for a better place beside it"), "{told}");
+    assert_eq!(world.places(), ["w1 w2"], "it serves, and nothing else would meanwhile");
+}
+
+#[test]
+fn a_worker_that_is_slow_does_not_take_the_blame_for_another_one_that_fails() {
+    let mut world = full();
+    world.compute(20, &[9000, 1000, 1000]);
+    world.report(2, ShardState::Linking);
+    world.round();
+    world.pass(patience::LINKING + Duration::from_secs(1));
+    world.round();
+    let places = world.places().join(", ");
+    assert!(places.contains("w1") && places.contains("w3"), "w2 failed: {places}");
+}

@@ -4,7 +4,7 @@
 //! ```text
 //! as it would be planned now ─► Confirm
 //! memory for both            ─► Prepare: the next one is loaded while this one serves
-//! memory for one of them     ─► Adopt: its streams pause, and go on by replay
+//! memory for one of them     ─► Adopt: its streams pause, and go on by replay; not where it is only slow
 //! memory for none            ─► it stays, with words
 //! ```
 
@@ -91,32 +91,26 @@ impl Round<'_> {
         history.stuck = None;
         let now = self.observed.now;
         let slow = history.paces.slow(pace::LASTING);
-        if cause == Cause::Slow {
-            // Others are preferred for a while, whatever the next layout is made for.
-            history.blame(now, Some(plan.generation), &slow);
-        }
         let job = self.job(deployment, plan.id);
         let mut instead = self.inventory(deployment, plan.id, true);
         history.unreadable.leave_out(&mut instead);
-        let ideal = match history.suspects.plan(&instead, &job, now) {
-            Ok(ideal) => ideal,
-            Err(refusal) => {
-                let words = refusal.to_string();
-                let told = format!("{reason}; {why}, but {words}");
-                history.stuck = Some((wish, words));
-                return stand(DeploymentPhase::Ready, told);
-            }
-        };
+        let mut beside = wish.beside.clone();
         if cause == Cause::Slow {
-            let stages = ideal.stages.len() >= plan.stages.len();
-            if !stages || ideal.nodes().any(|node| slow.contains(&node)) {
-                let words = "there is no better place for its layers".to_owned();
-                let told = format!("{reason}; {why}, but {words}");
-                history.stuck = Some((wish, words));
-                return Stand { settled, ..stand(DeploymentPhase::Ready, told) };
+            // Neither is a failure of theirs, nor may they be part of what is to be better.
+            for inventory in [&mut instead, &mut beside] {
+                inventory.workers.retain(|worker| !slow.contains(&worker.node));
             }
-            history.paces.moved(now);
         }
+        let stays = |history: &mut History, words: String| {
+            let told = format!("{reason}; {why}, but {words}");
+            history.stuck = Some((wish, words));
+            Stand { settled, ..stand(DeploymentPhase::Ready, told) }
+        };
+        let ideal = match history.suspects.plan(&instead, &job, now) {
+            Ok(ideal) if cause != Cause::Slow || ideal.stages.len() >= plan.stages.len() => ideal,
+            Err(refusal) if cause != Cause::Slow => return stays(history, refusal.to_string()),
+            _ => return stays(history, "there is no better place for its layers".into()),
+        };
         if same_layout(&ideal, plan) {
             let (replica, generation, asked) = (plan.id, plan.generation, deployment.asked);
             self.decision.actions.push(Action::Confirm { replica, generation, asked });
@@ -126,9 +120,14 @@ impl Round<'_> {
         let good = |next: &ReplicaPlan| {
             next.stages.len() == ideal.stages.len() && next.limits.context_max >= context
         };
-        let beside = history.suspects.plan(&wish.beside, &job, now).ok().filter(good);
+        let beside = history.suspects.plan(&beside, &job, now).ok().filter(good);
         match beside {
             Some(next) => {
+                if cause == Cause::Slow {
+                    history.paces.moved(now);
+                    // Others are preferred for a while, whatever the next layout is made for.
+                    history.suspects.blame(&slow, now);
+                }
                 let told = format!(
                     "{reason}; {why}: {} is being made: {}",
                     next.generation,
@@ -138,6 +137,10 @@ impl Round<'_> {
                 let (plan, asked) = (Box::new(next), deployment.asked);
                 self.decision.actions.push(Action::Prepare { plan, asked, reason: why });
                 stand(DeploymentPhase::Ready, told)
+            }
+            // Slow is better than none for as long as another one loads.
+            None if cause == Cause::Slow => {
+                stays(history, "there is no memory for a better place beside it".into())
             }
             None => self.break_first(deployment, plan.id, ideal, reason, why),
         }

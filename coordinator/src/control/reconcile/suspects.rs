@@ -23,7 +23,7 @@ const FAILURES_BAD: u32 = 2;
 pub(super) struct Suspects(BTreeMap<NodeId, (u32, Instant)>);
 
 impl Suspects {
-    fn blame(&mut self, nodes: &[NodeId], now: Instant) {
+    pub(super) fn blame(&mut self, nodes: &[NodeId], now: Instant) {
         self.0.retain(|_, (_, until)| now < *until);
         for node in nodes {
             let (failures, until) = self.0.entry(*node).or_default();

@@ -152,6 +152,11 @@ impl ClusterState {
                 Ok(effects)
             }
             Change::Node(NodeCommand::Start { node, incarnation, build }) => {
+                let recorded = self.nodes.get(*node).and_then(|known| known.incarnation);
+                // The one that is on record changes nothing, and may have said more since.
+                if recorded < Some(*incarnation) {
+                    self.keeps_up(*node, versions::FIRST)?;
+                }
                 self.nodes.start(*node, *incarnation, build)
             }
             Change::Node(NodeCommand::Remove { node }) => {

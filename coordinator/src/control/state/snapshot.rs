@@ -7,7 +7,7 @@
 
 use serde::de::DeserializeOwned;
 
-use super::{ClusterState, check};
+use super::{ClusterState, Refusal, check};
 
 const MAGIC: &[u8; 7] = b"SHOALST";
 
@@ -87,13 +87,19 @@ pub fn encode(state: &ClusterState) -> Result<Vec<u8>, SnapshotError> {
 /// What is to stand behind format 2: nothing of a noun that nobody has used yet.
 fn parts_of(state: &ClusterState) -> Result<Vec<Part>, postcard::Error> {
     let mut parts = Vec::new();
-    if !state.versions.is_empty() {
+    if !state.versions.is_empty() || has_new_answers(state) {
         parts.push((VERSIONS, postcard::to_stdvec(&state.versions)?));
     }
     if !state.authorities.is_empty() {
         parts.push((AUTHORITIES, postcard::to_stdvec(&state.authorities)?));
     }
     Ok(parts)
+}
+
+/// Whether a client's last command was answered in words that version 1 does not know: all of them are of
+/// this one where nothing new has been decided.
+fn has_new_answers(state: &ClusterState) -> bool {
+    state.last.values().any(|applied| matches!(applied.result, Err(Refusal::HeldBack { .. })))
 }
 
 fn put(state: &mut ClusterState, (tag, bytes): &Part) -> Result<(), SnapshotError> {

@@ -29,7 +29,7 @@ use super::{
 };
 
 /// What a build speaks that has not said so, and the version of a cluster that knows nothing of versions.
-const FIRST: u16 = 1;
+pub(super) const FIRST: u16 = 1;
 
 /// Nodes that a refusal names; it is kept in the state, and nobody reads more.
 const NAMED_MAX: usize = 8;
@@ -217,6 +217,17 @@ impl ClusterState {
         }
     }
 
+    /// Whether a worker that starts understands what was decided before: whoever let it in may not have
+    /// known of that.
+    pub(super) fn keeps_up(&self, id: NodeId, protocol: u16) -> Result<(), Refusal> {
+        match self.versions.workers() {
+            needs if protocol < needs && self.nodes.get(id).is_some() => {
+                Err(held_back(needs, vec![id]))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn change_versions(
         &mut self,
         command: &VersionCommand,
@@ -235,6 +246,7 @@ impl ClusterState {
                 Ok(vec![Effect::ProtocolRaised { to: *to }])
             }
             VersionCommand::Start { node, incarnation, build, protocol } => {
+                self.keeps_up(*node, *protocol)?;
                 let effects = self.nodes.start(*node, *incarnation, build)?;
                 self.versions.spoken.insert(*node, (*incarnation, *protocol));
                 Ok(effects)

@@ -71,7 +71,9 @@ fn a_new_command_waits_for_every_coordinator() {
     assert_eq!(cluster.state.lowest_protocol(), 1);
     let held = Err(Refusal::HeldBack { needs: 2, by: vec![C1, C2], more: 0 });
     assert_eq!(cluster.apply(speaks(1, 2)), held, "it reached a log that version 1 reads");
-    assert_eq!(cluster.format(), snapshot::PLAIN);
+    assert_eq!(cluster.format(), snapshot::FORMAT, "version 1 does not know that answer");
+    cluster.apply(start(1)).unwrap();
+    assert_eq!(cluster.format(), snapshot::PLAIN, "nobody remembers it any more");
     // One that was not heard, one that has been started again since, one that has come since.
     let held = |node| Err(Refusal::HeldBack { needs: 2, by: vec![node], more: 0 });
     assert_eq!(cluster.raise(2, &[(C1, 11)]), held(C2));
@@ -115,6 +117,15 @@ fn what_was_decided_for_workers_binds_those_that_come_later() {
         assert_eq!(cluster.apply(finish()), Ok(vec![]));
         assert_eq!(cluster.state.versions.workers(), 2);
     }
+    // Whoever proposes these has not heard of it yet.
+    let before = cluster.state.nodes.clone();
+    for old in [start(2), speaks(2, 1)] {
+        assert_eq!(cluster.apply(old), held(&[W1]), "an older build came back");
+        assert_eq!(cluster.state.nodes, before);
+    }
+    assert_eq!(cluster.state.lowest_protocol(), 2);
+    assert_eq!(cluster.apply(start(1)), Ok(vec![]), "it is the start that is on record");
+    cluster.apply(speaks(2, 2)).unwrap();
 }
 
 #[test]
