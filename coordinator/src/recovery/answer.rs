@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Generation, ReplicaId};
-use shoal_protocol::trace::{TRACE_SINCE, Value};
+use shoal_protocol::trace::Value;
 use shoal_protocol::units;
+use shoal_protocol::version::KNOWS_TRACES;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
@@ -321,7 +322,7 @@ impl LastingAnswer {
             replica: ticket.replica,
             head: ticket.head,
             address: ticket.address,
-            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= TRACE_SINCE),
+            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= KNOWS_TRACES),
         };
         let mut table = self.resumer.table.clone();
         let started = tokio::select! {
