@@ -38,7 +38,7 @@ pub enum FrameKind {
     /// What the last stage sampled: `activation::SamplesHeader`, sample and candidate records.
     Samples = 5,
     /// What comes next (`shoal-req`) or has just been opened (`shoal-act`) is traced:
-    /// `trace::TraceHeader`. Peers know it from protocol version `trace::TRACE_SINCE` on.
+    /// `trace::TraceHeader`. Peers know it from protocol version `version::KNOWS_TRACES` on.
     Trace = 6,
     /// A coordinator asks a head to go on with a sequence: `request::GenerateHeader`.
     Generate = 16,

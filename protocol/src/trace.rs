@@ -18,10 +18,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::frame::{FrameError, flat};
 use crate::id::{Generation, SequenceId};
 
-/// The protocol version from which on nodes know `FrameKind::Trace`. It is sent only where every member
-/// of the cluster does.
-pub const TRACE_SINCE: u16 = 2;
-
 /// A trace; never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TraceId(pub u128);

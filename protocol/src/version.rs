@@ -14,8 +14,19 @@ use serde::{Deserialize, Serialize};
 /// | version | what it added |
 /// |---|---|
 /// | 1 | everything up to commit f403ba0 |
-/// | 2 | who speaks what, in the state |
+/// | 2 | who speaks what ([`KNOWS_VERSIONS`]): `Change::Version`, `AdminCall::Upgrade`, `AdminReply::Upgrade` |
+/// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
+/// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
 pub const PROTOCOL_VERSION: u16 = 2;
+
+/// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
+pub const KNOWS_VERSIONS: u16 = 2;
+
+/// From here on nodes know that one CA may take the place of another, and say whom they believe.
+pub const KNOWS_TRUST: u16 = 2;
+
+/// From here on nodes know `FrameKind::Trace`. It is sent only where every member of the cluster does.
+pub const KNOWS_TRACES: u16 = 2;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

@@ -21,6 +21,9 @@ use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+/// Much less than a coordinator that nobody names may take part.
+const AT_ONCE: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// One coordinator and its conversation with the worker.
 struct Talk {
     to: mpsc::Sender<CoordinatorMessage>,
@@ -316,6 +319,35 @@ async fn what_a_removed_coordinator_has_begun_ends_when_the_others_name_it_no_mo
     let reason = within(ended.closed()).await.to_string();
     assert!(reason.contains("removed from the cluster"), "{reason}");
     assert!(kept.close_reason().is_none());
+    // It dials again, and is out at once.
+    let again = requests(&c2).await;
+    let ended = tokio::time::timeout(AT_ONCE, again.closed()).await;
+    assert!(ended.expect("at once").to_string().contains("removed from the cluster"));
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_removed_while_a_worker_was_off_is_out_once_others_have_not_named_it_for_a_while() {
+    let Two { cluster, c1, c2, list } = two();
+    let worker = start(&cluster, &[&c1], None).await;
+    let first = talk(&c1, &list[..1]).await;
+    let requests = async |endpoint: &Endpoint| {
+        let expect = Expect::Node(NodeId::worker(1));
+        endpoint.connect(first.requests, expect, Alpn::Requests, PATIENCE).await.unwrap()
+    };
+    let (kept, stranger) = (requests(&c1).await, requests(&c2).await);
+    let ended = tokio::time::timeout(PATIENCE * 2, stranger.closed()).await;
+    let reason = ended.expect("its time is up").to_string();
+    assert!(reason.contains("removed from the cluster"), "{reason}");
+    let again = requests(&c2).await;
+    let ended = tokio::time::timeout(AT_ONCE, again.closed()).await;
+    assert!(ended.expect("at once").to_string().contains("removed from the cluster"));
+    // Somebody names it: it is one.
+    first.to.send(CoordinatorMessage::Coordinators(list.to_vec())).await.unwrap();
+    worker.until_kept(&list).await;
+    let named = requests(&c2).await;
+    let open = tokio::time::timeout(AT_ONCE, named.closed()).await;
+    assert!(open.is_err() && kept.close_reason().is_none(), "{open:?}");
     worker.stop().await;
 }
 

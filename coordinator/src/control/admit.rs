@@ -11,7 +11,7 @@ use std::time::Duration;
 use shoal_protocol::control::Register;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
-use shoal_protocol::version::VersionRange;
+use shoal_protocol::version::{KNOWS_VERSIONS, VersionRange};
 
 use crate::control::state::{Change, ClusterState, NodeCommand, Refusal, VersionCommand};
 use crate::control::store::{ControlStore, ProposeError};
@@ -25,9 +25,6 @@ const RECORD_RETRY: Duration = Duration::from_secs(1);
 
 /// The most devices that a worker may name: ten times what a machine holds.
 const DEVICES_MAX: usize = 1024;
-
-/// The version from which on the log has room for what a worker speaks.
-const WITH_VERSIONS: u16 = 2;
 
 /// The version that both will speak.
 pub(super) async fn admit(
@@ -115,7 +112,7 @@ pub(super) async fn record(
     }
     let lacks_version = |state: &Arc<ClusterState>| {
         let spoken = state.versions.spoken(node, register.incarnation);
-        state.versions.log() >= WITH_VERSIONS
+        state.versions.log() >= KNOWS_VERSIONS
             && is_current(state)
             && spoken != Some(register.versions.max)
     };
@@ -148,7 +145,7 @@ fn start_of(state: &ClusterState, node: NodeId, register: &Register) -> Change {
     let incarnation = register.incarnation;
     // It is stored for ever, so it is bounded here.
     let build = register.build.chars().take(64).collect();
-    if state.versions.log() < WITH_VERSIONS {
+    if state.versions.log() < KNOWS_VERSIONS {
         return Change::Node(NodeCommand::Start { node, incarnation, build });
     }
     let protocol = register.versions.max;

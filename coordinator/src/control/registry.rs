@@ -10,14 +10,12 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::{Connection, Pulse, close_code};
 use shoal_protocol::trust::{CaFingerprint, Trust};
+pub(super) use shoal_protocol::version::KNOWS_TRUST;
 use tokio::sync::{mpsc, oneshot};
 
 /// Messages that wait for a worker. Each is complete in itself, so a worker that has not read so
 /// many is not slow but stuck.
 pub(super) const OUTBOX_MAX: usize = 16;
-
-/// The protocol version from which on nodes know that one CA may take the place of another.
-pub(super) const KNOWS_TRUST: u16 = 2;
 
 /// Guards plain data; nothing is awaited under it.
 #[derive(Debug)]

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Generation, ReplicaId};
-use shoal_protocol::trace::{TRACE_SINCE, Value};
+use shoal_protocol::trace::Value;
 use shoal_protocol::units;
+use shoal_protocol::version::KNOWS_TRACES;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
-use super::course::{GiveUp, Loss, Move, Recovery, is_superseded};
+use super::course::{GiveUp, Loss, Next, Recovery, is_superseded};
 use super::error::RecoveryError;
 use super::probation::Probation;
 use crate::api::places::{Place, Places};
@@ -258,22 +259,16 @@ impl LastingAnswer {
             self.alone = self.resumer.probation.enter(&self.deployment).await;
         }
         let since = std::time::Instant::now();
-        let mut granted = !self.recovery.is_retry();
         loop {
             let table = Arc::clone(&self.resumer.table.borrow_and_update());
             let deployment = table.deployments.get(&self.deployment);
-            let next = self.recovery.next(self.now(), deployment.map(|d| d.as_ref()));
+            let (now, places) = (self.now(), &self.resumer.places);
+            let served = deployment.map(|d| d.as_ref());
+            let next = self.recovery.next_attempt(now, dice(), served, || places.may_retry());
             match next.map_err(|verdict| self.give_up(verdict))? {
-                Move::Wait(until) => self.wait(until).await,
-                Move::Ask(_) => {
+                Next::Wait(until) => self.wait(until).await,
+                Next::Ask(avoid) => {
                     let Some(deployment) = deployment else { continue };
-                    granted = granted || self.resumer.places.may_retry();
-                    if !granted {
-                        // A client that heard an error now would ask again too, and begin anew.
-                        self.recovery.no_room(self.now(), dice());
-                        continue;
-                    }
-                    let avoid = self.recovery.avoided(self.now());
                     let request = RouteRequest {
                         sequences: 1,
                         prompt_tokens: self.sequence.rows() as u32,
@@ -321,7 +316,7 @@ impl LastingAnswer {
             replica: ticket.replica,
             head: ticket.head,
             address: ticket.address,
-            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= TRACE_SINCE),
+            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= KNOWS_TRACES),
         };
         let mut table = self.resumer.table.clone();
         let started = tokio::select! {

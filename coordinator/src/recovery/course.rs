@@ -123,6 +123,8 @@ pub struct Recovery {
     /// Whether the last of them took a worker along, or its layout.
     lost_at_work: bool,
     broken: u32,
+    /// Whether the budget has granted the retry after the last loss.
+    granted: bool,
     /// Since when the client waits.
     stalled_since: Option<Instant>,
     /// The layouts that failed us since the last event: at most one for each replica.
@@ -157,6 +159,15 @@ pub enum Move {
     Wait(Option<Instant>),
 }
 
+/// What to do next, with all that keeps an attempt back.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// Ask any but these layouts.
+    Ask(Vec<(ReplicaId, Generation)>),
+    /// Wait for the table to change, or until then where it says when.
+    Wait(Option<Instant>),
+}
+
 /// Why an answer does not go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GiveUp {
@@ -187,6 +198,7 @@ impl Recovery {
             losses: 0,
             lost_at_work: false,
             broken: 0,
+            granted: false,
             stalled_since: None,
             avoided: BTreeMap::new(),
             full: None,
@@ -241,6 +253,7 @@ impl Recovery {
             _ => {}
         }
         self.losses += 1;
+        self.granted = false;
         self.lost_at_work = matches!(loss, Loss::Lost | Loss::Superseded);
         if !self.progressed {
             self.blame += loss.blame();
@@ -274,6 +287,26 @@ impl Recovery {
     pub fn no_room(&mut self, now: Instant, dice: u64) {
         self.stalled_since.get_or_insert(now);
         self.full = Some(Avoided::again(self.full, Generation(0), now, dice));
+    }
+
+    /// What to do now, also by the budget: `may_retry` takes a retry off it, once for each loss.
+    pub fn next_attempt(
+        &mut self,
+        now: Instant,
+        dice: u64,
+        deployment: Option<&ServedDeployment>,
+        may_retry: impl FnOnce() -> bool,
+    ) -> Result<Next, GiveUp> {
+        if let Move::Wait(until) = self.next(now, deployment)? {
+            return Ok(Next::Wait(until));
+        }
+        self.granted = self.granted || !self.is_retry() || may_retry();
+        if !self.granted {
+            // A client that heard an error now would ask again too, and begin anew.
+            self.no_room(now, dice);
+            return Ok(Next::Wait(self.full.map(|full| full.until)));
+        }
+        Ok(Next::Ask(self.avoided(now)))
     }
 
     /// What to do now, the deployment being as it is.

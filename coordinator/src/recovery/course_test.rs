@@ -260,3 +260,24 @@ fn a_layout_that_failed_is_avoided_until_its_back_off_is_over() {
     assert_eq!(recovery.avoided(NOW), [HERE]);
     assert!(recovery.avoided(NOW + BACKOFF_MAX).is_empty());
 }
+
+#[test]
+fn a_retry_is_taken_off_the_budget_once_for_each_loss_and_waits_where_it_is_used_up() {
+    let there = deployment(vec![replica(0, 3), replica(1, 3)]);
+    let mut recovery = Recovery::new(7);
+    let next = |recovery: &mut Recovery, at, left: &mut u32| {
+        let may_retry = || left.checked_sub(1).map(|less| *left = less).is_some();
+        recovery.next_attempt(at, 0, Some(&there), may_retry).expect("it goes on")
+    };
+    let mut left = 1;
+    assert_eq!(next(&mut recovery, NOW, &mut left), Next::Ask(Vec::new()));
+    assert_eq!(left, 1, "the first attempt is no retry");
+    lost(&mut recovery, Loss::TurnedAway).expect("it goes on");
+    assert_eq!(next(&mut recovery, NOW, &mut left), Next::Ask(vec![HERE]));
+    assert_eq!(next(&mut recovery, NOW, &mut left), Next::Ask(vec![HERE]), "it was granted");
+    assert_eq!(left, 0);
+    lost(&mut recovery, Loss::TurnedAway).expect("it goes on");
+    let Next::Wait(Some(until)) = next(&mut recovery, NOW, &mut left) else { panic!("no retry") };
+    left = 1;
+    assert!(matches!(next(&mut recovery, until, &mut left), Next::Ask(_)), "there is one again");
+}

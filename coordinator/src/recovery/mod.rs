@@ -17,5 +17,5 @@ mod error;
 mod probation;
 
 pub use answer::{LastingAnswer, Resumer};
-pub use course::{GiveUp, Loss, Move, Recovery, is_superseded};
+pub use course::{GiveUp, Loss, Move, Next, Recovery, is_superseded};
 pub use error::RecoveryError;

@@ -49,6 +49,24 @@ impl Book {
         self.gone.contains(&node)
     }
 
+    /// Whether others have said who the coordinators are, and this one is none of them. It may have joined
+    /// a moment ago, and be named in the next list.
+    pub fn is_stranger(&self, node: NodeId) -> bool {
+        let others = self.talks.iter().filter(|(from, _)| **from != node);
+        let informed = others.filter_map(|(_, list)| list.as_ref()).any(|list| !list.is_empty());
+        informed && !self.known.contains_key(&node)
+    }
+
+    /// It has been a stranger for so long that it is none any more, until somebody names it.
+    pub fn give_up(&mut self, node: NodeId) -> bool {
+        let stranger = self.is_stranger(node);
+        if stranger {
+            self.gone.insert(node);
+            self.bound_gone();
+        }
+        stranger
+    }
+
     /// Where to look for one in the nth try; `None` where it is no coordinator any more.
     pub fn address_of(&self, node: NodeId, attempt: usize) -> Option<SocketAddr> {
         let listed = *self.known.get(&node)?;
@@ -120,11 +138,15 @@ impl Book {
         // Who lags behind may have left somebody out.
         let known = &self.known;
         self.gone.retain(|node| !known.contains_key(node));
-        while self.gone.len() > GONE_MAX {
-            self.gone.pop_first();
-        }
+        self.bound_gone();
         while self.known.len() > COORDINATORS_MAX {
             self.known.pop_last();
+        }
+    }
+
+    fn bound_gone(&mut self) {
+        while self.gone.len() > GONE_MAX {
+            self.gone.pop_first();
         }
     }
 }
@@ -189,6 +211,25 @@ mod tests {
         assert_eq!(known(&book), [C2, C3]);
         book.end(C2);
         assert_eq!(known(&book), [C2, C3], "nobody is there to say otherwise");
+    }
+
+    #[test]
+    fn whom_nobody_names_is_a_stranger_and_none_any_more_until_somebody_names_it() {
+        let mut book = book(&[(C3, &[C1, C2, C3])]);
+        assert!(!book.is_stranger(C3), "nobody else has said anything");
+        book.begin(C1);
+        assert!(!book.is_stranger(C3), "c1 has not said anything yet");
+        book = Book::default();
+        book.begin(C1);
+        book.hear(C1, at(C1), list(&[C1, C2]));
+        assert!(book.is_stranger(C3) && !book.is_gone(C3), "it may have joined just now");
+        assert!(!book.is_stranger(C1) && !book.is_stranger(C2));
+        assert!(!book.give_up(C2) && !book.is_gone(C2));
+        assert!(book.give_up(C3) && book.is_gone(C3));
+        book.hear(C1, at(C1), list(&[C1, C2]));
+        assert!(book.is_gone(C3), "it does not come back by being forgotten");
+        book.hear(C1, at(C1), list(&[C1, C2, C3]));
+        assert!(!book.is_gone(C3) && !book.is_stranger(C3));
     }
 
     #[test]

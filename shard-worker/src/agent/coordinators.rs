@@ -12,6 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register, Report};
 use shoal_protocol::id::NodeId;
@@ -19,6 +20,7 @@ use shoal_protocol::quic::identity::write_secret;
 use shoal_protocol::quic::{Endpoint, SharedLease};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
+use tokio::time::timeout;
 
 use super::book::Book;
 use super::renewal::Renewal;
@@ -29,6 +31,29 @@ pub const FILE_NAME: &str = "coordinators";
 
 /// The longest such file that is read: many times what is written.
 const FILE_LEN_MAX: u64 = 16 << 10;
+
+/// How long a coordinator that others do not name may take part: it may have joined just now, and its name
+/// be on the way. That takes the log and a message, as a rule some tens of milliseconds.
+const NAMED_WITHIN: Duration = Duration::from_secs(3);
+
+/// Resolves when a coordinator is none any more.
+pub(super) async fn left(book: &watch::Sender<Book>, node: NodeId) {
+    let mut seen = book.subscribe();
+    loop {
+        // These cannot fail: the sender is here.
+        let _ = seen.wait_for(|book| book.is_gone(node) || book.is_stranger(node)).await;
+        let judged = seen.wait_for(|book| book.is_gone(node) || !book.is_stranger(node));
+        let in_time = timeout(NAMED_WITHIN, judged).await.is_ok();
+        let gone = match in_time {
+            true => book.borrow().is_gone(node),
+            // It is remembered: who dials again gets no such time again.
+            false => book.send_if_modified(|book| book.give_up(node)),
+        };
+        if gone {
+            return;
+        }
+    }
+}
 
 /// What all sessions share.
 #[derive(Clone, Debug)]

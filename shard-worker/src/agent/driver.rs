@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::book::Book;
-use super::coordinators::{Coordinators, FILE_NAME};
+use super::coordinators::{Coordinators, FILE_NAME, left};
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
 use super::models::Models;
 use super::orders::{Orders, Outranked};
@@ -76,18 +76,13 @@ enum Event {
 #[derive(Clone, Debug)]
 pub struct AgentHandle {
     drain: watch::Sender<bool>,
-    book: watch::Receiver<Book>,
+    book: Arc<watch::Sender<Book>>,
 }
 
 impl AgentHandle {
     /// Resolves when a coordinator is none any more.
     pub async fn left(&self, coordinator: NodeId) {
-        let mut book = self.book.clone();
-        // Who has just joined may be here before its name is.
-        if book.wait_for(|book| book.is_gone(coordinator)).await.is_err() {
-            // The agent has ended, and all connections end with it.
-            std::future::pending().await
-        }
+        left(&self.book, coordinator).await;
     }
 
     /// Let out what runs, then end.
@@ -167,7 +162,7 @@ impl Agent {
             book: Arc::new(watch::Sender::new(Book::new(&parts.kept))),
             file: parts.models.data.join(FILE_NAME),
         };
-        let book = coordinators.book.subscribe();
+        let book = Arc::clone(&coordinators.book);
         let mut tasks = JoinSet::new();
         tasks.spawn(coordinators.run(parts.seeds));
         let agent = Self {

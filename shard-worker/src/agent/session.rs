@@ -14,6 +14,7 @@ use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
 use shoal_protocol::trust::BadTrust;
+use shoal_protocol::version::KNOWS_TRUST;
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
@@ -35,9 +36,6 @@ const REPORT_PAUSE: Duration = Duration::from_millis(10);
 /// How often to see whether a new certificate is due: one of the sessions asks, and another where
 /// that one gets no answer.
 const RENEW_LOOK: Duration = Duration::from_secs(60);
-
-/// The protocol version from which on coordinators hear whom a worker believes.
-const KNOWS_TRUST: u16 = 2;
 
 /// Answers that wait to be sent: as many probes as are at work at once, and as many refusals.
 const ANSWERS_MAX: usize = 16;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::client::Seen;
 use super::{Fault, Parts, Trial};
+use crate::proc::relay::Hits;
 
 /// What clients saw of one kind of fault.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub struct Row {
     pub parts: Vec<Parts>,
     /// Streams that stalled no longer than the bound, of those that one holds for.
     pub within: (usize, usize),
+    /// What the network did, where it was told to.
+    pub hits: Hits,
     /// What else was seen, each once.
     pub notes: Vec<String>,
 }
@@ -47,6 +50,7 @@ impl Row {
             stalls: Vec::new(),
             parts: Vec::new(),
             within: (0, 0),
+            hits: Hits::default(),
             notes: Vec::new(),
         }
     }
@@ -83,6 +87,10 @@ impl Row {
 
     pub(super) fn finished(mut self) -> Self {
         self.stalls.sort();
+        let Hits { dropped, damaged } = self.hits;
+        if self.hits != Hits::default() {
+            self.note(format!("{dropped} datagrams were dropped, {damaged} damaged"));
+        }
         self
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use shoal_protocol::admin::AdminCall;
 use shoal_protocol::id::Role;
@@ -19,6 +19,7 @@ use super::report::Row;
 use super::trial::{COORDINATORS, DEPLOYMENTS, Trial};
 use crate::api::Api;
 use crate::proc::cluster::START_TIMEOUT;
+use crate::proc::relay::{Hits, Network};
 use crate::proc::{Cluster, Signal, signal, wait_until_gone};
 
 /// How long a frozen process stays frozen, and a partition lasts: longer than any silence that is
@@ -104,43 +105,44 @@ impl Struck {
                 let targets = targets.context("they were looked up")?;
                 self.under_way.push(Box::new(Noise::of_members(targets)?));
             }
-            Fault::CutLeader => {
-                let leader = Cluster::coordinator_ip(coordinator);
-                let others = (0..COORDINATORS).filter(|other| *other != coordinator);
-                both_ways(cluster, leader, others.map(Cluster::coordinator_ip))?;
-                pass(LASTS);
-                cluster.network()?.mend();
-            }
-            Fault::CutWorker => {
-                let all = (0..COORDINATORS).map(Cluster::coordinator_ip);
-                both_ways(cluster, Cluster::worker_ip(worker), all)?;
-                pass(LASTS);
-                cluster.network()?.mend();
-            }
-            Fault::CutWorkerOneWay => {
-                for other in 0..COORDINATORS {
-                    let (from, to) = (Cluster::coordinator_ip(other), Cluster::worker_ip(worker));
-                    cluster.network()?.cut(from, to);
-                }
-                pass(LASTS);
-                cluster.network()?.mend();
-            }
-            Fault::CutPair => {
-                let other = [Cluster::worker_ip(self.neighbour)];
-                both_ways(cluster, Cluster::worker_ip(worker), other.into_iter())?;
-            }
-            Fault::CutPairOneWay => {
-                let other = Cluster::worker_ip(self.neighbour);
-                cluster.network()?.cut(Cluster::worker_ip(worker), other);
-            }
-            Fault::DamageWorker => {
-                cluster.network()?.damage(Cluster::worker_ip(worker), DAMAGED_ONE_IN);
-            }
+            Fault::CutLeader
+            | Fault::CutWorker
+            | Fault::CutWorkerOneWay
+            | Fault::CutPair
+            | Fault::CutPairOneWay
+            | Fault::DamageWorker => self.strike_network(cluster, row)?,
         }
         if fault == Fault::StopServing {
             row.note(asked_while_it_stops(&trial.cluster.api(coordinator)));
         }
         Ok(())
+    }
+
+    /// Cuts or damages what the nodes send each other: some of it for a while, some until it is healed.
+    fn strike_network(&self, cluster: &Cluster, row: &mut Row) -> Result<()> {
+        let network = cluster.network()?;
+        let worker = Cluster::worker_ip(self.worker);
+        let neighbour = Cluster::worker_ip(self.neighbour);
+        let coordinators = (0..COORDINATORS).map(Cluster::coordinator_ip);
+        match self.fault {
+            Fault::CutLeader => {
+                let leader = Cluster::coordinator_ip(self.coordinator);
+                both_ways(network, leader, coordinators.filter(|other| *other != leader));
+            }
+            Fault::CutWorker => both_ways(network, worker, coordinators),
+            Fault::CutWorkerOneWay => coordinators.for_each(|other| network.cut(other, worker)),
+            Fault::CutPair => both_ways(network, worker, [neighbour].into_iter()),
+            Fault::CutPairOneWay => network.cut(worker, neighbour),
+            Fault::DamageWorker => network.damage(worker, DAMAGED_ONE_IN),
+            other => bail!("`{other}` is no fault of the network"),
+        }
+        match self.fault {
+            Fault::CutLeader | Fault::CutWorker | Fault::CutWorkerOneWay => {
+                pass(LASTS);
+                mend(cluster, row)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Undoes it, and waits until all is well.
@@ -167,9 +169,7 @@ impl Struck {
             Fault::FillLeader | Fault::FillFollower => self.room_again(trial, row)?,
             Fault::FillWorker => self.start_without_room(trial, row)?,
             Fault::CutPair | Fault::CutPairOneWay => self.no_neighbours(trial, row)?,
-            Fault::DamageWorker => {
-                trial.cluster.network()?.mend();
-            }
+            Fault::DamageWorker => mend(&trial.cluster, row)?,
             Fault::FreezeWorker
             | Fault::FreezeLeader
             | Fault::SlowWorker
@@ -258,18 +258,25 @@ impl Struck {
                 bail!("{name} is served by two workers that do not reach each other: {holders:?}");
             }
         }
-        trial.cluster.network()?.mend();
+        mend(&trial.cluster, row)?;
         row.note("the next layout did not make them neighbours");
         Ok(())
     }
 }
 
-fn both_ways(cluster: &Cluster, one: IpAddr, others: impl Iterator<Item = IpAddr>) -> Result<()> {
-    let network = cluster.network()?;
+fn both_ways(network: &Network, one: IpAddr, others: impl Iterator<Item = IpAddr>) {
     for other in others {
         network.cut(one, other);
         network.cut(other, one);
     }
+}
+
+/// Everything passes again. A fault that has hit nothing has shown nothing.
+fn mend(cluster: &Cluster, row: &mut Row) -> Result<()> {
+    let Hits { dropped, damaged } = cluster.network()?.mend();
+    ensure!(dropped + damaged > 0, "the network was told to drop or damage, and nothing was hit");
+    row.hits.dropped += dropped;
+    row.hits.damaged += damaged;
     Ok(())
 }
 

@@ -41,15 +41,24 @@ struct Faults {
     cut: BTreeSet<(IpAddr, IpAddr)>,
     /// Of what goes there, one datagram in so many has a bit turned.
     damaged: BTreeMap<IpAddr, u32>,
-    dropped: u64,
+    hits: Hits,
     dice: u64,
+}
+
+/// What a network has done to those who use it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    /// Datagrams that did not pass.
+    pub dropped: u64,
+    /// Datagrams that had a bit turned.
+    pub damaged: u64,
 }
 
 impl Faults {
     /// Whether a datagram passes; it may be damaged on the way.
     fn passes(&mut self, from: IpAddr, to: IpAddr, datagram: &mut [u8]) -> bool {
         if self.cut.contains(&(from, to)) {
-            self.dropped += 1;
+            self.hits.dropped += 1;
             return false;
         }
         if let Some(one_in) = self.damaged.get(&to).copied()
@@ -58,6 +67,7 @@ impl Faults {
         {
             let bit = self.draw() as usize % (datagram.len() * 8);
             datagram[bit / 8] ^= 1 << (bit % 8);
+            self.hits.damaged += 1;
         }
         true
     }
@@ -103,12 +113,12 @@ impl Network {
         self.lock().damaged.insert(to, one_in);
     }
 
-    /// Everything passes again; how many datagrams were dropped since the last time.
-    pub fn mend(&self) -> u64 {
+    /// Everything passes again; what was done since the last time.
+    pub fn mend(&self) -> Hits {
         let mut faults = self.lock();
         faults.cut.clear();
         faults.damaged.clear();
-        std::mem::take(&mut faults.dropped)
+        std::mem::take(&mut faults.hits)
     }
 
     fn lock(&self) -> MutexGuard<'_, Faults> {
@@ -199,12 +209,16 @@ mod tests {
         assert!(a.recv_from(&mut buffer).is_err(), "b does not reach a");
         a.send_to(b"two", front).unwrap();
         assert_eq!(b.recv_from(&mut buffer).unwrap(), (3, from_a), "a still reaches b");
-        assert_eq!(network.mend(), 1);
+        assert_eq!(network.mend(), Hits { dropped: 1, damaged: 0 });
         b.send_to(b"back", from_a).unwrap();
         assert_eq!(a.recv_from(&mut buffer).unwrap(), (4, front));
         network.damage(address_of(2), 1);
         a.send_to(&[0; 8], front).unwrap();
         b.recv_from(&mut buffer).unwrap();
         assert_eq!(buffer[..8].iter().map(|byte| byte.count_ones()).sum::<u32>(), 1);
+        assert_eq!(network.mend(), Hits { dropped: 0, damaged: 1 });
+        a.send_to(b"well", front).unwrap();
+        b.recv_from(&mut buffer).unwrap();
+        assert_eq!(network.mend(), Hits::default(), "nothing was hit");
     }
 }

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_coordinator::dispatch::{Sequence, Taken};
-use shoal_coordinator::recovery::{GiveUp, Loss, Move, Recovery, is_superseded};
+use shoal_coordinator::recovery::{GiveUp, Loss, Next, Recovery, is_superseded};
 use shoal_coordinator::router::book::Outcome;
+use shoal_coordinator::router::budget::RetryBudget;
 use shoal_coordinator::router::{RouteRequest, Router, Ticket};
 use shoal_coordinator::serving::{ServedDeployment, ServingTable};
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, DeploymentName, NodeId, ReplicaId};
+use shoal_protocol::id::{Attempt, DeploymentName, Generation, NodeId, ReplicaId};
 use shoal_protocol::request::HeadEvent;
 use shoal_protocol::units::Instant;
 
@@ -46,6 +47,8 @@ pub type Name = (u64, u32);
 pub struct Desk {
     /// The router.
     pub router: Router,
+    /// The real one.
+    budget: RetryBudget,
     /// What is served.
     pub table: Arc<ServingTable>,
     /// Those that go on.
@@ -94,7 +97,8 @@ impl World {
             let Some(deployment) = table.deployments.get(&name) else { return };
             let Some(first) = sequences.first() else { return };
             let count = sequences.len() as u32;
-            let Ok(ticket) = world.admit(process, deployment, first, count) else { return };
+            process.desk.budget.request(Instant(now));
+            let Ok(ticket) = world.admit(process, deployment, first, (count, &[])) else { return };
             taken = true;
             let names: Vec<Name> = sequences.iter().map(|s| (s.request.0, s.choice)).collect();
             for (name, sequence) in names.iter().zip(sequences) {
@@ -122,12 +126,13 @@ impl World {
         process: &mut Process,
         deployment: &ServedDeployment,
         sequence: &Sequence,
-        sequences: u32,
+        (sequences, avoid): (u32, &[(ReplicaId, Generation)]),
     ) -> Result<Ticket, ()> {
         let request = RouteRequest {
             sequences,
             prompt_tokens: sequence.rows() as u32,
             max_tokens: sequence.left(),
+            avoid,
             ..RouteRequest::default()
         };
         let dice = self.dice.bits();
@@ -364,25 +369,26 @@ impl World {
         deployment: Option<&ServedDeployment>,
     ) {
         let now = Instant(self.now);
-        let Some(answer) = process.desk.answers.get(&request) else { return };
+        let dice = self.dice.bits();
+        let Desk { answers, budget, alone, .. } = &mut process.desk;
+        let Some(answer) = answers.get_mut(&request) else { return };
         if answer.recovery.is_suspect() {
-            let holder = process.desk.alone.entry(answer.deployment.clone()).or_insert(request);
+            let holder = alone.entry(answer.deployment.clone()).or_insert(request);
             if *holder != request {
                 return;
             }
         }
-        match answer.recovery.next(now, deployment) {
+        match answer.recovery.next_attempt(now, dice, deployment, || budget.retry(now)) {
             // A leader that has not looked yet shows nothing at all.
             Err(GiveUp::Undeployed) if deployment.is_none() => {}
             Err(verdict) => {
                 self.gave_up(process, request, Loss::Final, Ended::GaveUp(verdict));
             }
-            Ok(Move::Wait(_)) => {}
-            Ok(Move::Ask(replicas)) => {
+            Ok(Next::Wait(_)) => {}
+            Ok(Next::Ask(avoid)) => {
                 let Some(deployment) = deployment else { return };
-                let usable = ServedDeployment { replicas, ..deployment.clone() };
                 let sequence = answer.sequence.clone();
-                match self.admit(process, &usable, &sequence, 1) {
+                match self.admit(process, deployment, &sequence, (1, &avoid)) {
                     Ok(ticket) => self.attempt(id, process, request, ticket),
                     Err(()) => {
                         let dice = self.dice.bits();

@@ -75,10 +75,11 @@ impl Peers {
         if let PeerReply::Refused(refusal) = &reply {
             tracing::warn!(%node, "a coordinator was refused: {refusal}");
         }
-        let sent = sender.send_message(&reply, MESSAGE_LEN_MAX).await;
+        let sent = timeout(REQUEST_TIMEOUT, sender.send_message(&reply, MESSAGE_LEN_MAX)).await;
+        let sent = sent.map_err(|_| format!("it read no answer for {REQUEST_TIMEOUT:?}"))?;
         sent.map_err(|error| error.to_string())?;
         if listens {
-            return self.listen(u64::from(node.number), receiver).await;
+            return self.listen(node, receiver).await;
         }
         sender.finish();
         let _ = timeout(LAST_WORDS, connection.closed()).await;
@@ -187,7 +188,8 @@ impl Peers {
         Ok(PeerReply::CaKey { authority })
     }
 
-    async fn listen(&self, id: u64, mut receiver: FrameReceiver) -> Result<(), String> {
+    async fn listen(&self, node: NodeId, mut receiver: FrameReceiver) -> Result<(), String> {
+        let id = u64::from(node.number);
         loop {
             let head = receiver.next().await.map_err(|error| error.to_string())?;
             let Some(head) = head else { return Ok(()) };
@@ -200,6 +202,10 @@ impl Peers {
             if message.from != id || message.to != u64::from(self.me.node.number) {
                 return Err(format!("a message from {} to {}", message.from, message.to));
             }
+            if is_removed(&self.store.state(), node) {
+                // It was admitted before; when it comes again it hears why not.
+                return Err(format!("{node} was removed from this cluster"));
+            }
             if !self.welcomed.load(Ordering::Relaxed) && !self.store.state().is_new() {
                 // The sender sends again whatever it still needs.
                 continue;
@@ -211,10 +217,15 @@ impl Peers {
     }
 }
 
+/// Whether its number was given, and is not there any more.
+fn is_removed(state: &ClusterState, node: NodeId) -> bool {
+    state.nodes.was_given(node) && state.nodes.get(node).is_none()
+}
+
 /// Who is no node of this cluster. Numbers are never given again, so one that was given and is not there
 /// was removed for good, by whatever coordinators there were: it must not go on with the others of its kind.
 fn stranger(state: &ClusterState, node: NodeId) -> WireError {
-    if !state.nodes.was_given(node) {
+    if !is_removed(state, node) {
         return Refusal::UnknownNode { node }.into();
     }
     let text = format!(
