@@ -119,12 +119,12 @@ fn what_was_decided_for_workers_binds_those_that_come_later() {
     }
     // Whoever proposes these has not heard of it yet.
     let before = cluster.state.nodes.clone();
-    for old in [start(2), speaks(2, 1)] {
+    for old in [start(3), speaks(3, 1)] {
         assert_eq!(cluster.apply(old), held(&[W1]), "an older build came back");
         assert_eq!(cluster.state.nodes, before);
     }
     assert_eq!(cluster.state.lowest_protocol(), 2);
-    assert_eq!(cluster.apply(start(1)), Ok(vec![]), "it is the start that is on record");
+    assert_eq!(cluster.apply(start(2)), Ok(vec![]), "it is the start that is on record");
     cluster.apply(speaks(2, 2)).unwrap();
 }
 
