@@ -174,9 +174,9 @@ class Sdk(unittest.TestCase):
         self.assertEqual(asyncio.run(ask()), [ANSWER] * 8)
 
 
-@unittest.skipUnless("SHOAL_VICTIM" in os.environ, "no worker is named to be killed")
+@unittest.skipUnless("SHOAL_VICTIM" in os.environ, "no process is named to be killed")
 class Survival(unittest.TestCase):
-    def test_a_stream_survives_the_kill_of_a_worker(self):
+    def test_a_stream_survives_a_kill(self):
         client = openai.OpenAI(base_url=URL, api_key="unused", max_retries=0, timeout=30)
         arguments = {
             "model": os.environ["SHOAL_SLOW_MODEL"],

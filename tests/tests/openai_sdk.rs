@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::plan::ModelSource;
-use shoal_tests::proc::{Process, Up, UpOptions};
+use shoal_tests::proc::cluster::START_TIMEOUT;
+use shoal_tests::proc::{Cluster, Process, Up, UpOptions};
 use shoal_tests::slow::{SLOW, holder};
 
 /// Set to 1 where PyPI cannot be reached.
@@ -22,12 +24,70 @@ const TESTS_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[test]
 fn the_openai_sdk_passes() -> Result<()> {
+    let Some(python) = sdk_or_skip()? else { return Ok(()) };
+    let up = Up::start(&UpOptions::default())?;
+    let view = up.admin()?.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
+    let mut tests = script(&python, &up.url());
+    tests.env("SHOAL_VICTIM", holder(&view, "slow", 1)?.to_string());
+    run(tests)?;
+    up.stop(&[])?;
+    Ok(())
+}
+
+/// The stream goes through a coordinator that follows; each time another process that has a part in it,
+/// or in the cluster, is killed in its middle. At the end one of three coordinators is left.
+#[test]
+fn a_stream_survives_the_kill_of_each_role_in_turn() -> Result<()> {
+    let Some(python) = sdk_or_skip()? else { return Ok(()) };
+    let cluster = Cluster::start(3, 6)?;
+    cluster.admin(0)?.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
+    let leader = cluster.leader(0)?;
+    let (through, follower) = ((leader + 1) % 3, (leader + 2) % 3);
+    let admin = cluster.admin(through)?;
+    let survive = |role: &str, victim: u32| -> Result<()> {
+        let mut tests = script(&python, &cluster.api(through));
+        tests.arg("Survival").env("SHOAL_VICTIM", victim.to_string());
+        run(tests).with_context(|| format!("{role} was killed"))
+    };
+    for (stage, role) in ["the head", "the middle stage", "the last stage"].into_iter().enumerate()
+    {
+        let view = admin.wait_for_phase("slow", DeploymentPhase::Ready, START_TIMEOUT)?;
+        survive(role, holder(&view, "slow", stage)?)?;
+    }
+    admin.wait_for_phase("slow", DeploymentPhase::Ready, START_TIMEOUT)?;
+    for (role, index) in [("another follower", follower), ("the leader", leader)] {
+        survive(role, cluster.coordinator_pid(index).context("it runs")?)?;
+    }
+    Ok(())
+}
+
+/// The tests in Python, against a cluster with the deployment `slow`.
+fn script(python: &Path, url: &str) -> Command {
+    let mut tests = Command::new(python);
+    tests
+        .arg(folder().join("test_openai.py"))
+        .env("SHOAL_URL", format!("{url}/v1"))
+        .env("SHOAL_MODEL", "demo")
+        .env("SHOAL_SLOW_MODEL", "slow")
+        .env("NO_PROXY", "127.0.0.1");
+    tests
+}
+
+fn run(tests: Command) -> Result<()> {
+    let finished = Process::spawn(tests)?.finish(TESTS_TIMEOUT)?;
+    print!("{}{}", finished.stdout, finished.stderr);
+    ensure!(finished.code() == Some(0), "{finished:?}");
+    Ok(())
+}
+
+/// The SDK's Python; `None` where it is to be skipped.
+fn sdk_or_skip() -> Result<Option<PathBuf>> {
     if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
         // Past the capture of the test runner, so that a skip is seen.
         let line = format!("SKIPPED: the OpenAI SDK was not tested, because {SKIP}=1\n");
         let terminal = std::fs::OpenOptions::new().append(true).open("/dev/stderr");
         terminal.and_then(|mut out| std::io::Write::write_all(&mut out, line.as_bytes()))?;
-        return Ok(());
+        return Ok(None);
     }
     let python = sdk().with_context(|| {
         format!(
@@ -35,21 +95,7 @@ fn the_openai_sdk_passes() -> Result<()> {
              {SKIP}=1 to skip this test"
         )
     })?;
-    let up = Up::start(&UpOptions::default())?;
-    let view = up.admin()?.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
-    let mut tests = Command::new(python);
-    tests
-        .arg(folder().join("test_openai.py"))
-        .env("SHOAL_URL", format!("{}/v1", up.url()))
-        .env("SHOAL_MODEL", "demo")
-        .env("SHOAL_SLOW_MODEL", "slow")
-        .env("SHOAL_VICTIM", holder(&view, "slow", 1)?.to_string())
-        .env("NO_PROXY", "127.0.0.1");
-    let finished = Process::spawn(tests)?.finish(TESTS_TIMEOUT)?;
-    print!("{}{}", finished.stdout, finished.stderr);
-    finished.expect_code(0);
-    up.stop(&[])?;
-    Ok(())
+    Ok(Some(python))
 }
 
 fn folder() -> PathBuf {
