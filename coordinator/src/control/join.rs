@@ -3,7 +3,8 @@
 //! So every step is bounded before it is taken: how often (a token bucket), how many at once, how
 //! long, how much (4 KiB). The secret is spent by a committed command before a certificate is
 //! signed; a joiner that breaks off in between has used its token up, which is the safe side. A node that
-//! was removed gets no new certificate: the state is read as all coordinators have it.
+//! was removed gets no new certificate here: the state is read as all coordinators have it. A coordinator
+//! that votes by this copy is the exception: without it there may be no majority that could be asked.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -23,13 +24,17 @@ use super::registry::KNOWS_TRUST;
 use super::state::{
     Change, ClusterState, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash,
 };
-use super::store::ControlStore;
+use super::store::{ControlStore, ReadError};
 
 /// How long a whole join may take on this side, the disk included.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long a joiner may take to say what it wants; until then it has none of the places of joins.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a majority may take to answer before a coordinator that votes is judged by this copy of the
+/// state: some elections, and well below what whoever asks waits.
+const MAJORITY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long to wait until the joiner has its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -160,7 +165,7 @@ impl JoinServer {
         let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
-        let (node, state) = (request.node, self.store.read().await?);
+        let (node, state) = (request.node, self.state_for(request.node).await?);
         let known = state.nodes.get(node).ok_or(Refusal::UnknownNode { node })?;
         if known.key != KeyFingerprint(key) {
             let words = format!("{node} has another key on record than the one that asks");
@@ -172,6 +177,21 @@ impl JoinServer {
             .map_err(|error| WireError::new(ErrorCode::Internal, error.to_string()))?;
         tracing::info!(%node, "is back with an expired certificate: renewed");
         admitted(node, certificate, trust, request.versions)
+    }
+
+    /// What is decided, for whoever asks for a certificate. Where no majority answers, a coordinator that
+    /// votes by this copy is judged by this copy: it may be the one that the majority lacks, and no message
+    /// of the log reaches it before it has a certificate. If it was removed meanwhile it is let in by nobody
+    /// who knows that.
+    async fn state_for(&self, node: NodeId) -> Result<Arc<ClusterState>, ReadError> {
+        let votes = self.store.state().coordinators.voters().contains(&node);
+        if self.store.is_elsewhere() || !votes {
+            return self.store.read().await;
+        }
+        match tokio::time::timeout(MAJORITY_PATIENCE, self.store.read()).await {
+            Ok(Err(ReadError::NoQuorum)) | Err(_) => Ok(self.store.state()),
+            Ok(read) => read,
+        }
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
