@@ -120,7 +120,8 @@ pub struct Recovery {
     /// Since the last event.
     blame: u32,
     losses: u32,
-    /// Whether the last of them took a worker along, or its layout.
+    /// Whether the last of them took a worker along, or its layout, or an answer that was under way: a head
+    /// that retires turns away at last what does not end.
     lost_at_work: bool,
     broken: u32,
     /// Whether the budget has granted the retry after the last loss.
@@ -254,7 +255,7 @@ impl Recovery {
         }
         self.losses += 1;
         self.granted = false;
-        self.lost_at_work = matches!(loss, Loss::Lost | Loss::Superseded);
+        self.lost_at_work = self.progressed || matches!(loss, Loss::Lost | Loss::Superseded);
         if !self.progressed {
             self.blame += loss.blame();
             if self.blame >= QUARANTINE_AT {
@@ -271,7 +272,8 @@ impl Recovery {
     }
 
     /// Whether the next attempt is a retry, which the budget of retries must grant. The first one after a
-    /// worker was lost at work is none: there is one for each loss, and an answer that was promised goes on.
+    /// worker was lost at work is none, nor is it after tokens came: there is one for each loss, and an
+    /// answer that was promised goes on.
     /// What was turned away, or lost again before it had a token, may be one of very many.
     pub fn is_retry(&self) -> bool {
         self.losses > 0 && !(self.losses == 1 && self.lost_at_work)

@@ -253,6 +253,18 @@ fn the_first_attempt_after_a_workers_loss_is_free_and_what_repeats_itself_is_not
 }
 
 #[test]
+fn what_had_tokens_goes_on_free_of_the_budget_however_it_was_lost() {
+    for loss in [Loss::TurnedAway, Loss::Broken, Loss::Crowded, Loss::Lost, Loss::Superseded] {
+        let mut recovery = Recovery::new(7);
+        recovery.went_on(NOW);
+        lost(&mut recovery, loss).expect("it goes on");
+        assert!(!recovery.is_retry(), "{loss:?}: a move that was planned loses no time");
+        lost(&mut recovery, Loss::TurnedAway).expect("it goes on");
+        assert!(recovery.is_retry(), "{loss:?}: nothing came since");
+    }
+}
+
+#[test]
 fn a_layout_that_failed_is_avoided_until_its_back_off_is_over() {
     let mut recovery = Recovery::new(7);
     assert!(recovery.avoided(NOW).is_empty());
