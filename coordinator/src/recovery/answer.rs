@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::course::{GiveUp, Loss, Next, Recovery, is_superseded};
 use super::error::RecoveryError;
+use super::pace::Pace;
 use super::probation::Probation;
 use crate::api::places::{Place, Places};
 use crate::dispatch::{Answer, AnswerEvent, DispatchError, Dispatcher, Sequence, Target};
@@ -23,16 +24,6 @@ use crate::router::RouteRequest;
 use crate::serving::{ServedDeployment, ServingTable};
 use crate::telemetry::Telemetry;
 use crate::trace::{AttemptTrace, RequestTrace};
-
-/// How long an attempt may be silent before it is looked up whether its layout still is the one that
-/// serves: answers that flow cost nothing, and a head that was replaced on purpose may finish.
-const SILENCE: Duration = Duration::from_millis(50);
-
-/// An attempt that has been as silent before is not silent yet: so many times its longest gap.
-const SILENCE_FACTOR: u32 = 3;
-
-/// However slow its tokens are: an old layout that retires waits five seconds for its answers.
-const SILENCE_MAX: Duration = Duration::from_secs(2);
 
 /// What all answers need to go on. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -72,26 +63,6 @@ struct Running {
     place: Place,
     trace: AttemptTrace,
     pace: Pace,
-}
-
-/// How its tokens come.
-#[derive(Debug, Default)]
-struct Pace {
-    last: Option<Instant>,
-    longest: Duration,
-}
-
-impl Pace {
-    fn token(&mut self, now: Instant) {
-        // What comes before the first one is the prompt's.
-        if let Some(last) = self.last.replace(now) {
-            self.longest = self.longest.max(now.duration_since(last));
-        }
-    }
-
-    fn silence(&self) -> Duration {
-        (self.longest * SILENCE_FACTOR).clamp(SILENCE, SILENCE_MAX)
-    }
 }
 
 /// Why an attempt ended.
@@ -171,7 +142,7 @@ impl LastingAnswer {
                     Ok(event) => {
                         match &event {
                             AnswerEvent::Token(token) => {
-                                running.pace.token(Instant::now());
+                                running.pace.token(now_since(self.origin));
                                 running.place.token(token.first.map(|(_, prefill)| prefill));
                             }
                             AnswerEvent::Done { .. } => {
@@ -194,7 +165,7 @@ impl LastingAnswer {
     }
 
     fn now(&self) -> units::Instant {
-        units::Instant(0) + self.origin.elapsed()
+        now_since(self.origin)
     }
 
     fn went_on(&mut self) {
@@ -385,6 +356,10 @@ impl LastingAnswer {
         let waited = self.recovery.stalled(self.now()).unwrap_or_default();
         RecoveryError::OutOfTime { waited, last: self.last_words().to_owned(), missing }
     }
+}
+
+fn now_since(origin: Instant) -> units::Instant {
+    units::Instant(0) + origin.elapsed()
 }
 
 /// Resolves when nothing has come for a while and the table has a newer layout that serves.

@@ -8,9 +8,11 @@
 //!
 //! **Blame.** A worker that dies takes all of its sequences along, and one of them may be the cause.
 //! A sequence is blamed for a loss only where its attempt had not brought a token yet: the poisonous
-//! one never brings one. Whoever is blamed once is a *suspect* and is tried again alone among the
-//! suspects of its deployment (`probation`), until it has a token. So innocent ones beside a poisonous
-//! one are blamed once at most, and what is lost while it is alone has shown what it does.
+//! one never brings one. Whoever was there when a worker was lost is a *suspect* and is tried again alone
+//! among the suspects of its deployment (`probation`), until it has a token. So innocent ones beside a
+//! poisonous one are blamed once at most, and what is lost while it is alone has shown what it does. A
+//! layout that was replaced is half a loss and makes nobody a suspect by itself: a move that was planned
+//! finds many in their prompts, and they would go on one after the other.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -213,7 +215,7 @@ impl Recovery {
 
     /// Whether it may have killed its worker: it is tried again alone.
     pub fn is_suspect(&self) -> bool {
-        self.blame > 0
+        self.blame >= BLAME_LOST
     }
 
     /// How long the client has waited for the next event, where something was lost.

@@ -176,6 +176,15 @@ fn what_kills_its_worker_twice_before_a_token_is_quarantined() {
 }
 
 #[test]
+fn who_was_in_its_prompt_when_a_layout_was_replaced_is_not_tried_alone() {
+    let mut recovery = Recovery::new(7);
+    lost(&mut recovery, Loss::Superseded).expect("it goes on");
+    assert!(!recovery.is_suspect(), "an operator moved it, and hundreds beside it");
+    lost(&mut recovery, Loss::Superseded).expect("it goes on");
+    assert!(recovery.is_suspect(), "once more is one too many");
+}
+
+#[test]
 fn what_brings_tokens_is_never_blamed() {
     let mut recovery = Recovery::new(7);
     for _ in 0..10 {

@@ -14,8 +14,10 @@
 mod answer;
 mod course;
 mod error;
+mod pace;
 mod probation;
 
 pub use answer::{LastingAnswer, Resumer};
 pub use course::{GiveUp, Loss, Move, Next, Recovery, is_superseded};
 pub use error::RecoveryError;
+pub use pace::Pace;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_coordinator::dispatch::{Sequence, Taken};
-use shoal_coordinator::recovery::{GiveUp, Loss, Next, Recovery, is_superseded};
+use shoal_coordinator::recovery::{GiveUp, Loss, Next, Pace, Recovery, is_superseded};
 use shoal_coordinator::router::book::Outcome;
 use shoal_coordinator::router::budget::RetryBudget;
 use shoal_coordinator::router::{RouteRequest, Router, Ticket};
@@ -23,9 +23,6 @@ use super::bug::Bug;
 use super::coordinator::Process;
 use super::wire::Payload;
 use super::world::World;
-
-/// As in `recovery/answer.rs`.
-const SILENCE_US: u64 = 50_000;
 
 /// A head that is there answers a late request itself.
 const LATE_US: u64 = 50_000;
@@ -75,6 +72,14 @@ pub struct Answer {
 struct Running {
     ticket: Ticket,
     life: u64,
+    /// The real one.
+    pace: Pace,
+}
+
+impl Running {
+    fn new(ticket: Ticket, life: u64) -> Self {
+        Self { ticket, life, pace: Pace::default() }
+    }
 }
 
 impl Desk {
@@ -107,7 +112,7 @@ impl World {
                     sequence,
                     recovery: Recovery::new(deployment.created),
                     // Taken with the others' places.
-                    running: Some(Running { ticket: ticket.clone(), life: 0 }),
+                    running: Some(Running::new(ticket.clone(), 0)),
                     last_event: now,
                     deadline,
                     client,
@@ -157,7 +162,7 @@ impl World {
         self.checks.attempts += 1;
         answer.last_event = self.now;
         let head = ticket.head;
-        answer.running = Some(Running { ticket, life: life.unwrap_or(0) });
+        answer.running = Some(Running::new(ticket, life.unwrap_or(0)));
         match life {
             None => self.lost(id, process, request, Loss::Unreachable, ErrorCode::WorkerLost),
             Some(life) => {
@@ -232,6 +237,7 @@ impl World {
         answer.last_event = self.now;
         answer.recovery.went_on(now);
         if let Some(running) = &mut answer.running {
+            running.pace.token(now);
             match prefill {
                 Some(us) => {
                     let prefill = Duration::from_micros(u64::from(us));
@@ -344,7 +350,8 @@ impl World {
             match &answer.running {
                 Some(running) => {
                     let at = (running.ticket.replica, running.ticket.generation);
-                    let silent = self.now >= answer.last_event + SILENCE_US;
+                    let silence = running.pace.silence();
+                    let silent = Instant(self.now) >= Instant(answer.last_event) + silence;
                     if silent && deployment.is_some_and(|deployment| is_superseded(deployment, at))
                     {
                         self.lost(
