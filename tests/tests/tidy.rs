@@ -51,6 +51,7 @@ const PURE: &[&str] = &[
     "coordinator/src/control/store/heard.rs",
     "coordinator/src/dispatch/sequence.rs",
     "coordinator/src/recovery/course.rs",
+    "coordinator/src/recovery/pace.rs",
     "coordinator/src/router",
     "protocol/src/access.rs",
     "protocol/src/activation.rs",

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::course::{GiveUp, Loss, Next, Recovery, is_superseded};
 use super::error::RecoveryError;
-use super::pace::Pace;
+use super::pace::{Pace, SILENCE};
 use super::probation::Probation;
 use crate::api::places::{Place, Places};
 use crate::dispatch::{Answer, AnswerEvent, DispatchError, Dispatcher, Sequence, Target};
