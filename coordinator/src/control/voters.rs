@@ -53,7 +53,7 @@ pub(super) async fn change(
     }
 }
 
-/// Has it decided, and waits until those vote who shall and each of them holds the CA's key.
+/// Has it decided, and waits until those vote who shall, with the CA's key where it is needed.
 async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<(), WireError> {
     loop {
         // Another operator may wish for something else at the same time, from the same copy: whoever is
@@ -67,28 +67,41 @@ async fn vote(store: &ControlStore, wish: Wish<'_>, until: Instant) -> Result<()
             Ok(Settled::Overruled) if Instant::now() >= until => return Err(late()),
             Ok(Settled::Overruled) => {}
             Ok(Settled::Stopped) => {
-                return Err(WireError::new(ErrorCode::Draining, "this coordinator stops"));
+                return Err(stops());
             }
             Err(_) => return Err(late()),
         }
     }
-    hold_the_key(store, |state| state.coordinators.voters().clone()).await
+    hold_the_key(store, wish.add, |state| state.coordinators.voters().clone()).await
 }
 
-/// The last one that holds the CA's key must not be the first to be lost.
+/// Waits until whoever goes may go: see [`key_suffices`].
 async fn hold_the_key(
     store: &ControlStore,
-    who: impl Fn(&ClusterState) -> BTreeSet<NodeId>,
+    come: &[NodeId],
+    stay: impl Fn(&ClusterState) -> BTreeSet<NodeId>,
 ) -> Result<(), WireError> {
-    let holds = |state: &Arc<ClusterState>| {
-        who(state).iter().all(|node| state.coordinators.get(*node).is_some_and(|r| r.holds_key))
-    };
-    if tokio::time::timeout(SETTLE_TIMEOUT, store.watch().wait_for(holds)).await.is_err() {
-        let text = "they vote, but not each of them holds the CA's key yet; the log of each says whether \
-                    it is reached";
-        return Err(WireError::new(ErrorCode::DeadlineExceeded, text));
+    let suffices = |state: &Arc<ClusterState>| key_suffices(state, come, &stay(state));
+    match tokio::time::timeout(SETTLE_TIMEOUT, store.watch().wait_for(suffices)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(_)) => Err(stops()),
+        Err(_) => {
+            let text = "they vote, but those that came do not all hold the CA's key yet, or nobody who stays \
+                        does; the log of each says whether it is reached";
+            Err(WireError::new(ErrorCode::DeadlineExceeded, text))
+        }
     }
-    Ok(())
+}
+
+/// The last one that holds the CA's key must not be the first to be lost: who comes holds it, and somebody who
+/// stays does. One that stays and is off holds up nothing: it gets the key when it is back.
+fn key_suffices(state: &ClusterState, come: &[NodeId], stay: &BTreeSet<NodeId>) -> bool {
+    let holds = |node: &NodeId| state.coordinators.get(*node).is_some_and(|r| r.holds_key);
+    come.iter().filter(|node| stay.contains(node)).all(holds) && stay.iter().any(holds)
+}
+
+fn stops() -> WireError {
+    WireError::new(ErrorCode::Draining, "this coordinator stops")
 }
 
 /// Another service has the log and does the voting: whoever has joined takes part, and one of those
@@ -239,21 +252,67 @@ pub(super) fn view(state: &ClusterState, store: &ControlStore) -> Vec<PeerView> 
 mod tests {
     use super::*;
     use crate::control::state::{Command, KeyFingerprint, NodeCommand};
+    use crate::control::store::raft::{self, WhenEmpty};
     use shoal_protocol::id::Incarnation;
 
-    #[test]
-    fn to_remove_a_coordinator_again_is_done_and_one_that_never_was_is_refused() {
-        let mut state = ClusterState::default();
-        let mut sequence = 0;
-        let mut make = |state: &mut ClusterState, change| {
+    /// A state with so many coordinators that have joined, and what makes changes of it.
+    fn joined(
+        count: u32,
+    ) -> (ClusterState, impl FnMut(&mut ClusterState, Change) -> Result<(), Refusal>) {
+        let (mut state, mut sequence) = (ClusterState::default(), 0);
+        let mut make = move |state: &mut ClusterState, change| {
             sequence += 1;
-            let (client, incarnation) = (NodeId::coordinator(1), Incarnation(1));
-            state.apply(&Command { client, incarnation, sequence, at: Default::default(), change })
+            let (client, incarnation, at) =
+                (NodeId::coordinator(1), Incarnation(1), Default::default());
+            let command = Command { client, incarnation, sequence, at, change };
+            state.apply(&command).map(drop)
         };
-        for _ in 0..2 {
+        for _ in 0..count {
             let (role, key) = (Role::Coordinator, KeyFingerprint([1; 32]));
             make(&mut state, Change::Node(NodeCommand::Enrol { role, key })).unwrap();
         }
+        (state, make)
+    }
+
+    #[test]
+    fn who_is_off_without_the_key_holds_nobody_up_and_the_last_key_stays() {
+        let (mut state, mut make) = joined(4);
+        let c = |number| NodeId::coordinator(number);
+        for number in 1..=4 {
+            let (node, incarnation, boot) = (c(number), Incarnation(1), 7);
+            let (cluster, build) = (([10, 0, 0, 1], 1).into(), String::new());
+            let announce = CoordinatorCommand::Announce { node, incarnation, boot, cluster, build };
+            make(&mut state, Change::Coordinator(announce)).unwrap();
+        }
+        let mut give = |state: &mut ClusterState, node| {
+            make(state, Change::Coordinator(CoordinatorCommand::KeyReceived { node })).unwrap();
+        };
+        give(&mut state, c(1));
+        give(&mut state, c(2));
+        // c3 is off; c2 goes.
+        assert!(key_suffices(&state, &[], &[c(1), c(3)].into()));
+        // And c4 comes in its place.
+        let stay = [c(1), c(3), c(4)].into();
+        assert!(!key_suffices(&state, &[c(4)], &stay));
+        give(&mut state, c(4));
+        assert!(key_suffices(&state, &[c(4)], &stay));
+        assert!(!key_suffices(&state, &[], &[c(3)].into()), "the keys would go");
+    }
+
+    #[tokio::test]
+    async fn a_store_that_ends_does_not_count_as_a_key() {
+        let data = tempfile::tempdir().unwrap();
+        let me = NodeId::coordinator(1);
+        let opened = raft::open(data.path(), me, WhenEmpty::Found, Box::new(|_| {}));
+        let (store, thread) = opened.unwrap();
+        tokio::task::spawn_blocking(move || thread.close()).await.unwrap();
+        let ended = hold_the_key(&store, &[me], |_| [me].into()).await.unwrap_err();
+        assert_eq!(ended.code, ErrorCode::Draining);
+    }
+
+    #[test]
+    fn to_remove_a_coordinator_again_is_done_and_one_that_never_was_is_refused() {
+        let (mut state, mut make) = joined(2);
         let remove = |number| {
             Change::Coordinator(CoordinatorCommand::Remove { node: NodeId::coordinator(number) })
         };
