@@ -111,22 +111,43 @@ async fn change_elsewhere(
     add: &[NodeId],
     remove: &[NodeId],
 ) -> Result<(), WireError> {
-    let state = store.state();
+    let until = Instant::now() + SETTLE_TIMEOUT;
+    let mut left = remove.to_vec();
+    loop {
+        stand_in(store, add, remove).await?;
+        match remove_all(store, &mut left).await {
+            // Another operator has it stand for them meanwhile.
+            Err(ProposeError::Refused(Refusal::StillVotes { .. })) if Instant::now() < until => {}
+            done => return done.map_err(WireError::from),
+        }
+    }
+}
+
+/// Sees to it that one stands for the voters that stays, and holds the CA's key.
+async fn stand_in(
+    store: &ControlStore,
+    add: &[NodeId],
+    remove: &[NodeId],
+) -> Result<(), WireError> {
     let stays = |node: &NodeId| !remove.contains(node);
-    let staying: BTreeSet<_> =
-        state.coordinators.iter().map(|(node, _)| node).filter(stays).collect();
-    let known = add.iter().find(|node| !staying.contains(node));
-    if let Some(node) = known {
+    let staying = |state: &ClusterState| -> BTreeSet<NodeId> {
+        state.coordinators.iter().map(|(node, _)| node).filter(stays).collect()
+    };
+    let here = staying(&*store.read().await?);
+    if let Some(node) = add.iter().find(|node| !here.contains(node)) {
         return Err(Refusal::UnknownNode { node: *node }.into());
     }
-    hold_the_key(store, |_| add.iter().copied().collect()).await?;
-    if !state.coordinators.voters().iter().all(stays) {
-        let voters: BTreeSet<_> = staying.first().copied().into_iter().collect();
-        let change = CoordinatorCommand::SetVoters { voters: voters.clone() };
-        store.propose(Change::Coordinator(change)).await?;
-        hold_the_key(store, |_| voters.clone()).await?;
+    hold_the_key(store, add, staying).await?;
+    let state = store.state();
+    if state.coordinators.voters().iter().all(stays) {
+        return Ok(());
     }
-    remove_all(store, &mut remove.to_vec()).await.map_err(WireError::from)
+    let holders =
+        state.coordinators.iter().filter(|(node, record)| record.holds_key && stays(node));
+    let voters: BTreeSet<_> = holders.map(|(node, _)| node).take(1).collect();
+    let change = CoordinatorCommand::SetVoters { voters };
+    store.propose(Change::Coordinator(change)).await?;
+    Ok(())
 }
 
 /// Who is to vote, and who is not.
