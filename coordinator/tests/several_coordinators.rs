@@ -307,6 +307,32 @@ async fn a_lost_coordinator_is_replaced_and_its_old_folder_is_refused() {
     cluster.operator(3).await.token(Role::Worker, 1, 60).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_after_a_vote_has_it_gone_through_with() {
+    let mut cluster = Cluster::of_three().await;
+    cluster.kill(2);
+    cluster.join(0).await;
+    until(cluster.node(0), "does it learn", |view| {
+        view.coordinators.iter().any(|peer| peer.id == C[3] && peer.vote == Vote::Learner)
+    })
+    .await;
+    let operator = cluster.operator(0).await;
+    let call =
+        operator.call_slowly(AdminCall::ChangeVoters { add: vec![C[3]], remove: vec![C[2]] });
+    // It votes before it has the CA's key, and is removed after that.
+    tokio::select! {
+        reply = call => assert!(matches!(reply, AdminReply::Accepted), "{reply:?}"),
+        () = cluster.until_votes(0, &[C[0], C[1], C[3]]) => {}
+    }
+    let gone = async {
+        while cluster.node(0).view().coordinators.iter().any(|peer| peer.id == C[2]) {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    let removed = tokio::time::timeout(DEADLINE * 2, gone).await;
+    assert!(removed.is_ok(), "{:#?}", cluster.node(0).view().coordinators);
+}
+
 /// A backup of a data folder is older than what its coordinator has promised since.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_protocol::access::AccessCall;
 use shoal_protocol::admin::{
     AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX, PlanView,
 };
@@ -75,8 +76,8 @@ impl AdminServer {
                             server.call(operator, sender, receiver).await;
                         });
                     }
-                    // The operator has gone; calls that change something are made all the same, by
-                    // the store, which has them already.
+                    // The operator has gone. What the store has it makes all the same; changes of
+                    // several steps are not held by this set.
                     Err(_) => return,
                 },
                 Some(_) = calls.join_next() => {}
@@ -100,7 +101,7 @@ impl AdminServer {
                 mismatch.to_string(),
             )),
             Ok(_) if request.call == AdminCall::Watch => return self.watch(sender).await,
-            Ok(_) => self.answer(operator, request.call).await.unwrap_or_else(|refusal| {
+            Ok(_) => self.finish(operator, request.call).await.unwrap_or_else(|refusal| {
                 tracing::info!(%operator, label = %refusal.code, "refused: {refusal}");
                 AdminReply::Refused(refusal)
             }),
@@ -109,6 +110,24 @@ impl AdminServer {
         if sender.send_message(&reply, MESSAGE_LEN_MAX).await.is_ok() {
             sender.finish();
         }
+    }
+
+    /// Answers a call; one whose steps belong together is gone through with whether its operator stays or
+    /// hangs up: a coordinator without a vote that nobody removes, a CA's key of which nobody hears. Each of
+    /// these has deadlines of its own.
+    async fn finish(&self, operator: NodeId, call: AdminCall) -> Result<AdminReply, WireError> {
+        let belongs_together = matches!(
+            call,
+            AdminCall::ChangeVoters { .. } | AdminCall::Access(AccessCall::RotateCa { .. })
+        );
+        if !belongs_together {
+            return self.answer(operator, call).await;
+        }
+        let server = self.clone();
+        let work = tokio::spawn(async move { server.answer(operator, call).await });
+        work.await.unwrap_or_else(|error| {
+            Err(WireError::new(ErrorCode::Internal, format!("making the change: {error}")))
+        })
     }
 
     async fn watch(&self, mut sender: FrameSender) {
