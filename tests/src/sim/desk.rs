@@ -62,6 +62,9 @@ pub struct Answer {
     pub sequence: Sequence,
     recovery: Recovery,
     running: Option<Running>,
+    /// Attempts in a row that were lost with their worker or layout before they had brought a token, by our
+    /// own count.
+    pub fruitless: u32,
     last_event: u64,
     /// When its client will not wait any more.
     pub deadline: u64,
@@ -74,11 +77,13 @@ struct Running {
     life: u64,
     /// The real one.
     pace: Pace,
+    /// Whether it has brought a token.
+    fruitful: bool,
 }
 
 impl Running {
     fn new(ticket: Ticket, life: u64) -> Self {
-        Self { ticket, life, pace: Pace::default() }
+        Self { ticket, life, pace: Pace::default(), fruitful: false }
     }
 }
 
@@ -113,6 +118,7 @@ impl World {
                     recovery: Recovery::new(deployment.created),
                     // Taken with the others' places.
                     running: Some(Running::new(ticket.clone(), 0)),
+                    fruitless: 0,
                     last_event: now,
                     deadline,
                     client,
@@ -235,8 +241,10 @@ impl World {
         let now = Instant(self.now);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.last_event = self.now;
+        answer.fruitless = 0;
         answer.recovery.went_on(now);
         if let Some(running) = &mut answer.running {
+            running.fruitful = true;
             running.pace.token(now);
             match prefill {
                 Some(us) => {
@@ -278,6 +286,9 @@ impl World {
         let (ticket, life) = (&running.ticket, running.life);
         let (head, at) = (ticket.head, (ticket.replica, ticket.generation));
         let cancel = cancel_of(&answer.sequence);
+        if !running.fruitful && matches!(loss, Loss::Lost | Loss::Superseded) {
+            answer.fruitless += 1;
+        }
         let verdict = answer.recovery.lost(Instant(self.now), dice, at, loss);
         // A stream that is given up with its conversation takes no word along.
         let link = process.agents.workers.get(&head).and_then(|known| known.link.as_ref());

@@ -1,7 +1,7 @@
 //! **Every client's stream is a prefix of the oracle's tokens**, in order, once, whatever happened on
 //! the way; it is complete where it is said to be; and it ends early only for a reason that is its own:
 //! its deadline, its head's queue before it began, its deployment's end, or that it seems to kill its
-//! workers.
+//! workers: at least two of them in a row, or their layouts, before it had a token.
 
 use shoal_coordinator::recovery::{GiveUp, Loss};
 use shoal_protocol::id::TokenId;
@@ -9,6 +9,9 @@ use shoal_protocol::request::FinishReason;
 
 use crate::sim::desk::{Answer, Ended, Name};
 use crate::sim::world::World;
+
+/// One loss is no proof: a worker takes all of its sequences along.
+const POISON_MIN: u32 = 2;
 
 impl World {
     /// A client is given a token.
@@ -62,7 +65,7 @@ impl World {
         let gone = self.operator.removed.contains(&answer.deployment);
         let honest = match verdict {
             Ended::OutOfTime => late,
-            Ended::GaveUp(GiveUp::Quarantined { .. }) => true,
+            Ended::GaveUp(GiveUp::Quarantined { .. }) => answer.fruitless >= POISON_MIN,
             Ended::GaveUp(GiveUp::AsItIs) => late || loss == Loss::Crowded,
             Ended::GaveUp(GiveUp::Undeployed) => gone,
             Ended::GaveUp(GiveUp::Hopeless { .. }) => false,
