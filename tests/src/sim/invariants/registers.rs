@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::sim::world::World;
 
-/// Operations on one register that are searched: reads beyond that are left out.
-const OPERATIONS_MAX: usize = 128;
+/// Operations on one register that are searched, as many as bits in what is remembered of them: reads beyond
+/// that are left out, evenly.
+const OPERATIONS_MAX: usize = u128::BITS as usize;
 
 /// What an operation asks of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,21 +89,45 @@ impl Call {
     }
 }
 
-/// Whether some order explains what everybody was told.
-pub fn linearizable(first: u32, calls: &[Call]) -> bool {
+/// What a search comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Searched {
+    /// Some order explains what everybody was told.
+    Explained,
+    /// None does.
+    Wrong,
+    /// There are more changes than can be searched, which shows nothing.
+    TooLong,
+}
+
+/// Those that are searched, in their order: reads that are too many are left out from everywhere alike.
+fn searchable(calls: &[Call]) -> Option<Vec<Call>> {
     // A read of which nothing came says nothing.
     let useful = |call: &&Call| call.ask != Ask::Read || call.ended.is_some();
-    let mut calls: Vec<Call> = calls.iter().filter(useful).copied().collect();
-    while calls.len() > OPERATIONS_MAX {
-        let Some(read) = calls.iter().rposition(|call| call.ask == Ask::Read) else { return true };
-        calls.remove(read);
-    }
+    let calls: Vec<Call> = calls.iter().filter(useful).copied().collect();
+    let reads = calls.iter().filter(|call| call.ask == Ask::Read).count();
+    let room = OPERATIONS_MAX.checked_sub(calls.len() - reads)?.min(reads);
+    let mut seen = 0;
+    let stays = |call: &Call| {
+        if call.ask != Ask::Read {
+            return true;
+        }
+        seen += 1;
+        // Of every `reads` as many as there is room for.
+        seen * room / reads > (seen - 1) * room / reads
+    };
+    Some(calls.into_iter().filter(stays).collect())
+}
+
+/// Whether some order explains what everybody was told.
+pub fn linearizable(first: u32, calls: &[Call]) -> Searched {
+    let Some(calls) = searchable(calls) else { return Searched::TooLong };
     let known = calls.iter().enumerate().filter(|(_, call)| call.ended.is_some());
     let goal = known.fold(0u128, |goal, (i, _)| goal | 1 << i);
     let (mut tried, mut todo) = (HashSet::new(), vec![(0u128, first)]);
     while let Some((made, value)) = todo.pop() {
         if made & goal == goal {
-            return true;
+            return Searched::Explained;
         }
         if !tried.insert((made, value)) {
             continue;
@@ -117,16 +142,22 @@ pub fn linearizable(first: u32, calls: &[Call]) -> bool {
             }
         }
     }
-    false
+    Searched::Wrong
 }
 
 impl World {
     /// Checks what was said of each register.
     pub fn check_registers(&mut self) {
         let registers = self.history.registers.0.iter();
-        let wrong = registers.filter(|(_, (first, calls))| !linearizable(*first, calls));
-        let words = wrong.map(|(name, (_, calls))| format!("{name}: {calls:?}")).next();
-        if let Some(words) = words {
+        let searched =
+            registers.map(|(name, (first, calls))| (name, linearizable(*first, calls), calls));
+        let wrong = searched.filter(|(_, searched, _)| *searched != Searched::Explained);
+        let mut words = wrong.map(|(name, searched, calls)| match searched {
+            Searched::TooLong => format!("{name}: {} calls are too many to search", calls.len()),
+            _ => format!("{name}: {calls:?}"),
+        });
+        let first = words.next();
+        if let Some(words) = first {
             self.violate("registers", words);
         }
     }
@@ -148,7 +179,8 @@ mod tests {
     fn an_order_is_found_where_there_is_one() {
         let made = |ask, began, end| call(ask, began, Some((end, Told::Made)));
         let check = |calls: &[Call], expected| {
-            assert_eq!(linearizable(0, calls), expected, "{calls:?}");
+            let explained = linearizable(0, calls) == Searched::Explained;
+            assert_eq!(explained, expected, "{calls:?}");
         };
         check(&[made(Ask::Set(1), 0, 9), read(1, 2, 0), read(3, 4, 1)], true);
         // The first to look has seen it, the next has not.
@@ -166,5 +198,25 @@ mod tests {
         check(&[made(Ask::Create, 0, 5), refused], true);
         check(&[made(Ask::Create, 0, 5), made(Ask::Remove, 1, 6), read(7, 8, 0)], true);
         check(&[call(Ask::Scale(Some(2)), 0, Some((1, Told::Refused))), read(2, 3, 0)], true);
+    }
+
+    #[test]
+    fn too_many_changes_are_no_proof_and_reads_are_left_out_from_everywhere() {
+        let set = |at: u64| call(Ask::Set(at as u32), at, Some((at, Told::Made)));
+        let changes: Vec<Call> = (1..=OPERATIONS_MAX as u64).map(set).collect();
+        assert_eq!(linearizable(0, &changes), Searched::Explained);
+        let more: Vec<Call> = (1..=OPERATIONS_MAX as u64 + 1).map(set).collect();
+        assert_eq!(linearizable(0, &more), Searched::TooLong);
+        // Reads from beginning to end, of which every second stays.
+        let last = 2 * OPERATIONS_MAX as u64;
+        let reads: Vec<Call> = (1..=last).map(|at| read(at, at, 0)).collect();
+        let kept = searchable(&reads).unwrap_or_default();
+        assert_eq!(kept.len(), OPERATIONS_MAX);
+        assert!(kept.windows(2).all(|two| two[1].began - two[0].began == 2), "{kept:?}");
+        // The last of them alone has seen what was never there.
+        let mut wrong = reads;
+        wrong.push(read(last + 1, last + 1, 7));
+        wrong.push(read(last + 2, last + 2, 7));
+        assert_eq!(linearizable(0, &wrong), Searched::Wrong);
     }
 }
