@@ -112,7 +112,9 @@ impl Renewal {
             Some(present) if distrusted || is_due(&present, SystemTime::now()) => {
                 let renewed = renew(address, &present, RENEW_TIMEOUT).await?;
                 let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-                self.show(renewed)?;
+                // Other conversations may have brought something since.
+                let Some(present) = self.endpoint.identity() else { return Ok(()) };
+                self.show(onward(&present, renewed, SystemTime::now())?)?;
                 asked.taken = Some(Instant::now());
                 tracing::info!("the certificate was believed no more and is renewed");
                 Ok(())
@@ -145,7 +147,8 @@ impl Renewal {
 
     fn try_take(&self, certificate: Vec<u8>) -> Result<(), Fault> {
         let Some(present) = self.endpoint.identity() else { return Ok(()) };
-        self.show(present.renewed(certificate)?)
+        let renewed = present.renewed(certificate)?;
+        self.show(onward(&present, renewed, SystemTime::now())?)
     }
 
     fn show(&self, renewed: Identity) -> Result<(), Fault> {
@@ -159,9 +162,70 @@ impl Renewal {
     }
 }
 
+/// What came is older than what is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "it is of a CA that signs no more, so the coordinator that gave it lags behind: the certificate that is \
+     here stays, and another coordinator is asked"
+)]
+struct Backward;
+
+/// What came, as it may take the place of what is here now: who is believed is never taken back, and a good
+/// certificate of the CA that signs not for one of another. One that has expired is worth nothing.
+fn onward(present: &Identity, renewed: Identity, now: SystemTime) -> Result<Identity, Fault> {
+    let renewed = match renewed.trust.revision < present.trust.revision {
+        true => present.renewed(renewed.certificate)?,
+        false => renewed,
+    };
+    let signs =
+        |identity: &Identity| renewed.trust.signing().is_none_or(|ca| ca == identity.shows());
+    if !signs(&renewed) && signs(present) && !is_due(present, now) {
+        return Err(Backward.into());
+    }
+    Ok(renewed)
+}
+
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::id::NodeId;
+    use shoal_protocol::quic::ca::CertificateAuthority;
+
     use super::*;
+
+    #[test]
+    fn a_coordinator_that_lags_behind_takes_nothing_back() {
+        let now = SystemTime::now();
+        let [old, new] = [(); 2].map(|()| CertificateAuthority::create(now).unwrap());
+        let trust = |revision, cas: &[&CertificateAuthority]| Trust {
+            revision,
+            cas: cas.iter().map(|ca| ca.certificate().to_vec()).collect(),
+            ..Trust::default()
+        };
+        let both = trust(3, &[&new, &old]);
+        let founded = old.issue_identity(NodeId::worker(1), now).unwrap();
+        let signed = |by: &CertificateAuthority, of: &Identity| {
+            of.renewed(by.issue(&of.renewal_request().unwrap(), of.node, now).unwrap()).unwrap()
+        };
+        let newest = signed(&new, &founded.trusting(both.clone()));
+        // It signs with the old CA still.
+        let stale = signed(&old, &newest);
+        assert!(onward(&newest, stale.clone(), now).is_err());
+        // Whoever has none of the new one loses nothing, and one that has expired is worth nothing.
+        let shows_old = founded.trusting(both.clone());
+        assert_eq!(onward(&shows_old, stale.clone(), now).unwrap().shows(), old.fingerprint());
+        let later = now + Duration::from_secs(48 * 3600);
+        assert_eq!(onward(&newest, stale, later).unwrap().shows(), old.fingerprint());
+        // What was asked before the trust came is taken, and what came since is believed.
+        let asked_before = signed(&old, &founded.trusting(trust(2, &[&old, &new])));
+        let taken = onward(&shows_old, asked_before.clone(), now).unwrap();
+        assert_eq!(taken.trust, both);
+        // Where the old CA has left, its certificates are none.
+        let alone = newest.trusting(trust(4, &[&new]));
+        assert!(onward(&alone, asked_before, now).is_err());
+        // And on it goes.
+        let next = onward(&shows_old, newest.clone(), now).unwrap();
+        assert_eq!((next.shows(), next.trust), (new.fingerprint(), both));
+    }
 
     #[test]
     fn one_coordinator_is_asked_and_then_another_where_it_does_not_answer() {
