@@ -49,8 +49,16 @@ fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState, settled:
     View { state, entitled: &entitled, workers: &workers, now, settled }.decide()
 }
 
-/// Drives rotations while this coordinator leads, until `stop` becomes true.
+/// Drives rotations while this coordinator leads, until `stop` becomes true, whatever it waits for then: what
+/// is begun is gone on from by whoever leads next, as after a crash.
 pub async fn drive(ca: CaServer, mut stop: watch::Receiver<bool>) {
+    tokio::select! {
+        () = go_on(ca) => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
+
+async fn go_on(ca: CaServer) {
     let (store, agents) = (ca.store.clone(), ca.agents.clone());
     let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
     let mut reminded = Instant::now();
@@ -86,7 +94,6 @@ pub async fn drive(ca: CaServer, mut stop: watch::Receiver<bool>) {
                 if changed.is_err() { return }
             }
             () = tokio::time::sleep(LOOK) => {}
-            _ = stop.wait_for(|stop| *stop) => return,
         }
         tokio::time::sleep(PAUSE).await;
     }
