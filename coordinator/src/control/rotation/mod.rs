@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::id::NodeId;
+use shoal_protocol::trust::CaFingerprint;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::step::{SeenWorker, Verdict, View};
 use super::agents::Agents;
-use super::state::{Change, ClusterState, Timestamp};
+use super::state::{Change, ClusterState, Rotation, Timestamp};
 use super::store::ControlStore;
 
 pub use verbs::CaServer;
@@ -42,11 +43,32 @@ pub fn entitled(store: &ControlStore, state: &ClusterState) -> BTreeSet<NodeId> 
 }
 
 /// What is to be done next, as this coordinator sees it.
-fn verdict(store: &ControlStore, agents: &Agents, state: &ClusterState, settled: bool) -> Verdict {
+fn verdict(
+    store: &ControlStore,
+    agents: &Agents,
+    state: &ClusterState,
+    (seen_for, settled): (Duration, bool),
+) -> Verdict {
     let workers: BTreeMap<NodeId, SeenWorker> = agents.certificates();
     let entitled = entitled(store, state);
-    let now = Timestamp::of(SystemTime::now());
-    View { state, entitled: &entitled, workers: &workers, now, settled }.decide()
+    // What is in the log may be of a clock that is ahead of this one.
+    let now = Timestamp::of(SystemTime::now()).max(state.clock());
+    View { state, entitled: &entitled, workers: &workers, now, seen_for, settled }.decide()
+}
+
+/// Since when the rotation has been seen where it stands.
+#[derive(Debug, Default)]
+struct Stand(Option<((CaFingerprint, bool), Instant)>);
+
+impl Stand {
+    /// How long that is, when this is seen.
+    fn see(&mut self, state: &ClusterState, now: Instant) -> Duration {
+        let step = |rotation: &Rotation| (rotation.ca(), rotation.signs.is_some());
+        let at = state.authorities.rotation().map(step);
+        let known = self.0.filter(|(step, _)| Some(*step) == at);
+        self.0 = known.or_else(|| at.map(|step| (step, now)));
+        self.0.map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(since))
+    }
 }
 
 /// Drives rotations while this coordinator leads, until `stop` becomes true, whatever it waits for then: what
@@ -62,7 +84,7 @@ async fn go_on(ca: CaServer) {
     let (store, agents) = (ca.store.clone(), ca.agents.clone());
     let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
     let mut reminded = Instant::now();
-    let mut leads_since = None;
+    let (mut leads_since, mut stand) = (None, Stand::default());
     loop {
         workers_changed.mark_unchanged();
         let state = state_changed.borrow_and_update().clone();
@@ -70,6 +92,7 @@ async fn go_on(ca: CaServer) {
             reminded = Instant::now();
             agents.remind();
         }
+        let seen_for = stand.see(&state, Instant::now());
         let leading = store.standing().borrow().leading;
         leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
         if leading && let Err(error) = ca.rotate_again(&state).await {
@@ -78,7 +101,7 @@ async fn go_on(ca: CaServer) {
             );
         }
         let commands = leads_since.map(|since: Instant| {
-            verdict(&store, &agents, &state, since.elapsed() >= SETTLE).commands
+            verdict(&store, &agents, &state, (seen_for, since.elapsed() >= SETTLE)).commands
         });
         for command in commands.into_iter().flatten() {
             tracing::info!("the CA's rotation: {command}");

@@ -55,8 +55,11 @@ pub struct View<'a> {
     pub entitled: &'a BTreeSet<NodeId>,
     /// The workers that have been here.
     pub workers: &'a BTreeMap<NodeId, SeenWorker>,
-    /// The time by which the state's stamps were made.
+    /// The time by which the state's stamps were made, and no earlier than any of them.
     pub now: Timestamp,
+    /// How long the rotation has been seen where it stands, by a clock that nobody sets: the stamps are of
+    /// the clock of whoever led then.
+    pub seen_for: Duration,
     /// Whether the workers that are there have had the time to come to this coordinator since it leads:
     /// before, those that have not are not off.
     pub settled: bool,
@@ -119,7 +122,7 @@ impl View<'_> {
                 "is given up for another one: a coordinator was removed that may have its key";
             return verdict(commands, words, vec![]);
         }
-        let late = self.now >= rotation.begun + COORDINATOR_PATIENCE;
+        let late = self.seen_for >= COORDINATOR_PATIENCE;
         let keyless: Vec<_> = self.entitled.difference(&rotation.holding).copied().collect();
         let most_hold = keyless.len() * 2 < self.entitled.len().max(1);
         let forgiven = late && most_hold;
@@ -146,7 +149,7 @@ impl View<'_> {
 
     fn leave(&self, rotation: &Rotation, since: Timestamp) -> Verdict {
         let retire = || vec![AuthorityCommand::Retire { ca: rotation.ca() }];
-        let late = self.now >= since + COORDINATOR_PATIENCE;
+        let late = self.seen_for >= COORDINATOR_PATIENCE;
         let is_off = |node: NodeId| match node.role {
             Role::Worker => {
                 let here = self.workers.get(&node).is_some_and(|worker| worker.connected);

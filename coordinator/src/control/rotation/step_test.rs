@@ -99,9 +99,15 @@ impl World {
     }
 
     fn verdict(&self) -> Verdict {
+        let stands = self.rotation().map(|rotation| rotation.signs.unwrap_or(rotation.begun));
+        let seen_s = stands.map_or(0, |since| self.now.0.saturating_sub(since.0));
+        self.verdict_after(Duration::from_secs(seen_s))
+    }
+
+    fn verdict_after(&self, seen_for: Duration) -> Verdict {
         let entitled = self.state.coordinators.voters();
         let (state, workers, now, settled) = (&self.state, &self.seen, self.now, self.settled);
-        View { state, entitled, workers, now, settled }.decide()
+        View { state, entitled, workers, now, seen_for, settled }.decide()
     }
 
     /// What each node does by itself.
@@ -236,6 +242,26 @@ fn a_coordinator_that_is_off_is_waited_for_and_then_not() {
     }
     assert!(world.rotation().unwrap().signs.is_none());
     assert_eq!(world.verdict().waits_for, [C[1], C[2]]);
+}
+
+#[test]
+fn how_long_a_coordinator_is_waited_for_does_not_hang_on_whose_clock_is_right() {
+    let mut world = World::new([2; 3]);
+    world.running.remove(&C[2]);
+    world.begin(false).unwrap();
+    world.act();
+    world.lead();
+    let begun = world.now;
+    let signs = |world: &World, seen_for| {
+        let commands = world.verdict_after(seen_for).commands;
+        commands.iter().any(|command| matches!(command, AuthorityCommand::Sign { .. }))
+    };
+    // An hour behind whoever led before, and an hour ahead.
+    for now in [Timestamp(begun.0 - 3600), begun + Duration::from_secs(3600)] {
+        world.now = now;
+        assert!(!signs(&world, COORDINATOR_PATIENCE - Duration::from_secs(1)), "{now:?}");
+        assert!(signs(&world, COORDINATOR_PATIENCE), "{now:?}");
+    }
 }
 
 #[test]

@@ -117,6 +117,11 @@ impl ClusterState {
         result
     }
 
+    /// The latest stamp of a command.
+    pub fn clock(&self) -> Timestamp {
+        self.clock
+    }
+
     /// What a command came to, where it is the last one of its client.
     pub fn result_of(&self, command: &Command) -> Option<Result<Vec<Effect>, Refusal>> {
         let last = self.last.get(&command.client)?;
