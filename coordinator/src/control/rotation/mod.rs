@@ -1,7 +1,8 @@
 //! ● Drives a rotation of the CA: looks, decides ([`step`]), proposes. Any coordinator could; the leader does.
 //!
 //! It keeps nothing: whoever leads after a crash goes on from what stands in the state. Where a coordinator
-//! was removed during a rotation, it begins another one when that one is over.
+//! was removed during a rotation, it begins another one when that one is over, with the same flag (which
+//! alone is lost where all coordinators start again between the two: say it again).
 
 pub mod step;
 mod verbs;
@@ -85,6 +86,8 @@ async fn go_on(ca: CaServer) {
     let (mut state_changed, mut workers_changed) = (store.watch(), agents.changed());
     let mut reminded = Instant::now();
     let (mut leads_since, mut stand) = (None, Stand::default());
+    // Whether the last rotation that was seen here waited for nobody who is off.
+    let mut skips = false;
     loop {
         workers_changed.mark_unchanged();
         let state = state_changed.borrow_and_update().clone();
@@ -93,9 +96,10 @@ async fn go_on(ca: CaServer) {
             agents.remind();
         }
         let seen_for = stand.see(&state, Instant::now());
+        skips = state.authorities.rotation().map_or(skips, |rotation| rotation.skip_absent);
         let leading = store.standing().borrow().leading;
         leads_since = leading.then(|| leads_since.unwrap_or_else(Instant::now));
-        if leading && let Err(error) = ca.rotate_again(&state).await {
+        if leading && let Err(error) = ca.rotate_again(&state, skips).await {
             tracing::warn!(
                 "another rotation of the CA is to follow, and does not begin yet: {error}"
             );

@@ -60,8 +60,13 @@ impl CaServer {
         Ok(AccessReply::Done)
     }
 
-    /// Begins another rotation, where one is to follow the last one.
-    pub(super) async fn rotate_again(&self, state: &ClusterState) -> Result<(), WireError> {
+    /// Begins another rotation, where one is to follow the last one: who was off then and not waited for is
+    /// not waited for now.
+    pub(super) async fn rotate_again(
+        &self,
+        state: &ClusterState,
+        skip_absent: bool,
+    ) -> Result<(), WireError> {
         let is_due = |state: &ClusterState| {
             state.authorities.again() && state.authorities.rotation().is_none()
         };
@@ -70,7 +75,7 @@ impl CaServer {
         }
         let _turn = self.turn.lock().await;
         match is_due(&*self.store.read().await?) {
-            true => self.begin(self.me, false).await,
+            true => self.begin(self.me, skip_absent).await,
             false => Ok(()),
         }
     }
@@ -145,8 +150,8 @@ impl CaServer {
         Ok(AccessReply::Cas(view(&state, &self.authority.certificate(), &verdict)))
     }
 
-    /// A certificate of the CA that signs, over the key of whoever asks: an admin may make another one
-    /// by a token, so this gives nobody more than they have.
+    /// A certificate of the CA that signs, over whatever key an admin asks it for: they may make another
+    /// admin by a token, so this gives nobody more than they have.
     pub fn renew(&self, operator: NodeId, csr: &[u8]) -> Result<AccessReply, WireError> {
         let issued = self.authority.required()?.issue(csr, operator, SystemTime::now());
         let certificate = issued.map_err(|_| {
