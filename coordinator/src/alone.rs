@@ -7,9 +7,11 @@ use std::time::{Duration, SystemTime};
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
-use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Expect, close_code};
-use shoal_protocol::trust::fingerprint;
+use shoal_protocol::quic::identity::IdentityError;
+use shoal_protocol::quic::{Alpn, Endpoint, EndpointError, Expect, Identity, close_code};
+use shoal_protocol::trust::Trust;
 
+use crate::begin::IDENTITY_FILE;
 use crate::control::authority::{CA_FILE, CaFiles};
 use crate::control::state::Timestamp;
 use crate::control::store::raft::{self, OpenError, Survey};
@@ -41,6 +43,9 @@ pub enum AloneError {
     /// The CA's key cannot be read.
     #[error(transparent)]
     Ca(#[from] CaError),
+    /// Nor its identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The log cannot be used like that.
     #[error(transparent)]
     Log(#[from] OpenError),
@@ -84,10 +89,11 @@ pub fn survey(data: &Path) -> Result<Survey, AloneError> {
 pub async fn go_on_alone(data: &Path, give_up: &[NodeId]) -> Result<Alone, AloneError> {
     let survey = survey(data)?;
     let now = SystemTime::now();
-    let authorities = &survey.state.authorities;
-    let ca = signing_key(data, authorities.signing())?;
-    let identity = ca.issue_identity(survey.me, now)?;
-    let identity = Arc::new(identity.trusting(authorities.trust().unwrap_or_default()));
+    // As the next start will have it: another coordinator may have said more than came through the log.
+    let heard = Identity::load(&data.join(IDENTITY_FILE))?.map(|identity| identity.trust);
+    let trust = survey.state.authorities.trust().unwrap_or_default().or_newer(heard.as_ref());
+    let ca = signing_key(data, &trust)?;
+    let identity = Arc::new(ca.issue_identity(survey.me, now)?.trusting(trust));
     for node in &survey.others {
         let Some(record) = survey.state.coordinators.get(*node) else { continue };
         let address = record.cluster;
@@ -112,10 +118,10 @@ pub async fn go_on_alone(data: &Path, give_up: &[NodeId]) -> Result<Alone, Alone
     Ok(Alone { me: survey.me, epoch, copy })
 }
 
-/// The key of the CA that signs, by the state; `None` there: that of the founding. It may not have taken
-/// the place of the one before it on this disk yet.
-fn signing_key(data: &Path, signing: Option<&[u8]>) -> Result<CertificateAuthority, AloneError> {
-    let found = match signing.map(fingerprint) {
+/// The key of the CA that signs, which is the first that is believed; none there: that of the founding. It may
+/// not have taken the place of the one before it on this disk yet.
+fn signing_key(data: &Path, trust: &Trust) -> Result<CertificateAuthority, AloneError> {
+    let found = match trust.signing() {
         Some(ca) => CaFiles::of(data).load()?.into_iter().find(|key| key.fingerprint() == ca),
         None => CertificateAuthority::load(&data.join(CA_FILE))?,
     };
@@ -133,7 +139,9 @@ mod tests {
         let [founding, newer, newest] =
             [(); 3].map(|()| CertificateAuthority::create(now).unwrap());
         let found = |signing: Option<&CertificateAuthority>| {
-            let key = signing_key(data.path(), signing.map(|ca| ca.certificate()));
+            let cas = signing.map(|ca| ca.certificate().to_vec());
+            let trust = Trust { cas: cas.into_iter().collect(), ..Trust::default() };
+            let key = signing_key(data.path(), &trust);
             key.map(|key| key.fingerprint())
         };
         assert!(matches!(found(None), Err(AloneError::NoKey { .. })));

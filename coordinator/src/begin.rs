@@ -91,11 +91,7 @@ async fn resume(
     let authority = Authority::awaiting(founding);
     let mut begun = open(config, identity, authority, WhenEmpty::Wait).await?;
     let known = begun.store.state().authorities.trust().unwrap_or_default();
-    let newest = if begun.identity.trust.revision > known.revision {
-        begun.identity.trust.clone()
-    } else {
-        known
-    };
+    let newest = known.or_newer(Some(&begun.identity.trust));
     if newest.revision > 0 {
         begun.authority.follow(newest);
     }

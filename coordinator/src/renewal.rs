@@ -135,11 +135,8 @@ impl Renewal {
     /// copy of the state may lag behind.
     fn believe(&self, state: &ClusterState) {
         let known = state.authorities.trust().unwrap_or_default();
-        let heard = self.endpoint.identity().map(|identity| identity.trust.clone());
-        let newest = match heard {
-            Some(heard) if heard.revision > known.revision => heard,
-            _ => known,
-        };
+        let shown = self.endpoint.identity();
+        let newest = known.or_newer(shown.as_ref().map(|identity| &identity.trust));
         if newest.revision > 0 {
             self.authority.follow(newest);
         }

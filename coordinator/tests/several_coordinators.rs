@@ -7,6 +7,7 @@ mod control_support;
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::SystemTime;
 
 use control_support::*;
 use shoal_coordinator::alone::{go_on_alone, survey};
@@ -17,8 +18,9 @@ use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::plan::ModelSource;
+use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{AdminContext, Alpn, Expect, Identity};
-use shoal_protocol::trust::fingerprint;
+use shoal_protocol::trust::{Trust, fingerprint};
 
 const C: [NodeId; 4] = [
     NodeId::coordinator(1),
@@ -453,6 +455,14 @@ async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
     cluster.kill(1);
     let unnamed = go_on_alone(&data, &C[..1]).await.unwrap_err().to_string();
     assert!(unnamed.contains("c1,c2 would be given up"), "{unnamed}");
+    // It heard of a CA that signs since, whose key is not here.
+    let identity = Identity::load(&data.join("identity")).unwrap().unwrap();
+    let cas = vec![ca().certificate().to_vec(), identity.ca.clone()];
+    let heard = Trust { revision: identity.trust.revision + 1, cas, lineage: Vec::new() };
+    identity.trusting(heard).save(&data.join("identity")).unwrap();
+    let keyless = go_on_alone(&data, &C[..2]).await.unwrap_err().to_string();
+    assert!(keyless.contains("does not hold the key"), "{keyless}");
+    identity.save(&data.join("identity")).unwrap();
     let found = survey(&data).unwrap();
     let done = go_on_alone(&data, &C[..2]).await.unwrap();
     assert!(done.copy.exists() && done.me == C[2]);
@@ -569,9 +579,12 @@ async fn a_coordinator_that_was_off_during_two_rotations_comes_back_where_the_ma
     .await;
 }
 
+fn ca() -> CertificateAuthority {
+    CertificateAuthority::create(SystemTime::now()).unwrap()
+}
+
 fn csr() -> Vec<u8> {
-    let ca = shoal_protocol::quic::ca::CertificateAuthority::create(std::time::SystemTime::now());
-    let someone = ca.unwrap().issue_identity(NodeId::admin(1), std::time::SystemTime::now());
+    let someone = ca().issue_identity(NodeId::admin(1), SystemTime::now());
     someone.unwrap().renewal_request().unwrap()
 }
 

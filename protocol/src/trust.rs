@@ -64,6 +64,14 @@ impl Trust {
         }
     }
 
+    /// This, or what else was heard, whichever is newer.
+    pub fn or_newer(self, heard: Option<&Self>) -> Self {
+        match heard {
+            Some(heard) if heard.revision > self.revision => heard.clone(),
+            _ => self,
+        }
+    }
+
     /// The CA that signs.
     pub fn signing(&self) -> Option<CaFingerprint> {
         self.cas.first().map(|ca| fingerprint(ca))
