@@ -44,7 +44,14 @@ impl Pool {
         // Includes the wait for others who are connecting: they fail at the same peer.
         let connect = async {
             let mut connection = slot.lock().await;
+            // What this holds cannot be closed by `keep`, which has then forgotten the slot.
+            let close_removed = |connection: &Connection| {
+                if !self.is_current(head, address, &slot) {
+                    connection.close(close_code::REFUSED, "this node was removed");
+                }
+            };
             if let Some(live) = connection.as_ref().filter(|c| c.close_reason().is_none()) {
+                close_removed(live);
                 return Ok(live.clone());
             }
             let new = self
@@ -52,10 +59,7 @@ impl Pool {
                 .connect(address, Expect::Node(head), Alpn::Requests, CONNECT_DEADLINE)
                 .await?;
             *connection = Some(new.clone());
-            // Whoever is connecting cannot be closed by `keep`, which has then forgotten the slot.
-            if !self.is_current(head, address, &slot) {
-                new.close(close_code::REFUSED, "this node was removed");
-            }
+            close_removed(&new);
             tokio::spawn(watch_over(head, new.clone()));
             Ok(new)
         };
@@ -114,4 +118,48 @@ fn in_use(slot: &Slot) -> bool {
     slot.try_lock().map_or(true, |connection| {
         connection.as_ref().is_some_and(|connection| connection.close_reason().is_none())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use shoal_protocol::quic::ca::CertificateAuthority;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_is_looked_up_while_its_worker_is_removed_ends() {
+        let now = SystemTime::now();
+        let ca = CertificateAuthority::create(now).unwrap();
+        let bind = |node, alpns: &[Alpn]| {
+            let identity = Arc::new(ca.issue_identity(node, now).unwrap());
+            Endpoint::bind(([127, 0, 0, 1], 0).into(), identity, alpns).unwrap()
+        };
+        let (head, me) = (NodeId::worker(1), NodeId::coordinator(1));
+        let worker = bind(head, &[Alpn::Requests]);
+        let address = worker.local_address();
+        let serve = async move {
+            let there = worker.accept().await.unwrap().establish().await.unwrap();
+            (worker, there)
+        };
+        let served = tokio::spawn(serve);
+        let pool = Arc::new(Pool::new(bind(me, &[])));
+        let first = pool.get(head, address).await.unwrap();
+        let _there = served.await.unwrap();
+        let slot = Arc::clone(&pool.slots.lock().unwrap()[&(head, address)]);
+        let held = slot.lock().await;
+        let looks = {
+            let pool = Arc::clone(&pool);
+            tokio::spawn(async move { pool.get(head, address).await })
+        };
+        // It waits for the slot, which it has from the map: three hold it, this test among them.
+        while Arc::strong_count(&slot) < 3 {
+            tokio::task::yield_now().await;
+        }
+        pool.keep(|_| false);
+        drop(held);
+        let found = looks.await.unwrap().unwrap();
+        assert!(found.close_reason().is_some() && first.close_reason().is_some());
+    }
 }
