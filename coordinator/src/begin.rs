@@ -171,7 +171,7 @@ async fn take_back(store: &ControlStore, given: Option<&[Effect]>) {
     }
 }
 
-/// Joins the cluster of whoever answers first.
+/// Joins the cluster of the first who can let it in.
 async fn enter(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     let data = &config.data;
     let Some(token) = &config.token else {
@@ -180,27 +180,13 @@ async fn enter(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     if token.role != Role::Coordinator {
         return Err(StartError::WrongToken { role: token.role });
     }
-    let mut last = None;
-    for address in &config.join {
-        match join::join(*address, token, JOIN_DEADLINE).await {
-            Ok(identity) => {
-                tracing::info!(node = %identity.node, %address, "joined the cluster");
-                let authority = Authority::awaiting(&identity.ca);
-                // The log's file first: an identity without it would be taken for a lost vote.
-                let begun = open(config, identity.clone(), authority, WhenEmpty::Wait).await?;
-                identity.save(&data.join(IDENTITY_FILE))?;
-                return Ok(begun);
-            }
-            Err(error) => {
-                tracing::warn!(%address, "cannot join there: {error}");
-                last = Some(error);
-            }
-        }
-    }
-    match last {
-        Some(error) => Err(StartError::Join(error)),
-        None => Err(StartError::NoToken { path: data.to_owned() }),
-    }
+    let identity = join::join_any(&config.join, token, JOIN_DEADLINE).await?;
+    tracing::info!(node = %identity.node, "joined the cluster");
+    let authority = Authority::awaiting(&identity.ca);
+    // The log's file first: an identity without it would be taken for a lost vote.
+    let begun = open(config, identity.clone(), authority, WhenEmpty::Wait).await?;
+    identity.save(&data.join(IDENTITY_FILE))?;
+    Ok(begun)
 }
 
 async fn open(

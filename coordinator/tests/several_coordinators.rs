@@ -310,6 +310,21 @@ async fn a_lost_coordinator_is_replaced_and_its_old_folder_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_whose_token_is_refused_asks_nobody_else() {
+    let cluster = Cluster::of_one().await;
+    let token = cluster.operator(0).await.token(Role::Coordinator, 1, 60).await;
+    let address = cluster.node(0).cluster_address();
+    try_join(address, &token).await.unwrap();
+    // What another one would say of it would hide why.
+    let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let join = vec![address, nobody.local_addr().unwrap()];
+    let folder = tempfile::tempdir().unwrap();
+    let config = CoordinatorConfig { join, token: Some(token), ..config(folder.path()) };
+    let error = start(config).await.unwrap_err().to_string();
+    assert!(error.contains("used up"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_hangs_up_after_a_vote_has_it_gone_through_with() {
     let mut cluster = Cluster::of_three().await;
     cluster.kill(2);

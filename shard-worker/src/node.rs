@@ -12,12 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register};
-use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Incarnation, NodeId, Role};
-use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
-use shoal_protocol::quic::join::{JoinError, join};
+use shoal_protocol::quic::join::{JoinError, join_any};
 use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code,
 };
@@ -272,36 +270,12 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
     if token.role != Role::Worker {
         return Err(StartError::WrongToken(token.role));
     }
-    let identity = join_any(&config.join, token).await?;
+    if config.join.is_empty() {
+        return Err(StartError::Coordinators(0));
+    }
+    let identity = join_any(&config.join, token, JOIN_TIMEOUT).await?;
     identity.save(&path)?;
     Ok(identity)
-}
-
-/// Joins through the first coordinator that can let it in. Once one may have spent the token its answer
-/// counts: another one would say of it that it is not good.
-async fn join_any(addresses: &[SocketAddr], token: &JoinToken) -> Result<Identity, StartError> {
-    let mut first = None;
-    for address in addresses {
-        match join(*address, token, JOIN_TIMEOUT).await {
-            Err(error) if is_of_the_coordinator(&error) => {
-                tracing::warn!(%address, "{error}");
-                first.get_or_insert(error);
-            }
-            result => return Ok(result?),
-        }
-    }
-    Err(first.map_or(StartError::Coordinators(0), StartError::Join))
-}
-
-/// Whether another coordinator may say something else: this one is not there, is full, or does not
-/// hold the CA's key yet, which it finds before it looks at the token.
-fn is_of_the_coordinator(error: &JoinError) -> bool {
-    let busy = [ErrorCode::NotReady, ErrorCode::Overloaded, ErrorCode::Draining];
-    match error {
-        JoinError::Connect(_) => true,
-        JoinError::Refused(refusal) => busy.contains(&refusal.code),
-        JoinError::Endpoint(_) | JoinError::Request(_) | JoinError::Broken { .. } => false,
-    }
 }
 
 /// The number of this start, kept on disk before anybody hears of it.

@@ -12,7 +12,7 @@ use super::endpoint::Endpoint;
 use super::error::{ConnectError, EndpointError};
 use super::identity::Identity;
 use super::stream::{RecvError, SendError};
-use crate::error::WireError;
+use crate::error::{ErrorCode, WireError};
 use crate::id::Role;
 use crate::join::{JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX};
 use crate::version::VersionRange;
@@ -40,6 +40,45 @@ pub enum JoinError {
     /// The coordinator said no.
     #[error("the coordinator refused: {0}")]
     Refused(#[from] WireError),
+    /// There is nobody to ask.
+    #[error("no coordinator's address was given: say `--join ADDRESS`")]
+    Nowhere,
+}
+
+impl JoinError {
+    /// Whether another coordinator may say something else: this one is not there, is full, or does not
+    /// hold the CA's key yet, which it finds before it looks at the token.
+    pub fn is_of_the_coordinator(&self) -> bool {
+        let busy = [ErrorCode::NotReady, ErrorCode::Overloaded, ErrorCode::Draining];
+        match self {
+            JoinError::Connect(_) => true,
+            JoinError::Refused(refusal) => busy.contains(&refusal.code),
+            JoinError::Endpoint(_)
+            | JoinError::Request(_)
+            | JoinError::Broken { .. }
+            | JoinError::Nowhere => false,
+        }
+    }
+}
+
+/// Joins through the first coordinator that can let it in, each within `deadline`. Once one may have spent the
+/// token its answer counts: another one would say of it that it is not good.
+pub async fn join_any(
+    addresses: &[SocketAddr],
+    token: &JoinToken,
+    deadline: Duration,
+) -> Result<Identity, JoinError> {
+    let mut first = None;
+    for address in addresses {
+        match join(*address, token, deadline).await {
+            Err(error) if error.is_of_the_coordinator() => {
+                tracing::warn!(%address, "{error}");
+                first.get_or_insert(error);
+            }
+            result => return result,
+        }
+    }
+    Err(first.unwrap_or(JoinError::Nowhere))
 }
 
 /// Joins the cluster at `address`: proves the coordinator against the token's fingerprint, then
@@ -116,4 +155,22 @@ pub(super) async fn ask<R: Serialize>(
     connection.close(close_code::DONE, "done");
     endpoint.drained(Duration::from_millis(200)).await;
     Ok(reply)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_an_answer_about_the_token_nobody_else_is_asked() {
+        let refused = |code| JoinError::Refused(WireError::new(code, ""));
+        for code in ErrorCode::ALL.iter().copied() {
+            let elsewhere =
+                [ErrorCode::NotReady, ErrorCode::Overloaded, ErrorCode::Draining].contains(&code);
+            assert_eq!(refused(code).is_of_the_coordinator(), elsewhere, "{code}");
+        }
+        // It may have been spent before the conversation broke off.
+        let (address, why) = (([127, 0, 0, 1], 1).into(), String::new());
+        assert!(!JoinError::Broken { address, why }.is_of_the_coordinator());
+    }
 }
