@@ -156,8 +156,8 @@ impl Avoided {
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Move {
-    /// Ask one of these replicas.
-    Ask(Vec<ServedReplica>),
+    /// Ask one that is not to be avoided.
+    Ask,
     /// Wait for the table to change, or until then where it says when.
     Wait(Option<Instant>),
 }
@@ -333,10 +333,9 @@ impl Recovery {
             avoids.then_some(avoided.until)
         };
         let ready = || deployment.replicas.iter().filter(|r| r.ready && r.requests.is_some());
-        let usable: Vec<_> = ready().filter(|r| avoided_until(r).is_none()).cloned().collect();
-        Ok(match usable.is_empty() {
-            false => Move::Ask(usable),
-            true => Move::Wait(ready().filter_map(avoided_until).min()),
+        Ok(match ready().any(|replica| avoided_until(replica).is_none()) {
+            true => Move::Ask,
+            false => Move::Wait(ready().filter_map(avoided_until).min()),
         })
     }
 }

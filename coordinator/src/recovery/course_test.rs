@@ -33,8 +33,12 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
 
 /// Which replicas may be asked at `now`.
 fn asked(recovery: &Recovery, now: Instant, deployment: &ServedDeployment) -> Vec<u32> {
+    let avoided = recovery.avoided(now);
+    let may = |r: &&ServedReplica| {
+        r.ready && r.requests.is_some() && !avoided.contains(&(r.id, r.generation))
+    };
     match recovery.next(now, Some(deployment)) {
-        Ok(Move::Ask(replicas)) => replicas.iter().map(|replica| replica.id.0).collect(),
+        Ok(Move::Ask) => deployment.replicas.iter().filter(may).map(|r| r.id.0).collect(),
         Ok(Move::Wait(_)) => Vec::new(),
         Err(why) => panic!("{why:?}"),
     }
