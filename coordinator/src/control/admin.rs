@@ -14,11 +14,11 @@ use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::plan::{DeploymentSpec, ModelRef};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
-use shoal_protocol::version::VersionRange;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::access::AccessServer;
+use super::admit::negotiate;
 use super::agents::Agents;
 use super::authority::Authority;
 use super::changes::{Changes, speed_of};
@@ -95,11 +95,8 @@ impl AdminServer {
                 return sender.reset(close_code::PROTOCOL);
             }
         };
-        let reply = match VersionRange::OURS.negotiate(request.versions) {
-            Err(mismatch) => AdminReply::Refused(WireError::new(
-                ErrorCode::VersionMismatch,
-                mismatch.to_string(),
-            )),
+        let reply = match negotiate(request.versions) {
+            Err(mismatch) => AdminReply::Refused(mismatch),
             Ok(_) if request.call == AdminCall::Watch => return self.watch(sender).await,
             Ok(_) => self.finish(operator, request.call).await.unwrap_or_else(|refusal| {
                 tracing::info!(%operator, label = %refusal.code, "refused: {refusal}");

@@ -5,6 +5,7 @@
 //! newer than what is on record, is let in while no majority answers, and its number is recorded as
 //! soon as one does. If the log then knows better, the conversation ends.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,9 +33,7 @@ pub(super) async fn admit(
     node: NodeId,
     register: &Register,
 ) -> Result<u16, WireError> {
-    let version = VersionRange::OURS
-        .negotiate(register.versions)
-        .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+    let version = negotiate(register.versions)?;
     let needs = store.state().versions.workers();
     if register.versions.max < needs {
         return Err(too_old(&format!("{node}"), register.versions, needs));
@@ -81,6 +80,22 @@ pub(super) async fn admit(
         }
     }
     Ok(version)
+}
+
+/// The version that both will speak, or words for whoever shares none with this one.
+pub(super) fn negotiate(versions: VersionRange) -> Result<u16, WireError> {
+    VersionRange::OURS
+        .negotiate(versions)
+        .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))
+}
+
+/// An address that a node says it listens on, as others reach it: one that listens everywhere is found where
+/// its connection came from.
+pub(super) fn reachable(mut address: SocketAddr, remote: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(remote.ip());
+    }
+    address
 }
 
 /// What somebody hears who is older than what was decided. Known before its certificate is made, or its

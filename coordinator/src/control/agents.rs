@@ -27,7 +27,7 @@ use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silenc
 use shoal_protocol::trust::CAS_MAX;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::admit::{admit, record};
+use super::admit::{admit, reachable, record};
 use super::authority::Authority;
 use super::reconcile::ObservedWorker;
 use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
@@ -462,14 +462,4 @@ async fn speak(
         }
     }
     SessionEnd::Replaced
-}
-
-/// An address that a worker listens on, as others reach it: one that listens everywhere is found
-/// where its connection came from.
-fn reachable(address: SocketAddr, remote: SocketAddr) -> SocketAddr {
-    if address.ip().is_unspecified() {
-        SocketAddr::new(remote.ip(), address.port())
-    } else {
-        address
-    }
 }

@@ -18,7 +18,7 @@ use shoal_protocol::trust::Trust;
 use shoal_protocol::version::VersionRange;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::admit::too_old;
+use super::admit::{negotiate, too_old};
 use super::authority::Authority;
 use super::registry::KNOWS_TRUST;
 use super::state::{
@@ -159,9 +159,7 @@ impl JoinServer {
 
     /// A new certificate for the key that is on record, and for no other.
     async fn renew(&self, request: &RenewRequest, now: SystemTime) -> Result<JoinReply, WireError> {
-        VersionRange::OURS
-            .negotiate(request.versions)
-            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+        negotiate(request.versions)?;
         let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
@@ -195,9 +193,7 @@ impl JoinServer {
     }
 
     async fn join(&self, request: &JoinRequest, now: SystemTime) -> Result<JoinReply, WireError> {
-        VersionRange::OURS
-            .negotiate(request.versions)
-            .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))?;
+        negotiate(request.versions)?;
         let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;

@@ -18,6 +18,7 @@ use shoal_protocol::version::VersionRange;
 use tokio::time::timeout;
 
 use super::Peers;
+use crate::control::admit::{negotiate, reachable};
 use crate::control::rotation::entitled;
 use crate::control::state::{ClusterState, Refusal};
 use crate::control::store::Members;
@@ -233,18 +234,4 @@ fn stranger(state: &ClusterState, node: NodeId) -> WireError {
          it: what it knows counts no more. Delete its data folder, and join anew on an empty one"
     );
     WireError::new(ErrorCode::PermissionDenied, text)
-}
-
-/// One that listens everywhere is found where its connection came from.
-fn reachable(mut address: SocketAddr, remote: SocketAddr) -> SocketAddr {
-    if address.ip().is_unspecified() {
-        address.set_ip(remote.ip());
-    }
-    address
-}
-
-fn negotiate(versions: VersionRange) -> Result<u16, WireError> {
-    VersionRange::OURS
-        .negotiate(versions)
-        .map_err(|mismatch| WireError::new(ErrorCode::VersionMismatch, mismatch.to_string()))
 }
