@@ -17,7 +17,9 @@ use std::ops::Range;
 use crate::model::memory::PANEL_OUTPUTS;
 use crate::model::spec::ModelSpec;
 use crate::model::tensors::{TensorRole, TensorSpec};
-use crate::plan::{Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan};
+use crate::plan::{
+    Assignment, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan,
+};
 use crate::units::{Bytes, LayerRange};
 
 /// Tokens of one block of the vocabulary: no rank's share ends within one, so that sums over the
@@ -292,6 +294,14 @@ impl ReplicaPlan {
     /// How the ranks of its stages put their results together.
     pub fn reduction(&self) -> Reduction {
         Reduction::of(self.numerics)
+    }
+}
+
+impl Assignment {
+    /// Which rank of how many this shard is.
+    pub fn split(&self) -> Split {
+        let stage = self.replica.stages.get(self.stage.0 as usize);
+        stage.map_or(Split::WHOLE, |stage| stage.split(self.rank))
     }
 }
 

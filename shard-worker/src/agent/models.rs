@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError, Split};
+use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -140,10 +140,8 @@ fn load_pretend(spec: &PretendSpec, assignment: &Assignment) -> Result<LoadedMod
         let words = format!("layers {layers} of a pretend model of {}", spec.layers);
         return Err(WireError::new(ErrorCode::BadModel, words));
     }
-    let stage = assignment.replica.stages.get(assignment.stage.0 as usize);
-    let split = stage.map_or(Split::WHOLE, |stage| stage.split(assignment.rank));
     let limits = &assignment.replica.limits;
-    let model = PretendShard::rank(spec, layers, split, limits).slower(slower());
+    let model = PretendShard::rank(spec, layers, assignment.split(), limits).slower(slower());
     Ok(LoadedModel { model: Box::new(model), vocab: spec.vocab })
 }
 

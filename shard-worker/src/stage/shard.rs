@@ -17,6 +17,7 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{Generation, ReplicaId};
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::close_code;
+use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -166,7 +167,8 @@ impl Shard {
             counters: Arc::clone(&counters),
             work: links.work().share(),
             traces: StageTraces::new(
-                links.tracer().clone(),
+                // All ranks of a stage do the same step: one of them tells of it.
+                if assignment.rank.0 == 0 { links.tracer().clone() } else { Tracer::off() },
                 assignment.replica.id,
                 assignment.stage,
                 assignment.is_last(),
