@@ -264,8 +264,8 @@ impl LinkedShard {
         let LinkEnds { inlet, outlets, siblings, .. } = ends;
         let mut pulses = pulses.iter().map(|pulse| &**pulse);
         let mut links: FuturesUnordered<Link<'_>> = FuturesUnordered::new();
-        if let (Some(from), Some(pulse)) = (self.plan.upstream, pulses.next()) {
-            links.push(Box::pin(self.receive(from, inlet, pulse)));
+        for (from, pulse) in self.plan.upstream.iter().zip(&mut pulses) {
+            links.push(Box::pin(self.receive(*from, &inlet, pulse)));
         }
         let to = self.plan.mirrors.iter().chain(&self.plan.downstream);
         for ((to, outlet), pulse) in to.zip(outlets).zip(&mut pulses) {
@@ -296,12 +296,12 @@ impl LinkedShard {
         }
     }
 
-    async fn receive(&self, from: Neighbour, inlet: Inlet, pulse: &Pulse) -> LinkLost {
+    async fn receive(&self, from: Neighbour, inlet: &Inlet, pulse: &Pulse) -> LinkLost {
         let (connection, mut sender, receiver) = self.accepted(from, false).await;
         sender.finish();
         self.up(&connection).await;
         let end = tokio::select! {
-            end = wire::receive(receiver, &inlet, &self.plan, pulse) => end,
+            end = wire::receive(receiver, inlet, &self.plan, pulse) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
         from.ended(end, &connection).await
