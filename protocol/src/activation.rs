@@ -11,13 +11,14 @@
 //!               hidden states: rows x hidden f32, little-endian; the width follows from the plan
 //! Open body:    SamplingRecord (40 B), StepHeader.tokens x u32
 //! Samples body: samples x SampleRecord (24 B), candidates x CandidateRecord (8 B)
+//! rank r  ◄─► LinkHello, then Partial ◄─► rank q of the same stage
 //! ```
 //!
 //! Rows of one sequence are adjacent and in order of position. A grant names the sequence's next
 //! block; grants stand in the order in which the blocks are used.
 
 use crate::frame::{Flat, FrameError, append_tokens, expect_end, flat, read_tokens};
-use crate::id::{Attempt, Generation, RequestId, SequenceId, TokenId};
+use crate::id::{Attempt, Generation, RankIndex, RequestId, SequenceId, TokenId};
 use crate::plan::ReplicaLimits;
 use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX};
 
@@ -33,8 +34,51 @@ flat! {
         pub from_stage: u32,
         /// The receiver's stage.
         pub to_stage: u32,
-        /// 0; for later versions.
-        pub reserved: u32,
+        /// The sender's tensor rank, times 256 the receiver's, and [`LinkHello::OF_RANKS`] where the link
+        /// joins ranks of one stage: 0 between stages of one rank each.
+        pub ranks: u32,
+    }
+}
+
+impl LinkHello {
+    /// The link carries [`Partial`]s between two ranks of one stage.
+    pub const OF_RANKS: u32 = 1 << 16;
+
+    /// What stands in `ranks`. A stage has at most 256 ranks (`plan::RANKS_MAX`).
+    pub fn ranks_of(from: RankIndex, to: RankIndex, of_ranks: bool) -> u32 {
+        (from.0 & 0xff) | (to.0 & 0xff) << 8 | if of_ranks { Self::OF_RANKS } else { 0 }
+    }
+
+    /// The sender's rank.
+    pub fn from_rank(&self) -> RankIndex {
+        RankIndex(self.ranks & 0xff)
+    }
+
+    /// The receiver's rank.
+    pub fn to_rank(&self) -> RankIndex {
+        RankIndex(self.ranks >> 8 & 0xff)
+    }
+
+    /// What the receiver answers.
+    pub fn answer(self) -> Self {
+        let of_ranks = self.ranks & Self::OF_RANKS != 0;
+        Self {
+            from_stage: self.to_stage,
+            to_stage: self.from_stage,
+            ranks: Self::ranks_of(self.to_rank(), self.from_rank(), of_ranks),
+            ..self
+        }
+    }
+}
+
+flat! {
+    /// What one tensor rank tells another in the middle of a step; the body is what the round is about,
+    /// as long as both work out from the plan.
+    pub struct Partial = 16 {
+        /// The layout.
+        pub generation: u64,
+        /// Counts the rounds of the link from 0.
+        pub round: u64,
     }
 }
 

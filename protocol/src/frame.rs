@@ -40,6 +40,9 @@ pub enum FrameKind {
     /// What comes next (`shoal-req`) or has just been opened (`shoal-act`) is traced:
     /// `trace::TraceHeader`. Peers know it from protocol version `version::KNOWS_TRACES` on.
     Trace = 6,
+    /// What one tensor rank tells another in the middle of a step: `activation::Partial`. Only between
+    /// workers that run ranks (`version::KNOWS_RANKS`).
+    Partial = 7,
     /// A coordinator asks a head to go on with a sequence: `request::GenerateHeader`.
     Generate = 16,
     /// A head answers with one token: `request::TokenHeader`, candidate records.
@@ -66,6 +69,7 @@ impl FrameKind {
         FrameKind::Failed,
         FrameKind::Message,
         FrameKind::Trace,
+        FrameKind::Partial,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

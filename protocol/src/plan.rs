@@ -66,14 +66,19 @@ impl std::str::FromStr for Precision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Numerics {
-    /// `docs/decisions/001-numerics-contract-n1.md`.
+    /// `docs/decisions/001-numerics-contract-n1.md`: the same bits on every mesh.
     N1,
+    /// The same within a rank; tensor ranks add partial sums in rank order, so that the bits depend on
+    /// the mesh (`docs/decisions/029-tensor-ranks.md`).
+    #[serde(rename = "n1-sum")]
+    N1Sum,
 }
 
 impl std::fmt::Display for Numerics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Numerics::N1 => f.write_str("n1"),
+            Numerics::N1Sum => f.write_str("n1-sum"),
         }
     }
 }
@@ -261,6 +266,9 @@ impl ReplicaPlan {
     }
 }
 
+/// The most tensor ranks of a stage: links say theirs in a byte.
+pub const RANKS_MAX: u32 = 256;
+
 /// The complete, immutable assignment of all shards to devices.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Plan {
@@ -298,7 +306,12 @@ impl Assignment {
         self.replica.stages.get(self.stage.0 as usize).map(|s| s.layers).unwrap_or_default()
     }
 
-    /// Whether this is the stage beside which the head runs.
+    /// Whether the head runs beside this shard.
+    pub fn has_head(&self) -> bool {
+        self.is_first() && self.rank.0 == 0
+    }
+
+    /// Whether this is a shard of the first stage, which takes tokens.
     pub fn is_first(&self) -> bool {
         self.stage.0 == 0
     }

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 /// | 2 | who speaks what ([`KNOWS_VERSIONS`]): `Change::Version`, `AdminCall::Upgrade`, `AdminReply::Upgrade` |
 /// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
-pub const PROTOCOL_VERSION: u16 = 2;
+/// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
 pub const KNOWS_VERSIONS: u16 = 2;
@@ -27,6 +28,9 @@ pub const KNOWS_TRUST: u16 = 2;
 
 /// From here on nodes know `FrameKind::Trace`. It is sent only where every member of the cluster does.
 pub const KNOWS_TRACES: u16 = 2;
+
+/// From here on a worker can be one of several ranks of a stage.
+pub const KNOWS_RANKS: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

@@ -373,7 +373,7 @@ fn check_message<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(
 
 #[test]
 fn hot_frames_have_golden_bytes() {
-    let hello = LinkHello { generation: 7, replica: 3, from_stage: 0, to_stage: 1, reserved: 0 };
+    let hello = LinkHello { generation: 7, replica: 3, from_stage: 0, to_stage: 1, ranks: 0 };
     check_golden("LinkHello", &framed(FrameKind::LinkHello, &check_flat(hello), &[]));
 
     let (header, body) = open().encode();

@@ -22,7 +22,7 @@ use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
 use shoal_shard_worker::stage::{
     ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links,
-    StageInput, StepData, records_of,
+    StageInput, StepData, Takes, records_of,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -44,7 +44,7 @@ async fn assign_middle(worker: &TestWorker, generation: u64) {
 }
 
 fn hello(generation: u64) -> LinkHello {
-    LinkHello { generation, replica: REPLICA.0, from_stage: 0, to_stage: 1, reserved: 0 }
+    LinkHello { generation, replica: REPLICA.0, from_stage: 0, to_stage: 1, ranks: 0 }
 }
 
 async fn dial(from: &Endpoint, to: &TestWorker) -> Connection {
@@ -259,11 +259,19 @@ fn ends(cluster: &Cluster) -> [End; 2] {
         let pool = BufferPool::new(hidden, LIMITS.step_rows_max as usize, 4);
         let (to, inputs) = mpsc::channel(4);
         let (frames, outlet) = mpsc::channel(4);
+        let (outlets, siblings) = (vec![outlet], Vec::new());
         let (events_to, events) = mpsc::channel(4);
-        let inlet = Inlet::Stage { hidden, pool: pool.clone(), to };
+        let takes = Takes::Hidden { width: hidden, pool: pool.clone() };
+        let inlet = Inlet::Stage { takes, to };
         let counters = Default::default();
-        let ends =
-            LinkEnds { inlet, outlet, events: events_to, counters, work: watch::channel(0).1 };
+        let ends = LinkEnds {
+            inlet,
+            outlets,
+            siblings,
+            events: events_to,
+            counters,
+            work: watch::channel(0).1,
+        };
         let ring = LinkPlan::of(&assignment).unwrap().unwrap();
         let attached = links.attach(ring, ends);
         End { _links: links, _attached: attached, frames, inputs, events, received_into: pool }

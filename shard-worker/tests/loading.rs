@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use shoal_protocol::model::Checkpoint;
 use shoal_protocol::units::Bytes;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{LoadError, LoadOptions, WeightsError, load_shard};
 
 use support::{Setup, assignment, fixtures, load, random_model};
@@ -164,7 +165,7 @@ fn a_stage_reads_its_own_bytes_and_says_how_far_it_is() {
     let span =
         shoal_shard_worker::model::Span { first_row: 0, rows: 1, first_position: 0, blocks: &[0] };
     let batch = shoal_shard_worker::model::Batch { spans: &[span], rows: 1, sample_rows: &[] };
-    shard.forward(&batch, None, &mut hidden, None).unwrap();
+    shard.forward(&batch, None, &mut hidden, None, &mut Alone).unwrap();
     assert!(hidden.iter().all(|value| value.is_finite()), "a NaN of another stage was read");
 }
 

@@ -12,6 +12,7 @@ use shoal_protocol::model::Checkpoint;
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
 
 use support::{LIMITS, Setup, assignment, random_model};
@@ -88,7 +89,8 @@ fn a_shard_takes_what_the_plan_says_and_no_more_while_it_loads() {
         let spans = [Span { first_row: 0, rows, first_position: 0, blocks: own }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[0] };
         hidden.fill(0.5);
-        shard.forward(&batch, None, &mut hidden[..rows * 1536], Some(&mut logits)).unwrap();
+        let hidden = &mut hidden[..rows * 1536];
+        shard.forward(&batch, None, hidden, Some(&mut logits), &mut Alone).unwrap();
     }
     let used = anonymous() - before;
     let total = planned.total().0;

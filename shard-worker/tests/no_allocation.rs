@@ -7,11 +7,14 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use shoal_protocol::model::{Family, ModelSpec, RopeScaling};
+use shoal_protocol::model::{Family, ModelSpec, Reduction, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, WeightBuilder};
-use shoal_shard_worker::model::layers::{Attention, Embedding, Head, Mlp, PreNorm, Rope, Scratch};
+use shoal_shard_worker::collective::Alone;
+use shoal_shard_worker::model::layers::{
+    Attention, Embedding, Head, Joined, Mlp, PreNorm, Rope, Scratch,
+};
 use shoal_shard_worker::model::{Batch, ComputeError, Span};
 
 struct Counting;
@@ -84,6 +87,7 @@ impl Layers {
             qk_norm: true,
             stored: Precision::Bf16,
         };
+        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         Self {
             rope: Rope::new(&ops, &spec).unwrap(),
@@ -94,18 +98,18 @@ impl Layers {
                 value: linear(&ops, 64, HIDDEN),
                 query_norm: Some(norm(&ops, 32)),
                 key_norm: Some(norm(&ops, 32)),
-                output: linear(&ops, HIDDEN, 256),
+                output: Joined::whole(linear(&ops, HIDDEN, 256)),
                 scale: Attention::<CpuOps>::scale_of(32),
             },
             mlp: Mlp {
                 gate: linear(&ops, 512, HIDDEN),
                 up: linear(&ops, 512, HIDDEN),
-                down: linear(&ops, HIDDEN, 512),
+                down: Joined::whole(linear(&ops, HIDDEN, 512)),
             },
             head: Head { norm: norm(&ops, HIDDEN) },
             table: linear(&ops, VOCAB, HIDDEN),
             kv: ops.kv(KvShape { blocks: 32, kv_heads: 2, head_dim: 32 }).unwrap(),
-            scratch: Scratch::new(&mut ops, &spec, ROWS_MAX).unwrap(),
+            scratch: Scratch::new(&mut ops, &spec, &part, ROWS_MAX).unwrap(),
             ops,
         }
     }
@@ -122,9 +126,10 @@ impl Layers {
         Embedding::forward(ops, &self.table.weight, tokens, &mut stream)?;
         self.rope.prepare(ops, batch, scratch)?;
         self.norm.forward(ops, &stream, batch.rows, scratch)?;
-        self.attention.forward(ops, batch, &mut self.kv, scratch, &mut stream)?;
+        let kv = &mut self.kv;
+        self.attention.forward(ops, batch, kv, (scratch, &mut Alone), &mut stream)?;
         self.norm.forward(ops, &stream, batch.rows, scratch)?;
-        self.mlp.forward(ops, batch.rows, scratch, &mut stream)?;
+        self.mlp.forward(ops, batch.rows, (scratch, &mut Alone), &mut stream)?;
         let out = (scratch, logits);
         self.head.forward(ops, &self.table.weight, &stream, batch.sample_rows, out)?;
         ops.leave(stream)

@@ -233,7 +233,7 @@ fn a_wider_model_gives_the_same_bits_in_every_way() {
     .into_iter()
     .chain(Isa::all().map(|isa| (vec![0, 2], 2, isa, 60)))
     {
-        let setup = Setup { cuts, threads, isa, held: plain.held };
+        let setup = Setup { cuts, threads, isa, ..plain.clone() };
         let what = format!("{setup:?} in chunks of {chunk}");
         assert_same_bits(&transcript(&setup, chunk), &expected, &what);
     }

@@ -9,6 +9,7 @@ pub mod memory;
 mod pretend;
 mod safetensors;
 pub mod spec;
+pub mod split;
 pub mod tensors;
 
 pub use builtin::BuiltinModel;
@@ -16,4 +17,5 @@ pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation};
 pub use memory::PANEL_OUTPUTS;
 pub use pretend::PRETEND_HIDDEN_MIN;
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
+pub use split::{Part, Reduction, Split, SplitError, TensorPart, VOCAB_BLOCK};
 pub use tensors::{TensorRole, TensorSpec};

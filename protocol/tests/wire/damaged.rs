@@ -100,7 +100,7 @@ fn damaged_hot_frames_are_refused_without_a_panic() {
             let _ = HeadEvent::decode(prelude.kind, header, body);
         });
     }
-    let hello = LinkHello { generation: 7, replica: 3, from_stage: 0, to_stage: 1, reserved: 0 };
+    let hello = LinkHello { generation: 7, replica: 3, from_stage: 0, to_stage: 1, ranks: 0 };
     bombard(9, &framed(FrameKind::LinkHello, &flat_bytes(&hello), &[]), |_, header, _| {
         let _ = LinkHello::read_from(header);
     });

@@ -140,7 +140,8 @@ fn load_pretend(spec: &PretendSpec, assignment: &Assignment) -> Result<LoadedMod
         let words = format!("layers {layers} of a pretend model of {}", spec.layers);
         return Err(WireError::new(ErrorCode::BadModel, words));
     }
-    let model = PretendShard::new(spec, layers, &assignment.replica.limits).slower(slower());
+    let limits = &assignment.replica.limits;
+    let model = PretendShard::rank(spec, layers, assignment.split(), limits).slower(slower());
     Ok(LoadedModel { model: Box::new(model), vocab: spec.vocab })
 }
 

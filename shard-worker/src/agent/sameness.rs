@@ -24,7 +24,7 @@ pub(super) fn same_weights(a: &Assignment, b: &Assignment) -> bool {
         && a.replica.numerics == b.replica.numerics
         && a.replica.limits == b.replica.limits
         && a.layers() == b.layers()
-        && a.rank == b.rank
+        && a.split() == b.split()
         && a.is_last() == b.is_last()
         && memory_of(a) == memory_of(b)
 }

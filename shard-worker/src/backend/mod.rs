@@ -63,6 +63,17 @@ pub trait Ops: Send + Sized + 'static {
 
     // --- A step: allocates nothing.
 
+    /// The first `rows` rows of a buffer, `rows x width`, in the host's memory, to be read and changed:
+    /// what tensor ranks tell each other. A device with memory of its own has a collective of its own.
+    fn host<'a>(
+        &mut self,
+        buf: &'a mut Self::Buf,
+        rows: usize,
+    ) -> Result<&'a mut [f32], ComputeError>;
+
+    /// The same of the residual stream.
+    fn host_stream<'a>(&mut self, stream: &'a mut Self::Stream<'_>) -> &'a mut [f32];
+
     /// Binds the caller's residual stream, `rows x width`, for a step.
     fn enter<'a>(
         &mut self,

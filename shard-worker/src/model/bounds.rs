@@ -15,21 +15,26 @@ pub(crate) struct StepBounds {
     pub(crate) kv_blocks: u32,
     /// The width of the residual stream.
     pub(crate) hidden: usize,
-    /// The width of a row of logits; 0 where there is no output head.
-    pub(crate) vocab: usize,
+    /// The width of a row of logits; `None` on a stage without output head.
+    pub(crate) vocab: Option<usize>,
     /// Whether steps begin with tokens.
     pub(crate) takes_tokens: bool,
 }
 
 impl StepBounds {
     /// The bounds that a plan gives a shard.
-    pub(crate) fn new(limits: &ReplicaLimits, hidden: u32, vocab: u32, takes_tokens: bool) -> Self {
+    pub(crate) fn new(
+        limits: &ReplicaLimits,
+        hidden: u32,
+        vocab: Option<u32>,
+        takes_tokens: bool,
+    ) -> Self {
         Self {
             rows_max: limits.step_rows_max as usize,
             context_max: limits.context_max,
             kv_blocks: limits.kv_blocks,
             hidden: hidden as usize,
-            vocab: vocab as usize,
+            vocab: vocab.map(|vocab| vocab as usize),
             takes_tokens,
         }
     }
@@ -79,14 +84,15 @@ impl StepBounds {
         if !ascending || batch.sample_rows.last().is_some_and(|&row| row >= rows) {
             return bad(format!("sample rows {:?} of {rows} rows", batch.sample_rows));
         }
-        match logits {
-            Some(_) if self.vocab == 0 => bad("logits asked of a stage without output head".into()),
-            Some(logits) if logits.len() != batch.sample_rows.len() * self.vocab => bad(format!(
-                "room for {} logits; expected {} rows of {}",
-                logits.len(),
-                batch.sample_rows.len(),
-                self.vocab
-            )),
+        match (logits, self.vocab) {
+            (Some(_), None) => bad("logits asked of a stage without output head".into()),
+            (Some(logits), Some(vocab)) if logits.len() != batch.sample_rows.len() * vocab => {
+                bad(format!(
+                    "room for {} logits; expected {} rows of {vocab}",
+                    logits.len(),
+                    batch.sample_rows.len()
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -119,7 +125,7 @@ mod tests {
             context_max: 40,
             kv_blocks: 4,
             hidden: 2,
-            vocab: 3,
+            vocab: Some(3),
             takes_tokens: true,
         };
         let span = |first_row, rows, first_position, blocks: &'static [u32]| Span {

@@ -10,6 +10,8 @@ mod weights;
 pub use families::{LoadError, load_shard};
 pub use weights::{LoadOptions, WeightsError};
 
+use crate::collective::{Collective, CollectiveError};
+
 /// Rows of one sequence that are computed in one step: adjacent rows at consecutive positions.
 ///
 /// A decode step has one row; a chunk of a prompt has many.
@@ -42,15 +44,22 @@ pub trait ShardModel: Send {
     /// The width of the residual stream.
     fn hidden(&self) -> usize;
 
-    /// The width of a row of logits; 0 on a stage that has no output head.
-    fn vocab(&self) -> usize;
+    /// The token ids of which this shard computes logits; empty on a stage that has no output head, and
+    /// on a rank that has no part of it.
+    fn vocab(&self) -> std::ops::Range<usize>;
+
+    /// The longest message of a round of [`Collective`] in a step of this shard; of a draw see
+    /// `sample::ranks`.
+    fn round_bytes_max(&self) -> usize;
 
     /// Takes the rows through this shard's layers, in place.
     ///
     /// `tokens` has one id per row on the first stage and is `None` on others; `hidden`
     /// (`rows x hidden`, row-major) is written on the first stage and read and overwritten on
-    /// others. On the last stage `logits` (`sample_rows.len() x vocab`) is written; `hidden` is then
-    /// scratch. K and V of every row are written to the cache before attention reads them.
+    /// others. On the last stage `logits` (`sample_rows.len() x vocab().len()`) is written; `hidden` is
+    /// then scratch. K and V of every row are written to the cache before attention reads them.
+    ///
+    /// The ranks of a stage do the same step at the same time and tell each other through `peers`.
     ///
     /// A row's bits depend on its own sequence alone, never on what else is in the batch or on how
     /// the sequence was cut into steps.
@@ -60,6 +69,7 @@ pub trait ShardModel: Send {
         tokens: Option<&[u32]>,
         hidden: &mut [f32],
         logits: Option<&mut [f32]>,
+        peers: &mut dyn Collective,
     ) -> Result<(), ComputeError>;
 }
 
@@ -69,6 +79,9 @@ pub enum ComputeError {
     /// A batch that does not fit this shard; the stage checks before, so this is a bug.
     #[error("a batch that does not fit the shard: {0}")]
     BadBatch(String),
+    /// Another rank of the stage is gone, or of another plan.
+    #[error(transparent)]
+    Peers(#[from] CollectiveError),
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),

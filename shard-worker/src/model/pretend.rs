@@ -13,10 +13,11 @@
 
 use std::time::{Duration, Instant};
 
-use shoal_protocol::model::PRETEND_HIDDEN_MIN;
+use shoal_protocol::model::{PRETEND_HIDDEN_MIN, Split};
 use shoal_protocol::plan::{BLOCK_TOKENS, PretendSpec, ReplicaLimits};
 use shoal_protocol::units::LayerRange;
 
+use crate::collective::Collective;
 use crate::model::bounds::StepBounds;
 use crate::model::{Batch, ComputeError, ShardModel, Span};
 
@@ -70,6 +71,7 @@ pub struct PretendShard {
     spec: PretendSpec,
     layers: LayerRange,
     bounds: StepBounds,
+    split: Split,
     /// Each step takes so many times as long as the model says.
     slower: f64,
     /// By layer of this stage: `kv_blocks x BLOCK_TOKENS` states.
@@ -79,12 +81,25 @@ pub struct PretendShard {
 impl PretendShard {
     /// The stage with these layers. Its cache is real, its weights are not.
     pub fn new(spec: &PretendSpec, layers: LayerRange, limits: &ReplicaLimits) -> Self {
-        let vocab = if layers.end == spec.layers { spec.vocab } else { 0 };
+        Self::rank(spec, layers, Split::WHOLE, limits)
+    }
+
+    /// One rank of the stage. It computes what the others compute, in its share of the time, and each
+    /// step they compare: a rank that is given other rows than its siblings stops the stage.
+    pub fn rank(
+        spec: &PretendSpec,
+        layers: LayerRange,
+        split: Split,
+        limits: &ReplicaLimits,
+    ) -> Self {
+        let own = split.vocab(spec.vocab);
+        let vocab = (layers.end == spec.layers).then_some(own.end - own.start);
         let positions = limits.kv_blocks as usize * SLOTS;
         Self {
             spec: spec.clone(),
             layers,
             bounds: StepBounds::new(limits, spec.hidden, vocab, layers.start == 0),
+            split,
             slower: 1.0,
             cache: layers.iter().map(|_| vec![0; positions]).collect(),
         }
@@ -94,6 +109,23 @@ impl PretendShard {
     #[must_use]
     pub fn slower(self, times: f64) -> Self {
         Self { slower: times, ..self }
+    }
+
+    /// All ranks must have the same rows now.
+    fn compare(&self, hidden: &[f32], peers: &mut dyn Collective) -> Result<(), ComputeError> {
+        if self.split.is_whole() {
+            return Ok(());
+        }
+        let rows = hidden.chunks_exact(self.bounds.hidden);
+        let states: Vec<u8> = rows.flat_map(|row| decode(row).unwrap_or(0).to_le_bytes()).collect();
+        let got = peers.share(states.clone().into())?;
+        let me = self.split.rank as usize;
+        match (0..).zip(&got).find(|(rank, got)| *rank != me && **got != states) {
+            Some((rank, _)) => {
+                Err(ComputeError::Device(format!("rank {rank} has computed other rows")))
+            }
+            None => Ok(()),
+        }
     }
 
     fn row(&mut self, span: &Span<'_>, position: usize, mut state: u64) -> u64 {
@@ -111,8 +143,18 @@ impl ShardModel for PretendShard {
         self.bounds.hidden
     }
 
-    fn vocab(&self) -> usize {
-        self.bounds.vocab
+    fn vocab(&self) -> std::ops::Range<usize> {
+        match self.bounds.vocab {
+            Some(_) => {
+                let own = self.split.vocab(self.spec.vocab);
+                own.start as usize..own.end as usize
+            }
+            None => 0..0,
+        }
+    }
+
+    fn round_bytes_max(&self) -> usize {
+        self.bounds.rows_max * size_of::<u64>()
     }
 
     fn forward(
@@ -121,6 +163,7 @@ impl ShardModel for PretendShard {
         tokens: Option<&[u32]>,
         hidden: &mut [f32],
         logits: Option<&mut [f32]>,
+        peers: &mut dyn Collective,
     ) -> Result<(), ComputeError> {
         let start = Instant::now();
         self.bounds.check(batch, tokens, hidden, logits.as_deref())?;
@@ -139,16 +182,17 @@ impl ShardModel for PretendShard {
                 encode(state, values);
             }
         }
-        if let Some(logits) = logits {
-            let vocab = self.bounds.vocab;
-            for (&row, logits) in batch.sample_rows.iter().zip(logits.chunks_exact_mut(vocab)) {
+        let own = self.vocab();
+        if let Some(logits) = logits.filter(|_| !own.is_empty()) {
+            for (&row, logits) in batch.sample_rows.iter().zip(logits.chunks_exact_mut(own.len())) {
                 if let Some(state) = decode(&hidden[row * width..(row + 1) * width]) {
-                    fill_logits(state, self.spec.vocab, logits);
+                    fill_logits(state, self.spec.vocab, own.start, logits);
                 }
             }
         }
-        wait_until(start + modelled(&self.spec, self.layers, batch.rows).mul_f64(self.slower));
-        Ok(())
+        let alone = modelled(&self.spec, self.layers, batch.rows) / self.split.ranks.max(1);
+        wait_until(start + alone.mul_f64(self.slower));
+        self.compare(hidden, peers)
     }
 }
 
@@ -221,12 +265,14 @@ fn decode(row: &[f32]) -> Option<u64> {
     is_whole.then_some(state)
 }
 
-fn fill_logits(state: u64, vocab: u32, logits: &mut [f32]) {
-    for (token, logit) in logits.iter_mut().enumerate() {
+/// `logits` are those of the tokens from `first` on.
+fn fill_logits(state: u64, vocab: u32, first: usize, logits: &mut [f32]) {
+    for (token, logit) in (first..).zip(logits.iter_mut()) {
         let noise = (mix(state, token as u64) >> 40) as f32 / (1u64 << 24) as f32;
         *logit = noise * NOISE_MAX;
     }
-    if let Some(next) = logits.get_mut(token_of(state, vocab) as usize) {
+    let next = (token_of(state, vocab) as usize).checked_sub(first);
+    if let Some(next) = next.and_then(|at| logits.get_mut(at)) {
         *next = PEAK;
     }
 }
@@ -234,6 +280,7 @@ fn fill_logits(state: u64, vocab: u32, logits: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::collective::Alone;
 
     const LIMITS: ReplicaLimits = ReplicaLimits {
         kv_blocks: 16,
@@ -276,10 +323,10 @@ mod tests {
         let mut hidden = vec![0.0; rows * 6];
         let mut logits = vec![0.0; 101];
         for stage in stages {
-            let (first, last) = (stage.layers.start == 0, stage.vocab() > 0);
+            let (first, last) = (stage.layers.start == 0, !stage.vocab().is_empty());
             let tokens = first.then_some(tokens);
             let logits = last.then_some(logits.as_mut_slice());
-            stage.forward(&batch, tokens, &mut hidden, logits).ok()?;
+            stage.forward(&batch, tokens, &mut hidden, logits, &mut Alone).ok()?;
         }
         (0..101u32).max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize]))
     }
@@ -354,10 +401,10 @@ mod tests {
         for damage in [0.5, -1.0, f32::NAN, 65536.0] {
             let mut damaged = hidden;
             damaged[5] = damage;
-            let result = last[0].forward(&batch, None, &mut damaged, None);
+            let result = last[0].forward(&batch, None, &mut damaged, None, &mut Alone);
             assert!(matches!(result, Err(ComputeError::Device(_))), "{damage}");
         }
-        assert_eq!(last[0].forward(&batch, None, &mut hidden, None), Ok(()));
+        assert_eq!(last[0].forward(&batch, None, &mut hidden, None, &mut Alone), Ok(()));
     }
 
     #[test]
@@ -367,7 +414,7 @@ mod tests {
         let spans = [Span { first_row: 0, rows: 10, first_position: 0, blocks: &[0] }];
         let batch = Batch { spans: &spans, rows: 10, sample_rows: &[] };
         let start = Instant::now();
-        shard.forward(&batch, Some(&[1; 10]), &mut [0.0; 60], None).expect("a step");
+        shard.forward(&batch, Some(&[1; 10]), &mut [0.0; 60], None, &mut Alone).expect("a step");
         assert_eq!(modelled(&spec, LayerRange::new(0, 2), 10), Duration::from_millis(4));
         assert!(start.elapsed() >= Duration::from_millis(4));
     }

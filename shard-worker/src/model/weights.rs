@@ -16,9 +16,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use shoal_protocol::model::{Checkpoint, PANEL_OUTPUTS, TensorLocation, TensorRole, TensorSpec};
+use shoal_protocol::model::{
+    Checkpoint, PANEL_OUTPUTS, TensorLocation, TensorPart, TensorRole, TensorSpec,
+};
 use shoal_protocol::plan::Precision;
-use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_protocol::units::Bytes;
 
 use crate::backend::{BackendError, Linear, Norm, Ops, WeightBuilder};
 
@@ -104,30 +106,31 @@ pub(crate) struct Weights<B: Ops> {
 }
 
 impl<B: Ops> Weights<B> {
-    /// Reads the tensors of these layers, holding matrices as `held`.
+    /// Reads these parts of tensors, holding matrices as `held`.
     pub(crate) fn load(
         ops: &B,
         checkpoint: &Checkpoint,
-        layers: LayerRange,
+        tensors: Vec<TensorPart>,
         held: Precision,
         options: &LoadOptions<'_>,
     ) -> Result<Self, WeightsError> {
         let mut files = Files::default();
         let mut vectors = BTreeMap::new();
         let mut sources = Vec::new();
-        for spec in checkpoint.spec().tensors(layers) {
+        for part in tensors {
+            let spec = &part.spec;
             let location =
                 checkpoint.locate(&spec.name).ok_or_else(|| WeightsError::NotLocated {
                     folder: checkpoint.folder().to_owned(),
                     tensor: spec.name.clone(),
                 })?;
-            let source = Source { file: files.open(location, &spec)?, location, spec };
-            if source.spec.is_matrix {
+            let source = Source { file: files.open(location, spec)?, location, part };
+            if source.part.spec.is_matrix {
                 sources.push(source);
             } else {
                 let vector =
                     ops.vector(&source.read_vector()?).map_err(|error| source.device(error))?;
-                vectors.insert((source.spec.layer, source.spec.role), vector);
+                vectors.insert(source.key(), vector);
             }
         }
         let matrices = Matrix::<B>::all(ops, sources, held)?;
@@ -136,7 +139,7 @@ impl<B: Ops> Weights<B> {
             .into_iter()
             .map(|Matrix { source, builder }| {
                 let weight = builder.finish().map_err(|error| source.device(error))?;
-                Ok(((source.spec.layer, source.spec.role), weight))
+                Ok((source.key(), weight))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { matrices, vectors })
@@ -196,20 +199,43 @@ impl Files {
     }
 }
 
-/// One tensor and where its bytes are.
+/// What is held of one tensor, and where its bytes are.
 struct Source<'a> {
     file: Arc<File>,
     location: &'a TensorLocation,
-    spec: TensorSpec,
+    part: TensorPart,
 }
 
 impl Source<'_> {
+    fn key(&self) -> (Option<u32>, TensorRole) {
+        (self.part.spec.layer, self.part.spec.role)
+    }
+
+    /// Bytes of one row as it is held, in the type in which it is stored.
+    fn row_bytes(&self) -> u64 {
+        self.part.column_count() * self.location.dtype.bytes()
+    }
+
+    /// Reads rows of the part, `first` counted from its first one: at once where they are whole, else
+    /// the part's columns of each.
+    fn read_rows(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        let size = self.location.dtype.bytes();
+        let stored = self.part.columns_stored() * size;
+        let first = (self.part.rows.start + first) * stored;
+        if self.row_bytes() == stored {
+            return self.read(first, buffer);
+        }
+        let skipped = self.part.columns.start * size;
+        let rows = buffer.chunks_exact_mut(self.row_bytes() as usize);
+        (0..).zip(rows).try_for_each(|(row, to)| self.read(first + row * stored + skipped, to))
+    }
+
     /// Reads bytes of the tensor, `first` counted from its beginning.
     fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
         let first = self.location.offset + first;
         self.file.read_exact_at(buffer, first).map_err(|source| WeightsError::Read {
             file: self.location.file.to_path_buf(),
-            tensor: self.spec.name.clone(),
+            tensor: self.part.spec.name.clone(),
             first,
             end: first + buffer.len() as u64,
             source: match source.kind() {
@@ -224,8 +250,8 @@ impl Source<'_> {
     }
 
     fn read_vector(&self) -> Result<Vec<f32>, WeightsError> {
-        let mut bytes = vec![0; self.location.len as usize];
-        self.read(0, &mut bytes)?;
+        let mut bytes = vec![0; (self.part.row_count() * self.row_bytes()) as usize];
+        self.read_rows(0, &mut bytes)?;
         Ok(match self.location.dtype {
             Precision::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
             Precision::Bf16 => {
@@ -238,7 +264,7 @@ impl Source<'_> {
     }
 
     fn device(&self, source: BackendError) -> WeightsError {
-        WeightsError::Device { tensor: self.spec.name.clone(), source }
+        WeightsError::Device { tensor: self.part.spec.name.clone(), source }
     }
 }
 
@@ -251,8 +277,7 @@ struct Matrix<'a, B: Ops> {
 impl<'a, B: Ops> Matrix<'a, B> {
     fn all(ops: &B, sources: Vec<Source<'a>>, held: Precision) -> Result<Vec<Self>, WeightsError> {
         let shape = |source: &Source<'_>| {
-            let shape = &source.spec.shape;
-            (shape[0] as usize, shape[1] as usize)
+            (source.part.row_count() as usize, source.part.column_count() as usize)
         };
         let shapes: Vec<_> = sources.iter().map(shape).collect();
         let builders =
@@ -261,15 +286,14 @@ impl<'a, B: Ops> Matrix<'a, B> {
         Ok(with.map(|(source, builder)| Self { source, builder }).collect())
     }
 
-    /// Bytes of one row in the file.
     fn row_bytes(&self) -> u64 {
-        self.source.spec.shape[1] * self.source.location.dtype.bytes()
+        self.source.row_bytes()
     }
 
     /// Reads and packs some rows.
     fn pack(&self, piece: &Piece, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
         buffer.resize((piece.rows * self.row_bytes()) as usize, 0);
-        self.source.read(piece.first_row * self.row_bytes(), buffer)?;
+        self.source.read_rows(piece.first_row, buffer)?;
         self.builder
             .pack_rows(piece.first_row as usize, self.source.location.dtype, buffer)
             .map_err(|error| self.source.device(error))
@@ -295,7 +319,7 @@ fn pieces<B: Ops>(matrices: &[Matrix<'_, B>]) -> Vec<Piece> {
     for matrix in order {
         let panel_bytes = PANEL_OUTPUTS * matrices[matrix].row_bytes();
         let rows_max = PANEL_OUTPUTS * (PIECE_BYTES / panel_bytes).max(1);
-        let rows_all = matrices[matrix].source.spec.shape[0];
+        let rows_all = matrices[matrix].source.part.row_count();
         let mut first_row = 0;
         while first_row < rows_all {
             let rows = rows_max.min(rows_all - first_row);
@@ -312,7 +336,8 @@ fn read_all<B: Ops>(
     options: &LoadOptions<'_>,
 ) -> Result<(), WeightsError> {
     let pieces = pieces(matrices);
-    let total = Bytes(matrices.iter().map(|matrix| matrix.source.location.len).sum());
+    let bytes = |matrix: &Matrix<'_, B>| matrix.source.part.row_count() * matrix.row_bytes();
+    let total = Bytes(matrices.iter().map(bytes).sum());
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     // The first error; it also tells the other threads to stop.
     let failure: Mutex<Option<WeightsError>> = Mutex::new(None);

@@ -93,6 +93,11 @@ impl Race {
         }
     }
 
+    /// The winner and its key; `None` where none entered.
+    pub fn leader(&self) -> Option<(f64, TokenId)> {
+        self.best
+    }
+
     /// The winner; `None` where none entered.
     pub fn winner(&self) -> Option<TokenId> {
         self.best.map(|(_, token)| token)

@@ -19,6 +19,7 @@ pub mod gumbel;
 pub mod logsumexp;
 pub mod nucleus;
 pub mod penalty;
+pub mod ranks;
 mod state;
 pub mod top;
 

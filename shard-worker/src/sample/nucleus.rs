@@ -5,7 +5,7 @@ use super::top::{Ranked, select};
 
 /// How many of the best tokens are fetched first; four times as many each time that their mass does
 /// not reach p. Nearly all draws end with the first fetch.
-const FETCH: usize = 128;
+pub const FETCH: usize = 128;
 
 /// Puts into `kept` the likeliest tokens, best first, whose mass is at least `top_p` of `total`:
 /// the sum of `exp(logit * scale - max)` over the whole row.
@@ -37,7 +37,7 @@ pub fn of_kept(kept: &mut Vec<Ranked>, scale: f64, top_p: f32) {
 }
 
 /// Cuts `kept` behind the token with which the mass reaches p. False: it is not reached.
-fn cut(kept: &mut Vec<Ranked>, scale: f64, max: f64, total: f64, top_p: f32) -> bool {
+pub fn cut(kept: &mut Vec<Ranked>, scale: f64, max: f64, total: f64, top_p: f32) -> bool {
     let goal = f64::from(top_p) * total;
     let mut mass = 0.0;
     for (i, ranked) in kept.iter().enumerate() {

@@ -51,10 +51,12 @@ impl Penalties {
     /// frequency and presence over the answer (as in OpenAI's API).
     ///
     /// In f32, as the references do; a result that would not be finite becomes the nearest number.
-    pub fn apply(&self, logits: &mut [f32]) {
-        for (&token, &answer) in &self.seen {
+    ///
+    /// `logits` are those of the tokens from `first` on.
+    pub fn apply(&self, first: TokenId, logits: &mut [f32]) {
+        for (&token, &answer) in self.seen.range(first..) {
             // A prompt may hold ids that the output head does not have.
-            let Some(logit) = logits.get_mut(token as usize) else { continue };
+            let Some(logit) = logits.get_mut((token - first) as usize) else { break };
             let x = if *logit < 0.0 { *logit * self.repetition } else { *logit / self.repetition };
             let mut x = finite(x);
             if answer > 0 {
@@ -101,7 +103,7 @@ mod tests {
             prompt.iter().for_each(|&t| p.see_prompt(t));
             answer.iter().for_each(|&t| p.see_answer(t));
             let mut got = before.clone();
-            p.apply(&mut got);
+            p.apply(0, &mut got);
             for token in 0..8u32 {
                 let mut x = before[token as usize];
                 if prompt.contains(&token) || answer.contains(&token) {
@@ -132,7 +134,7 @@ mod tests {
         let mut p = penalties(f32::MIN_POSITIVE, f32::MAX, f32::MAX);
         [0, 0, 1, 1].iter().for_each(|&t| p.see_answer(t));
         let mut logits = [3.0e38, -3.0e38];
-        p.apply(&mut logits);
+        p.apply(0, &mut logits);
         assert!(logits.iter().all(|x| x.is_finite()), "{logits:?}");
     }
 }

@@ -12,8 +12,8 @@ use super::{Drawn, SampleError, greedy, logsumexp, nucleus};
 /// grown. They carry nothing from one draw to the next.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    penalised: Vec<f32>,
-    ranked: Vec<Ranked>,
+    pub(super) penalised: Vec<f32>,
+    pub(super) ranked: Vec<Ranked>,
 }
 
 /// The sampling side of one sequence.
@@ -50,16 +50,37 @@ impl SamplerState {
         logits: &[f32],
         position: u32,
     ) -> Result<Drawn, SampleError> {
-        if position.checked_add(1) != Some(self.tokens) {
-            let expected = self.tokens.saturating_sub(1);
-            return Err(SampleError::Position { found: position, expected });
-        }
+        self.check_position(position)?;
         let best = greedy::argmax(logits)?;
         let token = self.choose(scratch, logits, best)?;
         let (logprob, candidates) = self.report(scratch, logits, token);
+        self.take(token);
+        Ok(Drawn { token, logprob, candidates })
+    }
+
+    /// Refuses a row that is not the last known token's.
+    pub(super) fn check_position(&self, position: u32) -> Result<(), SampleError> {
+        if position.checked_add(1) == Some(self.tokens) {
+            return Ok(());
+        }
+        let expected = self.tokens.saturating_sub(1);
+        Err(SampleError::Position { found: position, expected })
+    }
+
+    /// Takes a drawn token into the answer.
+    pub(super) fn take(&mut self, token: TokenId) {
         self.tokens += 1;
         self.penalties.see_answer(token);
-        Ok(Drawn { token, logprob, candidates })
+    }
+
+    /// How it draws.
+    pub(super) fn sampling(&self) -> &SamplingRecord {
+        &self.sampling
+    }
+
+    /// What it has seen.
+    pub(super) fn penalties(&self) -> &Penalties {
+        &self.penalties
     }
 
     /// The token; `best` is the argmax of the untouched logits.
@@ -73,7 +94,7 @@ impl SamplerState {
         let (logits, best) = if self.penalties.is_active() {
             penalised.clear();
             penalised.extend_from_slice(logits);
-            self.penalties.apply(penalised);
+            self.penalties.apply(0, penalised);
             (penalised.as_slice(), greedy::argmax(penalised)?)
         } else {
             (logits, best)

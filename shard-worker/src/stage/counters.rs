@@ -20,8 +20,8 @@ pub struct Counters {
     send_us: AtomicU64,
     /// The link to the next stage, whose transport counts for itself.
     link: OnceLock<Connection>,
-    /// Of the stage before and of the next one.
-    pulses: OnceLock<[Arc<Pulse>; 2]>,
+    /// Of all neighbours.
+    pulses: OnceLock<Vec<Arc<Pulse>>>,
 }
 
 impl Counters {
@@ -41,12 +41,12 @@ impl Counters {
 
     /// The link to the next stage is up.
     pub fn linked(&self, connection: Connection) {
-        // A shard links once in its life.
+        // A shard links once in its life; the first of several next ranks stands for all.
         let _ = self.link.set(connection);
     }
 
     /// The neighbours' pulses.
-    pub fn watched(&self, pulses: [Arc<Pulse>; 2]) {
+    pub fn watched(&self, pulses: Vec<Arc<Pulse>>) {
         let _ = self.pulses.set(pulses);
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use shoal_protocol::activation::LinkHello;
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
-use shoal_protocol::id::{Generation, NodeId, ReplicaId, StageIndex};
+use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::quic::{
     Accepting, Connection, Endpoint, FrameReceiver, FrameSender, RecvError, SendError, close_code,
 };
@@ -21,21 +21,30 @@ use super::ring::Neighbour;
 /// round trip.
 pub(super) const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Links that say hello at once. A worker has two for each shard, and only members of the cluster get
+/// Links that say hello at once. A worker has a few for each shard, and only members of the cluster get
 /// so far: strangers are counted by the endpoint, where their handshakes are.
 const HELLOS_MAX: usize = 64;
 
 /// How long peers are given to hear of the end when the process stops.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Shards whose upstream has not dialled yet. Held for one look-up, never over an await.
+/// Links for which a shard of this worker waits. Held for one look-up, never over an await.
 /// A replica that moves has two generations at once.
-pub(super) type Waiting = Arc<Mutex<HashMap<(ReplicaId, Generation, StageIndex), Expected>>>;
+pub(super) type Waiting = Arc<Mutex<HashMap<(ReplicaId, Generation, Port), Expected>>>;
+
+/// A place of a shard that one link fills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Port {
+    pub stage: StageIndex,
+    pub rank: RankIndex,
+    /// Of a link between ranks: the other one.
+    pub sibling: Option<RankIndex>,
+}
 
 #[derive(Debug)]
 pub(super) struct Expected {
     pub from: Neighbour,
-    pub linked: oneshot::Sender<(Connection, FrameReceiver)>,
+    pub linked: oneshot::Sender<(Connection, FrameSender, FrameReceiver)>,
 }
 
 /// Lets in the stages that are expected until told to stop.
@@ -123,15 +132,13 @@ async fn accept_one(
             return Err(HelloError::NotExpected { peer, hello, why });
         }
     };
-    let answer = LinkHello { from_stage: hello.to_stage, to_stage: hello.from_stage, ..hello };
-    if let Err(error) = send_hello(&mut sender, &answer).await {
+    if let Err(error) = send_hello(&mut sender, &hello.answer()).await {
         // The dialler has not heard that it is in, and will knock again.
         expect_again(waiting, &hello, expected);
         return Err(error.into());
     }
-    sender.finish();
     // It fails where the shard has just been withdrawn: dropping the connection tells the peer.
-    let _ = expected.linked.send((connection, receiver));
+    let _ = expected.linked.send((connection, sender, receiver));
     Ok(())
 }
 
@@ -144,7 +151,7 @@ fn expected_by(
     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
     let key = place_of(hello);
     let Some(expected) = waiting.get(&key) else {
-        let same = |(replica, _, stage): &(_, _, _)| (*replica, *stage) == (key.0, key.2);
+        let same = |(replica, _, port): &(_, _, _)| (*replica, *port) == (key.0, key.2);
         let why = match waiting.keys().any(same) {
             true => "another generation is assigned here",
             false => "that stage waits for no link here",
@@ -154,6 +161,9 @@ fn expected_by(
     if expected.from.stage.0 != hello.from_stage {
         return Err((close_code::REFUSED, "another stage is expected on this link"));
     }
+    if expected.from.rank != hello.from_rank() {
+        return Err((close_code::REFUSED, "another rank is expected on this link"));
+    }
     if Some(expected.from.node) != peer {
         return Err((close_code::REFUSED, "that stage belongs to another worker"));
     }
@@ -161,8 +171,14 @@ fn expected_by(
 }
 
 /// The place that a link is for.
-fn place_of(hello: &LinkHello) -> (ReplicaId, Generation, StageIndex) {
-    (ReplicaId(hello.replica), Generation(hello.generation), StageIndex(hello.to_stage))
+fn place_of(hello: &LinkHello) -> (ReplicaId, Generation, Port) {
+    let of_ranks = hello.ranks & LinkHello::OF_RANKS != 0;
+    let port = Port {
+        stage: StageIndex(hello.to_stage),
+        rank: hello.to_rank(),
+        sibling: of_ranks.then(|| hello.from_rank()),
+    };
+    (ReplicaId(hello.replica), Generation(hello.generation), port)
 }
 
 /// Gives a place back that was taken for a link that did not come about.

@@ -23,19 +23,25 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
+use super::draw::{DrawError, OwnLogits};
 use super::table::{SpanBuffer, StageFault, StageTable};
 use super::wire::{LinkFrame, StageInput, StepData};
 use super::work::WorkShare;
+use crate::collective::{Collective, CollectiveError};
 use crate::model::{Batch, ComputeError, ShardModel};
 use crate::trace::{StageTraces, StepTimes};
 
-/// Where a stage's results go.
+/// Where a shard's results go.
 #[derive(Debug)]
 pub enum Outlet {
-    /// Over the link: to the next stage, or from the last stage to the head.
-    Link(mpsc::Sender<LinkFrame>),
+    /// Over links: to those ranks of the next stage that this one feeds.
+    Next(Vec<mpsc::Sender<LinkFrame>>),
+    /// Over a link: from the last stage to the head.
+    Samples(mpsc::Sender<LinkFrame>),
     /// To the head of a replica that has one stage.
     Head(mpsc::Sender<Samples>),
+    /// Nowhere: rank 0 of this stage speaks for all.
+    Nobody,
 }
 
 /// A stage that cannot go on.
@@ -153,6 +159,10 @@ pub struct StageParts {
     pub pool: BufferPool,
     /// Where results go.
     pub outlet: Outlet,
+    /// The other ranks of the first stage, which take what the head gives this one.
+    pub mirrors: Vec<mpsc::Sender<LinkFrame>>,
+    /// All other ranks of this stage.
+    pub peers: Box<dyn Collective>,
     /// What it counts.
     pub counters: Arc<Counters>,
     /// Its part of what flows at the worker.
@@ -169,6 +179,8 @@ pub struct Stage {
     model: Box<dyn ShardModel>,
     pool: BufferPool,
     outlet: Outlet,
+    mirrors: Vec<mpsc::Sender<LinkFrame>>,
+    peers: Box<dyn Collective>,
     counters: Arc<Counters>,
     /// How many are open.
     sequences: watch::Sender<usize>,
@@ -187,18 +199,19 @@ struct Closed;
 impl Stage {
     /// A stage without steps.
     pub fn new(parts: StageParts) -> Self {
-        let StageParts { index, last, table, model, pool, outlet, counters, work, traces } = parts;
         Self {
-            index,
-            last,
-            table,
-            model,
-            pool,
-            outlet,
-            counters,
+            index: parts.index,
+            last: parts.last,
+            table: parts.table,
+            model: parts.model,
+            pool: parts.pool,
+            outlet: parts.outlet,
+            mirrors: parts.mirrors,
+            peers: parts.peers,
+            counters: parts.counters,
             sequences: watch::Sender::new(0),
-            work,
-            traces,
+            work: parts.work,
+            traces: parts.traces,
             opened: None,
             spans: SpanBuffer::default(),
             logits: Vec::new(),
@@ -241,32 +254,33 @@ impl Stage {
                 self.table.open(&open).map_err(fault)?;
                 self.count();
                 self.opened = Some((open.sequence, open.tokens.len() as u32));
-                Ok(self.hand_on(|| LinkFrame::Open(open)))
+                Ok(self.hand_on(LinkFrame::Open(open)))
             }
             StageInput::Trace(trace) => {
                 self.begin_trace(&trace).map_err(fault)?;
-                Ok(self.hand_on(|| LinkFrame::Trace(trace)))
+                Ok(self.hand_on(LinkFrame::Trace(trace)))
             }
             StageInput::Close(close) => {
                 self.table.close(&close).map_err(fault)?;
                 self.count();
                 self.traces.end(SequenceId(close.sequence));
-                Ok(self.hand_on(|| LinkFrame::Close(close)))
+                Ok(self.hand_on(LinkFrame::Close(close)))
             }
             StageInput::Step { step, records, data } => {
                 let taken = idle.map(|idle| (idle, Instant::now()));
-                let hidden = self.compute(&step, data)?;
+                if let Err(Closed) = self.mirror(&step, &records, &data) {
+                    return Ok(Err(Closed));
+                }
+                let Some(hidden) = self.compute(&step, data)? else { return Ok(Err(Closed)) };
                 let ready = Instant::now();
                 let (drawn, sent) = if self.last {
                     drop(hidden);
-                    let vocab = self.model.vocab();
-                    let samples = self.table.draw(&step, &self.logits, vocab).map_err(fault)?;
+                    let Some(samples) = self.draw(&step)? else { return Ok(Err(Closed)) };
                     let drawn = taken.map(|_| Instant::now());
                     (drawn, self.give_samples(samples, ready))
                 } else {
                     let (header, payload) = (step.header, hidden.into_bytes());
-                    let frame = || LinkFrame::Step { header, records, payload, ready };
-                    (None, self.hand_on(frame))
+                    (None, self.hand_on(LinkFrame::Step { header, records, payload, ready }))
                 };
                 if let Some((idle, taken)) = taken {
                     let (drawn, sent) = (drawn.unwrap_or(ready), Instant::now());
@@ -296,10 +310,11 @@ impl Stage {
     /// Sends what was drawn to the head.
     fn give_samples(&self, samples: Samples, ready: Instant) -> Result<(), Closed> {
         match &self.outlet {
-            Outlet::Link(to) => {
+            Outlet::Samples(to) => {
                 to.blocking_send(LinkFrame::Samples { samples, ready }).map_err(|_| Closed)
             }
             Outlet::Head(to) => to.blocking_send(samples).map_err(|_| Closed),
+            Outlet::Next(_) | Outlet::Nobody => Ok(()),
         }
     }
 
@@ -309,16 +324,50 @@ impl Stage {
         self.work.set(open);
     }
 
-    /// Sends a frame to the next stage; behind the last one there is none.
-    fn hand_on(&self, frame: impl FnOnce() -> LinkFrame) -> Result<(), Closed> {
+    /// Sends a frame to the next stage; behind the last one there is none. What is no step goes to the
+    /// other ranks beside the head too, which have had the steps already.
+    fn hand_on(&self, frame: LinkFrame) -> Result<(), Closed> {
+        if !matches!(frame, LinkFrame::Step { .. }) {
+            send_to_all(&self.mirrors, &frame)?;
+        }
         match &self.outlet {
-            Outlet::Link(to) if !self.last => to.blocking_send(frame()).map_err(|_| Closed),
-            Outlet::Link(_) | Outlet::Head(_) => Ok(()),
+            Outlet::Next(next) => send_to_all(next, &frame),
+            Outlet::Samples(_) | Outlet::Head(_) | Outlet::Nobody => Ok(()),
         }
     }
 
-    /// Takes the rows through the layers; the logits of a last stage are in `self.logits` then.
-    fn compute(&mut self, step: &Step, data: StepData) -> Result<HiddenBuffer, StageError> {
+    /// Gives the other ranks beside the head what it gave this one, before any of them computes.
+    fn mirror(&self, step: &Step, records: &Bytes, data: &StepData) -> Result<(), Closed> {
+        let StepData::Tokens(tokens) = data else { return Ok(()) };
+        if self.mirrors.is_empty() {
+            return Ok(());
+        }
+        let payload = Bytes::copy_from_slice(bytemuck::cast_slice(tokens));
+        let (header, records, ready) = (step.header, records.clone(), Instant::now());
+        send_to_all(&self.mirrors, &LinkFrame::Step { header, records, payload, ready })
+    }
+
+    /// Draws; `None`: another rank is gone, its link says why.
+    fn draw(&mut self, step: &Step) -> Result<Option<Samples>, StageError> {
+        let index = self.index;
+        let own = self.model.vocab();
+        if self.peers.split().is_whole() {
+            let drawn = self.table.draw(step, &self.logits, own.len());
+            return drawn.map(Some).map_err(|fault| StageError::Fault(index, fault));
+        }
+        let (first, width) = (own.start as u32, own.len());
+        let own = OwnLogits { first, width, logits: &self.logits };
+        match self.table.draw_cut(step, &own, &mut *self.peers) {
+            Ok(samples) => Ok(Some(samples)),
+            Err(DrawError::Peers(CollectiveError::Gone { .. })) => Ok(None),
+            Err(DrawError::Peers(error)) => Err(StageError::Compute(index, error.into())),
+            Err(DrawError::Fault(fault)) => Err(StageError::Fault(index, fault)),
+        }
+    }
+
+    /// Takes the rows through the layers; the logits of a last stage are in `self.logits` then. `None`:
+    /// another rank is gone, its link says why.
+    fn compute(&mut self, step: &Step, data: StepData) -> Result<Option<HiddenBuffer>, StageError> {
         let index = self.index;
         let rows = self.table.begin_step(step).map_err(|f| StageError::Fault(index, f))?;
         let first = index.0 == 0;
@@ -335,18 +384,26 @@ impl Stage {
             }
         };
         let logits = self.last.then(|| {
-            self.logits.resize(rows.sample_rows().len() * self.model.vocab(), 0.0);
+            self.logits.resize(rows.sample_rows().len() * self.model.vocab().len(), 0.0);
             self.logits.as_mut_slice()
         });
         let spans = self.spans.take(&rows);
         let batch = Batch { spans: &spans, rows: rows.rows(), sample_rows: rows.sample_rows() };
         let begun = Instant::now();
-        let computed = self.model.forward(&batch, tokens.as_deref(), hidden.floats_mut(), logits);
+        let (tokens, peers) = (tokens.as_deref(), &mut *self.peers);
+        let computed = self.model.forward(&batch, tokens, hidden.floats_mut(), logits, peers);
         self.counters.computed(batch.rows, begun.elapsed());
         self.spans.give_back(spans);
-        computed.map_err(|error| StageError::Compute(index, error))?;
-        Ok(hidden)
+        match computed {
+            Ok(()) => Ok(Some(hidden)),
+            Err(ComputeError::Peers(CollectiveError::Gone { .. })) => Ok(None),
+            Err(error) => Err(StageError::Compute(index, error)),
+        }
     }
+}
+
+fn send_to_all(to: &[mpsc::Sender<LinkFrame>], frame: &LinkFrame) -> Result<(), Closed> {
+    to.iter().try_for_each(|to| to.blocking_send(frame.clone()).map_err(|_| Closed))
 }
 
 /// The records of a step that begins here, as they stand on the wire.

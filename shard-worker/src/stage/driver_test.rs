@@ -35,8 +35,12 @@ impl ShardModel for AddOne {
         WIDTH
     }
 
-    fn vocab(&self) -> usize {
-        if self.last { VOCAB } else { 0 }
+    fn vocab(&self) -> std::ops::Range<usize> {
+        0..if self.last { VOCAB } else { 0 }
+    }
+
+    fn round_bytes_max(&self) -> usize {
+        0
     }
 
     fn forward(
@@ -45,6 +49,7 @@ impl ShardModel for AddOne {
         tokens: Option<&[u32]>,
         hidden: &mut [f32],
         logits: Option<&mut [f32]>,
+        _peers: &mut dyn Collective,
     ) -> Result<(), ComputeError> {
         self.seen.lock().unwrap().push(hidden.as_ptr() as usize);
         if let Some(tokens) = tokens {
@@ -81,7 +86,9 @@ fn start(index: u32, model: AddOne) -> Bench {
         table: StageTable::new(Generation(1), LIMITS, last),
         model: Box::new(model),
         pool: pool.clone(),
-        outlet: Outlet::Link(frame),
+        outlet: if last { Outlet::Samples(frame) } else { Outlet::Next(vec![frame]) },
+        mirrors: Vec::new(),
+        peers: Box::new(crate::collective::Alone),
         counters: Arc::default(),
         work: crate::stage::Work::default().share(),
         traces: StageTraces::new(Tracer::off(), ReplicaId(1), StageIndex(index), last),

@@ -5,7 +5,8 @@
 //!   └──────────────────────Samples──────────────────────────-┘
 //! ```
 //!
-//! Every stage dials the next one and is dialled by the one before; the last one dials the head. The
+//! Every stage dials the next one and is dialled by the one before; the last one dials the head. Where
+//! stages have several ranks, `ring` says who dials whom, and the ranks of a stage are joined too. The
 //! dialler says which link it is (`LinkHello`), the receiver compares that with its assignment and
 //! with the certificate, and answers with a `LinkHello` of its own. Nobody else gets in.
 //!
@@ -14,23 +15,27 @@
 //! needs a new generation. Each end of a link watches the other one's pulse.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use shoal_protocol::activation::LinkHello;
+use shoal_protocol::id::RankIndex;
 use shoal_protocol::quic::{
-    Alpn, Connection, Endpoint, EndpointError, Expect, FrameSender, Identity, Loss, Pulse,
-    close_code,
+    Alpn, Connection, Endpoint, EndpointError, Expect, FrameReceiver, FrameSender, Identity, Loss,
+    Pulse, close_code,
 };
 use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::counters::Counters;
-use super::door::{Expected, HELLO_TIMEOUT, Waiting, accept_all, read_hello, send_hello};
+use super::door::{Expected, HELLO_TIMEOUT, Port, Waiting, accept_all, read_hello, send_hello};
 use super::ring::{LinkPlan, Neighbour};
-use super::wire::{self, Inlet, LinkEnd, LinkFrame};
+use super::wire::{self, Inlet, LinkEnd, LinkFrame, RankEnd};
 use super::work::Work;
 
 /// The pause after the first failed dial; it doubles up to `REDIAL_PAUSE_MAX`. Neighbours load for
@@ -40,17 +45,17 @@ const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// The longest pause between dials.
 const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(400);
 
-/// Up, up, lost: a shard's links have no more to say.
-pub const LINK_EVENTS_MAX: usize = 4;
+/// Each link's coming up, and the loss of one: a shard's links have no more to say.
+pub fn link_events_max(plan: &LinkPlan) -> usize {
+    plan.links() + 1
+}
 
 /// What a shard hears of its links.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
-    /// The stage before has dialled us.
-    UpstreamUp,
-    /// The next stage has let us in.
-    DownstreamUp,
-    /// A link is gone; the other one has been closed too.
+    /// One more of [`LinkPlan::links`] is up.
+    Up,
+    /// A link is gone; the others have been closed too.
     Lost(LinkLost),
 }
 
@@ -73,8 +78,10 @@ pub struct LinkLost {
 pub struct LinkEnds {
     /// Where frames from upstream go.
     pub inlet: Inlet,
-    /// Frames for downstream.
-    pub outlet: mpsc::Receiver<LinkFrame>,
+    /// Frames for each of the mirrors, then of the downstream neighbours, in the plan's order.
+    pub outlets: Vec<mpsc::Receiver<LinkFrame>>,
+    /// What is exchanged with each of the siblings, in the plan's order.
+    pub siblings: Vec<RankEnd>,
     /// Where events go.
     pub events: mpsc::Sender<LinkEvent>,
     /// What the downstream link counts.
@@ -175,12 +182,19 @@ impl Links {
     /// Links a shard with its neighbours until the guard is dropped or a link is lost.
     pub fn attach(&self, plan: LinkPlan, ends: LinkEnds) -> Attached {
         let (leave, left) = oneshot::channel();
-        let pulse = || Arc::new(Pulse::default().telling(Arc::clone(&self.suspicions)));
-        let pulses = [pulse(), pulse()];
+        let pulse = |_| Arc::new(Pulse::default().telling(Arc::clone(&self.suspicions)));
+        let pulses: Vec<_> = (0..plan.links()).map(pulse).collect();
         ends.counters.watched(pulses.clone());
-        let waiting = Arc::clone(&self.waiting);
-        let work = link_shard(self.endpoint.clone(), waiting, plan, ends, pulses, left);
-        Attached { leave: Some(leave), task: self.runtime.spawn(work) }
+        let shard = LinkedShard {
+            endpoint: self.endpoint.clone(),
+            waiting: Arc::clone(&self.waiting),
+            plan,
+            events: ends.events.clone(),
+            counters: Arc::clone(&ends.counters),
+            work: ends.work.clone(),
+            open: Mutex::default(),
+        };
+        Attached { leave: Some(leave), task: self.runtime.spawn(shard.run(ends, pulses, left)) }
     }
 
     /// Closes all links and ends the thread.
@@ -231,73 +245,139 @@ impl Attached {
 }
 
 /// A shard's links, from the first dial to the first loss.
-async fn link_shard(
+struct LinkedShard {
     endpoint: Endpoint,
     waiting: Waiting,
     plan: LinkPlan,
-    ends: LinkEnds,
-    [from_upstream, from_downstream]: [Arc<Pulse>; 2],
-    left: oneshot::Receiver<Goodbye>,
-) {
-    let LinkEnds { inlet, outlet, events, counters, work } = ends;
-    let key = (plan.replica, plan.generation, plan.stage);
-    let (linked, upstream) = oneshot::channel();
-    let expected = Expected { from: plan.upstream, linked };
-    waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(key, expected);
+    events: mpsc::Sender<LinkEvent>,
+    counters: Arc<Counters>,
+    work: watch::Receiver<usize>,
+    /// What is to be closed with words. Held for a push, never over an await.
+    open: Mutex<Vec<Connection>>,
+}
 
-    let mut open: [Option<Connection>; 2] = [None, None];
-    let [upstream_open, downstream_open] = &mut open;
-    let receive = async {
-        // The sender is dropped only together with this task's registration.
-        let Ok((connection, receiver)) = upstream.await else {
-            return std::future::pending().await;
-        };
-        let connection = upstream_open.insert(connection);
-        let _ = events.send(LinkEvent::UpstreamUp).await;
-        let pulse = &*from_upstream;
-        let end = tokio::select! {
-            end = wire::receive(receiver, &inlet, &plan, pulse) => end,
-            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
-        };
-        match end {
-            // The shard has stopped; it knows why, and says goodbye with words.
-            Ok(()) => std::future::pending().await,
-            Err(end) => plan.upstream.lost(end, connection),
+/// One link of a shard: it ends with its loss.
+type Link<'a> = Pin<Box<dyn Future<Output = LinkLost> + Send + 'a>>;
+
+impl LinkedShard {
+    async fn run(self, ends: LinkEnds, pulses: Vec<Arc<Pulse>>, left: oneshot::Receiver<Goodbye>) {
+        let LinkEnds { inlet, outlets, siblings, .. } = ends;
+        let mut pulses = pulses.iter().map(|pulse| &**pulse);
+        let mut links: FuturesUnordered<Link<'_>> = FuturesUnordered::new();
+        for (from, pulse) in self.plan.upstream.iter().zip(&mut pulses) {
+            links.push(Box::pin(self.receive(*from, &inlet, pulse)));
         }
-    };
-    let send = async {
-        let (connection, sender) = dial(&endpoint, &plan).await;
-        let connection = downstream_open.insert(connection);
-        counters.linked(connection.clone());
-        let _ = events.send(LinkEvent::DownstreamUp).await;
-        let pulse = &*from_downstream;
-        let end = tokio::select! {
-            end = wire::send(sender, connection, outlet, &counters, pulse) => end,
-            silence = pulse.keep(connection, work.clone()) => Err(LinkEnd::Silent(silence)),
+        let to = self.plan.mirrors.iter().chain(&self.plan.downstream);
+        for ((to, outlet), pulse) in to.zip(outlets).zip(&mut pulses) {
+            links.push(Box::pin(self.send(*to, outlet, pulse)));
+        }
+        for ((with, end), pulse) in self.plan.siblings.iter().zip(siblings).zip(&mut pulses) {
+            links.push(Box::pin(self.exchange(*with, end, pulse)));
+        }
+        let (goodbye, event) = tokio::select! {
+            goodbye = left => {
+                let reason = "the shard was withdrawn".to_owned();
+                (goodbye.unwrap_or(Goodbye { code: close_code::STALE, reason }), None)
+            }
+            Some(lost) = links.next() => lost.event(),
         };
-        match end {
-            Ok(()) => std::future::pending().await,
-            Err(end) => plan.downstream.lost(end, connection),
+        drop(links);
+        let (replica, generation) = (self.plan.replica, self.plan.generation);
+        let is_own = |key: &(_, _, Port)| {
+            (key.0, key.1) == (replica, generation)
+                && (key.2.stage, key.2.rank.0) == (self.plan.stage, self.plan.split.rank)
+        };
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| !is_own(key));
+        for connection in self.open.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            connection.close(goodbye.code, &goodbye.reason);
         }
-    };
-    let (goodbye, event) = tokio::select! {
-        goodbye = left => {
-            let reason = "the shard was withdrawn".to_owned();
-            (goodbye.unwrap_or(Goodbye { code: close_code::STALE, reason }), None)
+        if let Some(event) = event {
+            let _ = self.events.send(event).await;
         }
-        lost = receive => lost.event(),
-        lost = send => lost.event(),
-    };
-    waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-    for connection in open.into_iter().flatten() {
-        connection.close(goodbye.code, &goodbye.reason);
     }
-    if let Some(event) = event {
-        let _ = events.send(event).await;
+
+    async fn receive(&self, from: Neighbour, inlet: &Inlet, pulse: &Pulse) -> LinkLost {
+        let (connection, mut sender, receiver) = self.accepted(from, false).await;
+        sender.finish();
+        self.up(&connection).await;
+        let end = tokio::select! {
+            end = wire::receive(receiver, inlet, &self.plan, pulse) => end,
+            silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        from.ended(end, &connection).await
+    }
+
+    async fn send(
+        &self,
+        to: Neighbour,
+        outlet: mpsc::Receiver<LinkFrame>,
+        pulse: &Pulse,
+    ) -> LinkLost {
+        let (connection, sender, _) = dial(&self.endpoint, &self.plan, &to, false).await;
+        if to.stage != self.plan.stage {
+            self.counters.linked(connection.clone());
+        }
+        self.up(&connection).await;
+        let end = tokio::select! {
+            end = wire::send(sender, &connection, outlet, &self.counters, pulse) => end,
+            silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        to.ended(end, &connection).await
+    }
+
+    /// The lower rank dials.
+    async fn exchange(&self, with: Neighbour, end: RankEnd, pulse: &Pulse) -> LinkLost {
+        let (connection, sender, receiver) = match self.plan.split.rank < with.rank.0 {
+            true => dial(&self.endpoint, &self.plan, &with, true).await,
+            false => self.accepted(with, true).await,
+        };
+        self.up(&connection).await;
+        let streams = (sender, receiver);
+        let end = tokio::select! {
+            end = wire::exchange(streams, &connection, end, &self.plan, pulse) => end,
+            silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
+        };
+        with.ended(end, &connection).await
+    }
+
+    /// Waits until this neighbour has dialled us.
+    async fn accepted(
+        &self,
+        from: Neighbour,
+        of_ranks: bool,
+    ) -> (Connection, FrameSender, FrameReceiver) {
+        let (linked, link) = oneshot::channel();
+        let port = Port {
+            stage: self.plan.stage,
+            rank: RankIndex(self.plan.split.rank),
+            sibling: of_ranks.then_some(from.rank),
+        };
+        let key = (self.plan.replica, self.plan.generation, port);
+        let expected = Expected { from, linked };
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(key, expected);
+        match link.await {
+            Ok(link) => link,
+            // The sender is dropped only together with this shard's registration.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    async fn up(&self, connection: &Connection) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).push(connection.clone());
+        let _ = self.events.send(LinkEvent::Up).await;
     }
 }
 
 impl Neighbour {
+    /// A link that has ended without an error belongs to a shard that has stopped: it knows why, and says
+    /// goodbye with words.
+    async fn ended(self, end: Result<(), LinkEnd>, connection: &Connection) -> LinkLost {
+        match end {
+            Ok(()) => std::future::pending().await,
+            Err(end) => self.lost(end, connection),
+        }
+    }
+
     fn lost(self, end: LinkEnd, connection: &Connection) -> LinkLost {
         let violation = matches!(end, LinkEnd::Violation(_));
         let loss = match &end {
@@ -322,14 +402,19 @@ impl LinkLost {
 }
 
 /// Dials the next stage until it lets us in. The caller drops the future when the shard is withdrawn.
-async fn dial(endpoint: &Endpoint, plan: &LinkPlan) -> (Connection, FrameSender) {
+async fn dial(
+    endpoint: &Endpoint,
+    plan: &LinkPlan,
+    to: &Neighbour,
+    of_ranks: bool,
+) -> (Connection, FrameSender, FrameReceiver) {
     let mut pause = REDIAL_PAUSE_MIN;
     loop {
-        match dial_once(endpoint, plan).await {
+        match dial_once(endpoint, to, plan.hello_to(to, of_ranks)).await {
             Ok(link) => return link,
             Err(why) => tracing::debug!(
                 replica = %plan.replica, generation = %plan.generation,
-                "no link to {} yet: {why}", plan.downstream
+                "no link to {to} yet: {why}"
             ),
         }
         tokio::time::sleep(pause).await;
@@ -339,27 +424,24 @@ async fn dial(endpoint: &Endpoint, plan: &LinkPlan) -> (Connection, FrameSender)
 
 async fn dial_once(
     endpoint: &Endpoint,
-    plan: &LinkPlan,
-) -> Result<(Connection, FrameSender), String> {
-    let to = plan.downstream;
+    to: &Neighbour,
+    hello: LinkHello,
+) -> Result<(Connection, FrameSender, FrameReceiver), String> {
     let connection = endpoint
         .connect(to.address, Expect::Node(to.node), Alpn::Activations, HELLO_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
     let greet = async {
         let (mut sender, mut receiver) = connection.open_bi().await.map_err(|e| e.to_string())?;
-        let hello = plan.hello_to(to.stage);
         send_hello(&mut sender, &hello).await.map_err(|e| e.to_string())?;
         let answer = read_hello(&mut receiver).await.map_err(|e| e.to_string())?;
-        let expected =
-            LinkHello { from_stage: hello.to_stage, to_stage: hello.from_stage, ..hello };
-        if answer != expected {
+        if answer != hello.answer() {
             return Err(format!("it answered {answer:?}"));
         }
-        Ok(sender)
+        Ok((sender, receiver))
     };
     match tokio::time::timeout(HELLO_TIMEOUT, greet).await {
-        Ok(Ok(sender)) => Ok((connection, sender)),
+        Ok(Ok((sender, receiver))) => Ok((connection, sender, receiver)),
         Ok(Err(why)) => {
             connection.close(close_code::PROTOCOL, "no LinkHello in answer");
             Err(why)

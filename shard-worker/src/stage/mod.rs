@@ -7,19 +7,23 @@
 mod buffer;
 mod counters;
 mod door;
+mod draw;
 mod driver;
 mod link;
+mod ranks;
 mod ring;
 mod shard;
 pub mod table;
 mod wire;
+mod wiring;
 mod work;
 
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
 pub use driver::{ComputeThread, Ended, Outlet, Stage, StageError, StageParts, records_of};
-pub use link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links, LinksError};
+pub use link::{Attached, LinkEnds, LinkEvent, LinkLost, Links, LinksError, link_events_max};
+pub use ranks::Ranks;
 pub use ring::{BadRing, LinkPlan, Neighbour};
 pub use shard::{DRAIN_TIMEOUT, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop, StartError};
-pub use wire::{Inlet, LinkFrame, StageInput, StepData};
+pub use wire::{Inlet, LinkFrame, RankEnd, StageInput, StepData, Takes};
 pub use work::{Work, WorkShare};

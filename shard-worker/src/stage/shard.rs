@@ -17,16 +17,18 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{Generation, ReplicaId};
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::close_code;
+use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::buffer::BufferPool;
 use super::counters::Counters;
-use super::driver::{ComputeThread, Ended, Outlet, Stage, StageParts};
-use super::link::{Attached, LINK_EVENTS_MAX, LinkEnds, LinkEvent, LinkLost, Links};
+use super::driver::{ComputeThread, Ended, Stage, StageParts};
+use super::link::{Attached, LinkEnds, LinkEvent, LinkLost, Links, link_events_max};
 use super::ring::{BadRing, LinkPlan};
 use super::table::StageTable;
-use super::wire::{Inlet, LinkFrame, StageInput};
+use super::wire::{Inlet, StageInput, Takes};
+use super::wiring::Wiring;
 use crate::engine::{BadEngineConfig, EngineConfig};
 use crate::head::{Head, HeadClient, HeadParts};
 use crate::model::ShardModel;
@@ -136,19 +138,20 @@ impl Shard {
         let (input, inputs) = mpsc::channel::<StageInput>(frames_max);
         // One more than steps in flight, so that nobody ever waits to put samples in.
         let (drawn, samples) = mpsc::channel::<Samples>(steps + 1);
-        let (frame, outlet_frames) = mpsc::channel::<LinkFrame>(frames_max);
-        let outlet = match ring {
-            Some(_) => Outlet::Link(frame),
-            None => Outlet::Head(drawn.clone()),
-        };
+        let Wiring { outlet, mirrors, outlets, peers, siblings } =
+            Wiring::of(assignment, ring.as_ref(), &loaded, (frames_max, &drawn));
         let (fault_to, fault) = mpsc::channel(1);
-        let (head, inlet) = if assignment.is_first() {
+        let (head, inlet) = if assignment.has_head() {
             let config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
             let tracer = links.tracer().clone();
             let parts = HeadParts { config, stage: input, samples, fault: fault_to, tracer };
             (Some(Head::start(parts, links.runtime())?), Inlet::Head { to: drawn })
         } else {
-            (None, Inlet::Stage { hidden, pool: pool.clone(), to: input })
+            let takes = match assignment.is_first() {
+                true => Takes::Tokens,
+                false => Takes::Hidden { width: hidden, pool: pool.clone() },
+            };
+            (None, Inlet::Stage { takes, to: input })
         };
         let table =
             StageTable::new(assignment.replica.generation, limits.clone(), assignment.is_last());
@@ -159,22 +162,29 @@ impl Shard {
             model: loaded.model,
             pool,
             outlet,
+            mirrors,
+            peers,
             counters: Arc::clone(&counters),
             work: links.work().share(),
             traces: StageTraces::new(
-                links.tracer().clone(),
+                // All ranks of a stage do the same step: one of them tells of it.
+                if assignment.rank.0 == 0 { links.tracer().clone() } else { Tracer::off() },
                 assignment.replica.id,
                 assignment.stage,
                 assignment.is_last(),
             ),
         });
-        let name = format!("{}-s{}", assignment.replica.id, assignment.stage.0);
+        let (stage_number, rank) = (assignment.stage.0, assignment.rank.0);
+        let name = match rank {
+            0 => format!("{}-s{stage_number}", assignment.replica.id),
+            rank => format!("{}-s{stage_number}r{rank}", assignment.replica.id),
+        };
         let thread = ComputeThread::start(name, stage, inputs)?;
-        let (link_to, link_events) = mpsc::channel(LINK_EVENTS_MAX);
+        let links_down = ring.as_ref().map_or(0, LinkPlan::links);
+        let (events, link_events) = mpsc::channel(ring.as_ref().map_or(1, link_events_max));
         let attached = ring.map(|ring| {
-            let (outlet, events) = (outlet_frames, link_to);
             let (counters, work) = (Arc::clone(&counters), thread.sequences());
-            links.attach(ring, LinkEnds { inlet, outlet, events, counters, work })
+            links.attach(ring, LinkEnds { inlet, outlets, siblings, events, counters, work })
         });
         let client = head.as_ref().map(Head::client);
         let (stop, stopped) = oneshot::channel();
@@ -183,6 +193,7 @@ impl Shard {
             thread,
             head,
             attached,
+            links_down,
             link_events,
             fault,
             replica: assignment.replica.id,
@@ -221,6 +232,8 @@ struct Supervisor {
     thread: ComputeThread,
     head: Option<Head>,
     attached: Option<Attached>,
+    /// Links that are not up yet.
+    links_down: usize,
     link_events: mpsc::Receiver<LinkEvent>,
     fault: mpsc::Receiver<String>,
     replica: ReplicaId,
@@ -241,10 +254,10 @@ impl Supervisor {
         mut self,
         mut stop: oneshot::Receiver<(ShardStop, String)>,
     ) -> Option<LoadedModel> {
-        let mut links_down = if self.attached.is_some() { 2 } else { 0 };
+        let mut linked = false;
         let end = loop {
-            if links_down == 0 {
-                links_down = -1;
+            if self.links_down == 0 && !linked {
+                linked = true;
                 self.linked().await;
             }
             tokio::select! {
@@ -255,7 +268,7 @@ impl Supervisor {
                 end = failure(
                     &mut self.thread, &mut self.link_events, &mut self.fault, &mut self.ended
                 ) => match end {
-                    None => links_down -= 1,
+                    None => self.links_down = self.links_down.saturating_sub(1),
                     Some(error) => break End::Failed(error),
                 },
             }
@@ -395,7 +408,7 @@ async fn failure(
         }
         Some(reason) = fault.recv() => Some(WireError::new(ErrorCode::WorkerLost, reason)),
         Some(event) = links.recv() => match event {
-            LinkEvent::UpstreamUp | LinkEvent::DownstreamUp => None,
+            LinkEvent::Up => None,
             LinkEvent::Lost(lost) => Some(lost_error(&lost)),
         },
     }

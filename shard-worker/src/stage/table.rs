@@ -11,17 +11,18 @@ use shoal_protocol::activation::{CloseHeader, Open, RowRecord, Sample, Samples, 
 use shoal_protocol::id::{Generation, SequenceId, StepId};
 use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
 
+use super::draw::sample_of;
 use crate::model::Span;
-use crate::sample::{SampleError, SamplerState, Scratch};
+use crate::sample::{SamplerState, Scratch};
 
 /// One sequence at this stage.
 #[derive(Clone, Debug, PartialEq)]
-struct Entry {
+pub(super) struct Entry {
     blocks: Vec<u32>,
     /// Rows that have gone through this stage: the next row stands at this position.
     length: u32,
     /// On the last stage alone.
-    sampler: Option<SamplerState>,
+    pub(super) sampler: Option<SamplerState>,
 }
 
 /// Adjacent rows of one sequence in the current step.
@@ -36,16 +37,16 @@ struct Run {
 /// The sequences of one stage.
 #[derive(Debug)]
 pub struct StageTable {
-    generation: Generation,
+    pub(super) generation: Generation,
     limits: ReplicaLimits,
     last: bool,
-    sequences: BTreeMap<SequenceId, Entry>,
+    pub(super) sequences: BTreeMap<SequenceId, Entry>,
     /// By block: the live sequence that holds it.
     owners: Vec<Option<SequenceId>>,
     /// The current step; kept for its memory.
     runs: Vec<Run>,
     sample_rows: Vec<usize>,
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
 }
 
 /// A frame that does not fit what the stage knows: its sender broke the protocol, or frames were
@@ -263,21 +264,15 @@ impl StageTable {
         Ok(Samples { generation: self.generation, step: StepId(step.header.step), samples })
     }
 
-    fn draw_row(&mut self, row: &RowRecord, logits: &[f32]) -> Result<Sample, StageFault> {
+    pub(super) fn draw_row(
+        &mut self,
+        row: &RowRecord,
+        logits: &[f32],
+    ) -> Result<Sample, StageFault> {
         let sequence = SequenceId(row.sequence);
         let sampler = self.sequences.get_mut(&sequence).and_then(|e| e.sampler.as_mut());
         let sampler = sampler.ok_or(StageFault::UnknownSequence(sequence))?;
-        let (token, logprob, candidates) =
-            match sampler.draw(&mut self.scratch, logits, row.position) {
-                Ok(drawn) => (drawn.token, drawn.logprob, drawn.candidates),
-                Err(SampleError::NonFinite { .. } | SampleError::NoLogits) => {
-                    (Sample::NO_TOKEN, f32::NAN, Vec::new())
-                }
-                Err(SampleError::Position { found, expected }) => {
-                    return Err(StageFault::NotLastToken { sequence, found, expected });
-                }
-            };
-        Ok(Sample { sequence, position: row.position, token, logprob, candidates })
+        sample_of(row, sampler.draw(&mut self.scratch, logits, row.position))
     }
 
     /// Every invariant that does not hold, in words; for tests and debugging.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use shoal_protocol::activation::{
-    CloseHeader, Open, OpenHeader, Samples, SamplesHeader, Step, StepHeader,
+    CloseHeader, Open, OpenHeader, Partial, Samples, SamplesHeader, Step, StepHeader,
 };
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::Generation;
@@ -56,7 +56,7 @@ pub enum StepData {
 }
 
 /// What a stage sends to the next one, or the last one to the head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum LinkFrame {
     /// A sequence begins.
     Open(Open),
@@ -68,7 +68,7 @@ pub enum LinkFrame {
         header: StepHeader,
         /// Its rows and grants.
         records: Bytes,
-        /// The hidden states.
+        /// The hidden states; to a rank of the first stage the tokens.
         payload: Bytes,
         /// When the stage had it ready.
         ready: Instant,
@@ -89,10 +89,8 @@ pub enum LinkFrame {
 pub enum Inlet {
     /// To the stage.
     Stage {
-        /// The width of the hidden states.
-        hidden: usize,
-        /// Where their buffers come from.
-        pool: BufferPool,
+        /// What steps come with.
+        takes: Takes,
         /// The stage's queue. When it is full the stream is not read, and QUIC's credit holds back
         /// the stage before.
         to: mpsc::Sender<StageInput>,
@@ -101,6 +99,20 @@ pub enum Inlet {
     Head {
         /// The head's queue. It holds a frame for each step in flight, so it is never full.
         to: mpsc::Sender<Samples>,
+    },
+}
+
+/// What comes with a step.
+#[derive(Debug)]
+pub enum Takes {
+    /// On the ranks of the first stage that have no head: what rank 0 has from it.
+    Tokens,
+    /// On all other stages.
+    Hidden {
+        /// The width of a row.
+        width: usize,
+        /// Where the buffers come from.
+        pool: BufferPool,
     },
 }
 
@@ -150,8 +162,8 @@ pub(super) async fn receive(
         let head = receiver.next().await?.ok_or_else(finished)?;
         pulse.heard();
         let taken = match inlet {
-            Inlet::Stage { hidden, pool, to } => {
-                let input = receive_input(&mut receiver, &head, *hidden, pool, plan).await?;
+            Inlet::Stage { takes, to } => {
+                let input = receive_input(&mut receiver, &head, takes, plan).await?;
                 to.send(input).await.is_ok()
             }
             Inlet::Head { to } => {
@@ -167,23 +179,35 @@ pub(super) async fn receive(
 async fn receive_input(
     receiver: &mut FrameReceiver,
     head: &FrameHead,
-    hidden: usize,
-    pool: &BufferPool,
+    takes: &Takes,
     plan: &LinkPlan,
 ) -> Result<StageInput, LinkEnd> {
     let limits = &plan.limits;
     match head.kind {
         FrameKind::Step => {
-            let row_len = hidden * FLOAT_LEN;
+            let row_len = match takes {
+                Takes::Tokens => size_of::<u32>(),
+                Takes::Hidden { width, .. } => width * FLOAT_LEN,
+            };
             let (header, records_len, _) =
                 Step::check(head.header(), head.body_len, limits, row_len)?;
             check_generation(header.generation, plan)?;
             let mut records = vec![0; records_len];
             receiver.read_into(&mut records).await?;
             let step = Step::decode(header, &records)?;
-            let mut buffer = pool.take(header.rows as usize);
-            receiver.read_into(buffer.bytes_mut()).await?;
-            let data = StepData::Hidden(buffer);
+            let rows = header.rows as usize;
+            let data = match takes {
+                Takes::Tokens => {
+                    let mut tokens = vec![0_u32; rows];
+                    receiver.read_into(bytemuck::cast_slice_mut(&mut tokens)).await?;
+                    StepData::Tokens(tokens)
+                }
+                Takes::Hidden { pool, .. } => {
+                    let mut buffer = pool.take(rows);
+                    receiver.read_into(buffer.bytes_mut()).await?;
+                    StepData::Hidden(buffer)
+                }
+            };
             Ok(StageInput::Step { step, records: records.into(), data })
         }
         FrameKind::Open => {
@@ -292,5 +316,66 @@ async fn send_frame(
         LinkFrame::Close(close) => {
             sender.send(FrameKind::Close, &close, Bytes::new(), Bytes::new()).await
         }
+    }
+}
+
+/// One end of a link between two ranks of a stage.
+#[derive(Debug)]
+pub struct RankEnd {
+    /// What this rank tells the other one.
+    pub told: mpsc::Receiver<Bytes>,
+    /// What the other one tells this rank.
+    pub heard: mpsc::Sender<Bytes>,
+    /// The longest message.
+    pub bytes_max: usize,
+}
+
+/// Carries rounds both ways until the link ends, or, without an error, the stage has no more.
+pub(super) async fn exchange(
+    (mut sender, mut receiver): (FrameSender, FrameReceiver),
+    connection: &Connection,
+    end: RankEnd,
+    plan: &LinkPlan,
+    pulse: &Pulse,
+) -> Result<(), LinkEnd> {
+    let RankEnd { mut told, heard, bytes_max } = end;
+    let generation = plan.generation.0;
+    let tell = async {
+        for round in 0.. {
+            let message = tokio::select! {
+                message = told.recv() => message,
+                reason = connection.closed() => return Err(LinkEnd::Gone(reason.to_string())),
+            };
+            let Some(message) = message else { return Ok(()) };
+            let header = Partial { generation, round };
+            sender.send(FrameKind::Partial, &header, message, Bytes::new()).await?;
+            pulse.sent();
+        }
+        Ok(())
+    };
+    let hear = async {
+        for round in 0.. {
+            let head = receiver.next().await?.ok_or_else(finished)?;
+            pulse.heard();
+            if head.kind != FrameKind::Partial {
+                let (found, expected) = (head.kind, "Partial");
+                return Err(FrameError::UnexpectedKind { found, expected }.into());
+            }
+            let header = Partial::read_from(head.header())?;
+            check_generation(header.generation, plan)?;
+            if header.round != round {
+                let found = header.round;
+                return Err(LinkEnd::Violation(format!("round {found} where {round} comes next")));
+            }
+            let body = receiver.body(&head, bytes_max).await?;
+            if heard.send(body.into()).await.is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    };
+    tokio::select! {
+        end = tell => end,
+        end = hear => end,
     }
 }

@@ -234,13 +234,23 @@ pub fn layout(generation: u64, nodes: &[NodeId]) -> ReplicaPlan {
 }
 
 pub fn layout_of(spec: PretendSpec, generation: u64, nodes: &[NodeId]) -> ReplicaPlan {
-    let count = nodes.len() as u32;
+    mesh_of(spec, generation, nodes, &vec![1; nodes.len()])
+}
+
+/// The same where stage `i` has `ranks[i]` ranks; the nodes stand in mesh order.
+pub fn mesh_of(spec: PretendSpec, generation: u64, nodes: &[NodeId], ranks: &[u32]) -> ReplicaPlan {
+    let count = ranks.len() as u32;
+    let mut nodes = nodes.iter().copied();
     let stages = (0..count).map(|i| {
         let layers = LayerRange::new(i * spec.layers / count, (i + 1) * spec.layers / count);
         let memory = spec.shard_memory(layers, &LIMITS);
-        let node = nodes[i as usize];
-        let shard = ShardPlan { rank: RankIndex(0), node, device: "cpu".to_owned(), memory };
-        StagePlan { layers, shards: vec![shard] }
+        let shard = |rank| ShardPlan {
+            rank: RankIndex(rank),
+            node: nodes.next().unwrap(),
+            device: "cpu".to_owned(),
+            memory,
+        };
+        StagePlan { layers, shards: (0..ranks[i as usize]).map(shard).collect() }
     });
     ReplicaPlan {
         id: REPLICA,
@@ -273,8 +283,12 @@ pub async fn deploy(plan: &ReplicaPlan, workers: &mut [TestWorker]) {
 }
 
 pub async fn deploy_at(plan: &ReplicaPlan, workers: &mut [TestWorker], peers: &[PeerAddress]) {
-    for (stage, worker) in workers.iter().enumerate() {
-        worker.assign(vec![assignment(plan, stage as u32, peers)]).await;
+    let places = plan.stages.iter().enumerate();
+    let places =
+        places.flat_map(|(stage, s)| s.shards.iter().map(move |shard| (stage, shard.rank)));
+    for ((stage, rank), worker) in places.zip(workers.iter()) {
+        let assignment = assignment(plan, stage as u32, peers);
+        worker.assign(vec![Assignment { rank, ..assignment }]).await;
     }
     for worker in workers {
         worker.until_ready(plan.generation.0).await;

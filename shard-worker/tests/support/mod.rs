@@ -7,13 +7,14 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
-use shoal_protocol::model::{Checkpoint, ModelSpec};
+use shoal_protocol::model::{Checkpoint, ModelSpec, Part, Reduction, Split};
 use shoal_protocol::plan::{
     Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
     StagePlan,
 };
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::collective::local::Local;
 use shoal_shard_worker::model::{Batch, LoadError, LoadOptions, ShardModel, Span, load_shard};
 
 /// Room for a handful of the longest sequences of the fixtures.
@@ -86,28 +87,62 @@ pub struct Setup {
     pub threads: usize,
     pub isa: Isa,
     pub held: Precision,
+    /// Tensor ranks, by stage; a stage beyond the list has one.
+    pub ranks: Vec<u32>,
+    pub numerics: Numerics,
 }
 
 impl Setup {
     /// Unsplit, on one thread, with the best instructions, as stored.
     pub fn plain(spec: &ModelSpec) -> Self {
-        Self { cuts: vec![0, spec.layers], threads: 1, isa: Isa::best(), held: spec.stored }
+        Self {
+            cuts: vec![0, spec.layers],
+            threads: 1,
+            isa: Isa::best(),
+            held: spec.stored,
+            ranks: Vec::new(),
+            numerics: Numerics::N1,
+        }
+    }
+
+    pub fn ranks_of(&self, stage: usize) -> u32 {
+        self.ranks.get(stage).copied().unwrap_or(1)
+    }
+
+    pub fn part(&self, spec: &ModelSpec, stage: usize, rank: u32) -> Part {
+        let split = Split { rank, ranks: self.ranks_of(stage) };
+        spec.part(split, Reduction::of(self.numerics)).unwrap()
     }
 }
 
 /// What the worker of this stage would be told.
 pub fn assignment(checkpoint: &Checkpoint, setup: &Setup, stage: usize) -> Assignment {
-    let shard = |layers| ShardPlan {
-        rank: RankIndex(0),
+    assignment_of(checkpoint, setup, stage, 0)
+}
+
+/// What the worker of this rank of a stage would be told.
+pub fn assignment_of(
+    checkpoint: &Checkpoint,
+    setup: &Setup,
+    stage: usize,
+    rank: u32,
+) -> Assignment {
+    let spec = checkpoint.spec();
+    let shard = |stage, layers, rank| ShardPlan {
+        rank: RankIndex(rank),
         node: NodeId::worker(1),
         device: "cpu".into(),
-        memory: checkpoint.spec().shard_memory(layers, setup.held, &LIMITS),
+        memory: setup.part(spec, stage, rank).memory(spec, layers, setup.held, &LIMITS),
     };
     let stages = setup
         .cuts
         .windows(2)
         .map(|cut| LayerRange::new(cut[0], cut[1]))
-        .map(|layers| StagePlan { layers, shards: vec![shard(layers)] })
+        .enumerate()
+        .map(|(stage, layers)| {
+            let ranks = 0..setup.ranks_of(stage);
+            StagePlan { layers, shards: ranks.map(|rank| shard(stage, layers, rank)).collect() }
+        })
         .collect();
     Assignment {
         replica: ReplicaPlan {
@@ -119,12 +154,12 @@ pub fn assignment(checkpoint: &Checkpoint, setup: &Setup, stage: usize) -> Assig
                 fingerprint: checkpoint.fingerprint(),
             },
             precision: setup.held,
-            numerics: Numerics::N1,
+            numerics: setup.numerics,
             stages,
             limits: LIMITS,
         },
         stage: StageIndex(stage as u32),
-        rank: RankIndex(0),
+        rank: RankIndex(rank),
         peers: Vec::new(),
     }
 }
@@ -144,8 +179,8 @@ pub fn load(
     load_shard(CpuOps::new(threads, isa).unwrap(), checkpoint, assignment, &options)
 }
 
-/// All stages of a model.
-pub struct Chain(Vec<Box<dyn ShardModel>>);
+/// All stages of a model; of each all ranks.
+pub struct Chain(Vec<Vec<(Box<dyn ShardModel>, Local)>>);
 
 /// Rows of one sequence in a step.
 pub struct Rows<'a> {
@@ -159,9 +194,13 @@ pub struct Rows<'a> {
 impl Chain {
     pub fn load(checkpoint: &Checkpoint, setup: &Setup) -> Self {
         let stages = setup.cuts.len() - 1;
-        let stage = |i| {
-            let assignment = assignment(checkpoint, setup, i);
+        let rank = |i, rank| {
+            let assignment = assignment_of(checkpoint, setup, i, rank);
             load(checkpoint, &assignment, setup.threads, setup.isa).unwrap()
+        };
+        let stage = |i| {
+            let ends = Local::stage(setup.ranks_of(i));
+            (0..).zip(ends).map(|(r, end)| (rank(i, r), end)).collect()
         };
         Self((0..stages).map(stage).collect())
     }
@@ -182,16 +221,22 @@ impl Chain {
             tokens.extend_from_slice(rows.tokens);
         }
         let batch = Batch { spans: &spans, rows: tokens.len(), sample_rows: &sample_rows };
-        let mut hidden = vec![f32::NAN; tokens.len() * self.0[0].hidden()];
-        let vocab = self.0.last().unwrap().vocab();
-        let mut logits = vec![f32::NAN; sample_rows.len() * vocab];
+        let mut hidden = vec![f32::NAN; tokens.len() * self.0[0][0].0.hidden()];
+        let mut logits = vec![Vec::new(); sample_rows.len()];
         let last = self.0.len() - 1;
         for (i, stage) in self.0.iter_mut().enumerate() {
             let tokens = (i == 0).then_some(tokens.as_slice());
-            let logits = (i == last).then_some(logits.as_mut_slice());
-            stage.forward(&batch, tokens, &mut hidden, logits).unwrap();
+            let (out, parts) = step_of_ranks(stage, &batch, tokens, &hidden, i == last);
+            hidden = out;
+            // Ranks stand in the order of their tokens.
+            for part in parts {
+                let width = part.len() / sample_rows.len().max(1);
+                for (row, part) in logits.iter_mut().zip(part.chunks(width.max(1))) {
+                    row.extend_from_slice(part);
+                }
+            }
         }
-        logits.chunks(vocab).map(<[f32]>::to_vec).collect()
+        logits
     }
 
     /// The logits at each position from `sample_from` on, the tokens computed in chunks.
@@ -209,6 +254,32 @@ impl Chain {
         }
         logits
     }
+}
+
+/// One step at all ranks of a stage: the hidden states, which are the same bits at each, and each
+/// rank's logits.
+fn step_of_ranks(
+    ranks: &mut [(Box<dyn ShardModel>, Local)],
+    batch: &Batch<'_>,
+    tokens: Option<&[u32]>,
+    hidden: &[f32],
+    samples: bool,
+) -> (Vec<f32>, Vec<Vec<f32>>) {
+    let step = |(model, end): &mut (Box<dyn ShardModel>, Local)| {
+        let mut hidden = hidden.to_vec();
+        let mut logits = vec![f32::NAN; batch.sample_rows.len() * model.vocab().len()];
+        let out = samples.then_some(logits.as_mut_slice());
+        model.forward(batch, tokens, &mut hidden, out, end).unwrap();
+        (hidden, if samples { logits } else { Vec::new() })
+    };
+    let found: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks.iter_mut().map(|rank| scope.spawn(|| step(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let (mut hiddens, logits): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    let bits = |hidden: &Vec<f32>| hidden.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert!(samples || hiddens.iter().all(|h| bits(h) == bits(&hiddens[0])), "ranks differ");
+    (hiddens.swap_remove(0), logits)
 }
 
 /// The blocks 0, 1, 2 …: enough for any one sequence.

@@ -249,6 +249,20 @@ impl Ops for CpuOps {
         PagedKv::new(shape)
     }
 
+    fn host<'a>(
+        &mut self,
+        buf: &'a mut CpuBuf,
+        rows: usize,
+    ) -> Result<&'a mut [f32], ComputeError> {
+        expect_rows("what ranks exchange", rows, buf.rows_max())?;
+        buf.contents = self.stamp();
+        Ok(&mut buf.floats.as_mut_slice()[..rows * buf.width])
+    }
+
+    fn host_stream<'a>(&mut self, stream: &'a mut CpuStream<'_>) -> &'a mut [f32] {
+        stream.hidden
+    }
+
     fn enter<'a>(
         &mut self,
         hidden: &'a mut [f32],

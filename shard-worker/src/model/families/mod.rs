@@ -6,8 +6,8 @@
 
 mod decoder;
 
-use shoal_protocol::model::{Checkpoint, Family};
-use shoal_protocol::plan::{Assignment, ModelSource, Numerics};
+use shoal_protocol::model::{Checkpoint, Family, Part};
+use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::units::LayerRange;
 
 use crate::backend::{BackendError, Ops};
@@ -49,19 +49,23 @@ pub fn load_shard<B: Ops>(
     assignment: &Assignment,
     options: &LoadOptions<'_>,
 ) -> Result<Box<dyn ShardModel>, LoadError> {
-    let layers = check(checkpoint, assignment)?;
+    let (layers, part) = check(checkpoint, assignment)?;
     let replica = &assignment.replica;
     match checkpoint.spec().family {
         Family::Llama | Family::Qwen2 | Family::Qwen3 => {
-            let weights = Weights::load(&ops, checkpoint, layers, replica.precision, options)?;
-            let decoder =
-                Decoder::assemble(ops, checkpoint.spec(), layers, weights, &replica.limits)?;
+            let tensors = part.tensors(checkpoint.spec(), layers);
+            let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
+            let bounds = (&replica.limits, &part);
+            let decoder = Decoder::assemble(ops, checkpoint.spec(), layers, weights, bounds)?;
             Ok(Box::new(decoder))
         }
     }
 }
 
-fn check(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<LayerRange, LoadError> {
+fn check(
+    checkpoint: &Checkpoint,
+    assignment: &Assignment,
+) -> Result<(LayerRange, Part), LoadError> {
     let refuse = |what: String| Err(LoadError::Assignment(what));
     let replica = &assignment.replica;
     let spec = checkpoint.spec();
@@ -71,18 +75,20 @@ fn check(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<LayerRange,
     if matches!(replica.model.source, ModelSource::Pretend(_)) {
         return refuse("a pretend model has no checkpoint".into());
     }
-    if assignment.rank.0 != 0 || stage.shards.len() > 1 {
-        return refuse(format!("{} of {}; expected one rank", assignment.rank, stage.shards.len()));
+    let split = stage.split(assignment.rank);
+    if split.rank >= split.ranks {
+        return refuse(format!("{} of {}", assignment.rank, stage.shards.len()));
     }
     let layers = stage.layers;
     if layers.is_empty() || layers.end > spec.layers {
         return refuse(format!("layers {layers} of a model of {}", spec.layers));
     }
-    match replica.numerics {
-        Numerics::N1 => {}
-    }
+    let part = match spec.part(split, replica.reduction()) {
+        Ok(part) => part,
+        Err(error) => return refuse(error.to_string()),
+    };
     if replica.model.fingerprint != checkpoint.fingerprint() {
         return Err(LoadError::OtherModel { folder: checkpoint.folder().display().to_string() });
     }
-    Ok(layers)
+    Ok((layers, part))
 }

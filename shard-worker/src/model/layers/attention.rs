@@ -1,7 +1,8 @@
 //! Causal self-attention with grouped heads over a paged cache.
 
 use crate::backend::{Linear, Norm, Ops};
-use crate::model::layers::Scratch;
+use crate::collective::Collective;
+use crate::model::layers::{Joined, Scratch};
 use crate::model::{Batch, ComputeError};
 
 /// Projections, the optional norms over heads, and the scale of the scores.
@@ -19,7 +20,7 @@ pub struct Attention<B: Ops> {
     /// Over each key head, before the rotation.
     pub key_norm: Option<Norm<B>>,
     /// `[hidden, heads x head_dim]`.
-    pub output: Linear<B>,
+    pub output: Joined<B>,
     /// Multiplies each score: see [`Attention::scale_of`].
     pub scale: f32,
 }
@@ -38,7 +39,7 @@ impl<B: Ops> Attention<B> {
         ops: &mut B,
         batch: &Batch<'_>,
         kv: &mut B::Kv,
-        scratch: &mut Scratch<B>,
+        (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
         stream: &mut B::Stream<'_>,
     ) -> Result<(), ComputeError> {
         let rows = batch.rows;
@@ -55,7 +56,8 @@ impl<B: Ops> Attention<B> {
         ops.rope(&mut scratch.key, rows, &scratch.angles)?;
         ops.kv_write(batch.spans, &scratch.key, &scratch.value, kv)?;
         ops.attend(batch.spans, &scratch.query, kv, self.scale, &mut scratch.attended)?;
-        ops.linear(&scratch.attended, rows, &self.output, &mut scratch.normed)?;
+        let Scratch { attended, attended_by_all, normed, .. } = scratch;
+        self.output.forward(ops, peers, (attended, rows), attended_by_all, normed)?;
         ops.add(&scratch.normed, rows, stream)
     }
 }

@@ -2,12 +2,13 @@
 //! bit.
 
 use candle_core::{D, Device, Tensor};
-use shoal_protocol::model::{Family, ModelSpec, RopeScaling};
+use shoal_protocol::model::{Family, ModelSpec, Reduction, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 
 use super::*;
 use crate::backend::cpu::{CpuOps, Isa};
 use crate::backend::{KvShape, Linear, Norm, WeightBuilder};
+use crate::collective::Alone;
 use crate::model::{Batch, ComputeError, Span};
 
 const EPS: f32 = 1e-5;
@@ -80,6 +81,7 @@ struct Tiny {
 impl Tiny {
     fn new(threads: usize) -> Self {
         let spec = spec();
+        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         let (hidden, query, key, inner) = (36, 60, 20, 50);
         Self {
@@ -92,18 +94,18 @@ impl Tiny {
                 value: linear_of(&ops, 5, key, hidden),
                 query_norm: Some(norm_of(&ops, 6, 10)),
                 key_norm: Some(norm_of(&ops, 7, 10)),
-                output: linear_of(&ops, 8, hidden, query),
+                output: Joined::whole(linear_of(&ops, 8, hidden, query)),
                 scale: Attention::<CpuOps>::scale_of(10),
             },
             mlp_norm: PreNorm(norm_of(&ops, 9, hidden)),
             mlp: Mlp {
                 gate: linear_of(&ops, 10, inner, hidden),
                 up: linear_of(&ops, 11, inner, hidden),
-                down: linear_of(&ops, 12, hidden, inner),
+                down: Joined::whole(linear_of(&ops, 12, hidden, inner)),
             },
             head: Head { norm: norm_of(&ops, 13, hidden) },
             kv: ops.kv(KvShape { blocks: 8, kv_heads: 2, head_dim: 10 }).unwrap(),
-            scratch: Scratch::new(&mut ops, &spec, 64).unwrap(),
+            scratch: Scratch::new(&mut ops, &spec, &part, 64).unwrap(),
             ops,
         }
     }
@@ -121,9 +123,9 @@ impl Tiny {
         Embedding::forward(ops, &self.table, tokens, &mut stream)?;
         self.rope.prepare(ops, &batch, scratch)?;
         self.attention_norm.forward(ops, &stream, rows, scratch)?;
-        self.attention.forward(ops, &batch, &mut self.kv, scratch, &mut stream)?;
+        self.attention.forward(ops, &batch, &mut self.kv, (scratch, &mut Alone), &mut stream)?;
         self.mlp_norm.forward(ops, &stream, rows, scratch)?;
-        self.mlp.forward(ops, rows, scratch, &mut stream)?;
+        self.mlp.forward(ops, rows, (scratch, &mut Alone), &mut stream)?;
         let out = (scratch, logits.as_mut_slice());
         self.head.forward(ops, &self.table, &stream, &sample_rows, out)?;
         ops.leave(stream)?;

@@ -12,6 +12,7 @@
 mod attention;
 mod embedding;
 mod head;
+mod joined;
 mod mlp;
 mod norm;
 mod rope;
@@ -22,11 +23,12 @@ mod layers_test;
 pub use attention::Attention;
 pub use embedding::Embedding;
 pub use head::Head;
+pub use joined::{Cut, Gathered, Joined};
 pub use mlp::Mlp;
 pub use norm::PreNorm;
 pub use rope::{Rope, inverse_frequencies};
 
-use shoal_protocol::model::ModelSpec;
+use shoal_protocol::model::{ModelSpec, Part};
 
 use crate::backend::{BackendError, Ops};
 
@@ -50,13 +52,22 @@ pub struct Scratch<B: Ops> {
     up: B::Buf,
     /// `head_dim` wide: cosines, then sines.
     angles: B::Buf,
+    /// `attended` of all ranks.
+    attended_by_all: Gathered<B>,
+    /// The gated input of `down` of all ranks.
+    gated_by_all: Gathered<B>,
 }
 
 impl<B: Ops> Scratch<B> {
-    /// Buffers for steps of at most `rows_max` rows; they and the device's own scratch for products
-    /// with them take [`ModelSpec::scratch_bytes`].
-    pub fn new(ops: &mut B, spec: &ModelSpec, rows_max: usize) -> Result<Self, BackendError> {
-        let width = Widths::of(spec);
+    /// Buffers of one rank for steps of at most `rows_max` rows; they and the device's own scratch for
+    /// products with them are counted in [`Part::memory`].
+    pub fn new(
+        ops: &mut B,
+        spec: &ModelSpec,
+        part: &Part,
+        rows_max: usize,
+    ) -> Result<Self, BackendError> {
+        let width = Widths::of(&part.widths(spec));
         Ok(Self {
             rows_max,
             normed: ops.buffer(rows_max, width.hidden)?,
@@ -67,6 +78,8 @@ impl<B: Ops> Scratch<B> {
             gate: ops.buffer(rows_max, width.intermediate)?,
             up: ops.buffer(rows_max, width.intermediate)?,
             angles: ops.buffer(rows_max, width.head)?,
+            attended_by_all: Gathered::new(ops, part, spec.query_width(), rows_max)?,
+            gated_by_all: Gathered::new(ops, part, spec.intermediate, rows_max)?,
         })
     }
 

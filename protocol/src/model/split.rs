@@ -1,0 +1,317 @@
+//! What a tensor rank holds: how a stage is cut across its layers.
+//!
+//! ```text
+//! q k v      rows, by key/value head and the query heads of its group      ┐
+//! gate up    rows, in panels                                               ├ each rank computes its own
+//! embedding, output head   rows, in blocks of `VOCAB_BLOCK` tokens         ┘
+//! o down     sum:   columns, as their inputs are cut; partial results are added in rank order
+//!            exact: rows, in panels; their inputs are gathered first, so that each output is one chain over all of k
+//! norms      whole on every rank
+//! ```
+//!
+//! Shares need not be equal: of `n` units over `R` ranks, rank `r` has units `r*n/R .. (r+1)*n/R`. A
+//! rank without any is refused.
+
+use std::ops::Range;
+
+use crate::model::memory::PANEL_OUTPUTS;
+use crate::model::spec::ModelSpec;
+use crate::model::tensors::{TensorRole, TensorSpec};
+use crate::plan::{
+    Assignment, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan,
+};
+use crate::units::{Bytes, LayerRange};
+
+/// Tokens of one block of the vocabulary: no rank's share ends within one, so that sums over the
+/// vocabulary are folded from the same blocks wherever it is cut.
+pub const VOCAB_BLOCK: u32 = 1024;
+
+/// Which of how many ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Split {
+    /// This one, counted from 0.
+    pub rank: u32,
+    /// All of the stage.
+    pub ranks: u32,
+}
+
+impl Split {
+    /// A stage of one rank.
+    pub const WHOLE: Split = Split { rank: 0, ranks: 1 };
+
+    /// Whether nothing is cut.
+    pub fn is_whole(self) -> bool {
+        self.ranks <= 1
+    }
+
+    /// This rank's share of `units`.
+    fn share(self, units: u32) -> Range<u32> {
+        let border =
+            |rank: u32| (u64::from(units) * u64::from(rank) / u64::from(self.ranks.max(1))) as u32;
+        border(self.rank)..border(self.rank + 1)
+    }
+
+    /// Its share of a vocabulary.
+    pub fn vocab(self, vocab: u32) -> Range<u32> {
+        self.share_in(vocab, VOCAB_BLOCK)
+    }
+
+    /// Its share of `total` in steps of `unit`; the last step may be shorter.
+    fn share_in(self, total: u32, unit: u32) -> Range<u32> {
+        let units = self.share(total.div_ceil(unit));
+        (units.start * unit).min(total)..(units.end * unit).min(total)
+    }
+}
+
+impl std::fmt::Display for Split {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rank {} of {}", self.rank, self.ranks)
+    }
+}
+
+/// How the ranks of a stage put their results together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reduction {
+    /// Partial sums are added in rank order: bits depend on the mesh.
+    Sum,
+    /// Inputs are gathered, outputs cut: the bits of one rank.
+    Exact,
+}
+
+impl Reduction {
+    /// What a contract asks for.
+    pub fn of(numerics: Numerics) -> Self {
+        match numerics {
+            Numerics::N1 => Reduction::Exact,
+            Numerics::N1Sum => Reduction::Sum,
+        }
+    }
+}
+
+/// What one rank of a stage has of each width of its model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which rank it is.
+    pub split: Split,
+    /// How results are put together.
+    pub reduction: Reduction,
+    /// Key/value heads.
+    pub kv_heads: Range<u32>,
+    /// Query heads.
+    pub heads: Range<u32>,
+    /// Of the MLP's width.
+    pub intermediate: Range<u32>,
+    /// Token ids.
+    pub vocab: Range<u32>,
+    /// Of the stream's width, where outputs are cut.
+    pub hidden: Range<u32>,
+}
+
+/// A model that cannot be cut over so many ranks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{ranks} tensor ranks: the model has {units} {what}, so that a rank would hold none; possible: \
+     1 to {possible} ranks"
+)]
+pub struct SplitError {
+    /// What was asked for.
+    pub ranks: u32,
+    /// What does not suffice.
+    pub what: &'static str,
+    /// How many of them there are.
+    pub units: u32,
+    /// The most ranks that this model can have.
+    pub possible: u32,
+}
+
+impl ModelSpec {
+    /// The most tensor ranks of a stage, and what bounds them.
+    pub fn ranks_max(&self) -> (u32, &'static str) {
+        let panel = PANEL_OUTPUTS as u32;
+        [
+            (self.kv_heads, "key/value heads"),
+            (self.intermediate.div_ceil(panel), "panels of 16 in the width of its MLP"),
+            (self.hidden.div_ceil(panel), "panels of 16 in the width of its stream"),
+        ]
+        .into_iter()
+        .min_by_key(|(units, _)| *units)
+        .unwrap_or((1, "layers"))
+    }
+
+    /// What a rank holds; refused where it would hold nothing. A vocabulary of fewer blocks than
+    /// ranks is no reason: ranks without a token gather like the others.
+    pub fn part(&self, split: Split, reduction: Reduction) -> Result<Part, SplitError> {
+        let (possible, what) = self.ranks_max();
+        if split.ranks > possible {
+            return Err(SplitError { ranks: split.ranks, what, units: possible, possible });
+        }
+        let kv_heads = split.share(self.kv_heads);
+        let group = self.heads / self.kv_heads.max(1);
+        let panel = PANEL_OUTPUTS as u32;
+        Ok(Part {
+            split,
+            reduction,
+            heads: kv_heads.start * group..kv_heads.end * group,
+            kv_heads,
+            intermediate: split.share_in(self.intermediate, panel),
+            vocab: split.vocab(self.vocab),
+            hidden: split.share_in(self.hidden, panel),
+        })
+    }
+}
+
+/// The part of a tensor that a rank holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorPart {
+    /// The whole tensor.
+    pub spec: TensorSpec,
+    /// Its rows; of a vector its elements.
+    pub rows: Range<u64>,
+    /// Its columns; `0..1` of a vector.
+    pub columns: Range<u64>,
+}
+
+impl TensorPart {
+    /// How many rows.
+    pub fn row_count(&self) -> u64 {
+        self.rows.end - self.rows.start
+    }
+
+    /// How many columns.
+    pub fn column_count(&self) -> u64 {
+        self.columns.end - self.columns.start
+    }
+
+    /// Columns of the whole tensor.
+    pub fn columns_stored(&self) -> u64 {
+        if self.spec.is_matrix { self.spec.shape[1] } else { 1 }
+    }
+
+    /// Bytes in memory when matrices are held in this precision, padding included.
+    pub fn held_bytes(&self, precision: Precision) -> Bytes {
+        let shape = match self.spec.is_matrix {
+            true => vec![self.row_count(), self.column_count()],
+            false => vec![self.row_count()],
+        };
+        TensorSpec { shape, ..self.spec.clone() }.held_bytes(precision)
+    }
+}
+
+impl Part {
+    /// The parts of all ranks of the stage, in rank order.
+    pub fn all(&self, model: &ModelSpec) -> Vec<Part> {
+        let of = |rank| model.part(Split { rank, ..self.split }, self.reduction).ok();
+        (0..self.split.ranks).filter_map(of).collect()
+    }
+
+    /// What this rank holds of a tensor; `None`: nothing.
+    fn of(&self, spec: TensorSpec, model: &ModelSpec) -> Option<TensorPart> {
+        use TensorRole::*;
+        let scaled = |range: &Range<u32>, by: u32| {
+            u64::from(range.start) * u64::from(by)..u64::from(range.end) * u64::from(by)
+        };
+        let rows_all = 0..spec.shape[0];
+        let columns_all = 0..if spec.is_matrix { spec.shape[1] } else { 1 };
+        let summed = self.reduction == Reduction::Sum && !self.split.is_whole();
+        let (rows, columns) = match spec.role {
+            Embedding | OutputHead => (scaled(&self.vocab, 1), columns_all),
+            Query | QueryBias => (scaled(&self.heads, model.head_dim), columns_all),
+            Key | KeyBias | Value | ValueBias => {
+                (scaled(&self.kv_heads, model.head_dim), columns_all)
+            }
+            Gate | GateBias | Up | UpBias => (scaled(&self.intermediate, 1), columns_all),
+            AttentionOutput if summed => (rows_all, scaled(&self.heads, model.head_dim)),
+            Down if summed => (rows_all, scaled(&self.intermediate, 1)),
+            // Added once, to the first partial sum.
+            AttentionOutputBias | DownBias if summed => {
+                (if self.split.rank == 0 { rows_all } else { 0..0 }, columns_all)
+            }
+            AttentionOutput | AttentionOutputBias | Down | DownBias => {
+                (scaled(&self.hidden, 1), columns_all)
+            }
+            AttentionNorm | QueryNorm | KeyNorm | MlpNorm | FinalNorm => (rows_all, columns_all),
+        };
+        let part = TensorPart { spec, rows, columns };
+        (part.row_count() > 0).then_some(part)
+    }
+
+    /// The tensors of this rank of a stage, in the order in which a step reads them.
+    pub fn tensors(&self, model: &ModelSpec, layers: LayerRange) -> Vec<TensorPart> {
+        let all = model.tensors(layers).into_iter();
+        all.filter_map(|tensor| self.of(tensor, model)).collect()
+    }
+
+    /// Everything that the shard takes.
+    pub fn memory(
+        &self,
+        model: &ModelSpec,
+        layers: LayerRange,
+        precision: Precision,
+        limits: &ReplicaLimits,
+    ) -> ShardMemory {
+        let is_last = layers.end == model.layers;
+        let held = self.tensors(model, layers);
+        let own = self.widths(model);
+        ShardMemory {
+            weights: held.iter().map(|tensor| tensor.held_bytes(precision)).sum(),
+            kv: own.kv_bytes(layers, limits.kv_blocks),
+            activations: own.scratch_bytes(limits.step_rows_max)
+                + self.joining_bytes(model, limits.step_rows_max)
+                + limits.buffer_bytes(model.hidden, own.vocab, is_last),
+        }
+    }
+
+    /// A model as narrow as this rank's part of it: what its scratch and its cache are made for.
+    /// The stream keeps its width.
+    pub fn widths(&self, model: &ModelSpec) -> ModelSpec {
+        let len = |range: &Range<u32>| range.end - range.start;
+        ModelSpec {
+            heads: len(&self.heads),
+            kv_heads: len(&self.kv_heads),
+            intermediate: len(&self.intermediate),
+            vocab: len(&self.vocab),
+            ..model.clone()
+        }
+    }
+
+    /// Scratch of the exact reduction, for attention and for the MLP: the gathered input and this
+    /// rank's outputs, and what the device's copy of an input, laid out for a product, grows by.
+    fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
+        if self.split.is_whole() || self.reduction == Reduction::Sum {
+            return Bytes(0);
+        }
+        let own = self.widths(model);
+        let (attention, mlp) = (model.query_width(), model.intermediate);
+        let narrow = own.hidden.max(own.query_width()).max(own.intermediate);
+        let laid_out = attention.max(mlp).saturating_sub(narrow);
+        let outputs = 2 * (self.hidden.end - self.hidden.start);
+        let floats = u64::from(attention) + u64::from(mlp) + u64::from(laid_out + outputs);
+        Bytes(u64::from(rows) * floats * size_of::<f32>() as u64)
+    }
+}
+
+impl ReplicaPlan {
+    /// How the ranks of its stages put their results together.
+    pub fn reduction(&self) -> Reduction {
+        Reduction::of(self.numerics)
+    }
+}
+
+impl Assignment {
+    /// Which rank of how many this shard is.
+    pub fn split(&self) -> Split {
+        let stage = self.replica.stages.get(self.stage.0 as usize);
+        stage.map_or(Split::WHOLE, |stage| stage.split(self.rank))
+    }
+}
+
+impl StagePlan {
+    /// Which rank of this stage.
+    pub fn split(&self, rank: crate::id::RankIndex) -> Split {
+        Split { rank: rank.0, ranks: self.shards.len() as u32 }
+    }
+}
+
+#[cfg(test)]
+#[path = "split_test.rs"]
+mod tests;

@@ -1,0 +1,73 @@
+//! [`Collective`] between workers: the compute thread's end of the links to the other ranks of its stage.
+//!
+//! ```text
+//! compute thread ─► told ─► link task ══QUIC: Partial══► link task ─► heard ─► compute thread
+//! ```
+//!
+//! A round is one message to each other rank and one from each. A link that is lost closes its queues,
+//! which ends the wait; a rank that is silent is noticed by its link, one that computes for too long by
+//! the head, whose steps have a deadline.
+
+use bytes::Bytes;
+use shoal_protocol::model::Split;
+use tokio::sync::mpsc;
+
+use super::wire::RankEnd;
+use crate::collective::{Collective, CollectiveError};
+
+/// Messages that wait for the other rank: it is at most one round behind.
+const ROUNDS_MAX: usize = 2;
+
+/// The compute thread's ends of all links to its siblings.
+#[derive(Debug)]
+pub struct Ranks {
+    split: Split,
+    /// By rank; none to itself.
+    to: Vec<Option<mpsc::Sender<Bytes>>>,
+    from: Vec<Option<mpsc::Receiver<Bytes>>>,
+}
+
+impl Ranks {
+    /// The ends of a rank, and those of its links, in rank order without its own.
+    pub fn new(split: Split, bytes_max: usize) -> (Self, Vec<RankEnd>) {
+        let mut ranks = Self { split, to: Vec::new(), from: Vec::new() };
+        let mut ends = Vec::new();
+        for rank in 0..split.ranks {
+            let (to, told) = mpsc::channel(ROUNDS_MAX);
+            let (heard, from) = mpsc::channel(ROUNDS_MAX);
+            let other = rank != split.rank;
+            ranks.to.push(other.then_some(to));
+            ranks.from.push(other.then_some(from));
+            if other {
+                ends.push(RankEnd { told, heard, bytes_max });
+            }
+        }
+        (ranks, ends)
+    }
+}
+
+fn gone(rank: usize) -> CollectiveError {
+    CollectiveError::Gone { rank: rank as u32, why: "its link has ended".to_owned() }
+}
+
+impl Collective for Ranks {
+    fn split(&self) -> Split {
+        self.split
+    }
+
+    fn exchange(&mut self, parts: &[Bytes]) -> Result<Vec<Bytes>, CollectiveError> {
+        for (rank, (to, part)) in self.to.iter().zip(parts).enumerate() {
+            if let Some(to) = to {
+                to.blocking_send(part.clone()).map_err(|_| gone(rank))?;
+            }
+        }
+        let mut got = Vec::with_capacity(self.from.len());
+        for (rank, from) in self.from.iter_mut().enumerate() {
+            got.push(match from {
+                Some(from) => from.blocking_recv().ok_or_else(|| gone(rank))?,
+                None => Bytes::new(),
+            });
+        }
+        Ok(got)
+    }
+}

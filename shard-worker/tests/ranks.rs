@@ -1,0 +1,142 @@
+//! Stages cut over tensor ranks against the same stage uncut: the same bits under `n1`, which gathers,
+//! and within what float32 allows under `n1-sum`, which adds partial sums.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use shoal_protocol::model::{Checkpoint, ModelSpec};
+use shoal_protocol::plan::Numerics;
+use shoal_shard_worker::backend::cpu::CpuOps;
+
+use support::{
+    Case, Chain, Dice, Setup, argmax, assert_same_bits, blocks, cases, log_softmax, random_model,
+};
+
+/// How far a log-probability may be from that of the uncut model.
+const LOGPROB_TOLERANCE: f64 = 1e-4;
+
+/// A sequence and the position from which on its logits are compared.
+type Question = (Vec<u32>, usize);
+
+/// Numbers of ranks, by stage, that a model can have.
+fn meshes(spec: &ModelSpec) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let (most, _) = spec.ranks_max();
+    let mut meshes: Vec<_> = (2..=most).map(|ranks| (vec![0, spec.layers], vec![ranks])).collect();
+    if spec.layers >= 2 && most >= 2 {
+        let cuts = vec![0, 1, spec.layers];
+        meshes.extend([
+            (cuts.clone(), vec![2, 2]),
+            (cuts.clone(), vec![1, most]),
+            (cuts, vec![most, 1]),
+        ]);
+    }
+    meshes
+}
+
+fn setups(spec: &ModelSpec, numerics: Numerics) -> Vec<Setup> {
+    let setup = |(cuts, ranks)| Setup { cuts, ranks, numerics, ..Setup::plain(spec) };
+    meshes(spec).into_iter().map(setup).collect()
+}
+
+fn transcripts(
+    checkpoint: &Checkpoint,
+    setup: &Setup,
+    questions: &[Question],
+    chunk: usize,
+) -> Vec<Vec<Vec<f32>>> {
+    let mut chain = Chain::load(checkpoint, setup);
+    let of = |(tokens, from): &Question| chain.transcript(tokens, *from, chunk, &blocks());
+    questions.iter().map(of).collect()
+}
+
+fn questions(case: &Case) -> Vec<Question> {
+    case.prompts.iter().map(|p| (p.inputs(), p.first_sampled())).collect()
+}
+
+/// Compares every mesh of a model with the uncut one.
+fn compare(name: &str, checkpoint: &Checkpoint, questions: &[Question]) -> usize {
+    let spec = checkpoint.spec();
+    let plain = transcripts(checkpoint, &Setup::plain(spec), questions, 64);
+    let mut compared = 0;
+    for setup in setups(spec, Numerics::N1) {
+        let found = transcripts(checkpoint, &setup, questions, 5);
+        for (found, expected) in found.iter().zip(&plain) {
+            assert_same_bits(found, expected, &format!("{name}, {:?} exact", setup.ranks));
+        }
+        compared += 1;
+    }
+    for setup in setups(spec, Numerics::N1Sum) {
+        let what = format!("{name}, {:?} summed", setup.ranks);
+        let found = transcripts(checkpoint, &setup, questions, 64);
+        for (found, expected) in found.iter().flatten().zip(plain.iter().flatten()) {
+            let pairs = log_softmax(found).into_iter().zip(log_softmax(expected));
+            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(worst < LOGPROB_TOLERANCE, "{what}: {worst}");
+            assert_eq!(argmax(found), argmax(expected), "{what}: the greedy token");
+        }
+        // The same mesh repeats itself, however the prompt is cut.
+        for (again, first) in transcripts(checkpoint, &setup, questions, 7).iter().zip(&found) {
+            assert_same_bits(again, first, &what);
+        }
+        compared += 1;
+    }
+    compared
+}
+
+#[test]
+fn every_mesh_of_the_reference_models_says_what_the_uncut_one_says() {
+    let compared: usize =
+        cases().iter().map(|case| compare(&case.name, &case.checkpoint(), &questions(case))).sum();
+    assert!(compared >= 40, "only {compared} meshes were compared");
+}
+
+/// Seven groups on two to five ranks, panels that do not divide, a vocabulary of 5,003: five blocks.
+#[test]
+fn shares_that_are_not_equal_say_the_same() {
+    for (tied, kind) in [(false, "Llama"), (true, "Qwen2")] {
+        let (_folder, checkpoint) = random_model(&format!(
+            r#"{{"architectures": ["{kind}ForCausalLM"], "hidden_size": 112, "head_dim": 16,
+                "intermediate_size": 300, "num_attention_heads": 14, "num_key_value_heads": 7,
+                "num_hidden_layers": 2, "vocab_size": 5003, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 512, "tie_word_embeddings": {tied},
+                "torch_dtype": "float32"}}"#
+        ));
+        let mut dice = Dice(5);
+        let questions: Vec<Question> =
+            [30, 17].map(|len| ((0..len).map(|_| dice.below(5003) as u32).collect(), 3)).to_vec();
+        assert!(compare(kind, &checkpoint, &questions) >= 12);
+    }
+}
+
+#[test]
+fn a_rank_holds_its_part_and_what_was_planned_for_it() {
+    let (_folder, checkpoint) = random_model(
+        r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 256, "head_dim": 32,
+            "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "num_hidden_layers": 2, "vocab_size": 4096, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "torch_dtype": "bfloat16"}"#,
+    );
+    for numerics in [Numerics::N1, Numerics::N1Sum] {
+        let setup = Setup { ranks: vec![2], numerics, ..Setup::plain(checkpoint.spec()) };
+        let read = std::sync::atomic::AtomicU64::new(0);
+        for rank in 0..2 {
+            let assignment = support::assignment_of(&checkpoint, &setup, 0, rank);
+            let options = shoal_shard_worker::model::LoadOptions {
+                threads: std::num::NonZeroUsize::MIN,
+                on_progress: &|done, total| {
+                    if done == total {
+                        read.fetch_add(done.0, std::sync::atomic::Ordering::Relaxed);
+                    }
+                },
+                cancel: &std::sync::atomic::AtomicBool::new(false),
+            };
+            let ops = CpuOps::new(1, setup.isa).unwrap();
+            shoal_shard_worker::model::load_shard(ops, &checkpoint, &assignment, &options).unwrap();
+        }
+        // Every matrix once: a rank reads its rows or columns and nothing else.
+        let spec = checkpoint.spec();
+        let all = spec.tensors(shoal_protocol::units::LayerRange::new(0, 2));
+        let matrices: u64 = all.iter().filter(|t| t.is_matrix).map(|t| t.elements() * 2).sum();
+        assert_eq!(read.into_inner(), matrices, "{numerics}");
+    }
+}
