@@ -27,6 +27,7 @@ fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
         | FrameKind::Step
         | FrameKind::Close
         | FrameKind::Samples
+        | FrameKind::Partial
         | FrameKind::Token
         | FrameKind::Done
         | FrameKind::Failed
