@@ -57,6 +57,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Undeploy(args) => commands::undeploy::run(args).await,
             Command::Status(args) => commands::status::run(args).await,
             Command::Plan(args) => commands::plan::run(args).await,
+            Command::Models(args) => commands::models::run(&args),
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Keys { command } => commands::keys::run(command).await,
             Command::Ca { command } => commands::ca::run(command).await,

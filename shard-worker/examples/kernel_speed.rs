@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use shoal_protocol::plan::Precision;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
-use shoal_shard_worker::backend::{KvShape, Linear, Ops, WeightBuilder};
+use shoal_shard_worker::backend::{Attend, KvShape, Linear, Ops, WeightBuilder};
 use shoal_shard_worker::model::Span;
 
 /// A matrix larger than the caches: 128 MiB as f32.
@@ -103,7 +103,8 @@ fn attention(ops: &mut CpuOps) -> anyhow::Result<()> {
         let first_position = (CONTEXT - rows) as u32;
         let spans = [Span { first_row: 0, rows, first_position, blocks: &blocks }];
         let write = best(|| Ok(ops.kv_write(&spans, &key, &key, &mut kv)?))?;
-        let seconds = best(|| Ok(ops.attend(&spans, &query, &kv, 0.125, &mut out)?))?;
+        let seconds =
+            best(|| Ok(ops.attend(&spans, &query, &kv, &Attend::plain(0.125), &mut out)?))?;
         let pairs = rows as f64 * (CONTEXT as f64 - (rows as f64 - 1.0) / 2.0);
         println!(
             "attention, last {rows:4} rows of {CONTEXT}: {:8.3} ms {:6.1} GFLOP/s, KV written in {:.3} ms",

@@ -7,13 +7,15 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use shoal_protocol::model::{Family, ModelSpec, Reduction, RopeScaling, Split};
+use shoal_protocol::model::{
+    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
+};
 use shoal_protocol::plan::Precision;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
-use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, WeightBuilder};
+use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, Turn, WeightBuilder};
 use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::layers::{
-    Attention, Embedding, Head, Joined, Mlp, PreNorm, Rope, Scratch,
+    Attention, Embedding, Head, Joined, Merge, Mlp, PreNorm, Rope, Scores, Scratch,
 };
 use shoal_shard_worker::model::{Batch, ComputeError, Span};
 
@@ -45,7 +47,7 @@ fn linear(ops: &CpuOps, outputs: usize, cols: usize) -> Linear<CpuOps> {
 }
 
 fn norm(ops: &CpuOps, width: usize) -> Norm<CpuOps> {
-    Norm { weight: ops.vector(&vec![1.0; width]).unwrap(), eps: 1e-5 }
+    Norm::rms(ops.vector(&vec![1.0; width]).unwrap(), 1e-5)
 }
 
 /// Embedding, one decoder layer, head.
@@ -85,13 +87,14 @@ impl Layers {
             o_bias: false,
             mlp_bias: false,
             qk_norm: true,
+            options: Options::default(),
             stored: Precision::Bf16,
         };
         let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         Self {
-            rope: Rope::new(&ops, &spec).unwrap(),
-            norm: PreNorm(norm(&ops, HIDDEN)),
+            rope: Rope::new(&ops, &spec, spec.context_max).unwrap(),
+            norm: PreNorm(Some(norm(&ops, HIDDEN))),
             attention: Attention {
                 query: linear(&ops, 256, HIDDEN),
                 key: linear(&ops, 64, HIDDEN),
@@ -99,14 +102,19 @@ impl Layers {
                 query_norm: Some(norm(&ops, 32)),
                 key_norm: Some(norm(&ops, 32)),
                 output: Joined::whole(linear(&ops, HIDDEN, 256)),
-                scale: Attention::<CpuOps>::scale_of(32),
+                rope: Some((0, Turn::whole(32))),
+                scores: Scores::plain(Attention::<CpuOps>::scale_of(32)),
+                merge: Merge::plain(),
             },
             mlp: Mlp {
-                gate: linear(&ops, 512, HIDDEN),
+                gate: Some(linear(&ops, 512, HIDDEN)),
                 up: linear(&ops, 512, HIDDEN),
                 down: Joined::whole(linear(&ops, HIDDEN, 512)),
+                width: 512,
+                act: Activation::Silu,
+                merge: Merge::plain(),
             },
-            head: Head { norm: norm(&ops, HIDDEN) },
+            head: Head::plain(norm(&ops, HIDDEN)),
             table: linear(&ops, VOCAB, HIDDEN),
             kv: ops.kv(KvShape { blocks: 32, kv_heads: 2, head_dim: 32 }).unwrap(),
             scratch: Scratch::new(&mut ops, &spec, &part, ROWS_MAX).unwrap(),

@@ -6,6 +6,7 @@
 mod access;
 mod ca;
 mod coordinators;
+pub mod models;
 mod moves;
 mod nearest;
 mod tokens;
@@ -111,6 +112,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Show a deployment's plan: which layers are where, and what they cost
     Plan(PlanArgs),
+    /// List the families of models and the precisions that this binary can serve
+    Models(models::ModelsArgs),
     /// Talk to a deployment
     #[command(after_help = CHAT_EXAMPLES)]
     Chat(ChatArgs),

@@ -6,6 +6,7 @@ pub mod coordinators;
 pub mod deploy;
 pub mod drain;
 pub mod keys;
+pub mod models;
 pub mod nodes;
 pub mod plan;
 pub mod rollout;

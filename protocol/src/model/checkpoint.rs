@@ -187,20 +187,27 @@ impl Checkpoint {
             files.insert(name.to_owned(), (path, tensors));
         }
 
-        let mut tensors = HashMap::new();
+        let mut tensors: HashMap<String, TensorLocation> = HashMap::new();
         let mut matrices = BTreeSet::new();
         for wanted in spec.tensors(LayerRange::new(0, spec.layers)) {
+            if let Some(known) = tensors.get(&wanted.name) {
+                // Another part of a tensor that was found already.
+                if wanted.is_matrix {
+                    matrices.insert(known.dtype);
+                }
+                continue;
+            }
             let missing = |file: PathBuf| CheckpointError::MissingTensor {
                 file,
                 tensor: wanted.name.clone(),
-                expected: wanted.shape.clone(),
+                expected: wanted.stored_shape().to_vec(),
             };
             let file = weights.file_of(&wanted.name).ok_or_else(|| missing(folder.join(INDEX)))?;
             let (path, found) = files
                 .get_mut(file)
                 .and_then(|(path, tensors)| Some((path.clone(), tensors.remove(&wanted.name)?)))
                 .ok_or_else(|| missing(folder.join(file)))?;
-            let location = TensorLocation::check(path, found, &wanted.shape)?;
+            let location = TensorLocation::check(path, found, wanted.stored_shape())?;
             if wanted.is_matrix {
                 matrices.insert(location.dtype);
             }

@@ -44,6 +44,65 @@ impl ReplicaLimits {
     }
 }
 
+/// How many values a row has in each buffer between the operations of a step; 0 where there is no
+/// such buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScratchWidths {
+    /// What a norm leaves, and a layer's result before it is added to the stream.
+    pub hidden: u32,
+    /// Queries.
+    pub query: u32,
+    /// What is cached of a position as key.
+    pub key: u32,
+    /// What is cached of it as value, where that is something else.
+    pub value: u32,
+    /// What attention leaves.
+    pub attended: u32,
+    /// The widest MLP or expert; there are two of these, gate and up.
+    pub intermediate: u32,
+    /// Cosines and sines; one buffer a rotation.
+    pub angles: u32,
+    /// How many rotations there are.
+    pub ropes: u32,
+    /// The router's logits.
+    pub router: u32,
+    /// Chosen experts and their weights.
+    pub routes: u32,
+    /// Rows of one expert, and the sum over experts: two of these.
+    pub routed: u32,
+    /// The compressed query.
+    pub query_down: u32,
+    /// Queries in the space of compressed keys.
+    pub absorbed: u32,
+    /// Attention's result out of the space of compressed values.
+    pub values_out: u32,
+}
+
+impl ScratchWidths {
+    /// Values of a row in all buffers together, and in the device's copy of the widest input of a
+    /// product, laid out for it.
+    pub fn floats(&self) -> u64 {
+        let buffers = [
+            (self.hidden, 1),
+            (self.query, 1),
+            (self.key, 1),
+            (self.value, 1),
+            (self.attended, 1),
+            (self.intermediate, 2),
+            (self.angles, self.ropes),
+            (self.router, 1),
+            (self.routes, 1),
+            (self.routed, 2),
+            (self.query_down, 1),
+            (self.absorbed, 1),
+            (self.values_out, 1),
+        ];
+        let all = buffers.iter().map(|(width, count)| u64::from(*width) * u64::from(*count));
+        let widest = buffers.iter().map(|(width, _)| u64::from(*width)).max().unwrap_or(0);
+        all.sum::<u64>() + widest
+    }
+}
+
 impl TensorSpec {
     /// Bytes in memory when matrices are held in this precision, padding included.
     pub fn held_bytes(&self, precision: Precision) -> Bytes {
@@ -68,21 +127,37 @@ impl ModelSpec {
         Bytes(positions * u64::from(layers.len()) * self.kv_bytes_per_token_layer().0)
     }
 
+    /// How wide the buffers between operations are.
+    pub fn scratch_widths(&self) -> ScratchWidths {
+        let any = |is_moe: bool| (0..self.layers).any(|layer| self.layer(layer).is_moe == is_moe);
+        let moe = self.options.moe.filter(|_| any(true));
+        let mla = self.options.mla;
+        let attended = self.heads * self.cache_dim();
+        let key = self.cache_heads() * self.cache_dim();
+        let dense = if any(false) { self.intermediate } else { 0 };
+        let experts = moe.map_or(0, |moe| moe.intermediate.max(moe.shared.unwrap_or(0)));
+        ScratchWidths {
+            hidden: self.hidden,
+            query: self.query_width(),
+            key,
+            value: if mla.is_some() { 0 } else { key },
+            attended,
+            intermediate: dense.max(experts),
+            angles: self.rotary_dim(),
+            ropes: self.ropes().len() as u32,
+            router: moe.map_or(0, |moe| moe.experts),
+            routes: moe.map_or(0, |moe| 2 * moe.top_k),
+            routed: if moe.is_some() { self.hidden } else { 0 },
+            query_down: mla.and_then(|mla| mla.q_rank).unwrap_or(0),
+            absorbed: if mla.is_some() { attended } else { 0 },
+            values_out: mla.map_or(0, |mla| self.heads * mla.value),
+        }
+    }
+
     /// The scratch between the operations of one step of at most `rows` rows; all layers of a shard
     /// share it.
     pub fn scratch_bytes(&self, rows: u32) -> Bytes {
-        let hidden = u64::from(self.hidden);
-        let query = u64::from(self.query_width());
-        let key = u64::from(self.kv_width());
-        let intermediate = u64::from(self.intermediate);
-        let floats = hidden
-            + 2 * query
-            + 2 * key
-            + 2 * intermediate
-            + u64::from(self.head_dim)
-            // The device's copy of the widest input of a product, laid out for it.
-            + hidden.max(query).max(intermediate);
-        Bytes(u64::from(rows) * floats * F32)
+        Bytes(u64::from(rows) * self.scratch_widths().floats() * F32)
     }
 
     /// Everything that one shard takes.

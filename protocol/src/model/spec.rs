@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::options::Options;
 use crate::plan::Precision;
 use crate::units::Bytes;
 
-/// The families that this build knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// The families that this build knows. What each is stands in its file under `families/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Family {
     /// `LlamaForCausalLM`: Llama 2, 3 and 3.x.
     Llama,
@@ -14,28 +15,72 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`.
     Qwen3,
+    /// `MistralForCausalLM`.
+    Mistral,
+    /// `Phi3ForCausalLM`: Phi-3, 3.5 and 4, mini ones too.
+    Phi3,
+    /// `Olmo2ForCausalLM`.
+    Olmo2,
+    /// `GraniteForCausalLM`.
+    Granite,
+    /// `SmolLM3ForCausalLM`.
+    SmolLm3,
+    /// `Gemma2ForCausalLM`.
+    Gemma2,
+    /// `Gemma3ForCausalLM`: the text models.
+    Gemma3,
+    /// `CohereForCausalLM`: Command R, Aya.
+    Cohere,
+    /// `Cohere2ForCausalLM`: Command R7B, Command A.
+    Cohere2,
+    /// `Starcoder2ForCausalLM`.
+    StarCoder2,
+    /// `MixtralForCausalLM`.
+    Mixtral,
+    /// `Qwen2MoeForCausalLM`.
+    Qwen2Moe,
+    /// `Qwen3MoeForCausalLM`.
+    Qwen3Moe,
+    /// `GptOssForCausalLM`.
+    GptOss,
+    /// `DeepseekV2ForCausalLM`.
+    DeepSeek2,
+    /// `DeepseekV3ForCausalLM`: V3 and R1.
+    DeepSeek3,
 }
 
 impl Family {
     /// Every family, in the order in which messages list them.
-    pub const ALL: &'static [Family] = &[Family::Llama, Family::Qwen2, Family::Qwen3];
+    pub const ALL: &'static [Family] = &[
+        Family::Llama,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::Mistral,
+        Family::Phi3,
+        Family::Olmo2,
+        Family::Granite,
+        Family::SmolLm3,
+        Family::Gemma2,
+        Family::Gemma3,
+        Family::Cohere,
+        Family::Cohere2,
+        Family::StarCoder2,
+        Family::Mixtral,
+        Family::Qwen2Moe,
+        Family::Qwen3Moe,
+        Family::GptOss,
+        Family::DeepSeek2,
+        Family::DeepSeek3,
+    ];
 
     /// What `architectures` in `config.json` calls it.
-    pub const fn architecture(self) -> &'static str {
-        match self {
-            Family::Llama => "LlamaForCausalLM",
-            Family::Qwen2 => "Qwen2ForCausalLM",
-            Family::Qwen3 => "Qwen3ForCausalLM",
-        }
+    pub fn architecture(self) -> &'static str {
+        self.definition().architecture
     }
 
     /// What `model_type` in `config.json` calls it.
-    pub const fn model_type(self) -> &'static str {
-        match self {
-            Family::Llama => "llama",
-            Family::Qwen2 => "qwen2",
-            Family::Qwen3 => "qwen3",
-        }
+    pub fn model_type(self) -> &'static str {
+        self.definition().model_type
     }
 }
 
@@ -59,6 +104,29 @@ pub enum RopeScaling {
         high_freq_factor: f32,
         /// The context of training, in tokens.
         original_context: u32,
+    },
+    /// YaRN: high frequencies kept, low ones divided, those between mixed along a ramp.
+    Yarn {
+        /// The divisor.
+        factor: f32,
+        /// The context of training, in tokens.
+        original_context: u32,
+        /// Pairs that turn more often than this within it are kept.
+        beta_fast: f32,
+        /// Those that turn less often are divided.
+        beta_slow: f32,
+        /// Multiplies cosines and sines.
+        attention_factor: f32,
+        /// Whether the ramp's ends are whole pairs.
+        truncate: bool,
+    },
+    /// Each frequency divided by a factor of its own ([`RopeFactors`](super::RopeFactors)): one list
+    /// for replicas whose context is the original one at most, another for longer ones.
+    LongRope {
+        /// The context of training, in tokens.
+        original_context: u32,
+        /// Multiplies cosines and sines.
+        attention_factor: f32,
     },
 }
 
@@ -97,8 +165,10 @@ pub struct ModelSpec {
     pub o_bias: bool,
     /// Biases on the MLP's projections.
     pub mlp_bias: bool,
-    /// RMS norms over each head of q and k.
+    /// Norms over q and k: over each head, or as [`Options::qk_norm_whole`] says.
     pub qk_norm: bool,
+    /// What tells it from Llama.
+    pub options: Options,
     /// The type of the stored weights: what `config.json` says, and after
     /// [`Checkpoint::open`](super::Checkpoint::open) what the matrices in the files are.
     pub stored: Precision,
@@ -117,7 +187,7 @@ impl ModelSpec {
 
     /// KV bytes of one token in one layer: keys and values as f32.
     pub fn kv_bytes_per_token_layer(&self) -> Bytes {
-        Bytes(2 * u64::from(self.kv_heads) * u64::from(self.head_dim) * 4)
+        Bytes(2 * u64::from(self.cache_heads()) * u64::from(self.cache_dim()) * 4)
     }
 }
 

@@ -127,6 +127,9 @@ pub struct SplitError {
 impl ModelSpec {
     /// The most tensor ranks of a stage, and what bounds them.
     pub fn ranks_max(&self) -> (u32, &'static str) {
+        if let Some(what) = self.not_cut() {
+            return (1, what);
+        }
         let panel = PANEL_OUTPUTS as u32;
         [
             (self.kv_heads, "key/value heads"),
@@ -136,6 +139,20 @@ impl ModelSpec {
         .into_iter()
         .min_by_key(|(units, _)| *units)
         .unwrap_or((1, "layers"))
+    }
+
+    /// What of this model is not spread over ranks yet.
+    fn not_cut(&self) -> Option<&'static str> {
+        let options = &self.options;
+        match (options.moe, options.mla) {
+            (Some(_), _) => Some("set of experts, which is not cut yet"),
+            (None, Some(_)) => Some("compressed cache, which is not cut yet"),
+            // The norm needs the squares of all heads.
+            _ if self.qk_norm && options.qk_norm_whole => {
+                Some("norm over all queries, which is not cut yet")
+            }
+            _ => None,
+        }
     }
 
     /// What a rank holds; refused where it would hold nothing. A vocabulary of fewer blocks than
@@ -229,7 +246,8 @@ impl Part {
             AttentionOutput | AttentionOutputBias | Down | DownBias => {
                 (scaled(&self.hidden, 1), columns_all)
             }
-            AttentionNorm | QueryNorm | KeyNorm | MlpNorm | FinalNorm => (rows_all, columns_all),
+            // Norms and their biases; and what models have that are not cut: see `ranks_max`.
+            _ => (rows_all, columns_all),
         };
         let part = TensorPart { spec, rows, columns };
         (part.row_count() > 0).then_some(part)

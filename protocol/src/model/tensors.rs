@@ -1,6 +1,7 @@
 //! Which tensors a family has, what they are called in its files, and their shapes.
 
-use crate::model::spec::{Family, ModelSpec};
+use crate::model::spec::ModelSpec;
+use crate::model::table::{Place, Row};
 use crate::units::LayerRange;
 
 /// What a tensor is for.
@@ -48,6 +49,110 @@ pub enum TensorRole {
     FinalNorm,
     /// Output head `[vocab, hidden]`.
     OutputHead,
+    /// Bias of the norm before attention `[hidden]`. Split: whole.
+    AttentionNormBias,
+    /// Bias of the norm before the MLP `[hidden]`. Split: whole.
+    MlpNormBias,
+    /// Bias of the norm before the output head `[hidden]`. Split: whole.
+    FinalNormBias,
+    /// Norm of what attention adds `[hidden]`. Split: whole, applied after the ranks' sum.
+    PostAttentionNorm,
+    /// Norm of what the MLP adds `[hidden]`. Split: whole, applied after the ranks' sum.
+    PostMlpNorm,
+    /// Each head's sink `[heads]`. Split: by query head.
+    Sinks,
+    /// Router `[experts, hidden]`. Split: whole.
+    Router,
+    /// Its bias `[experts]`. Split: whole.
+    RouterBias,
+    /// What is added to an expert's score for the choice alone `[experts]`. Split: whole.
+    RouterCorrection,
+    /// An expert's gate projection `[moe intermediate, hidden]`. Split: rows, or whole experts.
+    ExpertGate,
+    /// Its bias. Split: as its rows.
+    ExpertGateBias,
+    /// An expert's up projection `[moe intermediate, hidden]`. Split: rows, or whole experts.
+    ExpertUp,
+    /// Its bias. Split: as its rows.
+    ExpertUpBias,
+    /// An expert's down projection `[hidden, moe intermediate]`. Split: columns, or whole experts.
+    ExpertDown,
+    /// Its bias `[hidden]`. Split: on one rank where columns are split, else whole.
+    ExpertDownBias,
+    /// The shared expert's gate projection `[shared intermediate, hidden]`. Split: rows.
+    SharedGate,
+    /// Its up projection `[shared intermediate, hidden]`. Split: rows.
+    SharedUp,
+    /// Its down projection `[hidden, shared intermediate]`. Split: columns.
+    SharedDown,
+    /// What weighs the shared expert `[1, hidden]`. Split: whole.
+    SharedWeight,
+    /// Compression of the query `[q rank, hidden]`. Split: whole; [`TensorRole::Query`] is then
+    /// `[heads x head_dim, q rank]`.
+    QueryDown,
+    /// Its norm `[q rank]`. Split: whole.
+    QueryDownNorm,
+    /// Compression of keys and values, and the rotated part of the key `[kv rank + rope, hidden]`.
+    /// Split: whole, as is the cache.
+    KvDown,
+    /// Norm of the compressed part `[kv rank]`. Split: whole.
+    KvDownNorm,
+    /// Takes a head's query to where keys are compressed `[kv rank, nope]`. Split: whole heads.
+    KeyUp,
+    /// Takes a head's compressed value out `[value, kv rank]`. Split: whole heads.
+    ValueUp,
+}
+
+impl TensorRole {
+    /// Whether it is the weight, not the bias, of a norm.
+    pub fn is_norm_weight(self) -> bool {
+        use TensorRole::*;
+        matches!(
+            self,
+            AttentionNorm
+                | MlpNorm
+                | FinalNorm
+                | PostAttentionNorm
+                | PostMlpNorm
+                | QueryNorm
+                | KeyNorm
+                | QueryDownNorm
+                | KvDownNorm
+        )
+    }
+}
+
+/// Which part of a stored tensor a tensor is, where files keep several in one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Excerpt {
+    /// The stored tensor's shape. All but its last dimension are seen as rows.
+    pub stored: Vec<u64>,
+    /// The first of its rows that counts.
+    pub first_row: u64,
+    /// `None`: row `i` of the tensor is row `first_row + i`. Else the tensor lies the other way round:
+    /// its rows are columns of the rows from `first_row` on, as many as the tensor has columns.
+    pub columns: Option<Columns>,
+}
+
+/// Some columns of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// The first one.
+    pub first: u64,
+    /// How far the next one is.
+    pub step: u64,
+}
+
+impl Excerpt {
+    /// Adjacent rows from `first_row` on.
+    pub fn rows(stored: Vec<u64>, first_row: u64) -> Self {
+        Self { stored, first_row, columns: None }
+    }
+
+    /// The same the other way round: columns from `first` on.
+    pub fn turned(self, first: u64, step: u64) -> Self {
+        Self { columns: Some(Columns { first, step }), ..self }
+    }
 }
 
 /// One tensor that a shard needs.
@@ -57,12 +162,16 @@ pub struct TensorSpec {
     pub role: TensorRole,
     /// The layer; `None` for embedding, final norm and output head.
     pub layer: Option<u32>,
+    /// Which expert or head; 0 where there is one of it.
+    pub index: u32,
     /// Its name in the checkpoint.
     pub name: String,
     /// Its shape, rows first.
     pub shape: Vec<u64>,
     /// Whether it is held in the deployment's precision (matrices) or always as f32 (norms, biases).
     pub is_matrix: bool,
+    /// Which part it is of the tensor of this name; `None` where it is all of it.
+    pub excerpt: Option<Excerpt>,
 }
 
 impl TensorSpec {
@@ -70,203 +179,10 @@ impl TensorSpec {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
     }
-}
 
-/// Which stages need a row of the table.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// The first stage, once.
-    First,
-    /// Each stage, once for each of its layers; `{}` in the name is the layer.
-    Layer,
-    /// The last stage, once.
-    Last,
-}
-
-/// One row of a family's weight-name table.
-struct Row {
-    role: TensorRole,
-    place: Place,
-    name: &'static str,
-    /// Rows, and columns of a matrix.
-    shape: fn(&ModelSpec) -> Shape,
-    /// Whether a model of this shape has the tensor.
-    present: fn(&ModelSpec) -> bool,
-}
-
-/// Rows, and columns of a matrix.
-enum Shape {
-    Vector(u32),
-    Matrix(u32, u32),
-}
-
-const fn row(
-    role: TensorRole,
-    place: Place,
-    name: &'static str,
-    shape: fn(&ModelSpec) -> Shape,
-    present: fn(&ModelSpec) -> bool,
-) -> Row {
-    Row { role, place, name, shape, present }
-}
-
-/// The names that Llama, Qwen2 and Qwen3 share, in the order in which a step reads the tensors.
-const LLAMA_NAMES: &[Row] = {
-    use Place::{First, Last, Layer};
-    use Shape::{Matrix, Vector};
-    use TensorRole::*;
-    const ALWAYS: fn(&ModelSpec) -> bool = |_| true;
-    &[
-        row(Embedding, First, "model.embed_tokens.weight", |m| Matrix(m.vocab, m.hidden), ALWAYS),
-        row(
-            AttentionNorm,
-            Layer,
-            "model.layers.{}.input_layernorm.weight",
-            |m| Vector(m.hidden),
-            ALWAYS,
-        ),
-        row(
-            Query,
-            Layer,
-            "model.layers.{}.self_attn.q_proj.weight",
-            |m| Matrix(m.query_width(), m.hidden),
-            ALWAYS,
-        ),
-        row(
-            QueryBias,
-            Layer,
-            "model.layers.{}.self_attn.q_proj.bias",
-            |m| Vector(m.query_width()),
-            |m| m.qkv_bias,
-        ),
-        row(
-            Key,
-            Layer,
-            "model.layers.{}.self_attn.k_proj.weight",
-            |m| Matrix(m.kv_width(), m.hidden),
-            ALWAYS,
-        ),
-        row(
-            KeyBias,
-            Layer,
-            "model.layers.{}.self_attn.k_proj.bias",
-            |m| Vector(m.kv_width()),
-            |m| m.qkv_bias,
-        ),
-        row(
-            Value,
-            Layer,
-            "model.layers.{}.self_attn.v_proj.weight",
-            |m| Matrix(m.kv_width(), m.hidden),
-            ALWAYS,
-        ),
-        row(
-            ValueBias,
-            Layer,
-            "model.layers.{}.self_attn.v_proj.bias",
-            |m| Vector(m.kv_width()),
-            |m| m.qkv_bias,
-        ),
-        row(
-            QueryNorm,
-            Layer,
-            "model.layers.{}.self_attn.q_norm.weight",
-            |m| Vector(m.head_dim),
-            |m| m.qk_norm,
-        ),
-        row(
-            KeyNorm,
-            Layer,
-            "model.layers.{}.self_attn.k_norm.weight",
-            |m| Vector(m.head_dim),
-            |m| m.qk_norm,
-        ),
-        row(
-            AttentionOutput,
-            Layer,
-            "model.layers.{}.self_attn.o_proj.weight",
-            |m| Matrix(m.hidden, m.query_width()),
-            ALWAYS,
-        ),
-        row(
-            AttentionOutputBias,
-            Layer,
-            "model.layers.{}.self_attn.o_proj.bias",
-            |m| Vector(m.hidden),
-            |m| m.o_bias,
-        ),
-        row(
-            MlpNorm,
-            Layer,
-            "model.layers.{}.post_attention_layernorm.weight",
-            |m| Vector(m.hidden),
-            ALWAYS,
-        ),
-        row(
-            Gate,
-            Layer,
-            "model.layers.{}.mlp.gate_proj.weight",
-            |m| Matrix(m.intermediate, m.hidden),
-            ALWAYS,
-        ),
-        row(
-            GateBias,
-            Layer,
-            "model.layers.{}.mlp.gate_proj.bias",
-            |m| Vector(m.intermediate),
-            |m| m.mlp_bias,
-        ),
-        row(
-            Up,
-            Layer,
-            "model.layers.{}.mlp.up_proj.weight",
-            |m| Matrix(m.intermediate, m.hidden),
-            ALWAYS,
-        ),
-        row(
-            UpBias,
-            Layer,
-            "model.layers.{}.mlp.up_proj.bias",
-            |m| Vector(m.intermediate),
-            |m| m.mlp_bias,
-        ),
-        row(
-            Down,
-            Layer,
-            "model.layers.{}.mlp.down_proj.weight",
-            |m| Matrix(m.hidden, m.intermediate),
-            ALWAYS,
-        ),
-        row(
-            DownBias,
-            Layer,
-            "model.layers.{}.mlp.down_proj.bias",
-            |m| Vector(m.hidden),
-            |m| m.mlp_bias,
-        ),
-        row(FinalNorm, Last, "model.norm.weight", |m| Vector(m.hidden), ALWAYS),
-        row(
-            OutputHead,
-            Last,
-            "lm_head.weight",
-            |m| Matrix(m.vocab, m.hidden),
-            |m| !m.tied_embeddings,
-        ),
-        row(
-            OutputHead,
-            Last,
-            "model.embed_tokens.weight",
-            |m| Matrix(m.vocab, m.hidden),
-            |m| m.tied_embeddings,
-        ),
-    ]
-};
-
-/// The weight-name table of a family.
-fn names(family: Family) -> &'static [Row] {
-    match family {
-        // One set of names; what a family has of it follows from its spec.
-        Family::Llama | Family::Qwen2 | Family::Qwen3 => LLAMA_NAMES,
+    /// The shape of the tensor of this name in the checkpoint.
+    pub fn stored_shape(&self) -> &[u64] {
+        self.excerpt.as_ref().map_or(&self.shape, |excerpt| &excerpt.stored)
     }
 }
 
@@ -276,46 +192,34 @@ impl ModelSpec {
     /// norm and output head; tied models read the embedding for both, and a stage that has both
     /// holds it once, as [`TensorRole::Embedding`].
     pub fn tensors(&self, layers: LayerRange) -> Vec<TensorSpec> {
-        let rows = || names(self.family).iter().filter(|row| (row.present)(self));
+        let rows = || self.family.definition().names.iter().copied().flatten();
         let is_first = layers.start == 0;
         let is_last = layers.end == self.layers;
         let mut tensors = Vec::new();
         if is_first {
-            tensors.extend(rows().filter(|r| r.place == Place::First).map(|r| r.of(self, None)));
+            let first = rows().filter(|r| r.place == Place::First);
+            tensors.extend(first.flat_map(|r| r.of(self, None)));
         }
         for layer in layers.iter() {
-            let layer = Some(layer);
-            tensors.extend(rows().filter(|r| r.place == Place::Layer).map(|r| r.of(self, layer)));
+            let own = rows().filter(|r| r.place == Place::Layer);
+            tensors.extend(own.flat_map(|r| r.of(self, Some(layer))));
         }
         if is_last {
             let held = |row: &&Row| {
                 !(is_first && self.tied_embeddings && row.role == TensorRole::OutputHead)
             };
             let last = rows().filter(|r| r.place == Place::Last).filter(held);
-            tensors.extend(last.map(|r| r.of(self, None)));
+            tensors.extend(last.flat_map(|r| r.of(self, None)));
         }
         tensors
-    }
-}
-
-impl Row {
-    fn of(&self, spec: &ModelSpec, layer: Option<u32>) -> TensorSpec {
-        let (shape, is_matrix) = match (self.shape)(spec) {
-            Shape::Vector(len) => (vec![u64::from(len)], false),
-            Shape::Matrix(rows, columns) => (vec![u64::from(rows), u64::from(columns)], true),
-        };
-        let name = match layer {
-            Some(layer) => self.name.replace("{}", &layer.to_string()),
-            None => self.name.to_owned(),
-        };
-        TensorSpec { role: self.role, layer, name, shape, is_matrix }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::RopeScaling;
+    use crate::model::options::Options;
+    use crate::model::spec::{Family, RopeScaling};
     use crate::plan::Precision;
 
     fn spec() -> ModelSpec {
@@ -337,6 +241,7 @@ mod tests {
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
+            options: Options::default(),
             stored: Precision::F32,
         }
     }

@@ -16,9 +16,13 @@
 //! bits depend on its own sequence alone.
 
 pub mod cpu;
+mod family;
 pub mod pool;
 
+use shoal_protocol::model::Activation;
 use shoal_protocol::plan::Precision;
+
+pub use family::{FamilyOps, HeadColumns, Router};
 
 use crate::model::{ComputeError, Span};
 
@@ -135,30 +139,32 @@ pub trait Ops: Send + Sized + 'static {
         out: &mut Self::Stream<'_>,
     ) -> Result<(), ComputeError>;
 
-    /// `gate[r] = silu(gate[r]) * up[r]`.
+    /// `gate[r] = act(gate[r]) * up[r]`.
     fn gate(
         &mut self,
         gate: &mut Self::Buf,
         up: &Self::Buf,
         rows: usize,
+        act: Activation,
     ) -> Result<(), ComputeError>;
 
-    /// The cosines, then the sines, of each row's angles: `out` is `rows x (2 x frequencies)`.
-    /// An angle is the `f32` product of position and frequency.
+    /// The cosines, then the sines, of each row's angles, times `factor`: `out` is
+    /// `rows x (2 x frequencies)`. An angle is the `f32` product of position and frequency.
     fn rope_angles(
         &mut self,
         spans: &[Span<'_>],
         frequencies: &Self::Vector,
+        factor: f32,
         out: &mut Self::Buf,
     ) -> Result<(), ComputeError>;
 
-    /// Rotates each head (as wide as `angles`) of each row in place; dimension `i` pairs with
-    /// `i + head_dim / 2`.
+    /// Rotates a part of each head of each row in place: as many dimensions as `angles` is wide.
     fn rope(
         &mut self,
         x: &mut Self::Buf,
         rows: usize,
         angles: &Self::Buf,
+        turn: Turn,
     ) -> Result<(), ComputeError>;
 
     /// Writes the rows' keys and values, `rows x (kv_heads x head_dim)` each, at their positions.
@@ -177,9 +183,47 @@ pub trait Ops: Send + Sized + 'static {
         spans: &[Span<'_>],
         query: &Self::Buf,
         kv: &Self::Kv,
-        scale: f32,
+        how: &Attend<'_, Self>,
         out: &mut Self::Buf,
     ) -> Result<(), ComputeError>;
+}
+
+/// Which part of each head is rotated, and what pairs with what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// The width of a head.
+    pub head_dim: usize,
+    /// The first dimension that is rotated.
+    pub first: usize,
+    /// Whether adjacent dimensions are pairs; else dimension `i` of those rotated pairs with the one
+    /// half their number further on.
+    pub interleaved: bool,
+}
+
+impl Turn {
+    /// Whole heads, the first half against the second.
+    pub fn whole(head_dim: usize) -> Self {
+        Self { head_dim, first: 0, interleaved: false }
+    }
+}
+
+/// How scores become weights.
+pub struct Attend<'a, B: Ops> {
+    /// Multiplies each score.
+    pub scale: f32,
+    /// Scores are `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// How many positions a query sees, its own included.
+    pub window: Option<u32>,
+    /// A score for each head that takes part in the softmax and adds nothing.
+    pub sinks: Option<&'a B::Vector>,
+}
+
+impl<B: Ops> Attend<'_, B> {
+    /// Plain attention.
+    pub fn plain(scale: f32) -> Self {
+        Self { scale, softcap: None, window: None, sinks: None }
+    }
 }
 
 /// Fills a matrix while its bytes arrive, without a second copy of it.
@@ -211,12 +255,24 @@ pub struct Linear<B: Ops> {
     pub bias: Option<B::Vector>,
 }
 
-/// A root-mean-square norm: `x / sqrt(mean(x²) + eps) * weight`.
+/// A norm: `x / sqrt(mean(x²) + eps) * weight`; or, of what is centred, with the mean taken from `x`
+/// first and a bias added last.
 pub struct Norm<B: Ops> {
     /// As wide as what it normalises.
     pub weight: B::Vector,
     /// Added to the mean square.
     pub eps: f32,
+    /// Whether it is a layer norm: rows are centred first.
+    pub centred: bool,
+    /// Added at the end.
+    pub bias: Option<B::Vector>,
+}
+
+impl<B: Ops> Norm<B> {
+    /// A root-mean-square norm.
+    pub fn rms(weight: B::Vector, eps: f32) -> Self {
+        Self { weight, eps, centred: false, bias: None }
+    }
 }
 
 /// Which rows of a stream.

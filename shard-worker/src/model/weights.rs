@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shoal_protocol::model::{
-    Checkpoint, PANEL_OUTPUTS, TensorLocation, TensorPart, TensorRole, TensorSpec,
+    Checkpoint, Columns, Excerpt, NormKind, PANEL_OUTPUTS, TensorLocation, TensorPart, TensorRole,
+    TensorSpec,
 };
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
@@ -101,9 +102,12 @@ pub enum WeightsError {
 
 /// The tensors of a stage, on the device, until a family has put them together.
 pub(crate) struct Weights<B: Ops> {
-    matrices: BTreeMap<(Option<u32>, TensorRole), B::Weight>,
-    vectors: BTreeMap<(Option<u32>, TensorRole), B::Vector>,
+    matrices: BTreeMap<Key, B::Weight>,
+    vectors: BTreeMap<Key, B::Vector>,
 }
+
+/// Layer, role, and which expert or head.
+type Key = (Option<u32>, TensorRole, u32);
 
 impl<B: Ops> Weights<B> {
     /// Reads these parts of tensors, holding matrices as `held`.
@@ -117,6 +121,7 @@ impl<B: Ops> Weights<B> {
         let mut files = Files::default();
         let mut vectors = BTreeMap::new();
         let mut sources = Vec::new();
+        let adds_one = checkpoint.spec().options.norm == NormKind::RmsOnePlus;
         for part in tensors {
             let spec = &part.spec;
             let location =
@@ -128,8 +133,11 @@ impl<B: Ops> Weights<B> {
             if source.part.spec.is_matrix {
                 sources.push(source);
             } else {
-                let vector =
-                    ops.vector(&source.read_vector()?).map_err(|error| source.device(error))?;
+                let mut values = source.read_vector()?;
+                if adds_one && source.part.spec.role.is_norm_weight() {
+                    values.iter_mut().for_each(|value| *value += 1.0);
+                }
+                let vector = ops.vector(&values).map_err(|error| source.device(error))?;
                 vectors.insert(source.key(), vector);
             }
         }
@@ -151,17 +159,42 @@ impl<B: Ops> Weights<B> {
         role: TensorRole,
         layer: Option<u32>,
     ) -> Result<B::Weight, WeightsError> {
-        self.matrices.remove(&(layer, role)).ok_or(WeightsError::NotInTable { role, layer })
+        self.matrix_of(role, layer, 0)
+    }
+
+    /// Takes that of an expert or a head.
+    pub(crate) fn matrix_of(
+        &mut self,
+        role: TensorRole,
+        layer: Option<u32>,
+        index: u32,
+    ) -> Result<B::Weight, WeightsError> {
+        self.matrices.remove(&(layer, role, index)).ok_or(WeightsError::NotInTable { role, layer })
+    }
+
+    /// Takes a vector, if the model has it.
+    pub(crate) fn vector(&mut self, role: TensorRole, layer: Option<u32>) -> Option<B::Vector> {
+        self.vectors.remove(&(layer, role, 0))
     }
 
     /// Takes a matrix, and its bias where the model has one.
     pub(crate) fn linear(
         &mut self,
-        (role, bias): (TensorRole, TensorRole),
+        roles: (TensorRole, TensorRole),
         layer: u32,
     ) -> Result<Linear<B>, WeightsError> {
-        let weight = self.matrix(role, Some(layer))?;
-        Ok(Linear { weight, bias: self.vectors.remove(&(Some(layer), bias)) })
+        self.linear_of(roles, layer, 0)
+    }
+
+    /// Takes that of an expert.
+    pub(crate) fn linear_of(
+        &mut self,
+        (role, bias): (TensorRole, TensorRole),
+        layer: u32,
+        index: u32,
+    ) -> Result<Linear<B>, WeightsError> {
+        let weight = self.matrix_of(role, Some(layer), index)?;
+        Ok(Linear { weight, bias: self.vectors.remove(&(Some(layer), bias, index)) })
     }
 
     /// Takes the weight of a norm that the stage must have.
@@ -171,9 +204,8 @@ impl<B: Ops> Weights<B> {
         layer: Option<u32>,
         eps: f32,
     ) -> Result<Norm<B>, WeightsError> {
-        let weight =
-            self.vectors.remove(&(layer, role)).ok_or(WeightsError::NotInTable { role, layer })?;
-        Ok(Norm { weight, eps })
+        let weight = self.vector(role, layer).ok_or(WeightsError::NotInTable { role, layer })?;
+        Ok(Norm::rms(weight, eps))
     }
 }
 
@@ -207,8 +239,9 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn key(&self) -> (Option<u32>, TensorRole) {
-        (self.part.spec.layer, self.part.spec.role)
+    fn key(&self) -> Key {
+        let spec = &self.part.spec;
+        (spec.layer, spec.role, spec.index)
     }
 
     /// Bytes of one row as it is held, in the type in which it is stored.
@@ -221,13 +254,43 @@ impl Source<'_> {
     fn read_rows(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
         let size = self.location.dtype.bytes();
         let stored = self.part.columns_stored() * size;
-        let first = (self.part.rows.start + first) * stored;
+        let first = self.part.rows.start + first;
+        let first = match &self.part.spec.excerpt {
+            Some(excerpt) => match excerpt.columns {
+                Some(columns) => return self.read_turned((excerpt, columns), first, buffer),
+                None => excerpt.first_row + first,
+            },
+            None => first,
+        };
+        let first = first * stored;
         if self.row_bytes() == stored {
             return self.read(first, buffer);
         }
         let skipped = self.part.columns.start * size;
         let rows = buffer.chunks_exact_mut(self.row_bytes() as usize);
         (0..).zip(rows).try_for_each(|(row, to)| self.read(first + row * stored + skipped, to))
+    }
+
+    /// Reads rows of a tensor that are columns of the stored one: the rows that they cross are read
+    /// whole. A vector is one value of each of its rows. Such a tensor is not cut over ranks.
+    fn read_turned(
+        &self,
+        (excerpt, columns): (&Excerpt, Columns),
+        first: u64,
+        to: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        let element = self.location.dtype.bytes() as usize;
+        let width = excerpt.stored.last().copied().unwrap_or(1) as usize;
+        let height = self.part.column_count() as usize;
+        let mut block = vec![0; height * width * element];
+        self.read(excerpt.first_row * (width * element) as u64, &mut block)?;
+        for (row, to) in (first..).zip(to.chunks_exact_mut(height * element)) {
+            let column = (columns.first + row * columns.step) as usize;
+            for (crossed, to) in to.chunks_exact_mut(element).enumerate() {
+                to.copy_from_slice(&block[(crossed * width + column) * element..][..element]);
+            }
+        }
+        Ok(())
     }
 
     /// Reads bytes of the tensor, `first` counted from its beginning.
@@ -312,8 +375,9 @@ struct Piece {
 fn pieces<B: Ops>(matrices: &[Matrix<'_, B>]) -> Vec<Piece> {
     let mut order: Vec<usize> = (0..matrices.len()).collect();
     order.sort_by_key(|&i| {
-        let location = matrices[i].source.location;
-        (&location.file, location.offset)
+        let Source { location, part, .. } = &matrices[i].source;
+        let first_row = part.spec.excerpt.as_ref().map_or(0, |excerpt| excerpt.first_row);
+        (&location.file, location.offset, first_row)
     });
     let mut pieces = Vec::new();
     for matrix in order {

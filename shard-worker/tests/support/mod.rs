@@ -344,6 +344,10 @@ fn write_model(folder: &Path, config: &str) {
     let mut header = serde_json::Map::new();
     let (mut data, mut dice) = (Vec::new(), Dice(1));
     for tensor in tensors {
+        // Several may be parts of one.
+        if header.contains_key(&tensor.name) {
+            continue;
+        }
         let start = data.len();
         let scale = if tensor.is_matrix { (tensor.shape[1] as f32).sqrt().recip() } else { 1.0 };
         // Random values again and again; the period is a prime, so that no two rows are equal.
@@ -357,13 +361,14 @@ fn write_model(folder: &Path, config: &str) {
                 }
             })
             .collect();
-        let end = start + (tensor.elements() * spec.stored.bytes()) as usize;
+        let elements: u64 = tensor.stored_shape().iter().product();
+        let end = start + (elements * spec.stored.bytes()) as usize;
         while data.len() < end {
             data.extend_from_slice(&period[..period.len().min(end - data.len())]);
         }
         let info = serde_json::json!({
             "dtype": spec.stored.as_str().to_uppercase(),
-            "shape": tensor.shape,
+            "shape": tensor.stored_shape(),
             "data_offsets": [start, end],
         });
         header.insert(tensor.name, info);

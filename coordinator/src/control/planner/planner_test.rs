@@ -1,7 +1,7 @@
 //! The planner against brute force on small cases, and its refusals word by word.
 
 use shoal_protocol::id::DeploymentName;
-use shoal_protocol::model::{Family, ModelSpec, RopeScaling};
+use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{ModelRef, ModelSource, PretendSpec};
 use shoal_protocol::units::LayerRange;
 
@@ -334,6 +334,7 @@ fn small_model(numbers: &mut Numbers) -> ModelShape {
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
+        options: Options::default(),
         stored: Precision::F32,
     })
 }
@@ -358,6 +359,7 @@ fn dense(context_max: u32) -> ModelShape {
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
+        options: Options::default(),
         stored: Precision::F32,
     })
 }

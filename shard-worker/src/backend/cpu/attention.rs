@@ -10,8 +10,11 @@
 //! out    = fma(p, value, …) over the block's positions in order, from out * c
 //! ```
 //!
-//! and at the end `out / sum`. Queries, heads and threads are divided freely; several blocks are
-//! scored at once only to hide the latency of the chains.
+//! and at the end `out / sum`. With a cap, `score = cap * tanh(score / cap)` follows the scale. With a
+//! window, a query begins at the block of the first position that it sees, and positions before that
+//! one count nothing. With a sink, `m` begins as the head's sink and `sum` as 1. Queries, heads and
+//! threads are divided freely; several blocks are scored at once only to hide the latency of the
+//! chains.
 #![allow(clippy::needless_range_loop)] // An index names a register; iterators hide which.
 
 use std::ops::Range;
@@ -20,7 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::isa::{Isa, Kernel};
 use super::kv::{PagedKv, SLOTS};
 use super::linear::SharedMut;
-use super::math::exp;
+use super::math::{exp, softcap};
 use super::simd::{LANES, Simd};
 use super::{ALONE_STEPS_MAX, spread};
 use crate::backend::pool::{Pool, Share};
@@ -36,18 +39,29 @@ const BLOCKS: usize = 4;
 static LANE: [f32; LANES] =
     [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
 
+/// How scores become weights; see [`crate::backend::Attend`].
+#[derive(Clone, Copy)]
+pub struct How<'a> {
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    pub window: Option<u32>,
+    /// One for each query head.
+    pub sinks: Option<&'a [f32]>,
+}
+
 /// Attention of all rows of checked spans; `query` and `out` are `rows x (heads x head_dim)`, and
 /// `heads` is a multiple of the cache's.
 pub fn attend(
     (isa, pool): (Isa, &mut Pool),
     spans: &[Span<'_>],
     (query, heads): (&[f32], usize),
-    (kv, scale): (&PagedKv, f32),
+    (kv, how): (&PagedKv, How<'_>),
     out: &mut [f32],
 ) -> Result<(), ComputeError> {
     let shape = kv.shape();
     let (kv_heads, dim) = (shape.kv_heads as usize, shape.head_dim as usize);
     let rows = spans.iter().map(|span| span.first_row + span.rows).max().unwrap_or(0);
+    assert!(how.sinks.is_none_or(|sinks| sinks.len() >= heads), "checked");
     assert!(query.len() >= rows * heads * dim && out.len() >= rows * heads * dim, "checked");
     let group = heads / kv_heads;
     let out = SharedMut(out.as_mut_ptr());
@@ -66,7 +80,7 @@ pub fn attend(
                     if task == mine {
                         let attend = Attend {
                             kv,
-                            scale,
+                            how,
                             span,
                             queries: queries.clone(),
                             heads,
@@ -90,7 +104,7 @@ pub fn attend(
 /// Some queries of one span that read the same key head.
 struct Attend<'a> {
     kv: &'a PagedKv,
-    scale: f32,
+    how: How<'a>,
     span: &'a Span<'a>,
     /// Of the span's `rows x group` queries.
     queries: Range<usize>,
@@ -116,20 +130,26 @@ impl Kernel for Attend<'_> {
     unsafe fn run<S: Simd>(self) {
         let start = Softmax { max: f32::NEG_INFINITY, sum: 0.0 };
         let mut state = [start; QUERIES];
+        if let Some(sinks) = self.how.sinks {
+            for (query, state) in self.queries.clone().zip(&mut state) {
+                *state = Softmax { max: sinks[self.head(query)], sum: 1.0 };
+            }
+        }
         let last = self.position(self.queries.end - 1);
         // Each pass reads a few blocks for all queries, so that they come from the nearest cache.
-        for block in (0..=last / SLOTS).step_by(BLOCKS) {
+        let begin = self.first_block(self.queries.start) / BLOCKS * BLOCKS;
+        for block in (begin..=last / SLOTS).step_by(BLOCKS) {
             let mut query = self.queries.start;
             while query < self.queries.end {
-                let blocks = self.blocks_from(query, block);
+                let (first, blocks) = self.blocks_from(query, block);
                 let state = &mut state[query - self.queries.start..];
                 // SAFETY: the caller's; the blocks are among the span's and the queries are ours.
                 unsafe {
                     if query + 1 < self.queries.end && self.pair(query, block) {
-                        self.some_blocks::<S, 2>(query, block, blocks, state);
+                        self.some_blocks::<S, 2>(query, first, blocks, state);
                         query += 2;
                     } else {
-                        self.some_blocks::<S, 1>(query, block, blocks, state);
+                        self.some_blocks::<S, 1>(query, first, blocks, state);
                         query += 1;
                     }
                 }
@@ -151,22 +171,43 @@ impl Attend<'_> {
         self.span.first_position as usize + query / self.group
     }
 
+    /// The query's head.
+    fn head(&self, query: usize) -> usize {
+        self.kv_head * self.group + query % self.group
+    }
+
     /// Where the query's head begins in `query` and in `out`.
     fn offset(&self, query: usize) -> usize {
         let row = self.span.first_row + query / self.group;
-        let head = self.kv_head * self.group + query % self.group;
-        (row * self.heads + head) * self.dim()
+        (row * self.heads + self.head(query)) * self.dim()
     }
 
-    /// How many blocks from `first` on the query sees, at most [`BLOCKS`].
-    fn blocks_from(&self, query: usize, first: usize) -> usize {
-        (self.position(query) / SLOTS + 1).saturating_sub(first).min(BLOCKS)
+    /// The first position that the query sees.
+    fn start(&self, query: usize) -> usize {
+        let window = |window: u32| (self.position(query) + 1).saturating_sub(window as usize);
+        self.how.window.map_or(0, window)
     }
 
-    /// Whether a query and the next see the same positions of the blocks from `first` on.
+    /// The first block that the query sees.
+    fn first_block(&self, query: usize) -> usize {
+        self.start(query) / SLOTS
+    }
+
+    /// Which of the [`BLOCKS`] blocks from `first` on the query sees: the first of them, and how many.
+    fn blocks_from(&self, query: usize, first: usize) -> (usize, usize) {
+        let end = (self.position(query) / SLOTS + 1).min(first + BLOCKS);
+        let first = first.max(self.first_block(query));
+        (first, end.saturating_sub(first))
+    }
+
+    /// Whether a query and the next see the same positions of the blocks from `first` on, and begin
+    /// at the same block.
     fn pair(&self, query: usize, first: usize) -> bool {
         let (this, next) = (self.position(query), self.position(query + 1));
-        this == next || this + 1 >= (first + BLOCKS) * SLOTS
+        this == next
+            || (this + 1 >= (first + BLOCKS) * SLOTS
+                && self.start(query + 1) <= first * SLOTS
+                && self.first_block(query) == self.first_block(query + 1))
     }
 
     /// Takes `blocks` blocks into the states and sums of `Q` queries that see the same of them.
@@ -205,12 +246,15 @@ impl Attend<'_> {
             values: std::array::from_fn(|n| self.kv.values(ids[n], self.kv_head)),
             weights: [[[0.0_f32; SLOTS]; N]; Q],
             decay: [[1.0_f32; N]; Q],
+            from: [0; N],
             slots: [SLOTS; N],
             dim,
-            fresh: first == 0,
+            fresh: first == self.first_block(query),
         };
         for n in 0..N {
-            part.slots[n] = SLOTS.min(self.position(query) + 1 - (first + n) * SLOTS);
+            let block = (first + n) * SLOTS;
+            part.from[n] = self.start(query).saturating_sub(block);
+            part.slots[n] = SLOTS.min(self.position(query) + 1 - block);
         }
         // SAFETY: a head's keys are `dim x 16`, its query `dim` long; the caller's for the rest.
         unsafe {
@@ -218,11 +262,19 @@ impl Attend<'_> {
             let scores = scores::<S, Q, N>(&queries, &keys, dim);
             for q in 0..Q {
                 for n in 0..N {
-                    let mut score = S::mul(scores[q][n], S::splat(self.scale));
+                    let mut score = S::mul(scores[q][n], S::splat(self.how.scale));
+                    if let Some(cap) = self.how.softcap {
+                        score = softcap::<S>(score, cap);
+                    }
                     if part.slots[n] < SLOTS {
                         let seen = S::splat(part.slots[n] as f32);
                         let hidden = S::splat(f32::NEG_INFINITY);
                         score = S::select_less(S::load(LANE.as_ptr()), seen, score, hidden);
+                    }
+                    if part.from[n] > 0 {
+                        let unseen = S::splat(part.from[n] as f32);
+                        let hidden = S::splat(f32::NEG_INFINITY);
+                        score = S::select_less(S::load(LANE.as_ptr()), unseen, hidden, score);
                     }
                     let decay = states[q].take::<S>(score, &mut part.weights[q][n]);
                     part.decay[q][n] = decay;
@@ -356,7 +408,9 @@ struct Part<const Q: usize, const N: usize> {
     weights: [[[f32; SLOTS]; N]; Q],
     /// What the sum so far is multiplied with before each block; 1 often.
     decay: [[f32; N]; Q],
-    /// How many positions of each block count.
+    /// The first position of each block that counts.
+    from: [usize; N],
+    /// One past the last one.
     slots: [usize; N],
     dim: usize,
     /// Whether there is no sum so far.
@@ -387,8 +441,8 @@ impl<const Q: usize, const N: usize> Part<Q, N> {
                         }
                     }
                 }
-                let mut value = self.values[n].add(d);
-                for slot in 0..self.slots[n] {
+                let mut value = self.values[n].add(self.from[n] * self.dim + d);
+                for slot in self.from[n]..self.slots[n] {
                     let mut values = [S::splat(0.0); W];
                     for w in 0..W {
                         values[w] = S::load(value.add(w * LANES));

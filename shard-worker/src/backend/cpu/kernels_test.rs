@@ -29,7 +29,7 @@ impl Values {
 }
 
 /// Devices of every instruction set and of 1 to 4 threads.
-fn devices() -> impl Iterator<Item = CpuOps> {
+pub(super) fn devices() -> impl Iterator<Item = CpuOps> {
     Isa::all().flat_map(|isa| (1..=4).map(move |threads| CpuOps::new(threads, isa).unwrap()))
 }
 
@@ -37,7 +37,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-fn assert_same(got: &[f32], expected: &[f32], what: &str) {
+pub(super) fn assert_same(got: &[f32], expected: &[f32], what: &str) {
     let different = got.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
     assert_eq!(got.len(), expected.len(), "{what}");
     if let Some(i) = different {
@@ -151,7 +151,7 @@ fn a_buffer_with_new_contents_is_laid_out_anew() {
 
 // === Rows ===
 
-fn fold_by_hand(mut lanes: [f32; 16], f: fn(f32, f32) -> f32) -> f32 {
+pub(super) fn fold_by_hand(mut lanes: [f32; 16], f: fn(f32, f32) -> f32) -> f32 {
     for distance in [8, 4, 2, 1] {
         for i in 0..distance {
             lanes[i] = f(lanes[i], lanes[i + distance]);
@@ -179,7 +179,7 @@ fn norms_have_the_bits_of_lanes_and_fold() {
         let expected: Vec<f32> =
             x.chunks_exact(width).flat_map(|row| norm_by_hand(row, &weight, 1e-5)).collect();
         for mut ops in devices() {
-            let norm = Norm { weight: ops.vector(&weight).unwrap(), eps: 1e-5 };
+            let norm = Norm::rms(ops.vector(&weight).unwrap(), 1e-5);
             // Heads in place: two runs a row where that is possible.
             let heads = if rows % 2 == 0 { 2 } else { 1 };
             let mut in_place = buffer_of(&mut ops, width * heads, &x);
@@ -199,7 +199,7 @@ fn norms_have_the_bits_of_lanes_and_fold() {
 }
 
 /// The exponential, operation by operation.
-fn exp_by_hand(x: f32) -> f32 {
+pub(super) fn exp_by_hand(x: f32) -> f32 {
     if x < -87.336_54 {
         return 0.0;
     }
@@ -233,7 +233,7 @@ fn gates_and_sums_have_the_bits_of_scalar_code() {
             ops.leave(bound).unwrap();
             assert_same(&stream, &sum, "sum");
             let up = buffer_of(&mut ops, width, &up);
-            ops.gate(&mut buf, &up, rows).unwrap();
+            ops.gate(&mut buf, &up, rows, Activation::Silu).unwrap();
             assert_same(&buf.floats.as_slice()[..rows * width], &gated, "gate");
         }
     }
@@ -265,9 +265,9 @@ fn rotations_have_the_bits_of_scalar_code() {
         for mut ops in devices() {
             let frequencies = ops.vector(&frequencies).unwrap();
             let mut angles = ops.buffer(positions.len(), 2 * half).unwrap();
-            ops.rope_angles(&spans, &frequencies, &mut angles).unwrap();
+            ops.rope_angles(&spans, &frequencies, 1.0, &mut angles).unwrap();
             let mut buf = buffer_of(&mut ops, heads * 2 * half, &x);
-            ops.rope(&mut buf, positions.len(), &angles).unwrap();
+            ops.rope(&mut buf, positions.len(), &angles, Turn::whole(2 * half)).unwrap();
             assert_same(&buf.floats.as_slice()[..x.len()], &expected, "rotation");
         }
     }
@@ -395,7 +395,7 @@ fn check_attention(heads: Heads, lengths: [usize; 2], chunk: usize) {
                 blocks: &blocks[s],
             });
             ops.kv_write(&spans, &k, &v, &mut cache).unwrap();
-            ops.attend(&spans, &q, &cache, scale, &mut out).unwrap();
+            ops.attend(&spans, &q, &cache, &Attend::plain(scale), &mut out).unwrap();
             for (s, span) in spans.iter().enumerate() {
                 let from = &out.floats.as_slice()[span.first_row * query * dim..];
                 got[s].extend(&from[..span.rows * query * dim]);
@@ -433,7 +433,7 @@ fn steps_that_do_not_fit_are_refused() {
     is_bad(ops.kv_write(&span(1, 0, &[2]), &other, &other, &mut kv), "block 2");
     is_bad(ops.kv_write(&span(5, 0, &[0]), &other, &other, &mut kv), "room for 5");
     is_bad(ops.kv_write(&span(1, 0, &[0]), &narrow, &other, &mut kv), "3 wide");
-    is_bad(ops.attend(&span(1, 0, &[7]), &other, &kv, 1.0, &mut rows), "block 7");
+    is_bad(ops.attend(&span(1, 0, &[7]), &other, &kv, &Attend::plain(1.0), &mut rows), "block 7");
 
     let linear = Linear { weight: pack(&ops, Precision::F32, 4, &[1.0; 16]), bias: None };
     is_bad(ops.linear(&narrow, 1, &linear, &mut rows), "3 wide");

@@ -162,6 +162,26 @@ pub fn product(
     })
 }
 
+/// The same of one row on the caller's thread alone, without bias; `x` is as long as the weight has
+/// columns, `out` as it has outputs.
+pub fn one_row(isa: Isa, x: &[f32], weight: &Packed, out: &mut [f32]) {
+    assert_eq!((x.len(), out.len()), (weight.cols(), weight.outputs()), "checked by the caller");
+    let tiles = Tiles { x, tiling: Tiling::of(1, 1), cols: weight.cols() };
+    let panels = 0..weight.panels();
+    with_format!(weight.held(), F => {
+        let kernel = Product {
+            x: &tiles,
+            weight,
+            bias: None,
+            out: out.as_mut_ptr(),
+            panels,
+            format: PhantomData::<F>,
+        };
+        // SAFETY: sizes were checked above.
+        unsafe { isa.run(kernel) }
+    });
+}
+
 /// One thread's share of a product.
 struct Product<'a, F> {
     x: &'a Tiles<'a>,

@@ -11,6 +11,10 @@ const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 /// Adding and subtracting it rounds to the nearest integer, ties to even (1.5 x 2^23).
 const ROUND: f32 = 12_582_912.0;
+/// The square root of 2 / pi.
+const GELU_SLOPE: f32 = 0.797_884_6;
+/// The cube's part in GELU's approximation.
+const GELU_CUBE: f32 = 0.044_715;
 /// `(e^r - 1 - r) / r²` for `r` in ±ln 2 / 2, highest power first (Cephes `expf`).
 const POLYNOMIAL: [f32; 6] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5];
@@ -49,6 +53,66 @@ pub unsafe fn silu<S: Simd>(x: S::F) -> S::F {
     // SAFETY: the caller's.
     unsafe {
         let e = exp::<S>(S::sub(S::splat(0.0), x));
+        S::div(x, S::add(S::splat(1.0), e))
+    }
+}
+
+/// The hyperbolic tangent: `1 - 2 / (e^2x + 1)`, within 2e-7 of it.
+///
+/// # Safety
+///
+/// The machine has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        let one = S::splat(1.0);
+        let e = exp::<S>(S::add(x, x));
+        S::sub(one, S::div(S::splat(2.0), S::add(e, one)))
+    }
+}
+
+/// `cap * tanh(x / cap)`.
+///
+/// # Safety
+///
+/// The machine has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn softcap<S: Simd>(x: S::F, cap: f32) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        let cap = S::splat(cap);
+        S::mul(cap, tanh::<S>(S::div(x, cap)))
+    }
+}
+
+/// `x / (1 + e^-x)` with `x` in the exponent replaced by `x * slope`.
+///
+/// # Safety
+///
+/// The machine has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn swish<S: Simd>(x: S::F, slope: f32) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        let e = exp::<S>(S::mul(x, S::splat(0.0 - slope)));
+        S::div(x, S::add(S::splat(1.0), e))
+    }
+}
+
+/// GELU by its approximation with the hyperbolic tangent, which is `x / (1 + e^-2u)` with
+/// `u = sqrt(2 / pi) * fma(0.044715 x², x, x)`.
+///
+/// # Safety
+///
+/// The machine has the instructions of `S`.
+#[inline(always)]
+pub unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        let square = S::mul(S::splat(GELU_CUBE), S::mul(x, x));
+        let u = S::mul(S::splat(GELU_SLOPE), S::fma(square, x, x));
+        let e = exp::<S>(S::mul(u, S::splat(-2.0)));
         S::div(x, S::add(S::splat(1.0), e))
     }
 }

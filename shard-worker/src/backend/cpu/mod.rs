@@ -13,6 +13,8 @@
 #![allow(unsafe_code)] // Vector instructions, and threads that share one output.
 
 mod attention;
+mod experts;
+mod family;
 mod format;
 mod isa;
 mod kv;
@@ -26,6 +28,8 @@ mod simd;
 mod simd_x86;
 
 #[cfg(test)]
+mod family_test;
+#[cfg(test)]
 mod kernels_test;
 
 pub use format::widen;
@@ -33,13 +37,15 @@ pub use isa::{ISA_VARIABLE, InstructionSet, Isa};
 pub use kv::PagedKv;
 pub use packed::{Packed, PackedBuilder};
 
+use shoal_protocol::model::Activation;
 use shoal_protocol::plan::Precision;
 
+use self::family::NormOf;
 use self::linear::{SharedMut, Tiles};
 use self::memory::Floats;
-use self::rows::{Add, Gate, NormRow, RotateRow, angles_of};
+use self::rows::{Add, Gate, RotateRow, angles_of};
 use super::pool::{Pool, Share};
-use super::{BackendError, KvShape, Linear, Norm, Ops, RowSet};
+use super::{Attend, BackendError, KvShape, Linear, Norm, Ops, RowSet, Turn};
 use crate::model::{ComputeError, Span};
 
 /// Values up to which an operation on rows is not worth other threads: it takes a microsecond or
@@ -310,7 +316,7 @@ impl Ops for CpuOps {
         }
         out.contents = self.stamp();
         let to = SharedMut(out.floats.as_mut_slice().as_mut_ptr());
-        let weight = &norm.weight.floats.as_slice()[..width];
+        let norm = NormOf::new(norm)?;
         let hidden: &[f32] = x.hidden;
         self.by_rows((rows.len(), width), |isa, range| {
             for i in range {
@@ -318,7 +324,7 @@ impl Ops for CpuOps {
                 // SAFETY: row `i` is in `out`, as checked, and this share's alone.
                 unsafe {
                     let to = to.get().add(i * width);
-                    isa.run(NormRow { x: from.as_ptr(), to, weight, eps: norm.eps, runs: 1 });
+                    isa.run(norm.row(from.as_ptr(), to, 1));
                 }
             }
         })
@@ -335,13 +341,13 @@ impl Ops for CpuOps {
         x.contents = self.stamp();
         let width = x.width;
         let to = SharedMut(x.floats.as_mut_slice().as_mut_ptr());
-        let weight = &norm.weight.floats.as_slice()[..norm.weight.len];
+        let norm = NormOf::new(norm)?;
         self.by_rows((rows, width), |isa, range| {
             // SAFETY: the rows are in `x`, as checked, and this share's alone.
             unsafe {
                 let to = to.get().add(range.start * width);
                 let runs = range.len() * heads;
-                isa.run(NormRow { x: to, to, weight, eps: norm.eps, runs });
+                isa.run(norm.row(to, to, runs));
             }
         })
     }
@@ -389,7 +395,13 @@ impl Ops for CpuOps {
         })
     }
 
-    fn gate(&mut self, gate: &mut CpuBuf, up: &CpuBuf, rows: usize) -> Result<(), ComputeError> {
+    fn gate(
+        &mut self,
+        gate: &mut CpuBuf,
+        up: &CpuBuf,
+        rows: usize,
+        act: Activation,
+    ) -> Result<(), ComputeError> {
         let width = gate.width;
         expect("the gated input", up.width, width)?;
         expect_rows("a gate", rows, gate.rows_max().min(up.rows_max()))?;
@@ -400,7 +412,7 @@ impl Ops for CpuOps {
             // SAFETY: the rows are in `gate`, as checked, and this share's alone.
             unsafe {
                 let up = &up[range.start * width..range.end * width];
-                isa.run(Gate { to: rows_of(to, &range, width), up });
+                isa.run(Gate { to: rows_of(to, &range, width), up, act });
             }
         })
     }
@@ -409,6 +421,7 @@ impl Ops for CpuOps {
         &mut self,
         spans: &[Span<'_>],
         frequencies: &CpuVector,
+        factor: f32,
         out: &mut CpuBuf,
     ) -> Result<(), ComputeError> {
         expect("the buffer of angles", out.width, 2 * frequencies.len)?;
@@ -419,15 +432,22 @@ impl Ops for CpuOps {
             let rows = &mut out.floats.as_mut_slice()[span.first_row * out.width..];
             let rows = rows.chunks_exact_mut(out.width).take(span.rows);
             for (position, row) in (span.first_position..).zip(rows) {
-                angles_of(position, frequencies, row);
+                angles_of(position, frequencies, factor, row);
             }
         }
         Ok(())
     }
 
-    fn rope(&mut self, x: &mut CpuBuf, rows: usize, angles: &CpuBuf) -> Result<(), ComputeError> {
+    fn rope(
+        &mut self,
+        x: &mut CpuBuf,
+        rows: usize,
+        angles: &CpuBuf,
+        turn: Turn,
+    ) -> Result<(), ComputeError> {
         let (width, head) = (x.width, angles.width);
-        heads_of("what is rotated", width, head)?;
+        heads_of("what is rotated", width, turn.head_dim)?;
+        expect_rows("the rotated part of a head", turn.first + head, turn.head_dim)?;
         expect_rows("what is rotated", rows, x.rows_max().min(angles.rows_max()))?;
         x.contents = self.stamp();
         let to = SharedMut(x.floats.as_mut_slice().as_mut_ptr());
@@ -438,7 +458,7 @@ impl Ops for CpuOps {
                 unsafe {
                     let angles = &angles[row * head..][..head];
                     let row = rows_of(to, &(row..row + 1), width);
-                    isa.run(RotateRow { row, angles });
+                    isa.run(RotateRow { row, angles, turn });
                 }
             }
         })
@@ -466,7 +486,7 @@ impl Ops for CpuOps {
         spans: &[Span<'_>],
         query: &CpuBuf,
         kv: &PagedKv,
-        scale: f32,
+        how: &Attend<'_, Self>,
         out: &mut CpuBuf,
     ) -> Result<(), ComputeError> {
         let shape = kv.shape();
@@ -479,6 +499,10 @@ impl Ops for CpuOps {
         out.contents = self.stamp();
         let with = (self.isa, &mut self.pool);
         let query = (query.floats.as_slice(), heads);
-        attention::attend(with, spans, query, (kv, scale), out.floats.as_mut_slice())
+        let sinks = how.sinks.map(|sinks| &sinks.floats.as_slice()[..sinks.len]);
+        expect("the sinks of attention", sinks.map_or(heads, <[f32]>::len), heads)?;
+        let how =
+            attention::How { scale: how.scale, softcap: how.softcap, window: how.window, sinks };
+        attention::attend(with, spans, query, (kv, how), out.floats.as_mut_slice())
     }
 }

@@ -1,24 +1,27 @@
-//! The pre-norm decoder: attention and a gated MLP, each behind a norm and added to the stream.
+//! The decoder of every family: embedding, [layers](super::layer), output head.
 
 use shoal_protocol::model::{ModelSpec, Part, TensorRole};
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::units::LayerRange;
 
-use crate::backend::{KvShape, Ops};
+use crate::backend::FamilyOps;
 use crate::collective::Collective;
 use crate::model::bounds::StepBounds;
 use crate::model::families::LoadError;
-use crate::model::layers::{Attention, Cut, Embedding, Head, Joined, Mlp, PreNorm, Rope, Scratch};
+use crate::model::families::layer::{Layer, Parts, final_norm};
+use crate::model::layers::{Embedding, Head, Rope, Scratch};
 use crate::model::weights::{Weights, WeightsError};
 use crate::model::{Batch, ComputeError, ShardModel};
 
 /// One stage of a decoder.
-pub(super) struct Decoder<B: Ops> {
+pub(super) struct Decoder<B: FamilyOps> {
     ops: B,
     bounds: StepBounds,
     /// On the first stage; on the last one too where it is tied to the output head. Of a rank that has
     /// no part of the vocabulary there is none.
     embedding: Option<B::Weight>,
+    /// Multiplies its rows.
+    embedding_multiplier: f32,
     /// What each rank of this stage holds; one entry where it is not cut.
     parts: Vec<Part>,
     part: Part,
@@ -31,15 +34,7 @@ pub(super) struct Decoder<B: Ops> {
     scratch: Scratch<B>,
 }
 
-struct Layer<B: Ops> {
-    attention_norm: PreNorm<B>,
-    attention: Attention<B>,
-    mlp_norm: PreNorm<B>,
-    mlp: Mlp<B>,
-    kv: B::Kv,
-}
-
-impl<B: Ops> Decoder<B> {
+impl<B: FamilyOps> Decoder<B> {
     pub(super) fn assemble(
         mut ops: B,
         spec: &ModelSpec,
@@ -56,17 +51,18 @@ impl<B: Ops> Decoder<B> {
             if is_first { vocabulary(&mut weights, TensorRole::Embedding)? } else { None };
         let layers = range
             .iter()
-            .map(|layer| Layer::assemble(&mut ops, (spec, part), layer, &mut weights, limits))
+            .map(|layer| Parts { spec, part, layer, weights: &mut weights }.layer(&mut ops, limits))
             .collect::<Result<_, _>>()?;
         let head = if is_last {
-            let norm = weights.norm(TensorRole::FinalNorm, None, spec.norm_eps)?;
+            let norm = final_norm(spec, &mut weights)?;
             let shares_embedding = is_first && spec.tied_embeddings;
             let output = if shares_embedding {
                 None
             } else {
                 vocabulary(&mut weights, TensorRole::OutputHead)?
             };
-            Some((Head { norm }, output))
+            let multiplier = spec.options.logit_multiplier;
+            Some((Head { norm, multiplier, softcap: spec.options.logit_softcap }, output))
         } else {
             None
         };
@@ -78,7 +74,8 @@ impl<B: Ops> Decoder<B> {
                 is_first,
             ),
             embedding,
-            rope: Rope::new(&ops, spec)?,
+            embedding_multiplier: spec.options.embedding_multiplier,
+            rope: Rope::new(&ops, spec, limits.context_max)?,
             layers,
             head,
             scratch: Scratch::new(&mut ops, spec, part, limits.step_rows_max as usize)?,
@@ -90,65 +87,7 @@ impl<B: Ops> Decoder<B> {
     }
 }
 
-impl<B: Ops> Layer<B> {
-    fn assemble(
-        ops: &mut B,
-        (spec, part): (&ModelSpec, &Part),
-        layer: u32,
-        weights: &mut Weights<B>,
-        limits: &ReplicaLimits,
-    ) -> Result<Self, LoadError> {
-        use TensorRole::*;
-        let norm = |weights: &mut Weights<B>, role| weights.norm(role, Some(layer), spec.norm_eps);
-        let head_norm = |weights: &mut Weights<B>, role| -> Result<_, WeightsError> {
-            if spec.qk_norm { norm(weights, role).map(Some) } else { Ok(None) }
-        };
-        let kv_heads = part.kv_heads.len() as u32;
-        let shape = KvShape { blocks: limits.kv_blocks, kv_heads, head_dim: spec.head_dim };
-        Ok(Self {
-            attention_norm: PreNorm(norm(weights, AttentionNorm)?),
-            attention: Attention {
-                query: weights.linear((Query, QueryBias), layer)?,
-                key: weights.linear((Key, KeyBias), layer)?,
-                value: weights.linear((Value, ValueBias), layer)?,
-                query_norm: head_norm(weights, QueryNorm)?,
-                key_norm: head_norm(weights, KeyNorm)?,
-                output: Joined::new(
-                    weights.linear((AttentionOutput, AttentionOutputBias), layer)?,
-                    part,
-                    Cut::of_attention(spec, part),
-                ),
-                scale: Attention::<B>::scale_of(spec.head_dim),
-            },
-            mlp_norm: PreNorm(norm(weights, MlpNorm)?),
-            mlp: Mlp {
-                gate: weights.linear((Gate, GateBias), layer)?,
-                up: weights.linear((Up, UpBias), layer)?,
-                down: Joined::new(
-                    weights.linear((Down, DownBias), layer)?,
-                    part,
-                    Cut::of_mlp(spec, part),
-                ),
-            },
-            kv: ops.kv(shape)?,
-        })
-    }
-
-    fn forward(
-        &mut self,
-        ops: &mut B,
-        batch: &Batch<'_>,
-        (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
-        stream: &mut B::Stream<'_>,
-    ) -> Result<(), ComputeError> {
-        self.attention_norm.forward(ops, stream, batch.rows, scratch)?;
-        self.attention.forward(ops, batch, &mut self.kv, (scratch, peers), stream)?;
-        self.mlp_norm.forward(ops, stream, batch.rows, scratch)?;
-        self.mlp.forward(ops, batch.rows, (scratch, peers), stream)
-    }
-}
-
-impl<B: Ops> ShardModel for Decoder<B> {
+impl<B: FamilyOps> ShardModel for Decoder<B> {
     fn hidden(&self) -> usize {
         self.bounds.hidden
     }
@@ -182,6 +121,9 @@ impl<B: Ops> ShardModel for Decoder<B> {
             }
             (Some(tokens), Some(table)) => Embedding::forward(ops, table, tokens, &mut stream)?,
             _ => {}
+        }
+        if tokens.is_some() && self.embedding_multiplier != 1.0 {
+            ops.scale_stream(&mut stream, batch.rows, self.embedding_multiplier)?;
         }
         self.rope.prepare(ops, batch, scratch)?;
         for layer in &mut self.layers {

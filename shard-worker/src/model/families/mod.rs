@@ -1,16 +1,17 @@
 //! How layers are put together, by family, and how a shard comes to be.
 //!
-//! A family is a table of names and shapes in `shoal_protocol::model` and an assembly here. Llama,
-//! Qwen2 and Qwen3 are one assembly, the pre-norm [`decoder`]: what tells them apart (biases, norms
-//! over heads, tied embeddings, rotary scaling) is which tensors their tables give it.
+//! A family is a file in `shoal_protocol::model::families`: how its config is read and what its tensors
+//! are called. All of them are one assembly here, the [`decoder`] of [layers](layer): what tells them
+//! apart is in the spec's options and in which tensors their tables give it.
 
 mod decoder;
+mod layer;
 
-use shoal_protocol::model::{Checkpoint, Family, Part};
+use shoal_protocol::model::{Checkpoint, Part};
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::units::LayerRange;
 
-use crate::backend::{BackendError, Ops};
+use crate::backend::{BackendError, FamilyOps};
 use crate::model::ShardModel;
 use crate::model::weights::{LoadOptions, Weights, WeightsError};
 
@@ -43,7 +44,7 @@ pub enum LoadError {
 /// scratch by the replica's limits. Blocks; `options` tells how to watch and how to stop it.
 ///
 /// `ops` is the device, made for this shard alone.
-pub fn load_shard<B: Ops>(
+pub fn load_shard<B: FamilyOps>(
     ops: B,
     checkpoint: &Checkpoint,
     assignment: &Assignment,
@@ -51,15 +52,11 @@ pub fn load_shard<B: Ops>(
 ) -> Result<Box<dyn ShardModel>, LoadError> {
     let (layers, part) = check(checkpoint, assignment)?;
     let replica = &assignment.replica;
-    match checkpoint.spec().family {
-        Family::Llama | Family::Qwen2 | Family::Qwen3 => {
-            let tensors = part.tensors(checkpoint.spec(), layers);
-            let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
-            let bounds = (&replica.limits, &part);
-            let decoder = Decoder::assemble(ops, checkpoint.spec(), layers, weights, bounds)?;
-            Ok(Box::new(decoder))
-        }
-    }
+    let tensors = part.tensors(checkpoint.spec(), layers);
+    let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
+    let bounds = (&replica.limits, &part);
+    let decoder = Decoder::assemble(ops, checkpoint.spec(), layers, weights, bounds)?;
+    Ok(Box::new(decoder))
 }
 
 fn check(

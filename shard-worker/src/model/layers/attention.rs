@@ -1,31 +1,59 @@
 //! Causal self-attention with grouped heads over a paged cache.
 
-use crate::backend::{Linear, Norm, Ops};
+use crate::backend::{Attend, FamilyOps, Linear, Norm, Turn};
 use crate::collective::Collective;
-use crate::model::layers::{Joined, Scratch};
+use crate::model::layers::{Joined, Merge, Scratch};
 use crate::model::{Batch, ComputeError};
 
-/// Projections, the optional norms over heads, and the scale of the scores.
+/// Projections, the optional norms of queries and keys, the rotation, and how scores become weights.
 ///
 /// How many heads there are follows from the widths of the projections and of the cache.
-pub struct Attention<B: Ops> {
+pub struct Attention<B: FamilyOps> {
     /// `[heads x head_dim, hidden]`.
     pub query: Linear<B>,
     /// `[kv_heads x head_dim, hidden]`.
     pub key: Linear<B>,
     /// `[kv_heads x head_dim, hidden]`.
     pub value: Linear<B>,
-    /// Over each query head, before the rotation.
+    /// Over each query head, or all at once, before the rotation.
     pub query_norm: Option<Norm<B>>,
-    /// Over each key head, before the rotation.
+    /// Over each key head, or all at once, before the rotation.
     pub key_norm: Option<Norm<B>>,
     /// `[hidden, heads x head_dim]`.
     pub output: Joined<B>,
-    /// Multiplies each score: see [`Attention::scale_of`].
-    pub scale: f32,
+    /// Which of the step's rotations, and how it turns a head; `None` for a layer without positions.
+    pub rope: Option<(usize, Turn)>,
+    /// How scores become weights.
+    pub scores: Scores<B>,
+    /// How its result comes into the stream.
+    pub merge: Merge<B>,
 }
 
-impl<B: Ops> Attention<B> {
+/// How scores become weights; see [`Attend`].
+pub struct Scores<B: FamilyOps> {
+    /// Multiplies each score.
+    pub scale: f32,
+    /// Caps it.
+    pub softcap: Option<f32>,
+    /// How many positions a query sees.
+    pub window: Option<u32>,
+    /// One for each head.
+    pub sinks: Option<B::Vector>,
+}
+
+impl<B: FamilyOps> Scores<B> {
+    /// Nothing but a scale.
+    pub fn plain(scale: f32) -> Self {
+        Self { scale, softcap: None, window: None, sinks: None }
+    }
+
+    pub(super) fn attend(&self) -> Attend<'_, B> {
+        let Self { scale, softcap, window, sinks } = self;
+        Attend { scale: *scale, softcap: *softcap, window: *window, sinks: sinks.as_ref() }
+    }
+}
+
+impl<B: FamilyOps> Attention<B> {
     /// `1 / sqrt(head_dim)`, rounded once.
     pub fn scale_of(head_dim: u32) -> f32 {
         (1.0 / f64::from(head_dim).sqrt()) as f32
@@ -52,12 +80,21 @@ impl<B: Ops> Attention<B> {
         if let Some(norm) = &self.key_norm {
             ops.head_norm(&mut scratch.key, rows, norm)?;
         }
-        ops.rope(&mut scratch.query, rows, &scratch.angles)?;
-        ops.rope(&mut scratch.key, rows, &scratch.angles)?;
+        if let Some((rope, turn)) = self.rope {
+            let angles = scratch.angles.get(rope).ok_or_else(|| no_rope(rope))?;
+            ops.rope(&mut scratch.query, rows, angles, turn)?;
+            ops.rope(&mut scratch.key, rows, angles, turn)?;
+        }
         ops.kv_write(batch.spans, &scratch.key, &scratch.value, kv)?;
-        ops.attend(batch.spans, &scratch.query, kv, self.scale, &mut scratch.attended)?;
-        let Scratch { attended, attended_by_all, normed, .. } = scratch;
+        let how = self.scores.attend();
+        ops.attend(batch.spans, &scratch.query, kv, &how, &mut scratch.attended)?;
+        let Scratch { attended, attended_by_all, normed, .. } = &mut *scratch;
         self.output.forward(ops, peers, (attended, rows), attended_by_all, normed)?;
-        ops.add(&scratch.normed, rows, stream)
+        self.merge.forward(ops, rows, scratch, stream)
     }
+}
+
+/// A layer asked for a rotation that its model does not have; assembling it was a bug.
+pub(super) fn no_rope(rope: usize) -> ComputeError {
+    ComputeError::BadBatch(format!("rotation {rope} is not among those of the step"))
 }

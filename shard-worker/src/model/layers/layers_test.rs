@@ -2,12 +2,14 @@
 //! bit.
 
 use candle_core::{D, Device, Tensor};
-use shoal_protocol::model::{Family, ModelSpec, Reduction, RopeScaling, Split};
+use shoal_protocol::model::{
+    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
+};
 use shoal_protocol::plan::Precision;
 
 use super::*;
 use crate::backend::cpu::{CpuOps, Isa};
-use crate::backend::{KvShape, Linear, Norm, WeightBuilder};
+use crate::backend::{KvShape, Linear, Norm, Ops, Turn, WeightBuilder};
 use crate::collective::Alone;
 use crate::model::{Batch, ComputeError, Span};
 
@@ -32,6 +34,7 @@ fn spec() -> ModelSpec {
         o_bias: true,
         mlp_bias: true,
         qk_norm: true,
+        options: Options::default(),
         stored: Precision::F32,
     }
 }
@@ -61,7 +64,7 @@ fn linear_of(ops: &CpuOps, seed: u32, outputs: usize, cols: usize) -> Linear<Cpu
 }
 
 fn norm_of(ops: &CpuOps, seed: u32, width: usize) -> Norm<CpuOps> {
-    Norm { weight: ops.vector(&values(seed, width, 1.5)).unwrap(), eps: EPS }
+    Norm::rms(ops.vector(&values(seed, width, 1.5)).unwrap(), EPS)
 }
 
 /// Embedding, one decoder layer, head.
@@ -86,8 +89,8 @@ impl Tiny {
         let (hidden, query, key, inner) = (36, 60, 20, 50);
         Self {
             table: weight_of(&ops, 1, 61, hidden),
-            rope: Rope::new(&ops, &spec).unwrap(),
-            attention_norm: PreNorm(norm_of(&ops, 2, hidden)),
+            rope: Rope::new(&ops, &spec, spec.context_max).unwrap(),
+            attention_norm: PreNorm(Some(norm_of(&ops, 2, hidden))),
             attention: Attention {
                 query: linear_of(&ops, 3, query, hidden),
                 key: linear_of(&ops, 4, key, hidden),
@@ -95,15 +98,20 @@ impl Tiny {
                 query_norm: Some(norm_of(&ops, 6, 10)),
                 key_norm: Some(norm_of(&ops, 7, 10)),
                 output: Joined::whole(linear_of(&ops, 8, hidden, query)),
-                scale: Attention::<CpuOps>::scale_of(10),
+                rope: Some((0, Turn::whole(10))),
+                scores: Scores::plain(Attention::<CpuOps>::scale_of(10)),
+                merge: Merge::plain(),
             },
-            mlp_norm: PreNorm(norm_of(&ops, 9, hidden)),
+            mlp_norm: PreNorm(Some(norm_of(&ops, 9, hidden))),
             mlp: Mlp {
-                gate: linear_of(&ops, 10, inner, hidden),
+                gate: Some(linear_of(&ops, 10, inner, hidden)),
                 up: linear_of(&ops, 11, inner, hidden),
                 down: Joined::whole(linear_of(&ops, 12, hidden, inner)),
+                width: inner,
+                act: Activation::Silu,
+                merge: Merge::plain(),
             },
-            head: Head { norm: norm_of(&ops, 13, hidden) },
+            head: Head::plain(norm_of(&ops, 13, hidden)),
             kv: ops.kv(KvShape { blocks: 8, kv_heads: 2, head_dim: 10 }).unwrap(),
             scratch: Scratch::new(&mut ops, &spec, &part, 64).unwrap(),
             ops,
@@ -253,4 +261,25 @@ fn frequencies_are_those_of_transformers() {
         3.952_847_3e-5,
     ];
     check_frequencies(16, 10_000.0, scaling, &stretched);
+}
+
+/// By transformers 5.23 (`_compute_yarn_parameters`), 16 dimensions, base 10,000, factor 4, 32 positions.
+#[test]
+fn yarn_keeps_high_frequencies_and_divides_low_ones() {
+    let yarn = |truncate| RopeScaling::Yarn {
+        factor: 4.0,
+        original_context: 32,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: 1.0,
+        truncate,
+    };
+    let got = inverse_frequencies(16, 10_000.0, yarn(true));
+    let plain = inverse_frequencies(16, 10_000.0, RopeScaling::None);
+    // The ramp goes from pair 0 to pair 2: the second one is half of each.
+    assert_eq!(got[0], plain[0]);
+    assert!((got[1] - plain[1] * 0.625).abs() < 1e-6, "{got:?}");
+    for pair in 2..8 {
+        assert!((got[pair] - plain[pair] / 4.0).abs() < 1e-9, "{pair}: {got:?}");
+    }
 }

@@ -1,21 +1,29 @@
-//! The gated MLP: `down(silu(gate(x)) * up(x))`.
+//! The MLP: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))`.
 
-use crate::backend::{Linear, Ops};
+use shoal_protocol::model::Activation;
+
+use crate::backend::{FamilyOps, Linear};
 use crate::collective::Collective;
 use crate::model::ComputeError;
-use crate::model::layers::{Joined, Scratch};
+use crate::model::layers::{Joined, Merge, Scratch};
 
-/// Its three projections.
-pub struct Mlp<B: Ops> {
-    /// `[intermediate, hidden]`.
-    pub gate: Linear<B>,
+/// Its projections.
+pub struct Mlp<B: FamilyOps> {
+    /// `[intermediate, hidden]`, where it is gated.
+    pub gate: Option<Linear<B>>,
     /// `[intermediate, hidden]`.
     pub up: Linear<B>,
     /// `[hidden, intermediate]`.
     pub down: Joined<B>,
+    /// The intermediate width.
+    pub width: usize,
+    /// The nonlinearity.
+    pub act: Activation,
+    /// How its result comes into the stream.
+    pub merge: Merge<B>,
 }
 
-impl<B: Ops> Mlp<B> {
+impl<B: FamilyOps> Mlp<B> {
     /// Adds the MLP of the normed rows in `scratch` to the stream.
     pub fn forward(
         &self,
@@ -24,11 +32,38 @@ impl<B: Ops> Mlp<B> {
         (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
         stream: &mut B::Stream<'_>,
     ) -> Result<(), ComputeError> {
-        ops.linear(&scratch.normed, rows, &self.gate, &mut scratch.gate)?;
+        self.first_half(ops, rows, scratch)?;
+        self.second_half(ops, rows, (scratch, peers), stream)
+    }
+
+    /// The first half alone: what attention leaves in `scratch` afterwards may replace the normed rows.
+    pub fn first_half(
+        &self,
+        ops: &mut B,
+        rows: usize,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), ComputeError> {
+        ops.reshape(&mut scratch.up, self.width)?;
         ops.linear(&scratch.normed, rows, &self.up, &mut scratch.up)?;
-        ops.gate(&mut scratch.gate, &scratch.up, rows)?;
-        let Scratch { gate, gated_by_all, normed, .. } = scratch;
-        self.down.forward(ops, peers, (gate, rows), gated_by_all, normed)?;
-        ops.add(&scratch.normed, rows, stream)
+        let Some(gate) = &self.gate else {
+            return ops.activate(&mut scratch.up, rows, self.act);
+        };
+        ops.reshape(&mut scratch.gate, self.width)?;
+        ops.linear(&scratch.normed, rows, gate, &mut scratch.gate)?;
+        ops.gate(&mut scratch.gate, &scratch.up, rows, self.act)
+    }
+
+    /// The second half, out of what the first one left.
+    pub fn second_half(
+        &self,
+        ops: &mut B,
+        rows: usize,
+        (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
+        stream: &mut B::Stream<'_>,
+    ) -> Result<(), ComputeError> {
+        let Scratch { gate, up, gated_by_all, normed, .. } = &mut *scratch;
+        let inner = if self.gate.is_some() { gate } else { up };
+        self.down.forward(ops, peers, (inner, rows), gated_by_all, normed)?;
+        self.merge.forward(ops, rows, scratch, stream)
     }
 }

@@ -6,25 +6,32 @@
 //! stream (sample rows) ─► head: norm ─► logits
 //! ```
 //!
-//! A norm leaves its rows in [`Scratch`]; attention and mlp read them there and add their result to
-//! the stream.
+//! A norm leaves its rows in [`Scratch`]; attention and mlp read them there and leave their result
+//! there, and [`Merge`] adds it to the stream. Some families normalise the result too, or instead, and
+//! some have a mixture of experts for the mlp.
 
 mod attention;
 mod embedding;
 mod head;
 mod joined;
+mod latent;
+mod merge;
 mod mlp;
+mod moe;
 mod norm;
 mod rope;
 
 #[cfg(test)]
 mod layers_test;
 
-pub use attention::Attention;
+pub use attention::{Attention, Scores};
 pub use embedding::Embedding;
 pub use head::Head;
 pub use joined::{Cut, Gathered, Joined};
+pub use latent::LatentAttention;
+pub use merge::Merge;
 pub use mlp::Mlp;
+pub use moe::{Expert, Moe, Shared};
 pub use norm::PreNorm;
 pub use rope::{Rope, inverse_frequencies};
 
@@ -46,16 +53,36 @@ pub struct Scratch<B: Ops> {
     value: B::Buf,
     /// `heads x head_dim` wide.
     attended: B::Buf,
-    /// `intermediate` wide.
+    /// As wide as the widest MLP or expert.
     gate: B::Buf,
-    /// `intermediate` wide.
+    /// As wide.
     up: B::Buf,
-    /// `head_dim` wide: cosines, then sines.
-    angles: B::Buf,
+    /// One a rotation, as wide as what is rotated of a head: cosines, then sines.
+    angles: Vec<B::Buf>,
+    /// `experts` wide: the router's logits.
+    router: B::Buf,
+    /// `2 x top_k` wide: chosen experts and their weights.
+    routes: B::Buf,
+    /// `hidden` wide: the rows of one expert.
+    routed: B::Buf,
+    /// `hidden` wide: the sum over experts.
+    sum: B::Buf,
+    /// Where the cache is compressed.
+    latent: Option<Latent<B>>,
     /// `attended` of all ranks.
     attended_by_all: Gathered<B>,
     /// The gated input of `down` of all ranks.
     gated_by_all: Gathered<B>,
+}
+
+/// What attention over a compressed cache needs beyond the rest.
+struct Latent<B: Ops> {
+    /// The compressed query.
+    query_down: Option<B::Buf>,
+    /// `heads x (kv rank + rope)` wide.
+    absorbed: B::Buf,
+    /// `heads x value` wide.
+    values: B::Buf,
 }
 
 impl<B: Ops> Scratch<B> {
@@ -67,45 +94,46 @@ impl<B: Ops> Scratch<B> {
         part: &Part,
         rows_max: usize,
     ) -> Result<Self, BackendError> {
-        let width = Widths::of(&part.widths(spec));
+        let attended_by_all = Gathered::new(ops, part, spec.query_width(), rows_max)?;
+        let gated_by_all = Gathered::new(ops, part, spec.intermediate, rows_max)?;
+        let width = part.widths(spec).scratch_widths();
+        // What a model does not need is one value, which nobody counts.
+        let mut buffer = |width: u32| match width {
+            0 => ops.buffer(1, 1),
+            width => ops.buffer(rows_max, width as usize),
+        };
+        let latent = if spec.options.mla.is_some() {
+            let down = Some(width.query_down).filter(|width| *width > 0);
+            Some(Latent {
+                query_down: down.map(&mut buffer).transpose()?,
+                absorbed: buffer(width.absorbed)?,
+                values: buffer(width.values_out)?,
+            })
+        } else {
+            None
+        };
         Ok(Self {
             rows_max,
-            normed: ops.buffer(rows_max, width.hidden)?,
-            query: ops.buffer(rows_max, width.query)?,
-            key: ops.buffer(rows_max, width.key)?,
-            value: ops.buffer(rows_max, width.key)?,
-            attended: ops.buffer(rows_max, width.query)?,
-            gate: ops.buffer(rows_max, width.intermediate)?,
-            up: ops.buffer(rows_max, width.intermediate)?,
-            angles: ops.buffer(rows_max, width.head)?,
-            attended_by_all: Gathered::new(ops, part, spec.query_width(), rows_max)?,
-            gated_by_all: Gathered::new(ops, part, spec.intermediate, rows_max)?,
+            normed: buffer(width.hidden)?,
+            query: buffer(width.query)?,
+            key: buffer(width.key)?,
+            value: buffer(width.value)?,
+            attended: buffer(width.attended)?,
+            gate: buffer(width.intermediate)?,
+            up: buffer(width.intermediate)?,
+            angles: (0..width.ropes).map(|_| buffer(width.angles)).collect::<Result<_, _>>()?,
+            router: buffer(width.router)?,
+            routes: buffer(width.routes)?,
+            routed: buffer(width.routed)?,
+            sum: buffer(width.routed)?,
+            latent,
+            attended_by_all,
+            gated_by_all,
         })
     }
 
     /// The most rows of a step.
     pub fn rows_max(&self) -> usize {
         self.rows_max
-    }
-}
-
-/// How wide a row is at each place.
-struct Widths {
-    hidden: usize,
-    query: usize,
-    key: usize,
-    intermediate: usize,
-    head: usize,
-}
-
-impl Widths {
-    fn of(spec: &ModelSpec) -> Self {
-        Self {
-            hidden: spec.hidden as usize,
-            query: spec.heads as usize * spec.head_dim as usize,
-            key: spec.kv_heads as usize * spec.head_dim as usize,
-            intermediate: spec.intermediate as usize,
-            head: spec.head_dim as usize,
-        }
     }
 }

@@ -1,13 +1,13 @@
-//! The norm in front of attention and of the MLP.
+//! What stands in front of attention and of the MLP.
 
-use crate::backend::{Norm, Ops, RowSet};
+use crate::backend::{FamilyOps, Norm, RowSet};
 use crate::model::ComputeError;
 use crate::model::layers::Scratch;
 
-/// Normalises the stream for the layer that follows it.
-pub struct PreNorm<B: Ops>(pub Norm<B>);
+/// Normalises the stream for the layer that follows it; `None` hands it on as it is.
+pub struct PreNorm<B: FamilyOps>(pub Option<Norm<B>>);
 
-impl<B: Ops> PreNorm<B> {
+impl<B: FamilyOps> PreNorm<B> {
     /// Leaves the norm of the stream's first `rows` rows in `scratch`.
     pub fn forward(
         &self,
@@ -16,6 +16,9 @@ impl<B: Ops> PreNorm<B> {
         rows: usize,
         scratch: &mut Scratch<B>,
     ) -> Result<(), ComputeError> {
-        ops.rms_norm(stream, RowSet::First(rows), &self.0, &mut scratch.normed)
+        match &self.0 {
+            Some(norm) => ops.rms_norm(stream, RowSet::First(rows), norm, &mut scratch.normed),
+            None => ops.copy_stream(stream, rows, &mut scratch.normed),
+        }
     }
 }

@@ -1,0 +1,109 @@
+//! `docs/MODELS.md`: which families there are and which reference models show them. Written by this
+//! test, so that no line stands there that nothing holds:
+//! `SHOAL_UPDATE_GOLDEN=1 cargo test --workspace --test models_page`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use shoal_protocol::model::{Family, LayerRope, ModelSpec, NormKind, Placement};
+use support::{Case, cases};
+
+const HEAD: &str = "\
+# Models
+
+Written by a test (`shard-worker/tests/models_page.rs`); do not edit. Each family is a file in `protocol/src/model/families/`; anything else in
+`architectures`, and any option that would change the arithmetic and is not implemented, is refused by name.
+
+A reference model is small, random and complete. `shard-worker/tests/parity.rs` compares each with transformers in float32 (greedy continuations of 40
+tokens, log-probabilities within 1e-4) and then with itself by `==`: in 2 and 3 stages and in as many as it has layers, in chunks of 1 to 256 positions, on 1 to
+3 threads, on every instruction set, in company, and held wider than stored (`stored` and f32). How they are made: `tests/fixtures/README.md`.
+
+";
+
+/// What a model does that Llama does not, in a few words.
+fn traits(spec: &ModelSpec) -> String {
+    let options = &spec.options;
+    let layers = || (0..spec.layers).map(|layer| spec.layer(layer));
+    let windows = layers().filter(|layer| layer.window.is_some()).count();
+    let without = layers().filter(|layer| layer.rope == LayerRope::None).count();
+    let mut words = Vec::new();
+    let mut say = |is: bool, what: String| {
+        if is {
+            words.push(what);
+        }
+    };
+    say(windows > 0, format!("a window in {windows} of {} layers", spec.layers));
+    say(without > 0, format!("no positions in {without}"));
+    say(options.norm == NormKind::Layer, "layer norms".into());
+    say(options.norm == NormKind::RmsOnePlus, "norms of 1 + weight".into());
+    say(options.placement == Placement::After, "norms behind".into());
+    say(options.placement == Placement::Both, "norms around".into());
+    say(options.placement == Placement::Parallel, "attention beside MLP".into());
+    say(spec.qk_norm, "q/k norms".into());
+    say(spec.qkv_bias, "biases".into());
+    say(options.rotary_dim.is_some() && options.mla.is_none(), "partial rotation".into());
+    say(options.interleaved, "adjacent pairs".into());
+    say(options.local_rope.is_some(), "two rotations".into());
+    say(options.attention_softcap.is_some(), "capped scores".into());
+    say(options.logit_softcap.is_some(), "capped logits".into());
+    say(!options.gated, "no gate".into());
+    say(options.sinks, "sinks".into());
+    say(options.mla.is_some(), "compressed cache".into());
+    if let Some(moe) = options.moe {
+        let shared = if moe.shared.is_some() { " and a shared one" } else { "" };
+        say(true, format!("{} of {} experts{shared}", moe.top_k, moe.experts));
+    }
+    words.join(", ")
+}
+
+fn page(cases: &[Case]) -> String {
+    let mut of: BTreeMap<Family, Vec<(&Case, ModelSpec)>> = BTreeMap::new();
+    for case in cases {
+        let spec = case.checkpoint().spec().clone();
+        of.entry(spec.family).or_default().push((case, spec));
+    }
+    let mut page = HEAD.to_owned();
+    page.push_str("| family | reference model | stored | stages | what it has beside Llama |\n");
+    page.push_str("|---|---|---|---|---|\n");
+    for family in Family::ALL {
+        let Some(own) = of.get(family) else {
+            writeln!(page, "| `{}` | none yet | | | |", family.architecture()).unwrap();
+            continue;
+        };
+        for (i, (case, spec)) in own.iter().enumerate() {
+            let name = if i == 0 { format!("`{}`", family.architecture()) } else { String::new() };
+            let stages = [1, 2, 3, spec.layers].map(|n| n.min(spec.layers).to_string());
+            let mut stages = stages.to_vec();
+            stages.dedup();
+            writeln!(
+                page,
+                "| {name} | {} | {} | {} | {} |",
+                case.name,
+                spec.stored,
+                stages.join(", "),
+                traits(spec)
+            )
+            .unwrap();
+        }
+    }
+    page
+}
+
+#[test]
+fn the_page_of_models_says_what_the_reference_models_show() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/MODELS.md");
+    let page = page(&cases());
+    if std::env::var_os("SHOAL_UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &page).unwrap();
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == page,
+        "docs/MODELS.md is out of date: SHOAL_UPDATE_GOLDEN=1 cargo test --workspace --test \
+         models_page, then read the difference"
+    );
+}
