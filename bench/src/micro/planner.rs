@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use shoal_coordinator::control::planner::{Candidate, Inventory, Job, plan};
 use shoal_coordinator::control::shape::ModelShape;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Numerics, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -40,6 +41,10 @@ pub fn run() -> Result<Section> {
             used: Bytes(0),
             numerics: vec![Numerics::N1],
             sibling: false,
+            rate: None,
+            zone: None,
+            speaks_ranks: false,
+            ranks_most: 0,
         };
         let inventory =
             Inventory { workers: (1..=workers).map(candidate).collect(), ..Inventory::default() };
@@ -51,6 +56,7 @@ pub fn run() -> Result<Section> {
             shape: &shape,
             previous: None,
             replicas: 1,
+            ask: MeshAsk::default(),
         };
         plan(&inventory, &job)
             .map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;

@@ -119,6 +119,7 @@ impl Cluster {
             threads: std::num::NonZeroUsize::new(1),
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            zone: None,
             tracer: shoal_protocol::trace::Tracer::off(),
         };
         let worker = Worker::start(config).await.unwrap();

@@ -89,6 +89,11 @@ impl<'a> Costs<'a> {
         self.shape.layers()
     }
 
+    /// Weight bytes of the layers before each one.
+    pub fn weights_before(&self) -> Vec<u64> {
+        self.weights_before.clone()
+    }
+
     /// Weight bytes of a range.
     pub fn weights(&self, range: LayerRange) -> Bytes {
         Bytes(between(&self.weights_before, range))
@@ -162,6 +167,22 @@ pub(super) fn largest_limits(
     cuts: &[Cut],
     workers: &[&Candidate],
 ) -> ReplicaLimits {
+    let need = |cut: &Cut| {
+        let layers = cut.layers;
+        move |limits: &ReplicaLimits| {
+            costs.shape().memory(layers, costs.precision(), limits).total()
+        }
+    };
+    let seats: Vec<_> =
+        cuts.iter().zip(workers).map(|(cut, worker)| (need(cut), worker.free())).collect();
+    largest(least, &seats)
+}
+
+/// The same for any shards: what each needs under which limits, and what its worker has left.
+pub(super) fn largest(
+    least: ReplicaLimits,
+    seats: &[(impl Fn(&ReplicaLimits) -> Bytes, Bytes)],
+) -> ReplicaLimits {
     let context = u64::from(least.context_max);
     let tokens_max = u64::from(KV_TOKENS_MAX).min(context * u64::from(least.sequences_max));
     let with = |kv_blocks: u32| ReplicaLimits {
@@ -170,17 +191,16 @@ pub(super) fn largest_limits(
         sequences_max: least.sequences_max.min(kv_blocks),
         ..least.clone()
     };
-    let need = |cut: &Cut, limits: &ReplicaLimits| {
-        costs.shape().memory(cut.layers, costs.precision(), limits).total()
-    };
-    let bound = |cut: &Cut, worker: &Candidate| {
-        let least = need(cut, &least);
-        least + Bytes(worker.free().saturating_sub(least).0 / KV_SHARE)
-    };
-    let bounds: Vec<_> = cuts.iter().zip(workers).map(|(cut, worker)| bound(cut, worker)).collect();
+    let bounds: Vec<Bytes> = seats
+        .iter()
+        .map(|(need, free)| {
+            let least = need(&least);
+            least + Bytes(free.saturating_sub(least).0 / KV_SHARE)
+        })
+        .collect();
     let fits = |kv_blocks: u32| {
         let limits = with(kv_blocks);
-        cuts.iter().zip(&bounds).all(|(cut, bound)| need(cut, &limits) <= *bound)
+        seats.iter().zip(&bounds).all(|((need, _), bound)| need(&limits) <= *bound)
     };
     // `least.kv_blocks` fits: the cut was made with it. The largest number that does is found by
     // halving, since memory grows with the number of blocks.

@@ -1,0 +1,228 @@
+//! The exact search: which crews take which layers, as a shortest way through a table.
+//!
+//! ```text
+//! cell (column, stages, place, layers) = the best way to have placed so many layers, with these workers used,
+//!                                        in so many stages, the last of them in that place
+//!   ─► a crew that the column leaves free takes layers..end where its memory allows ─► the crew's column
+//! ```
+//!
+//! A column is a set of workers that are used; what the columns are, and which crews (the ranks of a stage)
+//! lead from one to another, is given ([`Space`](super::space::Space)). What a stage costs depends on the cell
+//! and on the stage alone, so the best way to a cell is part of the best way through it: the result is the
+//! best of all layouts of the space. Columns only grow, so each is complete when its turn comes.
+
+use shoal_protocol::units::LayerRange;
+
+use super::cost::Times;
+
+/// The ranks of a stage that might be, as the table sees them.
+#[derive(Clone, Debug)]
+pub(super) struct Crew {
+    /// Its workers, by their number in the space, in no order.
+    pub members: Vec<usize>,
+    /// Where they are.
+    pub place: usize,
+    /// How long layers take: an index.
+    pub times: usize,
+    /// Which layers fit: an index.
+    pub reach: usize,
+    /// How many weight bytes it has of which layers already, by rank.
+    pub held: Vec<(u32, LayerRange)>,
+}
+
+/// Which layers fit the memory of a crew: the end behind which nothing fits, by start.
+#[derive(Clone, Debug)]
+pub(super) struct Reach {
+    /// For stages that are not the last.
+    pub middle: Vec<u32>,
+    /// Whether a last stage that starts there fits.
+    pub last: Vec<bool>,
+}
+
+/// One problem.
+pub(super) struct Problem<'a> {
+    pub layers: u32,
+    /// What a row takes from place to place, in nanoseconds.
+    pub hops: &'a [Vec<u64>],
+    /// How long it keeps the way busy.
+    pub busy: &'a [Vec<u64>],
+    /// What a token takes that goes back to the head.
+    pub backs: &'a [Vec<u64>],
+    pub crews: &'a [Crew],
+    pub times: &'a [Times],
+    pub reaches: &'a [Reach],
+    /// From each column: to which one, and with which crew; without one its workers are left out.
+    pub moves: &'a [Vec<(usize, Option<usize>)>],
+    /// Exactly so many stages.
+    pub stages: Option<u32>,
+    /// Weight bytes of the layers before each one, by rank, of stages with so many ranks (less one).
+    pub weights: &'a [Vec<Vec<u64>>],
+}
+
+/// What is to be least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The sum of all times, then the bytes that are read anew.
+    Sum,
+    /// The longest time for which a stage or a way between two is busy.
+    Slowest,
+    /// The bytes that are read anew, then the sum, where no stage and no way is busy for longer than this.
+    Within(u64),
+}
+
+/// First the one, then the other.
+pub(super) type Score = (u64, u64);
+
+/// A crew and its layers, in pipeline order.
+pub(super) type Way = Vec<(usize, LayerRange)>;
+
+#[derive(Clone, Copy)]
+struct Cell {
+    score: Score,
+    from: usize,
+    crew: usize,
+}
+
+impl Problem<'_> {
+    /// The best of all layouts, and how good it is.
+    pub fn search(&self, goal: Goal) -> Option<(Score, Way)> {
+        let places = self.hops.len();
+        // What the way back costs follows from where the first stage is: with several places each is tried.
+        let firsts = (0..places).filter_map(|first| self.search_from(goal, first));
+        firsts.reduce(|best, next| if next.0 < best.0 { next } else { best })
+    }
+
+    fn search_from(&self, goal: Goal, first: usize) -> Option<(Score, Way)> {
+        let (places, width) = (self.hops.len(), self.layers as usize + 1);
+        let counts = self.stages.map_or(1, |stages| stages as usize + 1);
+        let per_column = counts * places * width;
+        let mut cells: Vec<Option<Cell>> = vec![None; self.moves.len() * per_column];
+        cells[first * width] = Some(Cell { score: (0, 0), from: usize::MAX, crew: usize::MAX });
+        let mut best: Option<(Score, usize)> = None;
+        for (column, moves) in self.moves.iter().enumerate() {
+            for inside in 0..per_column {
+                let at = column * per_column + inside;
+                let Some(cell) = cells[at] else { continue };
+                let start = (inside % width) as u32;
+                let place = inside / width % places;
+                let count = inside / width / places;
+                if start == self.layers {
+                    if let Some(score) = self.finish(goal, cell, (count, place, first), &cells)
+                        && best.is_none_or(|(other, _)| score < other)
+                    {
+                        best = Some((score, at));
+                    }
+                    continue;
+                }
+                for (to, crew) in moves {
+                    let Some(crew) = *crew else {
+                        // The place stays in the cell: it is that of the last stage, not of who is left out.
+                        let target = &mut cells[to * per_column + inside];
+                        if target.is_none_or(|other| cell.score < other.score) {
+                            *target = Some(cell);
+                        }
+                        continue;
+                    };
+                    if (start == 0 && self.crews[crew].place != first)
+                        || self.stages.is_some_and(|stages| count as u32 == stages)
+                    {
+                        continue;
+                    }
+                    let next = if self.stages.is_some() { count + 1 } else { 0 };
+                    let into = ((to * counts + next) * places + self.crews[crew].place) * width;
+                    let there = self.crews[crew].place;
+                    let hop = match start {
+                        0 => (0, 0),
+                        _ => (self.hops[place][there], self.busy[place][there]),
+                    };
+                    self.extend(
+                        goal,
+                        (at, cell.score),
+                        (crew, start, hop),
+                        &mut cells[into..into + width],
+                    );
+                }
+            }
+        }
+        let (score, at) = best?;
+        Some((score, self.way(&cells, at, width)))
+    }
+
+    /// Gives a crew every range of layers from `start` on that fits it.
+    fn extend(
+        &self,
+        goal: Goal,
+        (at, score): (usize, Score),
+        (crew, start, (hop, busy)): (usize, u32, (u64, u64)),
+        row: &mut [Option<Cell>],
+    ) {
+        let Crew { times, reach, members, held, .. } = &self.crews[crew];
+        let (times, reach) = (&self.times[*times], &self.reaches[*reach]);
+        let last = reach.last[start as usize].then_some(self.layers);
+        let ends = (start + 1..=reach.middle[start as usize]).chain(last);
+        let weights = &self.weights[members.len() - 1];
+        for end in ends {
+            let range = LayerRange::new(start, end);
+            let time = times.of(range);
+            let score = match goal {
+                Goal::Sum => (score.0 + time + hop, score.1 + read_anew(weights, held, range)),
+                Goal::Slowest => (score.0.max(time).max(busy), 0),
+                Goal::Within(most) if time > most || busy > most => continue,
+                Goal::Within(_) => {
+                    (score.0 + read_anew(weights, held, range), score.1 + time + hop)
+                }
+            };
+            let target = &mut row[end as usize];
+            if target.is_none_or(|other| score < other.score) {
+                *target = Some(Cell { score, from: at, crew });
+            }
+        }
+    }
+
+    /// The score of a whole layout; `None` where it has another number of stages than was asked for.
+    fn finish(
+        &self,
+        goal: Goal,
+        cell: Cell,
+        (count, place, first): (usize, usize, usize),
+        cells: &[Option<Cell>],
+    ) -> Option<Score> {
+        if self.stages.is_some_and(|stages| stages as usize != count) {
+            return None;
+        }
+        // One stage sends nothing on.
+        let alone =
+            cells.get(cell.from).copied().flatten().is_some_and(|from| from.from == usize::MAX);
+        let back = if alone { 0 } else { self.backs[place][first] };
+        Some(match goal {
+            Goal::Sum => (cell.score.0 + back, cell.score.1),
+            Goal::Slowest => cell.score,
+            Goal::Within(_) => (cell.score.0, cell.score.1 + back),
+        })
+    }
+
+    fn way(&self, cells: &[Option<Cell>], end: usize, width: usize) -> Way {
+        let mut way = Vec::new();
+        let mut at = end;
+        while let Some(cell) = cells.get(at).copied().flatten().filter(|c| c.from != usize::MAX) {
+            let layers = LayerRange::new((cell.from % width) as u32, (at % width) as u32);
+            way.push((cell.crew, layers));
+            at = cell.from;
+        }
+        way.reverse();
+        way
+    }
+}
+
+/// Weight bytes of these layers that the crew does not have yet.
+fn read_anew(weights: &[Vec<u64>], held: &[(u32, LayerRange)], range: LayerRange) -> u64 {
+    let of = |rank: usize, start: u32, end: u32| match weights.get(rank) {
+        Some(before) if start < end => before[end as usize] - before[start as usize],
+        _ => 0,
+    };
+    let all: u64 = (0..weights.len()).map(|rank| of(rank, range.start, range.end)).sum();
+    let kept = held.iter().map(|(rank, held)| {
+        of(*rank as usize, held.start.max(range.start), held.end.min(range.end))
+    });
+    all.saturating_sub(kept.sum())
+}

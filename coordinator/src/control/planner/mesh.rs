@@ -1,0 +1,431 @@
+//! Stages, ranks and layers chosen together, by what was measured.
+//!
+//! ```text
+//! ask ─► how many stages and ranks may be ─► most generous limits under which any layout fits
+//!     ─► space (which crews, which orders) ─► chain (exact search) ─► seats ─► ReplicaPlan
+//! ```
+//!
+//! Of layouts with the least predicted time per token (or whose slowest stage is the fastest) it takes one
+//! that reads the fewest bytes anew. Who asked for nothing gets a stage for each worker and layers spread
+//! evenly, as `placement` makes them: no measurement moves a layer there.
+
+use std::collections::BTreeMap;
+
+use shoal_protocol::id::RankIndex;
+use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
+use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use super::chain::{Crew, Goal, Problem, Reach, Score, Way};
+use super::cost::{Link, Slices, Times, row_bytes, seats};
+use super::memory::{self, Costs};
+use super::refusal::MeshFit;
+use super::space::{self, Bounds, Member, Space};
+use super::split::{RankSums, ranks_max};
+use super::{Candidate, Inventory, Job, PlanRefusal, candidates, refusal};
+
+/// The most ranks that are tried where their number is left open: beyond that the ranks tell each other more
+/// than they save, on any network that we know.
+const RANKS_TRIED_MAX: u32 = 8;
+
+/// What may be chosen.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    pub stages: Option<u32>,
+    pub ranks: Vec<usize>,
+    /// Whether the number of ranks is asked for: then nobody has to say that it computes as one.
+    pub explicit: bool,
+    pub objective: Objective,
+    pub reduction: Reduction,
+}
+
+/// A layout as the search found it.
+struct Found<'w> {
+    score: Score,
+    limits: ReplicaLimits,
+    /// By stage: its layers, and its workers in rank order.
+    stages: Vec<(LayerRange, Vec<&'w Candidate>)>,
+}
+
+/// The layout for a job that asks for more than stages.
+pub(super) fn plan(
+    inventory: &Inventory,
+    job: &Job<'_>,
+    share: usize,
+) -> Result<ReplicaPlan, PlanRefusal> {
+    let mut workers = candidates(inventory, Numerics::N1)?;
+    let wanted = wanted(job, workers.len())?;
+    if wanted.ranks.iter().all(|ranks| *ranks > 1) {
+        let all = workers.len();
+        workers.retain(|worker| worker.speaks_ranks);
+        let needs = wanted.stages.unwrap_or(1) as usize * wanted.ranks[0];
+        if workers.len() < needs {
+            return Err(PlanRefusal::NoRanks { able: workers.len(), workers: all });
+        }
+    }
+    let precision = job.spec.precision.unwrap_or(job.shape.stored());
+    let most = wanted.ranks.iter().copied().max().unwrap_or(1);
+    let slices = Slices::new(job.shape, most as u32);
+    let costs = |shape| Costs::new(shape, precision);
+    let costs: Vec<Vec<Costs<'_>>> =
+        (1..=most).map(|ranks| slices.of(ranks).iter().map(costs).collect()).collect();
+    let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
+    let exact = wanted.stages.map(|stages| stages as usize * most);
+    let found = match exact {
+        Some(workers) => search.best(workers),
+        // Its share of the workers; more only where it does not fit otherwise.
+        None => search.best(share).or_else(|| search.best(workers.len())),
+    };
+    let Some(found) = found else {
+        return Err(search.refusal());
+    };
+    Ok(search.plan(found))
+}
+
+/// What is asked for, checked against the model.
+fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
+    let layers = job.shape.layers();
+    let (stages, ranks) = match (job.ask.mesh, job.spec.stages) {
+        (Some(MeshAsked::Exactly(mesh)), _) => (Some(mesh.stages), Some(mesh.ranks)),
+        // A number of stages is that of a mesh with one rank.
+        (None, Some(stages)) => (Some(stages), Some(1)),
+        (Some(MeshAsked::Auto) | None, _) => (None, None),
+    };
+    let most = ranks_max(job.shape);
+    match (stages, ranks) {
+        (Some(0), _) | (_, Some(0)) => return Err(PlanRefusal::NoStages),
+        (Some(stages), _) if stages > layers => {
+            return Err(PlanRefusal::TooManyStages { stages, layers });
+        }
+        (_, Some(ranks)) if ranks > most => {
+            return Err(PlanRefusal::TooManyRanks(RankSums { heads: most, ranks }));
+        }
+        (Some(stages), Some(1)) if stages as usize > workers => {
+            return Err(PlanRefusal::TooFewWorkers { stages, workers });
+        }
+        (Some(stages), Some(ranks)) if u64::from(stages) * u64::from(ranks) > workers as u64 => {
+            return Err(PlanRefusal::TooFewForMesh { stages, ranks, workers, most });
+        }
+        _ => {}
+    }
+    let tried = most.min(RANKS_TRIED_MAX).min(workers as u32);
+    Ok(Wanted {
+        stages,
+        ranks: match ranks {
+            Some(ranks) => vec![ranks as usize],
+            None => (1..=tried as usize).collect(),
+        },
+        explicit: ranks.is_some(),
+        objective: job.ask.objective.unwrap_or_default(),
+        reduction: job.ask.reduction.unwrap_or_default(),
+    })
+}
+
+struct Search<'a, 'w> {
+    inventory: &'a Inventory,
+    job: &'a Job<'a>,
+    wanted: &'a Wanted,
+    /// By ranks less one, then by rank.
+    costs: &'a [Vec<Costs<'a>>],
+    workers: &'a [&'w Candidate],
+}
+
+impl<'w> Search<'_, 'w> {
+    /// The best layout on at most so many workers, under the most generous limits that any layout fits.
+    fn best(&self, workers: usize) -> Option<Found<'w>> {
+        let whole = &self.costs[0][0];
+        let places = space::places(self.inventory, self.workers);
+        let previous = self.job.previous;
+        let members = space::members(self.inventory, self.workers, previous, &places);
+        // Ranks of a stage are in one place; where that is worse they may be anywhere, over the worst way.
+        let one = vec![0; self.workers.len()];
+        let everywhere = space::members(self.inventory, self.workers, previous, &one);
+        let apart =
+            places.iter().any(|place| *place > 0) && self.wanted.ranks.iter().any(|r| *r > 1);
+        let most = self.wanted.stages.map_or(workers.min(whole.layers() as usize), |s| s as usize);
+        memory::limits_to_try(whole, most).into_iter().find_map(|limits| {
+            let here = self.under(&limits, &members, workers);
+            let there = apart.then(|| self.under(&limits, &everywhere, workers)).flatten();
+            match (here, there) {
+                (Some(here), Some(there)) if there.score.0 < here.score.0 => Some(there),
+                (Some(found), _) | (None, Some(found)) => Some(found),
+                (None, None) => None,
+            }
+        })
+    }
+
+    /// The best layout under these limits. They allow for a step in flight in each of the most stages that
+    /// there might be; fewer stages need less, so it is looked at again with that.
+    fn under(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        workers: usize,
+    ) -> Option<Found<'w>> {
+        let mut in_flight = limits.steps_in_flight_max;
+        let found = loop {
+            let limits = ReplicaLimits { steps_in_flight_max: in_flight, ..limits.clone() };
+            if let Some(found) = self.in_spaces(&limits, members, workers) {
+                break found;
+            }
+            if self.wanted.stages.is_some() || in_flight <= 2 {
+                return None;
+            }
+            in_flight = (in_flight / 2).max(2);
+        };
+        let needed = found.stages.len() as u32 + 1;
+        let limits = ReplicaLimits { steps_in_flight_max: needed, ..limits.clone() };
+        if needed >= found.limits.steps_in_flight_max {
+            // More stages than steps were allowed for: one travels less, where there is no memory for it.
+            return Some(found);
+        }
+        let again = self.in_spaces(&limits, members, workers);
+        let again = again
+            .filter(|again| again.stages.len() as u32 + 1 <= needed && again.score <= found.score);
+        Some(again.unwrap_or(Found { limits, ..found }))
+    }
+
+    fn in_spaces(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        workers: usize,
+    ) -> Option<Found<'w>> {
+        let bounds = Bounds {
+            ranks: &self.wanted.ranks,
+            workers,
+            layers: self.costs[0][0].layers(),
+            stages: self.wanted.stages,
+            willing: !self.wanted.explicit,
+        };
+        if let Some(space) = Space::of_kinds(members, bounds) {
+            let (score, stages) = self.in_space(limits, members, &space)?;
+            return Some(Found { score, limits: limits.clone(), stages });
+        }
+        let orders = space::orders(members).into_iter().map(|mut order| {
+            order.truncate(workers);
+            order
+        });
+        let found = orders.filter_map(|order| {
+            let space = Space::of_chain(members, &order, bounds);
+            let (score, stages) = self.in_space(limits, members, &space)?;
+            Some(Found { score, limits: limits.clone(), stages })
+        });
+        found.reduce(|best, next| if next.score < best.score { next } else { best })
+    }
+
+    fn in_space(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        space: &Space,
+    ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
+        let links = space::links(self.inventory, members);
+        let mut tables = Tables::default();
+        let crews = space.crews.iter();
+        let crews: Vec<Crew> =
+            crews.map(|crew| tables.crew(self, crew, members, limits, &links)).collect();
+        let row = row_bytes(self.job.shape);
+        let of = |time: &dyn Fn(&Link) -> u64| -> Vec<Vec<u64>> {
+            links.iter().map(|row| row.iter().map(time).collect()).collect()
+        };
+        let weights: Vec<Vec<Vec<u64>>> = self
+            .costs
+            .iter()
+            .map(|ranks| ranks.iter().map(Costs::weights_before).collect())
+            .collect();
+        let problem = Problem {
+            layers: self.costs[0][0].layers(),
+            hops: &of(&|link| link.time(row)),
+            busy: &of(&|link| link.occupied(row)),
+            backs: &of(&|link| link.latency_ns),
+            crews: &crews,
+            times: &tables.times,
+            reaches: &tables.reaches,
+            moves: &space.moves,
+            stages: self.wanted.stages,
+            weights: &weights,
+        };
+        let (score, way) = match self.wanted.objective {
+            Objective::Latency => problem.search(Goal::Sum)?,
+            Objective::Throughput => {
+                let ((slowest, _), _) = problem.search(Goal::Slowest)?;
+                let ((moved, _), way) = problem.search(Goal::Within(slowest))?;
+                ((slowest, moved), way)
+            }
+        };
+        Some((score, self.name(&way, space, members)))
+    }
+
+    /// The workers of a way: of each kind the first that are left, in rank order.
+    fn name(
+        &self,
+        way: &Way,
+        space: &Space,
+        members: &[Member<'w>],
+    ) -> Vec<(LayerRange, Vec<&'w Candidate>)> {
+        let kinds = space::kinds(members);
+        let mut taken = vec![false; members.len()];
+        let mut stages = Vec::with_capacity(way.len());
+        for (crew, layers) in way {
+            let mut here: Vec<usize> = Vec::new();
+            for member in &space.crews[*crew] {
+                let kind = kinds.iter().find(|kind| kind.contains(member));
+                let free = kind.into_iter().flatten().copied().find(|m| !taken[*m]);
+                let member = free.unwrap_or(*member);
+                taken[member] = true;
+                here.push(member);
+            }
+            // Among equals whoever had a rank keeps it.
+            here.sort_by_key(|m| members[*m].held.map_or(u32::MAX, |held| held.rank));
+            let rates: Vec<u64> = here.iter().map(|m| members[*m].rate).collect();
+            let seats = seats(&self.costs[here.len() - 1], &rates);
+            stages.push((*layers, seats.iter().map(|seat| members[here[*seat]].worker).collect()));
+        }
+        stages
+    }
+
+    fn plan(&self, found: Found<'w>) -> ReplicaPlan {
+        let Found { limits, stages, .. } = found;
+        let seats: Vec<_> = stages
+            .iter()
+            .flat_map(|(layers, crew)| {
+                let costs = &self.costs[crew.len() - 1];
+                let need = |costs: &'_ Costs<'_>, limits: &ReplicaLimits| {
+                    costs.shape().memory(*layers, costs.precision(), limits).total()
+                };
+                crew.iter().zip(costs).map(move |(worker, costs)| {
+                    (move |limits: &ReplicaLimits| need(costs, limits), worker.free())
+                })
+            })
+            .collect();
+        let limits = memory::largest(limits, &seats);
+        let split = stages.iter().any(|(_, crew)| crew.len() > 1);
+        let job = self.job;
+        let whole = &self.costs[0][0];
+        let stages = stages.iter().map(|(layers, crew)| StagePlan {
+            layers: *layers,
+            shards: crew
+                .iter()
+                .zip(&self.costs[crew.len() - 1])
+                .zip(0..)
+                .map(|((worker, costs), rank)| ShardPlan {
+                    rank: RankIndex(rank),
+                    node: worker.node,
+                    device: worker.device.clone(),
+                    memory: costs.shape().memory(*layers, costs.precision(), &limits),
+                })
+                .collect(),
+        });
+        ReplicaPlan {
+            id: job.replica,
+            deployment: job.spec.name.clone(),
+            generation: job.generation,
+            model: job.spec.model.clone(),
+            precision: whole.precision(),
+            numerics: match self.wanted.reduction {
+                Reduction::Sum if split => Numerics::N1Sum,
+                _ => Numerics::N1,
+            },
+            stages: stages.collect(),
+            limits,
+        }
+    }
+
+    /// Why nothing fits, and which meshes would.
+    fn refusal(&self) -> PlanRefusal {
+        let ranks = self.wanted.ranks.first().copied().unwrap_or(1);
+        let stages = self.wanted.stages.unwrap_or(self.workers.len() as u32);
+        if !self.wanted.explicit || ranks == 1 {
+            let most = stages.min(self.costs[0][0].layers()) as usize;
+            return refusal::does_not_fit(self.job, &self.costs[0][0], self.workers, most);
+        }
+        PlanRefusal::MeshDoesNotFit(Box::new(MeshFit {
+            stages,
+            ranks: ranks as u32,
+            precision: self.costs[0][0].precision(),
+            least: self.least_need(ranks, stages),
+            free: self.workers.iter().map(|worker| (worker.node, worker.free())).collect(),
+        }))
+    }
+
+    /// What the largest shard of an even cut needs under the least generous limits.
+    fn least_need(&self, ranks: usize, stages: u32) -> Bytes {
+        let layers = self.costs[0][0].layers();
+        let Some(limits) = memory::limits_to_try(&self.costs[0][0], stages as usize).pop() else {
+            return Bytes(0);
+        };
+        let cut = |stage: u32| u64::from(stage) * u64::from(layers) / u64::from(stages.max(1));
+        let range = |stage: u32| LayerRange::new(cut(stage) as u32, cut(stage + 1) as u32);
+        let need = |costs: &Costs<'_>| {
+            let of = |stage| costs.shape().memory(range(stage), costs.precision(), &limits).total();
+            (0..stages).map(of).max()
+        };
+        self.costs[ranks - 1].iter().filter_map(need).max().unwrap_or_default()
+    }
+}
+
+/// Tables that crews share.
+#[derive(Default)]
+struct Tables {
+    times: Vec<Times>,
+    reaches: Vec<Reach>,
+    times_of: BTreeMap<(Vec<u64>, usize), usize>,
+    reach_of: BTreeMap<(usize, Bytes), usize>,
+}
+
+impl Tables {
+    fn crew(
+        &mut self,
+        search: &Search<'_, '_>,
+        crew: &[usize],
+        members: &[Member<'_>],
+        limits: &ReplicaLimits,
+        links: &[Vec<Link>],
+    ) -> Crew {
+        let ranks = crew.len();
+        let costs = &search.costs[ranks - 1];
+        let place = members[crew[0]].place;
+        let rates: Vec<u64> = crew.iter().map(|m| members[*m].rate).collect();
+        let mut by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
+        by_rank.truncate(ranks);
+        let times = *self.times_of.entry((by_rank.clone(), place)).or_insert_with(|| {
+            let over = (links[place][place], search.wanted.reduction);
+            self.times.push(Times::new(search.job.shape, costs, &by_rank, over));
+            self.times.len() - 1
+        });
+        // The least room of a crew counts for all of it: its ranks need about the same.
+        let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
+        let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
+            self.reaches.push(reach(costs, limits, room));
+            self.reaches.len() - 1
+        });
+        let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
+        Crew { members: crew.to_vec(), place, times, reach, held }
+    }
+}
+
+/// Which layers fit in so much room on each rank.
+fn reach(costs: &[Costs<'_>], limits: &ReplicaLimits, room: Bytes) -> Reach {
+    let layers = costs[0].layers();
+    let fixed: Vec<_> = costs.iter().map(|costs| costs.fixed(limits)).collect();
+    let fits = |start: u32, end: u32| {
+        let range = LayerRange::new(start, end);
+        costs.iter().zip(&fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
+    };
+    let mut middle = Vec::with_capacity(layers as usize);
+    let mut end = 0;
+    for start in 0..layers {
+        // Fewer layers from further on never need more, the first ones aside.
+        end = if start <= 1 { start } else { end.max(start) };
+        while end + 1 < layers && fits(start, end + 1) {
+            end += 1;
+        }
+        middle.push(end);
+    }
+    Reach { middle, last: (0..layers).map(|start| fits(start, layers)).collect() }
+}
+
+#[cfg(test)]
+#[path = "mesh_test.rs"]
+mod tests;
