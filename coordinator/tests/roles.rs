@@ -247,6 +247,7 @@ async fn nothing_a_worker_says_is_heard_but_from_a_worker_that_has_registered() 
         WorkerMessage::Outranked { .. } => WorkerMessage::Outranked { epoch: u64::MAX },
         WorkerMessage::Trusts { .. } =>
             WorkerMessage::Trusts { trusts: vec![], shows: identity.shows() },
+        WorkerMessage::Facts(_) => WorkerMessage::Facts(vec![]),
     });
     for message in messages {
         cast.refused::<_, CoordinatorMessage>(Alpn::Control, &message, Role::Worker).await;

@@ -1,5 +1,6 @@
 //! `shoal deploy MODEL`: asks for it, and waits until it is served.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
 use shoal_protocol::plan::ModelSource;
 
 use super::rollout;
-use crate::args::DeployArgs;
+use crate::args::{DeployArgs, MeshArgs};
 use crate::builtin;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
@@ -20,9 +21,9 @@ use crate::output::table;
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// What is asked of the planner. A number of stages beside it is that of a mesh with one rank.
-fn asked(args: &DeployArgs) -> MeshAsk {
-    let ask = MeshAsk::from(args.mesh);
-    match args.stages.filter(|_| !ask.is_empty()) {
+fn asked(mesh: MeshArgs, stages: Option<NonZeroU32>) -> MeshAsk {
+    let ask = MeshAsk::from(mesh);
+    match stages.filter(|_| !ask.is_empty()) {
         Some(stages) => {
             let mesh = Mesh { stages: stages.get(), ranks: 1 };
             MeshAsk { mesh: Some(MeshAsked::Exactly(mesh)), ..ask }
@@ -36,11 +37,11 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
     let (source, name) = source_of(args.model.as_deref())?;
     let name = args.name.unwrap_or(name);
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
-    let ask = asked(&args);
+    let ask = asked(args.mesh, args.stages);
     let (precision, replicas) = (args.precision, args.replicas.get());
     let call = match ask.is_empty() {
         true => {
-            let stages = args.stages.map(std::num::NonZeroU32::get);
+            let stages = args.stages.map(NonZeroU32::get);
             AdminCall::Deploy { name: name.clone(), source, stages, precision, replicas }
         }
         false => AdminCall::DeployMesh { name: name.clone(), source, precision, replicas, ask },

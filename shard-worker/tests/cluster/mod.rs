@@ -182,6 +182,7 @@ pub async fn welcome_with(
                 WorkerMessage::Renew { csr } => said.renewals.push(csr),
                 WorkerMessage::Trusts { shows, .. } => said.shows = Some(shows),
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
+                WorkerMessage::Facts(_) => {}
             });
         }
     });

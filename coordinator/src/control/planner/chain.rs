@@ -76,6 +76,14 @@ pub(super) type Score = (u64, u64);
 /// A crew and its layers, in pipeline order.
 pub(super) type Way = Vec<(usize, LayerRange)>;
 
+/// What a stage's row and its token travel, in nanoseconds.
+#[derive(Clone, Copy, Default)]
+struct Ways {
+    hop: u64,
+    busy: u64,
+    back: u64,
+}
+
 #[derive(Clone, Copy)]
 struct Cell {
     score: Score,
@@ -107,10 +115,9 @@ impl Problem<'_> {
                 let place = inside / width % places;
                 let count = inside / width / places;
                 if start == self.layers {
-                    if let Some(score) = self.finish(goal, cell, (count, place, first), &cells)
-                        && best.is_none_or(|(other, _)| score < other)
-                    {
-                        best = Some((score, at));
+                    let enough = self.stages.is_none_or(|stages| stages as usize == count);
+                    if enough && best.is_none_or(|(other, _)| cell.score < other) {
+                        best = Some((cell.score, at));
                     }
                     continue;
                 }
@@ -131,16 +138,17 @@ impl Problem<'_> {
                     let next = if self.stages.is_some() { count + 1 } else { 0 };
                     let into = ((to * counts + next) * places + self.crews[crew].place) * width;
                     let there = self.crews[crew].place;
-                    let hop = match start {
-                        0 => (0, 0),
-                        _ => (self.hops[place][there], self.busy[place][there]),
+                    // One stage alone sends nothing on, and nothing back.
+                    let ways = match start {
+                        0 => Ways::default(),
+                        _ => Ways {
+                            hop: self.hops[place][there],
+                            busy: self.busy[place][there],
+                            back: self.backs[there][first],
+                        },
                     };
-                    self.extend(
-                        goal,
-                        (at, cell.score),
-                        (crew, start, hop),
-                        &mut cells[into..into + width],
-                    );
+                    let row = &mut cells[into..into + width];
+                    self.extend(goal, (at, cell.score), (crew, start, ways), row);
                 }
             }
         }
@@ -153,7 +161,7 @@ impl Problem<'_> {
         &self,
         goal: Goal,
         (at, score): (usize, Score),
-        (crew, start, (hop, busy)): (usize, u32, (u64, u64)),
+        (crew, start, ways): (usize, u32, Ways),
         row: &mut [Option<Cell>],
     ) {
         let Crew { times, reach, members, held, .. } = &self.crews[crew];
@@ -164,41 +172,27 @@ impl Problem<'_> {
         for end in ends {
             let range = LayerRange::new(start, end);
             let time = times.of(range);
+            let Ways { mut hop, busy, back } = ways;
+            if end == self.layers {
+                hop = hop.saturating_add(back);
+            }
             let score = match goal {
-                Goal::Sum => (score.0 + time + hop, score.1 + read_anew(weights, held, range)),
+                Goal::Sum => (
+                    score.0.saturating_add(time).saturating_add(hop),
+                    score.1.saturating_add(read_anew(weights, held, range)),
+                ),
                 Goal::Slowest => (score.0.max(time).max(busy), 0),
                 Goal::Within(most) if time > most || busy > most => continue,
-                Goal::Within(_) => {
-                    (score.0 + read_anew(weights, held, range), score.1 + time + hop)
-                }
+                Goal::Within(_) => (
+                    score.0.saturating_add(read_anew(weights, held, range)),
+                    score.1.saturating_add(time).saturating_add(hop),
+                ),
             };
             let target = &mut row[end as usize];
             if target.is_none_or(|other| score < other.score) {
                 *target = Some(Cell { score, from: at, crew });
             }
         }
-    }
-
-    /// The score of a whole layout; `None` where it has another number of stages than was asked for.
-    fn finish(
-        &self,
-        goal: Goal,
-        cell: Cell,
-        (count, place, first): (usize, usize, usize),
-        cells: &[Option<Cell>],
-    ) -> Option<Score> {
-        if self.stages.is_some_and(|stages| stages as usize != count) {
-            return None;
-        }
-        // One stage sends nothing on.
-        let alone =
-            cells.get(cell.from).copied().flatten().is_some_and(|from| from.from == usize::MAX);
-        let back = if alone { 0 } else { self.backs[place][first] };
-        Some(match goal {
-            Goal::Sum => (cell.score.0 + back, cell.score.1),
-            Goal::Slowest => cell.score,
-            Goal::Within(_) => (cell.score.0, cell.score.1 + back),
-        })
     }
 
     fn way(&self, cells: &[Option<Cell>], end: usize, width: usize) -> Way {

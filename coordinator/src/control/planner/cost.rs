@@ -46,7 +46,7 @@ impl Link {
     pub const FAR: Self = Self { latency_ns: 1_000_000, bytes_per_s: 125_000_000 };
 
     /// Two workers with no slower way between them are in one place: their ranks may make up a stage.
-    pub const NEAR_MAX_NS: u64 = 250_000;
+    pub const NEAR_MAX_NS: u64 = 400_000;
 
     /// How long so many bytes take to be there.
     pub fn time(self, bytes: u64) -> u64 {

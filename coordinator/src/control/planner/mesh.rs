@@ -66,9 +66,10 @@ pub(super) fn plan(
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
     let most = wanted.ranks.iter().copied().max().unwrap_or(1);
     let slices = Slices::new(job.shape, most as u32);
-    let costs = |shape| Costs::new(shape, precision);
-    let costs: Vec<Vec<Costs<'_>>> =
-        (1..=most).map(|ranks| slices.of(ranks).iter().map(costs).collect()).collect();
+    let of = |ranks: usize| -> Vec<Costs<'_>> {
+        slices.of(ranks).iter().map(|shape| Costs::new(shape, precision)).collect()
+    };
+    let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
     let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
     let exact = wanted.stages.map(|stages| stages as usize * most);
     let found = match exact {
@@ -104,7 +105,7 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
             return Err(PlanRefusal::TooFewWorkers { stages, workers });
         }
         (Some(stages), Some(ranks)) if u64::from(stages) * u64::from(ranks) > workers as u64 => {
-            return Err(PlanRefusal::TooFewForMesh { stages, ranks, workers, most });
+            return Err(PlanRefusal::TooFewForMesh { stages, ranks, workers, most, layers });
         }
         _ => {}
     }
@@ -236,9 +237,9 @@ impl<'w> Search<'_, 'w> {
             .collect();
         let problem = Problem {
             layers: self.costs[0][0].layers(),
-            hops: &of(&|link| link.time(row)),
-            busy: &of(&|link| link.occupied(row)),
-            backs: &of(&|link| link.latency_ns),
+            hops: &of(&|link: &Link| link.time(row)),
+            busy: &of(&|link: &Link| link.occupied(row)),
+            backs: &of(&|link: &Link| link.latency_ns),
             crews: &crews,
             times: &tables.times,
             reaches: &tables.reaches,
@@ -287,18 +288,16 @@ impl<'w> Search<'_, 'w> {
 
     fn plan(&self, found: Found<'w>) -> ReplicaPlan {
         let Found { limits, stages, .. } = found;
-        let seats: Vec<_> = stages
-            .iter()
-            .flat_map(|(layers, crew)| {
-                let costs = &self.costs[crew.len() - 1];
-                let need = |costs: &'_ Costs<'_>, limits: &ReplicaLimits| {
-                    costs.shape().memory(*layers, costs.precision(), limits).total()
+        let mut seats = Vec::new();
+        for (layers, crew) in &stages {
+            let layers = *layers;
+            for (worker, costs) in crew.iter().zip(&self.costs[crew.len() - 1]) {
+                let need = move |limits: &ReplicaLimits| {
+                    costs.shape().memory(layers, costs.precision(), limits).total()
                 };
-                crew.iter().zip(costs).map(move |(worker, costs)| {
-                    (move |limits: &ReplicaLimits| need(costs, limits), worker.free())
-                })
-            })
-            .collect();
+                seats.push((need, worker.free()));
+            }
+        }
         let limits = memory::largest(limits, &seats);
         let split = stages.iter().any(|(_, crew)| crew.len() > 1);
         let job = self.job;

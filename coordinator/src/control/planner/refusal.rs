@@ -61,10 +61,10 @@ pub enum PlanRefusal {
     #[error("{0}")]
     DoesNotFit(Box<DoesNotFit>),
     /// More ranks than the model can be split into.
-    #[error("{0}; give --mesh {}x{} or fewer ranks", 1, .0.heads)]
+    #[error("{0}")]
     TooManyRanks(RankSums),
     /// More shards than workers.
-    #[error("{}", too_few(*stages, *ranks, *workers, *most))]
+    #[error("{}", too_few(*stages, *ranks, *workers, (*most, *layers)))]
     TooFewForMesh {
         /// The stages that were asked for.
         stages: u32,
@@ -74,6 +74,8 @@ pub enum PlanRefusal {
         workers: usize,
         /// The most ranks that the model can be split into.
         most: u32,
+        /// The model's layers.
+        layers: u32,
     },
     /// Not enough workers that know of ranks.
     #[error(
@@ -122,9 +124,10 @@ impl fmt::Display for MeshFit {
     }
 }
 
-fn too_few(stages: u32, ranks: u32, workers: usize, most: u32) -> String {
-    // The meshes that use the workers best, the squarest among them.
-    let meshes = (1..=most.min(workers as u32)).map(|ranks| (workers as u32 / ranks, ranks));
+fn too_few(stages: u32, ranks: u32, workers: usize, (most, layers): (u32, u32)) -> String {
+    // Of each number of ranks the mesh with the most stages.
+    let meshes =
+        (1..=most.min(workers as u32)).map(|ranks| ((workers as u32 / ranks).min(layers), ranks));
     let meshes: Vec<String> =
         meshes.take(LINES_MAX / 3).map(|(stages, ranks)| format!("{stages}x{ranks}")).collect();
     format!(

@@ -7,7 +7,8 @@
 //! | a shard's link to the next stage | its smoothed round trip, halved, once it has sent something |
 //! | the control links of two workers | one cannot be nearer to the other than their round trips to this coordinator differ |
 //!
-//! What none of these says is left to the planner: near, or far between two zones.
+//! Workers with one address are on one machine: near, whatever was measured while it was busy. What none of
+//! these says is left to the planner: near, or far between two zones.
 
 use std::time::Duration;
 
@@ -24,9 +25,14 @@ const LATENCY_MAX: Duration = Duration::from_secs(10);
 /// All ways that are known to be longer than inside a place.
 pub(super) fn links(target: &ClusterState, observed: &Observed, workers: &[Candidate]) -> Links {
     let mut links = Links::new();
+    // On one machine a long round trip says that it is busy.
+    let host = |node| observed.workers.get(&node).map(|w| w.register.activations.ip());
     let mut note = |a: NodeId, b: NodeId, latency: Duration, bytes_per_s: Option<u64>| {
         let known = |node| workers.iter().find(|worker| worker.node == node);
         let (Some(one), Some(other)) = (known(a), known(b)) else { return };
+        if host(a).is_some() && host(a) == host(b) {
+            return;
+        }
         let latency_ns = rounded(latency);
         // What is said of a bandwidth counts; else it follows from the zones.
         let usual = match (&one.zone, &other.zone) {
@@ -96,7 +102,7 @@ mod tests {
         let check = |us: u64, expected_us: u64| {
             assert_eq!(rounded(Duration::from_micros(us)), expected_us * 1000, "{us} µs");
         };
-        for us in [0, 1, 50, 128, 170] {
+        for us in [0, 1, 50, 128, 170, 300] {
             check(us, 0);
         }
         check(400, 512);
