@@ -55,23 +55,32 @@ pub(super) struct Problem<'a> {
     pub moves: &'a [Vec<(usize, Option<usize>)>],
     /// Exactly so many stages.
     pub stages: Option<u32>,
-    /// Weight bytes of the layers before each one, by rank, of stages with so many ranks (less one).
-    pub weights: &'a [Vec<Vec<u64>>],
+    /// Of stages with so many ranks (less one).
+    pub weights: &'a [Weights],
+}
+
+/// Weight bytes of the layers before each one.
+#[derive(Clone, Debug)]
+pub(super) struct Weights {
+    /// Of all ranks together.
+    pub all: Vec<u64>,
+    pub by_rank: Vec<Vec<u64>>,
 }
 
 /// What is to be least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Goal {
-    /// The sum of all times, then the bytes that are read anew.
+    /// The sum of all times, then the bytes that are read anew, then the sum of squares of the stages' times,
+    /// so that equals are even.
     Sum,
     /// The longest time for which a stage or a way between two is busy.
     Slowest,
-    /// The bytes that are read anew, then the sum, where no stage and no way is busy for longer than this.
+    /// The bytes that are read anew, then the sum, then that of squares, where no stage and no way is busy for longer than this.
     Within(u64),
 }
 
-/// First the one, then the other.
-pub(super) type Score = (u64, u64);
+/// First the first, then the second, then the third.
+pub(super) type Score = (u64, u64, u64);
 
 /// A crew and its layers, in pipeline order.
 pub(super) type Way = Vec<(usize, LayerRange)>;
@@ -105,7 +114,7 @@ impl Problem<'_> {
         let counts = self.stages.map_or(1, |stages| stages as usize + 1);
         let per_column = counts * places * width;
         let mut cells: Vec<Option<Cell>> = vec![None; self.moves.len() * per_column];
-        cells[first * width] = Some(Cell { score: (0, 0), from: usize::MAX, crew: usize::MAX });
+        cells[first * width] = Some(Cell { score: (0, 0, 0), from: usize::MAX, crew: usize::MAX });
         let mut best: Option<(Score, usize)> = None;
         for (column, moves) in self.moves.iter().enumerate() {
             for inside in 0..per_column {
@@ -176,16 +185,21 @@ impl Problem<'_> {
             if end == self.layers {
                 hop = hop.saturating_add(back);
             }
+            // In microseconds, so that a sum of squares of seconds fits.
+            let square = score.2.saturating_add((time / 1000).saturating_mul(time / 1000));
+            let add = |sum: u64, more: [u64; 2]| more.into_iter().fold(sum, u64::saturating_add);
             let score = match goal {
                 Goal::Sum => (
-                    score.0.saturating_add(time).saturating_add(hop),
-                    score.1.saturating_add(read_anew(weights, held, range)),
+                    add(score.0, [time, hop]),
+                    add(score.1, [read_anew(weights, held, range), 0]),
+                    square,
                 ),
-                Goal::Slowest => (score.0.max(time).max(busy), 0),
+                Goal::Slowest => (score.0.max(time).max(busy), 0, 0),
                 Goal::Within(most) if time > most || busy > most => continue,
                 Goal::Within(_) => (
-                    score.0.saturating_add(read_anew(weights, held, range)),
-                    score.1.saturating_add(time).saturating_add(hop),
+                    add(score.0, [read_anew(weights, held, range), 0]),
+                    add(score.1, [time, hop]),
+                    square,
                 ),
             };
             let target = &mut row[end as usize];
@@ -209,14 +223,13 @@ impl Problem<'_> {
 }
 
 /// Weight bytes of these layers that the crew does not have yet.
-fn read_anew(weights: &[Vec<u64>], held: &[(u32, LayerRange)], range: LayerRange) -> u64 {
-    let of = |rank: usize, start: u32, end: u32| match weights.get(rank) {
-        Some(before) if start < end => before[end as usize] - before[start as usize],
-        _ => 0,
+fn read_anew(weights: &Weights, held: &[(u32, LayerRange)], range: LayerRange) -> u64 {
+    let of = |before: &[u64], start: u32, end: u32| {
+        if start < end { before[end as usize] - before[start as usize] } else { 0 }
     };
-    let all: u64 = (0..weights.len()).map(|rank| of(rank, range.start, range.end)).sum();
-    let kept = held.iter().map(|(rank, held)| {
-        of(*rank as usize, held.start.max(range.start), held.end.min(range.end))
+    let kept = held.iter().filter_map(|(rank, held)| {
+        let before = weights.by_rank.get(*rank as usize)?;
+        Some(of(before, held.start.max(range.start), held.end.min(range.end)))
     });
-    all.saturating_sub(kept.sum())
+    of(&weights.all, range.start, range.end).saturating_sub(kept.sum())
 }

@@ -16,7 +16,7 @@ use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
-use super::chain::{Crew, Goal, Problem, Reach, Score, Way};
+use super::chain::{Crew, Goal, Problem, Reach, Score, Way, Weights};
 use super::cost::{Link, Slices, Times, row_bytes, seats};
 use super::memory::{self, Costs};
 use super::refusal::MeshFit;
@@ -71,9 +71,9 @@ pub(super) fn plan(
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
     let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
-    let exact = wanted.stages.map(|stages| stages as usize * most);
-    let found = match exact {
-        Some(workers) => search.best(workers),
+    let found = match wanted.stages {
+        // Any of them: how many follows from the mesh.
+        Some(_) => search.best(workers.len()),
         // Its share of the workers; more only where it does not fit otherwise.
         None => search.best(share).or_else(|| search.best(workers.len())),
     };
@@ -230,11 +230,7 @@ impl<'w> Search<'_, 'w> {
         let of = |time: &dyn Fn(&Link) -> u64| -> Vec<Vec<u64>> {
             links.iter().map(|row| row.iter().map(time).collect()).collect()
         };
-        let weights: Vec<Vec<Vec<u64>>> = self
-            .costs
-            .iter()
-            .map(|ranks| ranks.iter().map(Costs::weights_before).collect())
-            .collect();
+        let weights: Vec<Weights> = self.costs.iter().map(|ranks| weights(ranks)).collect();
         let problem = Problem {
             layers: self.costs[0][0].layers(),
             hops: &of(&|link: &Link| link.time(row)),
@@ -250,9 +246,9 @@ impl<'w> Search<'_, 'w> {
         let (score, way) = match self.wanted.objective {
             Objective::Latency => problem.search(Goal::Sum)?,
             Objective::Throughput => {
-                let ((slowest, _), _) = problem.search(Goal::Slowest)?;
-                let ((moved, _), way) = problem.search(Goal::Within(slowest))?;
-                ((slowest, moved), way)
+                let ((slowest, ..), _) = problem.search(Goal::Slowest)?;
+                let ((moved, time, _), way) = problem.search(Goal::Within(slowest))?;
+                ((slowest, moved, time), way)
             }
         };
         Some((score, self.name(&way, space, members)))
@@ -402,6 +398,14 @@ impl Tables {
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
         Crew { members: crew.to_vec(), place, times, reach, held }
     }
+}
+
+/// What the ranks of a stage hold.
+fn weights(costs: &[Costs<'_>]) -> Weights {
+    let by_rank: Vec<Vec<u64>> = costs.iter().map(Costs::weights_before).collect();
+    let layers = by_rank.first().map_or(0, Vec::len);
+    let all = (0..layers).map(|layer| by_rank.iter().map(|before| before[layer]).sum()).collect();
+    Weights { all, by_rank }
 }
 
 /// Which layers fit in so much room on each rank.
