@@ -1,4 +1,4 @@
-//! ◇ What this worker's kernels read of weights in a second: the planner's measure of a worker.
+//! ● What this worker's kernels read of weights in a second: the planner's measure of a worker.
 //!
 //! ```text
 //! pack matrices (30 ms at most) ─► products of one row with all of them (50 ms at most) ─► fastest round

@@ -57,6 +57,8 @@ pub(super) struct Problem<'a> {
     pub stages: Option<u32>,
     /// Of stages with so many ranks (less one).
     pub weights: &'a [Weights],
+    /// Nothing is wanted whose first score is above this.
+    pub bound: u64,
 }
 
 /// Weight bytes of the layers before each one.
@@ -75,7 +77,8 @@ pub(super) enum Goal {
     Sum,
     /// The longest time for which a stage or a way between two is busy.
     Slowest,
-    /// The bytes that are read anew, then the sum, then that of squares, where no stage and no way is busy for longer than this.
+    /// The bytes that are read anew, then the sum, then that of squares, where no stage and no way is busy for
+    /// longer than this.
     Within(u64),
 }
 
@@ -96,8 +99,28 @@ struct Ways {
 #[derive(Clone, Copy)]
 struct Cell {
     score: Score,
-    from: usize,
-    crew: usize,
+    from: u32,
+    crew: u32,
+}
+
+/// Where there is nothing, and what is before the first stage.
+const NONE: u32 = u32::MAX;
+
+impl Cell {
+    /// Nobody has come here yet.
+    const EMPTY: Self = Self { score: (u64::MAX, u64::MAX, u64::MAX), from: NONE, crew: NONE };
+    const START: Self = Self { score: (0, 0, 0), from: NONE, crew: NONE };
+
+    fn is_empty(&self) -> bool {
+        self.score.0 == u64::MAX
+    }
+
+    /// Takes the place of what is there where it is better.
+    fn put(self, target: &mut Self) {
+        if self.score < target.score {
+            *target = self;
+        }
+    }
 }
 
 impl Problem<'_> {
@@ -113,18 +136,23 @@ impl Problem<'_> {
         let (places, width) = (self.hops.len(), self.layers as usize + 1);
         let counts = self.stages.map_or(1, |stages| stages as usize + 1);
         let per_column = counts * places * width;
-        let mut cells: Vec<Option<Cell>> = vec![None; self.moves.len() * per_column];
-        cells[first * width] = Some(Cell { score: (0, 0, 0), from: usize::MAX, crew: usize::MAX });
+        let rest = self.rest();
+        let mut cells = vec![Cell::EMPTY; self.moves.len() * per_column];
+        cells[first * width] = Cell::START;
         let mut best: Option<(Score, usize)> = None;
         for (column, moves) in self.moves.iter().enumerate() {
             for inside in 0..per_column {
                 let at = column * per_column + inside;
-                let Some(cell) = cells[at] else { continue };
+                let cell = cells[at];
+                if cell.is_empty() {
+                    continue;
+                }
                 let start = (inside % width) as u32;
                 let place = inside / width % places;
                 let count = inside / width / places;
+                let all = self.stages.is_some_and(|stages| stages as usize == count);
                 if start == self.layers {
-                    let enough = self.stages.is_none_or(|stages| stages as usize == count);
+                    let enough = all || self.stages.is_none();
                     if enough && best.is_none_or(|(other, _)| cell.score < other) {
                         best = Some((cell.score, at));
                     }
@@ -133,31 +161,18 @@ impl Problem<'_> {
                 for (to, crew) in moves {
                     let Some(crew) = *crew else {
                         // The place stays in the cell: it is that of the last stage, not of who is left out.
-                        let target = &mut cells[to * per_column + inside];
-                        if target.is_none_or(|other| cell.score < other.score) {
-                            *target = Some(cell);
-                        }
+                        cell.put(&mut cells[to * per_column + inside]);
                         continue;
                     };
-                    if (start == 0 && self.crews[crew].place != first)
-                        || self.stages.is_some_and(|stages| count as u32 == stages)
-                    {
+                    let there = self.crews[crew].place;
+                    if all || (start == 0 && there != first) {
                         continue;
                     }
                     let next = if self.stages.is_some() { count + 1 } else { 0 };
-                    let into = ((to * counts + next) * places + self.crews[crew].place) * width;
-                    let there = self.crews[crew].place;
-                    // One stage alone sends nothing on, and nothing back.
-                    let ways = match start {
-                        0 => Ways::default(),
-                        _ => Ways {
-                            hop: self.hops[place][there],
-                            busy: self.busy[place][there],
-                            back: self.backs[there][first],
-                        },
-                    };
-                    let row = &mut cells[into..into + width];
-                    self.extend(goal, (at, cell.score), (crew, start, ways), row);
+                    let into = ((to * counts + next) * places + there) * width;
+                    let step =
+                        Step { goal, at, crew, start, ways: self.ways(start, place, there, first) };
+                    self.extend(step, cell.score, &rest, &mut cells[into..into + width]);
                 }
             }
         }
@@ -165,14 +180,32 @@ impl Problem<'_> {
         Some((score, self.way(&cells, at, width)))
     }
 
+    /// What a stage's row and its token travel. One stage alone sends nothing on, and nothing back.
+    fn ways(&self, start: u32, from: usize, there: usize, first: usize) -> Ways {
+        if start == 0 {
+            return Ways::default();
+        }
+        Ways {
+            hop: self.hops[from][there],
+            busy: self.busy[from][there],
+            back: self.backs[there][first],
+        }
+    }
+
+    /// What the layers from each one on take at the least.
+    fn rest(&self) -> Vec<u64> {
+        let mut rest = vec![0; self.layers as usize + 1];
+        for layer in (0..self.layers).rev() {
+            let one = LayerRange::new(layer, layer + 1);
+            let least = self.times.iter().map(|times| times.of(one)).min().unwrap_or(0);
+            rest[layer as usize] = rest[layer as usize + 1].saturating_add(least);
+        }
+        rest
+    }
+
     /// Gives a crew every range of layers from `start` on that fits it.
-    fn extend(
-        &self,
-        goal: Goal,
-        (at, score): (usize, Score),
-        (crew, start, ways): (usize, u32, Ways),
-        row: &mut [Option<Cell>],
-    ) {
+    fn extend(&self, step: Step, score: Score, rest: &[u64], row: &mut [Cell]) {
+        let Step { goal, at, crew, start, ways } = step;
         let Crew { times, reach, members, held, .. } = &self.crews[crew];
         let (times, reach) = (&self.times[*times], &self.reaches[*reach]);
         let last = reach.last[start as usize].then_some(self.layers);
@@ -187,39 +220,53 @@ impl Problem<'_> {
             }
             // In microseconds, so that a sum of squares of seconds fits.
             let square = score.2.saturating_add((time / 1000).saturating_mul(time / 1000));
-            let add = |sum: u64, more: [u64; 2]| more.into_iter().fold(sum, u64::saturating_add);
+            let sum = |sum: u64| sum.saturating_add(time).saturating_add(hop);
+            let read = |sum: u64| sum.saturating_add(read_anew(weights, held, range));
             let score = match goal {
-                Goal::Sum => (
-                    add(score.0, [time, hop]),
-                    add(score.1, [read_anew(weights, held, range), 0]),
-                    square,
-                ),
-                Goal::Slowest => (score.0.max(time).max(busy), 0, 0),
+                Goal::Sum => {
+                    let time = sum(score.0);
+                    if time.saturating_add(rest[end as usize]) > self.bound {
+                        continue;
+                    }
+                    (time, read(score.1), square)
+                }
+                Goal::Slowest => {
+                    let slowest = score.0.max(time).max(busy);
+                    if slowest > self.bound {
+                        continue;
+                    }
+                    (slowest, 0, 0)
+                }
                 Goal::Within(most) if time > most || busy > most => continue,
-                Goal::Within(_) => (
-                    add(score.0, [read_anew(weights, held, range), 0]),
-                    add(score.1, [time, hop]),
-                    square,
-                ),
+                Goal::Within(_) => (read(score.0), sum(score.1), square),
             };
-            let target = &mut row[end as usize];
-            if target.is_none_or(|other| score < other.score) {
-                *target = Some(Cell { score, from: at, crew });
-            }
+            let cell = Cell { score, from: at as u32, crew: crew as u32 };
+            cell.put(&mut row[end as usize]);
         }
     }
 
-    fn way(&self, cells: &[Option<Cell>], end: usize, width: usize) -> Way {
+    fn way(&self, cells: &[Cell], end: usize, width: usize) -> Way {
         let mut way = Vec::new();
         let mut at = end;
-        while let Some(cell) = cells.get(at).copied().flatten().filter(|c| c.from != usize::MAX) {
-            let layers = LayerRange::new((cell.from % width) as u32, (at % width) as u32);
-            way.push((cell.crew, layers));
-            at = cell.from;
+        while let Some(cell) = cells.get(at).filter(|cell| cell.from != NONE) {
+            let from = cell.from as usize;
+            let layers = LayerRange::new((from % width) as u32, (at % width) as u32);
+            way.push((cell.crew as usize, layers));
+            at = from;
         }
         way.reverse();
         way
     }
+}
+
+/// One crew tried from one cell.
+#[derive(Clone, Copy)]
+struct Step {
+    goal: Goal,
+    at: usize,
+    crew: usize,
+    start: u32,
+    ways: Ways,
 }
 
 /// Weight bytes of these layers that the crew does not have yet.

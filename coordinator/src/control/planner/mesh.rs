@@ -18,15 +18,15 @@ use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::chain::{Crew, Goal, Problem, Reach, Score, Way, Weights};
 use super::cost::{Link, Slices, Times, row_bytes, seats};
-use super::memory::{self, Costs};
+use super::memory::{self, Costs, Fixed};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
 use super::split::{RankSums, ranks_max};
 use super::{Candidate, Inventory, Job, PlanRefusal, candidates, refusal};
 
-/// The most ranks that are tried where their number is left open: beyond that the ranks tell each other more
-/// than they save, on any network that we know.
-const RANKS_TRIED_MAX: u32 = 8;
+/// The numbers of ranks that are tried where it is left open. Beyond the last one the ranks tell each other
+/// more than they save, on any network that we know; each costs some milliseconds of planning.
+const RANKS_TRIED: [usize; 6] = [1, 2, 3, 4, 6, 8];
 
 /// What may be chosen.
 #[derive(Clone, Debug)]
@@ -67,7 +67,9 @@ pub(super) fn plan(
     let most = wanted.ranks.iter().copied().max().unwrap_or(1);
     let slices = Slices::new(job.shape, most as u32);
     let of = |ranks: usize| -> Vec<Costs<'_>> {
-        slices.of(ranks).iter().map(|shape| Costs::new(shape, precision)).collect()
+        let needed = ranks == 1 || wanted.ranks.contains(&ranks);
+        let shapes = slices.of(ranks).iter().filter(|_| needed);
+        shapes.map(|shape| Costs::new(shape, precision)).collect()
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
     let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
@@ -109,12 +111,12 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
         }
         _ => {}
     }
-    let tried = most.min(RANKS_TRIED_MAX).min(workers as u32);
+    let tried = RANKS_TRIED.into_iter().filter(|n| *n <= workers && *n as u32 <= most);
     Ok(Wanted {
         stages,
         ranks: match ranks {
             Some(ranks) => vec![ranks as usize],
-            None => (1..=tried as usize).collect(),
+            None => tried.collect(),
         },
         explicit: ranks.is_some(),
         objective: job.ask.objective.unwrap_or_default(),
@@ -166,7 +168,7 @@ impl<'w> Search<'_, 'w> {
         let mut in_flight = limits.steps_in_flight_max;
         let found = loop {
             let limits = ReplicaLimits { steps_in_flight_max: in_flight, ..limits.clone() };
-            if let Some(found) = self.in_spaces(&limits, members, workers) {
+            if let Some(found) = self.in_spaces(&limits, members, workers, u64::MAX) {
                 break found;
             }
             if self.wanted.stages.is_some() || in_flight <= 2 {
@@ -180,7 +182,7 @@ impl<'w> Search<'_, 'w> {
             // More stages than steps were allowed for: one travels less, where there is no memory for it.
             return Some(found);
         }
-        let again = self.in_spaces(&limits, members, workers);
+        let again = self.in_spaces(&limits, members, workers, found.score.0);
         let again = again
             .filter(|again| again.stages.len() as u32 + 1 <= needed && again.score <= found.score);
         Some(again.unwrap_or(Found { limits, ..found }))
@@ -191,6 +193,7 @@ impl<'w> Search<'_, 'w> {
         limits: &ReplicaLimits,
         members: &[Member<'w>],
         workers: usize,
+        bound: u64,
     ) -> Option<Found<'w>> {
         let bounds = Bounds {
             ranks: &self.wanted.ranks,
@@ -200,19 +203,22 @@ impl<'w> Search<'_, 'w> {
             willing: !self.wanted.explicit,
         };
         if let Some(space) = Space::of_kinds(members, bounds) {
-            let (score, stages) = self.in_space(limits, members, &space)?;
+            let (score, stages) = self.in_space(limits, members, &space, bound)?;
             return Some(Found { score, limits: limits.clone(), stages });
         }
-        let orders = space::orders(members).into_iter().map(|mut order| {
+        let mut best: Option<Found<'w>> = None;
+        for mut order in space::orders(members) {
             order.truncate(workers);
-            order
-        });
-        let found = orders.filter_map(|order| {
             let space = Space::of_chain(members, &order, bounds);
-            let (score, stages) = self.in_space(limits, members, &space)?;
-            Some(Found { score, limits: limits.clone(), stages })
-        });
-        found.reduce(|best, next| if next.score < best.score { next } else { best })
+            // What is worse than an order before is not looked at.
+            let bound = best.as_ref().map_or(bound, |best| best.score.0);
+            let found = self.in_space(limits, members, &space, bound);
+            let Some((score, stages)) = found else { continue };
+            if best.as_ref().is_none_or(|best| score < best.score) {
+                best = Some(Found { score, limits: limits.clone(), stages });
+            }
+        }
+        best
     }
 
     fn in_space(
@@ -220,6 +226,7 @@ impl<'w> Search<'_, 'w> {
         limits: &ReplicaLimits,
         members: &[Member<'w>],
         space: &Space,
+        bound: u64,
     ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
         let links = space::links(self.inventory, members);
         let mut tables = Tables::default();
@@ -242,6 +249,7 @@ impl<'w> Search<'_, 'w> {
             moves: &space.moves,
             stages: self.wanted.stages,
             weights: &weights,
+            bound,
         };
         let (score, way) = match self.wanted.objective {
             Objective::Latency => problem.search(Goal::Sum)?,
@@ -367,6 +375,8 @@ struct Tables {
     reaches: Vec<Reach>,
     times_of: BTreeMap<(Vec<u64>, usize), usize>,
     reach_of: BTreeMap<(usize, Bytes), usize>,
+    /// By number of ranks, then by rank.
+    fixed: BTreeMap<usize, Vec<Fixed>>,
 }
 
 impl Tables {
@@ -391,8 +401,10 @@ impl Tables {
         });
         // The least room of a crew counts for all of it: its ranks need about the same.
         let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
+        let fixed = || costs.iter().map(|costs| costs.fixed(limits)).collect();
+        let fixed = self.fixed.entry(ranks).or_insert_with(fixed);
         let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
-            self.reaches.push(reach(costs, limits, room));
+            self.reaches.push(reach(costs, fixed, room));
             self.reaches.len() - 1
         });
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
@@ -409,12 +421,11 @@ fn weights(costs: &[Costs<'_>]) -> Weights {
 }
 
 /// Which layers fit in so much room on each rank.
-fn reach(costs: &[Costs<'_>], limits: &ReplicaLimits, room: Bytes) -> Reach {
+fn reach(costs: &[Costs<'_>], fixed: &[Fixed], room: Bytes) -> Reach {
     let layers = costs[0].layers();
-    let fixed: Vec<_> = costs.iter().map(|costs| costs.fixed(limits)).collect();
     let fits = |start: u32, end: u32| {
         let range = LayerRange::new(start, end);
-        costs.iter().zip(&fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
+        costs.iter().zip(fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
     };
     let mut middle = Vec::with_capacity(layers as usize);
     let mut end = 0;

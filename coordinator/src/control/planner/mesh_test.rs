@@ -257,10 +257,10 @@ fn compare(
         members.sort_by_key(|m| m.worker.node);
         let order: Vec<usize> = (0..members.len()).collect();
         let space = Space::of_chain(&members, &order, bounds);
-        search.in_space(&limits, &members, &space)
+        search.in_space(&limits, &members, &space, u64::MAX)
     } else {
         let space = Space::of_kinds(&members, bounds).expect("few workers");
-        search.in_space(&limits, &members, &space)
+        search.in_space(&limits, &members, &space, u64::MAX)
     };
     let empty = ReplicaPlan {
         id: replica,

@@ -294,8 +294,12 @@ pub(super) fn orders(members: &[Member<'_>]) -> Vec<Vec<usize>> {
     });
     let mut present = all.clone();
     present.sort_by_key(|m| (members[*m].held.map_or(u32::MAX, |held| held.layers.0), *m));
-    let mut orders = vec![all, roomiest, present];
-    orders.dedup();
+    let mut orders = vec![all];
+    for order in [roomiest, present] {
+        if !orders.contains(&order) {
+            orders.push(order);
+        }
+    }
     orders
 }
 
