@@ -54,7 +54,11 @@ pub(super) fn plan(
     share: usize,
 ) -> Result<ReplicaPlan, PlanRefusal> {
     let mut workers = candidates(inventory, Numerics::N1)?;
-    let wanted = wanted(job, workers.len())?;
+    let mut wanted = wanted(job, workers.len())?;
+    if !wanted.explicit && !workers.iter().all(|worker| worker.speaks_ranks) {
+        // Whoever has a stage of a layout is told all of it, also where others have the ranks.
+        wanted.ranks = vec![1];
+    }
     if wanted.ranks.iter().all(|ranks| *ranks > 1) {
         let all = workers.len();
         workers.retain(|worker| worker.speaks_ranks);

@@ -377,8 +377,8 @@ fn many_layers_on_many_workers_take_some_milliseconds() {
         let plan = planned(&all, &shape, ask, None).unwrap();
         let took = start.elapsed();
         println!("128 layers on 64 workers for {objective}: {took:?}, mesh {}", plan.mesh());
-        // Without optimisation it is another program.
-        assert!(cfg!(debug_assertions) || took.as_millis() <= 10 * 4, "{took:?}");
+        // The figure is `shoal-bench micro`'s; this is what a busy machine keeps too.
+        assert!(took.as_millis() <= 500, "{took:?}");
     }
 }
 
@@ -469,6 +469,11 @@ fn ranks_are_chosen_only_where_all_say_that_they_can() {
     // Who asks for it gets it from those that understand it.
     assert_eq!(planned(&all, &shape, mesh("1x2"), None).unwrap().mesh(), "1x2");
     all.workers[1].speaks_ranks = false;
+    all.workers.push(worker(3, 64 * GIB, 8 * GIB, None));
+    all.workers[1].ranks_most = 8;
+    let plan = planned(&all, &shape, mesh("auto"), None).unwrap();
+    assert_eq!(plan.mesh(), "1x1", "an older worker might have a stage of it");
+    all.workers.truncate(2);
     let refusal = planned(&all, &shape, mesh("1x2"), None).unwrap_err();
     assert_eq!(refusal, PlanRefusal::NoRanks { able: 1, workers: 2 });
 }
