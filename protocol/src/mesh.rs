@@ -115,6 +115,15 @@ pub enum Reduction {
     Exact,
 }
 
+impl From<Reduction> for crate::model::Reduction {
+    fn from(reduction: Reduction) -> Self {
+        match reduction {
+            Reduction::Sum => Self::Sum,
+            Reduction::Exact => Self::Exact,
+        }
+    }
+}
+
 impl fmt::Display for Reduction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -45,7 +45,7 @@ const CONNECTIONS_MAX: usize = 2 * COORDINATORS_MAX;
 
 /// As how many tensor ranks of one stage this build's workers compute. More than one makes the planner
 /// choose them by itself.
-const RANKS_MOST: u32 = 1;
+const RANKS_MOST: u32 = 8;
 
 pub(crate) const IDENTITY_FILE: &str = "identity";
 const INCARNATION_FILE: &str = "incarnation";

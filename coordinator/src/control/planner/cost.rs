@@ -14,10 +14,11 @@ use std::collections::BTreeMap;
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::Split;
 use shoal_protocol::units::LayerRange;
 
 use super::memory::Costs;
-use super::split::{Split, slice};
+use super::split::{Slice, slice};
 use super::{Candidate, Inventory, ModelShape, Rate};
 
 /// Activations travel as f32.
@@ -90,20 +91,22 @@ fn ns(bytes: u64, bytes_per_s: u64) -> u64 {
     u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
-/// A model as the ranks of a stage have it: one shape for each rank.
+/// A model as the ranks of a stage have it.
 pub(super) struct Slices {
-    ranks: Vec<Vec<ModelShape>>,
+    ranks: Vec<Vec<Slice>>,
 }
 
 impl Slices {
     /// For stages of up to so many ranks.
-    pub fn new(shape: &ModelShape, most: u32) -> Self {
-        let of = |ranks: u32| (0..ranks).map(|rank| slice(shape, Split { rank, ranks })).collect();
+    pub fn new(shape: &ModelShape, most: u32, reduction: Reduction) -> Self {
+        let of = |ranks: u32| {
+            (0..ranks).map(|rank| slice(shape, Split { rank, ranks }, reduction)).collect()
+        };
         Self { ranks: (1..=most.max(1)).map(of).collect() }
     }
 
-    /// The shapes of a stage of so many ranks, in rank order.
-    pub fn of(&self, ranks: usize) -> &[ModelShape] {
+    /// Those of a stage of so many ranks, in rank order.
+    pub fn of(&self, ranks: usize) -> &[Slice] {
         self.ranks.get(ranks.wrapping_sub(1)).map(Vec::as_slice).unwrap_or_default()
     }
 }

@@ -1,6 +1,9 @@
 //! A layout in words: the arithmetic behind it, for `shoal plan --explain`.
 
-use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaPlan, ShardMemory, ShardPlan, StagePlan};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::plan::{
+    BLOCK_TOKENS, Numerics, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+};
 use shoal_protocol::units::Bytes;
 
 use super::cost::Slices;
@@ -13,7 +16,11 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     let costs = Costs::new(shape, plan.precision);
     let limits = &plan.limits;
     let most = plan.stages.iter().map(|stage| stage.shards.len()).max().unwrap_or(1);
-    let slices = Slices::new(shape, most as u32);
+    let reduction = match plan.numerics {
+        Numerics::N1 => Reduction::Exact,
+        Numerics::N1Sum => Reduction::Sum,
+    };
+    let slices = Slices::new(shape, most as u32, reduction);
     let mut lines = vec![format!(
         "{} {} {}: {} layers in {}, mesh {}, numerics {}",
         plan.deployment,
@@ -33,7 +40,7 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     for (index, stage) in plan.stages.iter().enumerate() {
         let slices = slices.of(stage.shards.len());
         for (shard, slice) in stage.shards.iter().zip(slices) {
-            let own = Costs::new(slice, plan.precision).step(stage.layers);
+            let own = Costs::of_rank(slice, plan.precision).step(stage.layers);
             let step = costs.step(stage.layers);
             let ShardMemory { weights, kv, activations } = shard.memory;
             let budget = inventory.workers.iter().find(|worker| worker.node == shard.node);

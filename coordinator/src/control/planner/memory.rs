@@ -15,10 +15,12 @@
 //! logits: 0.25 MiB. So the stages need 207 and 207.25 of 300 MiB. On one worker the weights alone
 //! would be 400 MiB: refused.
 
-use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits};
+use shoal_protocol::model::Part;
+use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::placement::Cut;
+use super::split::Slice;
 use super::{Candidate, ModelShape};
 
 /// The most tokens that the KV cache of a replica holds: 256 conversations of 256 tokens. More would
@@ -44,6 +46,8 @@ const STEP_LIMITS: [(u32, u32); 4] = [(512, 256), (256, 64), (128, 16), (32, 4)]
 /// can be tried in constant time.
 pub(super) struct Costs<'a> {
     shape: &'a ModelShape,
+    /// What of it a tensor rank has; `None`: all.
+    part: Option<&'a Part>,
     precision: Precision,
     /// Weight bytes of the layers before each one, with embedding and head as if untied.
     weights_before: Vec<u64>,
@@ -54,7 +58,17 @@ pub(super) struct Costs<'a> {
 }
 
 impl<'a> Costs<'a> {
+    /// Of the whole model.
     pub fn new(shape: &'a ModelShape, precision: Precision) -> Self {
+        Self::with(shape, None, precision)
+    }
+
+    /// Of one rank.
+    pub fn of_rank(slice: &'a Slice, precision: Precision) -> Self {
+        Self::with(&slice.shape, slice.part.as_ref(), precision)
+    }
+
+    fn with(shape: &'a ModelShape, part: Option<&'a Part>, precision: Precision) -> Self {
         let one_block = ReplicaLimits {
             kv_blocks: 1,
             context_max: 1,
@@ -69,12 +83,13 @@ impl<'a> Costs<'a> {
             sums.push(sums.last().copied().unwrap_or(0).saturating_add(more));
         };
         for layer in 0..shape.layers() {
-            let one = shape.memory(LayerRange::new(layer, layer + 1), precision, &one_block);
+            let range = LayerRange::new(layer, layer + 1);
+            let one = memory_of(shape, part, (range, precision), &one_block);
             push(&mut weights_before, one.weights.0);
             push(&mut kv_before, one.kv.0);
-            push(&mut step_before, shape.step_bytes(layer, precision).0);
+            push(&mut step_before, shape.step_bytes_of(layer, part, precision).0);
         }
-        Self { shape, precision, weights_before, step_before, kv_before }
+        Self { shape, part, precision, weights_before, step_before, kv_before }
     }
 
     pub fn shape(&self) -> &'a ModelShape {
@@ -104,6 +119,11 @@ impl<'a> Costs<'a> {
         between(&self.step_before, range)
     }
 
+    /// What a shard takes, as the worker will count it.
+    pub fn memory(&self, range: LayerRange, limits: &ReplicaLimits) -> ShardMemory {
+        memory_of(self.shape, self.part, (range, self.precision), limits)
+    }
+
     /// What a stage needs in all. Ranges differ only in weights and KV; the rest follows from whether
     /// the stage is the first or the last, so it is asked of the model once per kind in `fixed`.
     pub fn need(&self, range: LayerRange, limits: &ReplicaLimits, fixed: &Fixed) -> Bytes {
@@ -117,15 +137,25 @@ impl<'a> Costs<'a> {
     /// What depends on the limits and on the kind of stage alone.
     pub fn fixed(&self, limits: &ReplicaLimits) -> Fixed {
         let layers = self.layers();
-        let of = |start, end| {
-            self.shape.memory(LayerRange::new(start, end), self.precision, limits).activations
-        };
+        let of = |start, end| self.memory(LayerRange::new(start, end), limits).activations;
         let middle = if layers > 2 { of(1, 2) } else { Bytes(0) };
         Fixed {
             // A tied model holds the embedding once where one stage is first and last.
-            whole: self.shape.memory(LayerRange::new(0, layers), self.precision, limits).weights,
+            whole: self.memory(LayerRange::new(0, layers), limits).weights,
             activations: [[middle, of(layers - 1, layers)], [of(0, 1), of(0, layers)]],
         }
+    }
+}
+
+fn memory_of(
+    shape: &ModelShape,
+    part: Option<&Part>,
+    (layers, precision): (LayerRange, Precision),
+    limits: &ReplicaLimits,
+) -> ShardMemory {
+    match (shape, part) {
+        (ModelShape::Checkpoint(spec), Some(part)) => part.memory(spec, layers, precision, limits),
+        _ => shape.memory(layers, precision, limits),
     }
 }
 

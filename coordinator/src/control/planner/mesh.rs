@@ -69,11 +69,11 @@ pub(super) fn plan(
     }
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
     let most = wanted.ranks.iter().copied().max().unwrap_or(1);
-    let slices = Slices::new(job.shape, most as u32);
+    let slices = Slices::new(job.shape, most as u32, wanted.reduction);
     let of = |ranks: usize| -> Vec<Costs<'_>> {
         let needed = ranks == 1 || wanted.ranks.contains(&ranks);
         let shapes = slices.of(ranks).iter().filter(|_| needed);
-        shapes.map(|shape| Costs::new(shape, precision)).collect()
+        shapes.map(|slice| Costs::of_rank(slice, precision)).collect()
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
     let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
@@ -98,14 +98,14 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
         (None, Some(stages)) => (Some(stages), Some(1)),
         (Some(MeshAsked::Auto) | None, _) => (None, None),
     };
-    let most = ranks_max(job.shape);
+    let (most, what) = ranks_max(job.shape);
     match (stages, ranks) {
         (Some(0), _) | (_, Some(0)) => return Err(PlanRefusal::NoStages),
         (Some(stages), _) if stages > layers => {
             return Err(PlanRefusal::TooManyStages { stages, layers });
         }
         (_, Some(ranks)) if ranks > most => {
-            return Err(PlanRefusal::TooManyRanks(RankSums { heads: most, ranks }));
+            return Err(PlanRefusal::TooManyRanks(RankSums { units: most, what, ranks }));
         }
         (Some(stages), Some(1)) if stages as usize > workers => {
             return Err(PlanRefusal::TooFewWorkers { stages, workers });
@@ -300,9 +300,7 @@ impl<'w> Search<'_, 'w> {
         for (layers, crew) in &stages {
             let layers = *layers;
             for (worker, costs) in crew.iter().zip(&self.costs[crew.len() - 1]) {
-                let need = move |limits: &ReplicaLimits| {
-                    costs.shape().memory(layers, costs.precision(), limits).total()
-                };
+                let need = move |limits: &ReplicaLimits| costs.memory(layers, limits).total();
                 seats.push((need, worker.free()));
             }
         }
@@ -320,7 +318,7 @@ impl<'w> Search<'_, 'w> {
                     rank: RankIndex(rank),
                     node: worker.node,
                     device: worker.device.clone(),
-                    memory: costs.shape().memory(*layers, costs.precision(), &limits),
+                    memory: costs.memory(*layers, &limits),
                 })
                 .collect(),
         });
@@ -365,7 +363,7 @@ impl<'w> Search<'_, 'w> {
         let cut = |stage: u32| u64::from(stage) * u64::from(layers) / u64::from(stages.max(1));
         let range = |stage: u32| LayerRange::new(cut(stage) as u32, cut(stage + 1) as u32);
         let need = |costs: &Costs<'_>| {
-            let of = |stage| costs.shape().memory(range(stage), costs.precision(), &limits).total();
+            let of = |stage| costs.memory(range(stage), &limits).total();
             (0..stages).map(of).max()
         };
         self.costs[ranks - 1].iter().filter_map(need).max().unwrap_or_default()

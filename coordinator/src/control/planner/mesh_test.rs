@@ -172,15 +172,16 @@ impl BruteForce<'_> {
     }
 
     fn stage(&self, layers: LayerRange, crew: &[usize]) -> Option<StagePlan> {
-        let slices = Slices::new(self.shape, crew.len() as u32);
-        let shapes = slices.of(crew.len());
+        let slices = Slices::new(self.shape, crew.len() as u32, self.wanted.reduction);
+        let slices = slices.of(crew.len());
         let room = crew.iter().map(|w| self.inventory.workers[*w].free()).min()?;
-        let costs: Vec<_> = shapes.iter().map(|s| Costs::new(s, self.empty.precision)).collect();
+        let costs: Vec<_> =
+            slices.iter().map(|s| Costs::of_rank(s, self.empty.precision)).collect();
         let rates: Vec<_> =
             crew.iter().map(|w| self.inventory.workers[*w].rate().bytes_per_s).collect();
         let mut shards = Vec::new();
         for (rank, seat) in seats(&costs, &rates).into_iter().enumerate() {
-            let memory = shapes[rank].memory(layers, self.empty.precision, &self.empty.limits);
+            let memory = costs[rank].memory(layers, &self.empty.limits);
             if memory.total() > room {
                 return None;
             }
@@ -238,9 +239,9 @@ fn compare(
     let workers = candidates(inventory, Numerics::N1).unwrap();
     let Ok(wanted) = wanted(&job, workers.len()) else { return (None, None) };
     let most = wanted.ranks.iter().copied().max().unwrap();
-    let slices = Slices::new(shape, most as u32);
+    let slices = Slices::new(shape, most as u32, wanted.reduction);
     let costs: Vec<Vec<Costs<'_>>> = (1..=most)
-        .map(|ranks| slices.of(ranks).iter().map(|s| Costs::new(s, shape.stored())).collect())
+        .map(|ranks| slices.of(ranks).iter().map(|s| Costs::of_rank(s, shape.stored())).collect())
         .collect();
     let search = Search { inventory, job: &job, wanted: &wanted, costs: &costs, workers: &workers };
     let limits = memory::limits_to_try(&costs[0][0], 2).remove(0);

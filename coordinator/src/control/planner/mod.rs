@@ -37,7 +37,7 @@ pub use explain::explain;
 pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
 pub use predict::{Prediction, StageTime, predict};
 pub use refusal::{MeshFit, PlanRefusal, StageNeed};
-pub use split::{RankSums, Split, ranks_max};
+pub use split::{RankSums, ranks_max};
 
 use memory::Costs;
 use placement::Cut;

@@ -57,7 +57,6 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         .map(|s| s.shards.iter().map(|shard| find(shard.node)).collect())
         .collect();
     let most = crews.iter().map(Vec::len).max().unwrap_or(1);
-    let slices = Slices::new(shape, most as u32);
     let way = |a: Option<&Candidate>, b: Option<&Candidate>| match (a, b) {
         (Some(a), Some(b)) => inventory.link(a, b),
         _ => Link::NEAR,
@@ -66,10 +65,14 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         Numerics::N1 => Reduction::Exact,
         Numerics::N1Sum => Reduction::Sum,
     };
+    let slices = Slices::new(shape, most as u32, reduction);
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
-        let costs: Vec<Costs<'_>> =
-            slices.of(crew.len()).iter().map(|shape| Costs::new(shape, plan.precision)).collect();
+        let costs: Vec<Costs<'_>> = slices
+            .of(crew.len())
+            .iter()
+            .map(|slice| Costs::of_rank(slice, plan.precision))
+            .collect();
         let rate = |worker: &Option<&Candidate>| worker.map_or(Rate::ASSUMED, Candidate::rate);
         let rates: Vec<u64> = crew.iter().map(|worker| rate(worker).bytes_per_s).collect();
         let pairs = crew.iter().flat_map(|a| crew.iter().map(move |b| (*a, *b)));
