@@ -194,7 +194,7 @@ impl Problem<'_> {
 
     /// What the layers from each one on take at the least.
     fn rest(&self) -> Vec<u64> {
-        let mut rest = vec![0; self.layers as usize + 1];
+        let mut rest = vec![0_u64; self.layers as usize + 1];
         for layer in (0..self.layers).rev() {
             let one = LayerRange::new(layer, layer + 1);
             let least = self.times.iter().map(|times| times.of(one)).min().unwrap_or(0);

@@ -406,7 +406,7 @@ impl Tables {
         let fixed = || costs.iter().map(|costs| costs.fixed(limits)).collect();
         let fixed = self.fixed.entry(ranks).or_insert_with(fixed);
         let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
-            self.reaches.push(reach(costs, fixed, room));
+            self.reaches.push(reach(costs, fixed, limits, room));
             self.reaches.len() - 1
         });
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
@@ -423,7 +423,7 @@ fn weights(costs: &[Costs<'_>]) -> Weights {
 }
 
 /// Which layers fit in so much room on each rank.
-fn reach(costs: &[Costs<'_>], fixed: &[Fixed], room: Bytes) -> Reach {
+fn reach(costs: &[Costs<'_>], fixed: &[Fixed], limits: &ReplicaLimits, room: Bytes) -> Reach {
     let layers = costs[0].layers();
     let fits = |start: u32, end: u32| {
         let range = LayerRange::new(start, end);
