@@ -18,6 +18,7 @@ use shoal_protocol::control::{CoordinatorMessage, Report, WorkerMessage};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, Role};
 use shoal_protocol::join::{JoinReply, JoinRequest, RenewRequest};
+use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::peer::{PeerHello, PeerReply, PeerRequest};
 use shoal_protocol::plan::{ModelSource, StagesAsked};
 use shoal_protocol::quic::{Alpn, Connection, Expect, Identity};
@@ -162,6 +163,19 @@ fn admin_calls() -> Vec<AdminCall> {
         AdminCall::Drain { .. } =>
             AdminCall::Drain { node: NodeId::worker(1), draining: true, dry_run: true },
         AdminCall::Upgrade(_) => AdminCall::Upgrade(UpgradeCall::Finish),
+        AdminCall::DeployMesh { .. } => AdminCall::DeployMesh {
+            name: name(),
+            source: ModelSource::Pretend(pretend()),
+            precision: None,
+            replicas: 1,
+            ask: MeshAsk::default(),
+        },
+        AdminCall::ScaleMesh { .. } => AdminCall::ScaleMesh {
+            name: name(),
+            replicas: Some(2),
+            ask: MeshAsk::default(),
+            dry_run: true,
+        },
     });
     calls.extend(access_calls().into_iter().map(AdminCall::Access));
     calls
@@ -233,6 +247,7 @@ async fn nothing_a_worker_says_is_heard_but_from_a_worker_that_has_registered() 
         WorkerMessage::Outranked { .. } => WorkerMessage::Outranked { epoch: u64::MAX },
         WorkerMessage::Trusts { .. } =>
             WorkerMessage::Trusts { trusts: vec![], shows: identity.shows() },
+        WorkerMessage::Facts(_) => WorkerMessage::Facts(vec![]),
     });
     for message in messages {
         cast.refused::<_, CoordinatorMessage>(Alpn::Control, &message, Role::Worker).await;

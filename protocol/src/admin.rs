@@ -12,6 +12,7 @@ use crate::access::{AccessCall, AccessReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
+use crate::mesh::MeshAsk;
 use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan, StagesAsked};
 use crate::upgrade::{UpgradeCall, UpgradeView};
 use crate::version::VersionRange;
@@ -99,6 +100,30 @@ pub enum AdminCall {
     },
     /// Protocol versions, and the end of an upgrade. Since version 2.
     Upgrade(UpgradeCall),
+    /// As `Deploy`, with a mesh instead of stages. Since version 3.
+    DeployMesh {
+        /// What clients will call it.
+        name: DeploymentName,
+        /// Where it is.
+        source: ModelSource,
+        /// `None`: as stored.
+        precision: Option<Precision>,
+        /// Full copies of the model.
+        replicas: u32,
+        /// What is asked of the planner.
+        ask: MeshAsk,
+    },
+    /// As `Scale`, with a mesh instead of stages. Since version 3.
+    ScaleMesh {
+        /// Which.
+        name: DeploymentName,
+        /// Full copies of the model; `None`: as many as there are.
+        replicas: Option<u32>,
+        /// What is asked of the planner; what it does not say stays.
+        ask: MeshAsk,
+        /// Change nothing, and answer with `Change`.
+        dry_run: bool,
+    },
 }
 
 /// What the coordinator answers.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::WireError;
 use crate::id::{Generation, Incarnation, NodeId, ReplicaId, Role, StageIndex};
+use crate::mesh::Fact;
 use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
 use crate::trust::{CaFingerprint, Trust};
 use crate::units::Bytes;
@@ -101,6 +102,9 @@ pub enum WorkerMessage {
         /// The CA of its certificate.
         shows: CaFingerprint,
     },
+    /// All that this worker has to say of itself beyond its registration, and again on every change: at
+    /// most [`FACTS_MAX`](crate::mesh::FACTS_MAX). For coordinators that speak version 3.
+    Facts(Vec<Fact>),
 }
 
 /// What a coordinator says.

@@ -20,6 +20,7 @@ pub mod id;
 pub mod join;
 pub mod liveness;
 pub mod lost;
+pub mod mesh;
 pub mod model;
 pub mod peer;
 pub mod plan;

@@ -244,10 +244,15 @@ pub struct ReplicaPlan {
 }
 
 impl ReplicaPlan {
-    /// `stages x ranks`, as people write it: `3x1`. Stages of unequal width show the widest.
+    /// `stages x ranks`, as people write it: `3x1`. Stages of unequal width show each: `3x(1+2+2)`.
     pub fn mesh(&self) -> String {
-        let ranks = self.stages.iter().map(|s| s.shards.len()).max().unwrap_or(0);
-        format!("{}x{ranks}", self.stages.len())
+        let ranks: Vec<String> = self.stages.iter().map(|s| s.shards.len().to_string()).collect();
+        let even = ranks.windows(2).all(|pair| pair[0] == pair[1]);
+        match ranks.first() {
+            Some(ranks) if even => format!("{}x{ranks}", self.stages.len()),
+            Some(_) => format!("{}x({})", self.stages.len(), ranks.join("+")),
+            None => "0x0".to_owned(),
+        }
     }
 
     /// The worker beside whose stage 0 the head runs.

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 /// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
+/// | 3 | meshes ([`KNOWS_MESHES`]): `WorkerMessage::Facts`, `AdminCall::DeployMesh` and `ScaleMesh`, `DeploymentCommand::CreateMesh` and `ScaleMesh` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
@@ -31,6 +32,10 @@ pub const KNOWS_TRACES: u16 = 2;
 
 /// From here on a worker can be one of several ranks of a stage.
 pub const KNOWS_RANKS: u16 = 3;
+
+/// From here on nodes know of tensor ranks, of what is asked of the planner, and of what workers say of
+/// themselves beyond their registration ([`crate::mesh`]).
+pub const KNOWS_MESHES: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

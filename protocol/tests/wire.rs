@@ -26,6 +26,7 @@ use shoal_protocol::id::{
     Role, SequenceId, StageIndex, StepId,
 };
 use shoal_protocol::join::{JoinReply, JoinRequest};
+use shoal_protocol::mesh::{Fact, Mesh, MeshAsk, MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::peer::PeerRequest;
 use shoal_protocol::plan::{
     Assignment, ModelRef, ModelSource, Numerics, PeerAddress, Precision, PretendSpec,
@@ -210,7 +211,7 @@ fn assignment() -> Assignment {
     }
 }
 
-fn worker_messages() -> [(&'static str, WorkerMessage); 5] {
+fn worker_messages() -> [(&'static str, WorkerMessage); 6] {
     let device = DeviceInfo {
         name: "cpu".to_owned(),
         description: "AVX-512, 2 threads".to_owned(),
@@ -246,6 +247,16 @@ fn worker_messages() -> [(&'static str, WorkerMessage); 5] {
         ("Probed", WorkerMessage::Probed { probe: 5, result: refused }),
         ("Outranked", WorkerMessage::Outranked { epoch: 9 }),
         ("Trusts", WorkerMessage::Trusts { trusts: vec![[1; 32], [2; 32]], shows: [1; 32] }),
+        ("Facts", WorkerMessage::Facts(facts())),
+    ]
+}
+
+fn facts() -> Vec<Fact> {
+    vec![
+        Fact::Ranks { most: 8 },
+        Fact::Zone(ZoneName::new("rack-1").unwrap()),
+        Fact::Rate { device: "cpu".to_owned(), threads: 2, bytes_per_s: 1 << 34 },
+        Fact::Link { to: NodeId::worker(1), latency_us: 90, bytes_per_s: None },
     ]
 }
 
@@ -277,7 +288,7 @@ fn trust() -> Trust {
     Trust { revision: 3, cas: vec![vec![1; 4], vec![2; 3]], lineage: vec![vec![3; 5]] }
 }
 
-fn admin_requests() -> [(&'static str, AdminRequest); 8] {
+fn admin_requests() -> [(&'static str, AdminRequest); 10] {
     let request = |call| AdminRequest { versions: VersionRange { min: 1, max: 1 }, call };
     let deploy = AdminCall::Deploy {
         name: DeploymentName::new("demo").unwrap(),
@@ -286,6 +297,17 @@ fn admin_requests() -> [(&'static str, AdminRequest); 8] {
         precision: Some(Precision::F32),
         replicas: 2,
     };
+    let ask = MeshAsk {
+        mesh: Some(MeshAsked::Exactly(Mesh { stages: 2, ranks: 2 })),
+        objective: Some(Objective::Throughput),
+        reduction: Some(Reduction::Exact),
+    };
+    let name = DeploymentName::new("demo").unwrap();
+    let source = ModelSource::Builtin { name: "demo".to_owned() };
+    let deploy_mesh =
+        AdminCall::DeployMesh { name: name.clone(), source, precision: None, replicas: 2, ask };
+    let auto = MeshAsk { mesh: Some(MeshAsked::Auto), ..MeshAsk::default() };
+    let scale_mesh = AdminCall::ScaleMesh { name, replicas: Some(3), ask: auto, dry_run: true };
     [
         ("AdminStatus", request(AdminCall::Status)),
         ("AdminDeploy", request(deploy)),
@@ -314,6 +336,8 @@ fn admin_requests() -> [(&'static str, AdminRequest); 8] {
             request(AdminCall::Drain { node: NodeId::worker(2), draining: true, dry_run: false }),
         ),
         ("AdminUpgrade", request(AdminCall::Upgrade(UpgradeCall::Finish))),
+        ("AdminDeployMesh", request(deploy_mesh)),
+        ("AdminScaleMesh", request(scale_mesh)),
         ("AdminRotateCa", request(AdminCall::Access(AccessCall::RotateCa { skip_absent: true }))),
     ]
 }

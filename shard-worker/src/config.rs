@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use shoal_protocol::join::JoinToken;
+use shoal_protocol::mesh::ZoneName;
 use shoal_protocol::model::BuiltinModel;
 use shoal_protocol::trace::Tracer;
 use shoal_protocol::units::Bytes;
@@ -31,6 +32,8 @@ pub struct WorkerConfig {
     pub device: String,
     /// The models inside the binary.
     pub builtin: Vec<BuiltinModel>,
+    /// The failure domain that it stands in.
+    pub zone: Option<ZoneName>,
     /// Where it tells what it does for requests that are traced.
     pub tracer: Tracer,
 }

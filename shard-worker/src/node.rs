@@ -13,16 +13,19 @@ use std::time::Duration;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register};
 use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::mesh::{Fact, ZoneName};
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join_any};
 use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code,
 };
+use shoal_protocol::units::Bytes;
 use shoal_protocol::version::VersionRange;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::agent::calibration;
 use crate::agent::inventory::{self, InventoryError};
 use crate::agent::{Agent, AgentHandle, AgentParts, COORDINATORS_FILE, Models, read_kept};
 use crate::config::WorkerConfig;
@@ -39,6 +42,10 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
 /// Connections of coordinators to this worker's heads at once: one of each, and one that each has
 /// left behind for an idle time-out by starting again.
 const CONNECTIONS_MAX: usize = 2 * COORDINATORS_MAX;
+
+/// As how many tensor ranks of one stage this build's workers compute. More than one makes the planner
+/// choose them by itself.
+const RANKS_MOST: u32 = 8;
 
 pub(crate) const IDENTITY_FILE: &str = "identity";
 const INCARNATION_FILE: &str = "incarnation";
@@ -163,6 +170,7 @@ impl Worker {
         let threads = std::num::NonZeroUsize::new(device.threads as usize);
         let (agent, handle) = Agent::start(AgentParts {
             register,
+            facts: facts(config.zone, threads, device.memory),
             seeds: config.join,
             kept,
             endpoint: endpoint.clone(),
@@ -206,6 +214,28 @@ impl Worker {
             Err(_) => tracing::debug!("the links are still held"),
         }
     }
+}
+
+/// What the worker says of itself besides its registration: at once what it knows, and soon how fast it is.
+fn facts(
+    zone: Option<ZoneName>,
+    threads: Option<std::num::NonZeroUsize>,
+    memory: Bytes,
+) -> watch::Receiver<Vec<Fact>> {
+    let mut known = vec![Fact::Ranks { most: RANKS_MOST }];
+    known.extend(zone.map(Fact::Zone));
+    let (say, facts) = watch::channel(known);
+    let threads = threads.unwrap_or(std::num::NonZeroUsize::MIN);
+    // It computes for a moment, beside the first words with the coordinators.
+    let measure = move || match calibration::rate(threads, memory) {
+        Some(rate) => say.send_modify(|known| known.push(rate)),
+        None => tracing::warn!("its compute rate could not be measured; it counts as any other"),
+    };
+    let started = std::thread::Builder::new().name("calibrate".to_owned()).spawn(measure);
+    if let Err(error) = started {
+        tracing::warn!("its compute rate is not measured: {error}");
+    }
+    facts
 }
 
 /// Lets coordinators in until the endpoint is closed.
@@ -353,6 +383,7 @@ mod tests {
             threads: None,
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            zone: None,
             tracer: shoal_protocol::trace::Tracer::off(),
         };
         let error = Worker::start(config.clone()).await.unwrap_err().to_string();

@@ -125,6 +125,7 @@ async fn start(cluster: &Cluster, join: &[&Endpoint], data: Option<Arc<TempDir>>
         threads: std::num::NonZeroUsize::new(1),
         device: "cpu".to_owned(),
         builtin: Vec::new(),
+        zone: None,
         tracer: shoal_protocol::trace::Tracer::off(),
     };
     let worker = Worker::start(config).await.unwrap();

@@ -63,6 +63,7 @@ const PURE: &[&str] = &[
     "protocol/src/join.rs",
     "protocol/src/liveness",
     "protocol/src/lost.rs",
+    "protocol/src/mesh.rs",
     "protocol/src/model/config.rs",
     "protocol/src/model/families",
     "protocol/src/model/fields.rs",

@@ -275,8 +275,9 @@ fn a_cluster_is_upgraded_node_by_node_under_load_and_no_request_fails() -> Resul
     ensure!((view.lowest, view.workers) == (1, 1), "{view:?}");
     upgrade_worker(&mut cluster, 3, asked)?;
     let view = complete(&cluster, asked)?;
-    ensure!((view.lowest, view.workers, view.log) == (2, 2, 2), "{view:?}");
-    ensure!(view.nodes.iter().all(|node| node.protocol == Some(2)), "{view:?}");
+    let newest = PROTOCOL_VERSION;
+    ensure!((view.lowest, view.workers, view.log) == (newest, newest, newest), "{view:?}");
+    ensure!(view.nodes.iter().all(|node| node.protocol == Some(newest)), "{view:?}");
     ensure!(load.asked() > before + 3, "no load while it was mixed");
     let asked = load.stop()?;
     eprintln!("{asked} requests");
@@ -300,8 +301,9 @@ fn refused_everywhere(
     ends_with_words(older, &args(&data), "upgrade it")?;
     // On its folder of before it could, and is fed nothing: the others do not take part with it.
     let before = before.to_string_lossy();
-    let words = "what was decided since all coordinators were upgraded needs 2";
-    ends_with_words(older, &args(&before), words)?;
+    let needs = PROTOCOL_VERSION;
+    let words = format!("what was decided since all coordinators were upgraded needs {needs}");
+    ends_with_words(older, &args(&before), &words)?;
     cluster.restart_coordinator(index)?;
     // One that comes with an empty folder gets no identity.
     let token = cluster.token_from(other, Role::Coordinator, 1)?;
@@ -309,14 +311,14 @@ fn refused_everywhere(
     let data = folder.path().join("c9").to_string_lossy().into_owned();
     let args = ["coordinator", "--data", &data, "--listen", "127.0.0.1:0", "--cluster"];
     let args = [&args[..], &["127.0.0.1:0", "--join", &join, "--token", &token]].concat();
-    ends_with_words(older, &args, "this cluster needs 2")?;
+    ends_with_words(older, &args, &format!("this cluster needs {needs}"))?;
     // A worker on its own folder is not let in, and says so; the newer build is.
     cluster.stop_worker(3)?;
     let data = cluster.worker_data(3).to_string_lossy().into_owned();
     let args = ["worker", "--join", &join, "--data", &data, "--memory", "256MiB"];
     let mut worker = Process::shoal_at(older, args)?;
-    worker
-        .wait_for_words("w4 speaks protocol versions up to 1, and this cluster needs 2", WITHIN)?;
+    let words = format!("w4 speaks protocol versions up to 1, and this cluster needs {needs}");
+    worker.wait_for_words(&words, WITHIN)?;
     drop(worker);
     cluster.restart_worker(3)?;
     let back = |view: &ClusterView| worker_of(view, 3).is_some_and(|worker| worker.connected);

@@ -1,9 +1,10 @@
 //! The planner: how long a whole plan takes.
 
 use anyhow::{Result, anyhow};
-use shoal_coordinator::control::planner::{Candidate, Inventory, Job, plan};
+use shoal_coordinator::control::planner::{Candidate, Inventory, Job, Rate, plan};
 use shoal_coordinator::control::shape::ModelShape;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective};
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Numerics, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -40,22 +41,39 @@ pub fn run() -> Result<Section> {
             used: Bytes(0),
             numerics: vec![Numerics::N1],
             sibling: false,
+            // Each a little faster than the one before: none is like another.
+            rate: Rate::said((8 << 30) + (u64::from(number) << 30)),
+            zone: None,
+            speaks_ranks: true,
+            ranks_most: 8,
         };
         let inventory =
             Inventory { workers: (1..=workers).map(candidate).collect(), ..Inventory::default() };
         let shape = ModelShape::Pretend(pretend);
-        let job = Job {
-            replica: ReplicaId(1),
-            generation: Generation(1),
-            spec: &spec,
-            shape: &shape,
-            previous: None,
-            replicas: 1,
-        };
-        plan(&inventory, &job)
-            .map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;
-        let took = nanoseconds(|| plan(&inventory, &job)).map(|ns| ns / 1e6);
-        section.seen(format!("{layers} layers on {workers} workers"), took.to_string());
+        let mesh = Some(MeshAsked::Auto);
+        let asks = [
+            ("", MeshAsk::default()),
+            (", --mesh auto", MeshAsk { mesh, ..MeshAsk::default() }),
+            (
+                ", --mesh auto --objective throughput",
+                MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None },
+            ),
+        ];
+        for (words, ask) in asks {
+            let job = Job {
+                replica: ReplicaId(1),
+                generation: Generation(1),
+                spec: &spec,
+                shape: &shape,
+                previous: None,
+                replicas: 1,
+                ask,
+            };
+            plan(&inventory, &job)
+                .map_err(|refusal| anyhow!("the bench's cluster is too small: {refusal}"))?;
+            let took = nanoseconds(|| plan(&inventory, &job)).map(|ns| ns / 1e6);
+            section.seen(format!("{layers} layers on {workers} workers{words}"), took.to_string());
+        }
     }
     Ok(section)
 }

@@ -71,6 +71,21 @@ fn a_worker_has_two_names() {
 }
 
 #[test]
+fn what_is_asked_of_the_planner_is_read() {
+    let line = "shoal deploy /m --mesh 2x2 --objective throughput --reduction exact";
+    let Command::Deploy(deploy) = parse(line).unwrap().command else { panic!("not deploy") };
+    let ask = shoal_protocol::mesh::MeshAsk::from(deploy.mesh);
+    assert_eq!(ask.to_string(), "mesh 2x2, objective throughput, reduction exact");
+    let Command::Scale(scale) = parse("shoal scale m --mesh auto").unwrap().command else {
+        panic!("not scale")
+    };
+    assert_eq!(shoal_protocol::mesh::MeshAsk::from(scale.mesh).to_string(), "mesh auto");
+    let line = "shoal worker --join 127.0.0.1:1 --data d --zone rack-1";
+    let Command::Worker(worker) = parse(line).unwrap().command else { panic!("not worker") };
+    assert_eq!(worker.zone.unwrap().as_str(), "rack-1");
+}
+
+#[test]
 fn a_mistake_names_what_would_be_right() {
     for (line, expected) in [
         ("shoal up --worker 3", "'--workers'"),
@@ -101,6 +116,11 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal keys revoke a/b", "letters, digits and"),
         ("shoal coordinator --data d --listen :0 --cluster :0 --tls-cert c", "--tls-key"),
         ("shoal scale demo --stages some", "neither `auto` nor"),
+        ("shoal scale demo --mesh 2", "STAGESxRANKS"),
+        ("shoal deploy m --mesh 2x2 --stages 2", "--stages"),
+        ("shoal deploy m --objective speed", "latency or throughput"),
+        ("shoal deploy m --reduction fast", "exact or sum"),
+        ("shoal worker --join 127.0.0.1:1 --data d --zone a/b", "letters, digits and"),
         ("shoal scale demo --replicas 0", "from 1 up"),
         ("shoal drain c1", "write w2 or worker-2"),
         ("shoal drain two", "write w2 or worker-2"),

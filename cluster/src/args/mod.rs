@@ -7,6 +7,7 @@ mod access;
 mod ca;
 mod coordinators;
 pub mod models;
+mod deploy;
 mod moves;
 mod nearest;
 mod tokens;
@@ -24,6 +25,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
+use shoal_protocol::mesh::ZoneName;
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
@@ -35,12 +37,14 @@ pub use self::access::{
 };
 pub use self::ca::{CaCommand, CaRotateArgs};
 pub use self::coordinators::{CoordinatorsCommand, RecoverAloneArgs};
+use self::deploy::DEPLOY_EXAMPLES;
+pub use self::deploy::{DeployArgs, MeshArgs};
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
-use self::values::{address, count, device, name, nonzero, policy, precision, size, store};
+use self::values::{address, count, device, name, nonzero, policy, precision, size, store, zone};
 pub use self::worker_addresses::WorkerAddressArgs;
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -335,6 +339,10 @@ pub struct WorkerArgs {
     /// What to compute on
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     pub device: String,
+    /// The failure domain that it stands in, such as a rack: replicas go to different ones, and the
+    /// ranks of a stage into one
+    #[arg(long, value_name = "NAME", value_parser = zone)]
+    pub zone: Option<ZoneName>,
     /// Where traces go.
     #[command(flatten)]
     pub trace: TraceArgs,
@@ -361,39 +369,6 @@ pub struct ChildArgs {
     /// Print one line of JSON to stdout when started, or why not
     #[arg(long, hide = true)]
     pub announce: bool,
-}
-
-const DEPLOY_EXAMPLES: &str = "\
-Examples:
-  shoal deploy /models/qwen3-0.6b                      as `qwen3-0.6b`, a stage per worker
-  shoal deploy /models/qwen3-0.6b --name q --stages 2  as `q`, in two stages
-  shoal deploy                                         the built-in model, as `demo`
-
-Each worker must be able to read the folder under the same path.";
-
-/// `shoal deploy`.
-#[derive(Debug, Clone, ClapArgs)]
-pub struct DeployArgs {
-    /// A folder in the Hugging Face layout; without one the built-in model `demo` is served
-    pub model: Option<PathBuf>,
-    /// What clients will call it [default: the folder's name]
-    #[arg(long, value_name = "N", value_parser = name)]
-    pub name: Option<DeploymentName>,
-    /// Into how many pipeline stages to cut the layers [default: as many as workers]
-    #[arg(long, value_name = "S", value_parser = count)]
-    pub stages: Option<NonZeroU32>,
-    /// How many full copies of the model to serve
-    #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
-    pub replicas: NonZeroU32,
-    /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
-    #[arg(long, value_name = "P", value_parser = precision)]
-    pub precision: Option<Precision>,
-    /// Return when the cluster has accepted it, before it is ready
-    #[arg(long)]
-    pub no_wait: bool,
-    /// Which cluster.
-    #[command(flatten)]
-    pub cluster: ClusterArgs,
 }
 
 /// `shoal undeploy`.

@@ -7,14 +7,15 @@ use clap::{Args as ClapArgs, Subcommand};
 use shoal_protocol::id::{DeploymentName, NodeId};
 use shoal_protocol::plan::StagesAsked;
 
-use super::ClusterArgs;
 use super::values::{count, duration, name, stages, worker};
+use super::{ClusterArgs, MeshArgs};
 
 pub(super) const SCALE_EXAMPLES: &str = "\
 Examples:
   shoal scale demo --replicas 2              a second full copy
   shoal scale demo --stages auto             as many stages as there are workers for each replica now
   shoal scale demo --stages 4 --dry-run      what would move, and how fast it would be
+  shoal scale demo --mesh auto --dry-run     the mesh that the planner would choose
 
 The new layout is loaded beside the one that serves where there is memory for both.";
 
@@ -30,6 +31,9 @@ pub struct ScaleArgs {
     /// Into how many pipeline stages to cut each, or `auto` [default: as was asked for before]
     #[arg(long, value_name = "S", value_parser = stages)]
     pub stages: Option<StagesAsked>,
+    /// What is asked of the planner; what is left out stays as it was.
+    #[command(flatten)]
+    pub mesh: MeshArgs,
     /// Show before and after, bytes to read and expected speed, and change nothing
     #[arg(long)]
     pub dry_run: bool,

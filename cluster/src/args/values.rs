@@ -9,6 +9,7 @@ use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::access::KeyName;
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
+use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::plan::{Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
 
@@ -99,6 +100,26 @@ pub fn stages(text: &str) -> Result<StagesAsked, String> {
     }
     let bad = |_| format!("`{text}` is neither `auto` nor a whole number from 1 up");
     text.parse::<NonZeroU32>().map(|n| StagesAsked::Exactly(n.get())).map_err(bad)
+}
+
+/// `STAGESxRANKS`, or `auto`.
+pub fn mesh(text: &str) -> Result<MeshAsked, String> {
+    text.parse()
+}
+
+/// What a layout is to be good at.
+pub fn objective(text: &str) -> Result<Objective, String> {
+    text.parse()
+}
+
+/// How ranks come to one result.
+pub fn reduction(text: &str) -> Result<Reduction, String> {
+    text.parse()
+}
+
+/// A failure domain.
+pub fn zone(text: &str) -> Result<ZoneName, String> {
+    text.parse().map_err(|error: shoal_protocol::id::BadId| error.to_string())
 }
 
 /// A worker, as `shoal status` or as `shoal up` calls it.

@@ -1,14 +1,16 @@
 //! `shoal deploy MODEL`: asks for it, and waits until it is served.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Duration;
 
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
 use shoal_protocol::id::DeploymentName;
+use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
 use shoal_protocol::plan::ModelSource;
 
 use super::rollout;
-use crate::args::DeployArgs;
+use crate::args::{DeployArgs, MeshArgs};
 use crate::builtin;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
@@ -18,17 +20,31 @@ use crate::output::table;
 /// How long to wait until every replica is served: the weights of a large model take a while.
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// What is asked of the planner. A number of stages beside it is that of a mesh with one rank.
+fn asked(mesh: MeshArgs, stages: Option<NonZeroU32>) -> MeshAsk {
+    let ask = MeshAsk::from(mesh);
+    match stages.filter(|_| !ask.is_empty()) {
+        Some(stages) => {
+            let mesh = Mesh { stages: stages.get(), ranks: 1 };
+            MeshAsk { mesh: Some(MeshAsked::Exactly(mesh)), ..ask }
+        }
+        None => ask,
+    }
+}
+
 /// Serves a model.
 pub async fn run(args: DeployArgs) -> Result<(), Failure> {
     let (source, name) = source_of(args.model.as_deref())?;
     let name = args.name.unwrap_or(name);
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
-    let call = AdminCall::Deploy {
-        name: name.clone(),
-        source,
-        stages: args.stages.map(std::num::NonZeroU32::get),
-        precision: args.precision,
-        replicas: args.replicas.get(),
+    let ask = asked(args.mesh, args.stages);
+    let (precision, replicas) = (args.precision, args.replicas.get());
+    let call = match ask.is_empty() {
+        true => {
+            let stages = args.stages.map(NonZeroU32::get);
+            AdminCall::Deploy { name: name.clone(), source, stages, precision, replicas }
+        }
+        false => AdminCall::DeployMesh { name: name.clone(), source, precision, replicas, ask },
     };
     match client.call(call).await? {
         AdminReply::Accepted => eprintln!("{name}: accepted"),

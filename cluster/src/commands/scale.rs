@@ -4,6 +4,8 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
+use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
+use shoal_protocol::plan::StagesAsked;
 
 use super::rollout;
 use crate::args::ScaleArgs;
@@ -24,11 +26,24 @@ pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
         view.deployments.iter().find(|d| d.name == name).map_or(0, |d| d.asked)
     };
     let before = asked(&before);
-    let call = AdminCall::Scale {
-        name: args.name,
-        replicas: args.replicas.map(NonZeroU32::get),
-        stages: args.stages.unwrap_or_default(),
-        dry_run: args.dry_run,
+    let (replicas, dry_run) = (args.replicas.map(NonZeroU32::get), args.dry_run);
+    let mut ask = MeshAsk::from(args.mesh);
+    let call = match (ask.is_empty(), args.stages) {
+        (true, stages) => {
+            let stages = stages.unwrap_or_default();
+            AdminCall::Scale { name: args.name, replicas, stages, dry_run }
+        }
+        (false, stages) => {
+            // A number of stages beside an objective is that of a mesh with one rank.
+            ask.mesh = ask.mesh.or(match stages {
+                Some(StagesAsked::Exactly(stages)) => {
+                    Some(MeshAsked::Exactly(Mesh { stages, ranks: 1 }))
+                }
+                Some(StagesAsked::Auto) => Some(MeshAsked::Auto),
+                Some(StagesAsked::Same) | None => None,
+            });
+            AdminCall::ScaleMesh { name: args.name, replicas, ask, dry_run }
+        }
     };
     match client.call(call).await? {
         AdminReply::Accepted => eprintln!("{name}: accepted"),

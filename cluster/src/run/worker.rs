@@ -36,6 +36,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
         threads: args.threads.and_then(|threads| threads.try_into().ok()),
         device: args.device,
         builtin: builtin::ALL.to_vec(),
+        zone: args.zone,
         tracer: otlp.tracer(),
     };
     let worker = tokio::select! {

@@ -12,8 +12,10 @@ use shoal_protocol::admin::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
-use shoal_protocol::plan::{DeploymentSpec, ModelRef};
+use shoal_protocol::mesh::{MeshAsk, MeshAsked};
+use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
+use shoal_protocol::units::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -23,9 +25,8 @@ use super::agents::Agents;
 use super::authority::Authority;
 use super::changes::{Changes, speed_of};
 use super::models::Models;
-use super::planner::explain;
+use super::planner::{explain, loads};
 use super::reconcile::{Observed, dry_run, inventory_for};
-use super::shape::ModelShape;
 use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
@@ -41,6 +42,16 @@ const WATCH_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long an operator waits for what is shown to follow what was decided: some rounds of the reconciler.
 const SHOW_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is to be served, as an operator says it.
+struct Wish {
+    name: DeploymentName,
+    source: ModelSource,
+    stages: Option<u32>,
+    precision: Option<Precision>,
+    replicas: u32,
+    ask: MeshAsk,
+}
 
 /// Answers operators.
 #[derive(Clone, Debug)]
@@ -148,18 +159,15 @@ impl AdminServer {
                 Ok(AdminReply::Status(Box::new(ClusterView::clone(&self.view.borrow()))))
             }
             AdminCall::Deploy { name, source, stages, precision, replicas } => {
-                let free = self.store.state().deployments.get(&name).is_none();
-                if !free {
-                    return Err(Refusal::NameTaken { name }.into());
-                }
-                let (models, from) = (self.models.clone(), source.clone());
-                let opened = tokio::task::spawn_blocking(move || models.open(&from)).await;
-                let (model, shape) = opened.map_err(|error| {
-                    WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
-                })??;
-                self.check_workers(&model).await?;
-                let spec = DeploymentSpec { name, model, stages, precision };
-                self.deploy(operator, spec, shape, replicas).await
+                let ask = MeshAsk::default();
+                self.deploy(operator, Wish { name, source, stages, precision, replicas, ask }).await
+            }
+            AdminCall::DeployMesh { name, source, precision, replicas, ask } => {
+                let stages = match ask.mesh {
+                    Some(MeshAsked::Exactly(mesh)) => Some(mesh.stages),
+                    Some(MeshAsked::Auto) | None => None,
+                };
+                self.deploy(operator, Wish { name, source, stages, precision, replicas, ask }).await
             }
             AdminCall::Undeploy { name } => {
                 tracing::info!(%operator, deployment = %name, "undeploy");
@@ -184,12 +192,12 @@ impl AdminServer {
                 Ok(AdminReply::Upgrade(view.await?))
             }
             AdminCall::Scale { name, replicas, stages, dry_run } => {
-                let shown = name.clone();
-                let scale = DeploymentCommand::Scale { name, replicas, stages };
-                let reply =
-                    self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
-                self.show(&shown).await;
-                Ok(reply)
+                let scale = DeploymentCommand::Scale { name: name.clone(), replicas, stages };
+                self.scale(operator, &name, scale, dry_run).await
+            }
+            AdminCall::ScaleMesh { name, replicas, ask, dry_run } => {
+                let scale = DeploymentCommand::ScaleMesh { name: name.clone(), replicas, ask };
+                self.scale(operator, &name, scale, dry_run).await
             }
             AdminCall::Drain { node, draining, dry_run } => {
                 let drain = match draining {
@@ -244,25 +252,46 @@ impl AdminServer {
         Ok(())
     }
 
-    async fn deploy(
+    async fn scale(
         &self,
         operator: NodeId,
-        spec: DeploymentSpec,
-        shape: ModelShape,
-        replicas: u32,
+        name: &DeploymentName,
+        scale: DeploymentCommand,
+        dry_run: bool,
     ) -> Result<AdminReply, WireError> {
+        let reply = self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
+        self.show(name).await;
+        Ok(reply)
+    }
+
+    async fn deploy(&self, operator: NodeId, wish: Wish) -> Result<AdminReply, WireError> {
+        let Wish { name, source, stages, precision, replicas, ask } = wish;
+        if self.store.state().deployments.get(&name).is_some() {
+            return Err(Refusal::NameTaken { name }.into());
+        }
+        let models = self.models.clone();
+        let opened = tokio::task::spawn_blocking(move || models.open(&source)).await;
+        let (model, shape) = opened.map_err(|error| {
+            WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
+        })??;
+        self.check_workers(&model).await?;
+        let spec = DeploymentSpec { name, model, stages, precision };
         let state = self.store.state();
         let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
         let planned = tokio::task::spawn_blocking(move || {
-            dry_run(&state, &observed, &spec, &shape, replicas)
+            dry_run(&state, &observed, &spec, &shape, replicas, ask)
                 .map(|plan| (spec, shape, plan.mesh()))
         });
         let planned = planned
             .await
             .map_err(|error| WireError::new(ErrorCode::Internal, format!("planning: {error}")))?;
         let (spec, shape, mesh) = planned?;
-        tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, replicas, "deploy");
-        let create = Change::Deployment(DeploymentCommand::Create { spec, shape, replicas });
+        tracing::info!(%operator, deployment = %spec.name, source = %spec.model.source, mesh, %ask, replicas, "deploy");
+        // Who asks for nothing new says so in the old words, which every build reads.
+        let create = Change::Deployment(match ask.is_empty() {
+            true => DeploymentCommand::Create { spec, shape, replicas },
+            false => DeploymentCommand::CreateMesh { spec, shape, replicas, ask },
+        });
         if replicas == 1 {
             self.store.propose(create).await?;
             return Ok(AdminReply::Accepted);
@@ -296,6 +325,10 @@ impl AdminServer {
         let deployment = state.deployments.get(name).ok_or_else(unknown)?;
         let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
         let mut view = PlanView { replicas: Vec::new(), explanation: Vec::new() };
+        let ask = state.meshes.of(name);
+        if !ask.is_empty() {
+            view.explanation.push(format!("{name}: asked for {ask}"));
+        }
         for replica in &deployment.replicas {
             if let Some(plan) = state.plans.get(*replica) {
                 let inventory = inventory_for(&state, &observed, name, *replica);
@@ -307,6 +340,9 @@ impl AdminServer {
                 view.explanation.push("being made beside it:".to_owned());
                 let inventory = inventory_for(&state, &observed, name, *replica);
                 view.explanation.extend(explain(next, &deployment.shape, &inventory));
+                let read = loads(state.plans.get(*replica), next, true);
+                let read: Bytes = read.into_iter().map(|(_, bytes)| bytes).sum();
+                view.explanation.push(format!("it reads {read} of weights"));
             }
         }
         // Where it is says why there is no plan, or why the plan is not served.

@@ -22,6 +22,7 @@ use shoal_protocol::control::{
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
+use shoal_protocol::mesh::{FACTS_MAX, Facts};
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silence, close_code};
 use shoal_protocol::trust::CAS_MAX;
@@ -119,6 +120,8 @@ impl Agents {
             silent_for: worker.link.as_ref().map_or(Duration::MAX, |link| link.pulse.silent_for()),
             register: worker.register.clone(),
             report: worker.report.clone(),
+            facts: worker.facts.clone(),
+            rtt: worker.link.as_ref().map(|link| link.connection.stats().rtt),
             pushed: worker.pushed.clone(),
         };
         self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
@@ -362,6 +365,13 @@ impl Agents {
                         return SessionEnd::Protocol("it asked for a certificate that is not its");
                     }
                 },
+                Ok(Some(WorkerMessage::Facts(facts))) => {
+                    if facts.len() > FACTS_MAX {
+                        return SessionEnd::Protocol("it says more of itself than there is");
+                    }
+                    self.with_link(node, session, |worker| worker.facts = Facts::of(facts));
+                    self.changed.send_modify(|n| *n += 1);
+                }
                 Ok(Some(WorkerMessage::Outranked { epoch })) => {
                     self.with_link(node, session, |worker| worker.outranked = Some(epoch));
                     self.changed.send_modify(|n| *n += 1);
@@ -388,7 +398,7 @@ impl Agents {
         self.store.heard().note(node, register.incarnation.0, register.versions.max);
         let mut registry = self.lock();
         let session = registry.number();
-        let mut report = Report::default();
+        let (mut report, mut facts) = (Report::default(), Facts::default());
         if let Some(older) = registry.workers.get(&node) {
             // Two registrations may have passed the log at the same time.
             if older.register.incarnation > register.incarnation {
@@ -396,7 +406,7 @@ impl Agents {
             }
             // The same process after a broken link is still what it last said.
             if older.register.incarnation == register.incarnation {
-                report = older.report.clone();
+                (report, facts) = (older.report.clone(), older.facts.clone());
             }
             if let Some(link) = &older.link {
                 link.connection.close(close_code::DONE, "a newer connection took your place");
@@ -415,7 +425,7 @@ impl Agents {
         if registry.coordinators != coordinators {
             link.send(node, CoordinatorMessage::Coordinators(registry.coordinators.clone()));
         }
-        let worker = Worker::new(register, report, link);
+        let worker = Worker { facts, ..Worker::new(register, report, link) };
         worker.tell_trust(node, &registry.trust);
         registry.workers.insert(node, worker);
         drop(registry);

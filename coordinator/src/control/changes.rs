@@ -62,6 +62,8 @@ fn impossible(before: &ClusterState, change: &Change, tried: &Preview) -> Option
         Change::Deployment(DeploymentCommand::Scale { name, stages, .. }) => {
             (name, *stages != StagesAsked::Same)
         }
+        Change::Deployment(DeploymentCommand::ScaleMesh { name, .. }) => (name, true),
+        Change::Deployment(DeploymentCommand::CreateMesh { spec, .. }) => (&spec.name, false),
         Change::Deployment(DeploymentCommand::Create { spec, .. }) => (&spec.name, false),
         _ => return None,
     };
@@ -79,6 +81,9 @@ fn words_of(change: &Change) -> String {
     match change {
         Change::Deployment(DeploymentCommand::Scale { name, replicas, stages }) => {
             format!("scale {name}: replicas {replicas:?}, stages {stages:?}")
+        }
+        Change::Deployment(DeploymentCommand::ScaleMesh { name, replicas, ask }) => {
+            format!("scale {name}: replicas {replicas:?}, {ask}")
         }
         Change::Drain(DrainCommand::Begin { node }) => format!("drain {node}"),
         Change::Drain(DrainCommand::End { node }) => format!("undrain {node}"),
@@ -170,7 +175,10 @@ fn measured(
                     && shard.stage == assignment.stage
             })?;
             let layers = assignment.layers();
-            let step = (layers.start..layers.end).map(|l| shape.step_bytes(l, own.precision)).sum();
+            let step = (layers.start..layers.end).map(|l| shape.step_bytes(l, own.precision).0);
+            let stage = own.stages.get(assignment.stage.0 as usize);
+            let ranks = stage.map_or(1, |stage| stage.shards.len().max(1)) as u64;
+            let step = Bytes(step.sum::<u64>() / ranks);
             Rate::measured(step, shard.counters.steps, shard.counters.compute_us)
         })
         .next()

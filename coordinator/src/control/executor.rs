@@ -421,7 +421,7 @@ fn view(
             pid: worker.register.pid,
             build: worker.register.build.clone(),
             address: Some(worker.register.activations),
-            devices: worker.register.devices.clone(),
+            devices: worker.devices(),
             shards: worker.report.shards.clone(),
             heads: worker.report.heads.clone(),
             draining: state.drains.contains(id),

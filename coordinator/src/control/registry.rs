@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, Register, Report};
 use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
+use shoal_protocol::mesh::Facts;
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::{Connection, Pulse, close_code};
 use shoal_protocol::trust::{CaFingerprint, Trust};
@@ -56,6 +57,8 @@ impl Registry {
 pub(super) struct Worker {
     pub register: Register,
     pub report: Report,
+    /// What it has said of itself besides.
+    pub facts: Facts,
     pub pushed: Option<Vec<Assignment>>,
     /// It says that it was told by a leader with this epoch, later than the one that tried.
     pub outranked: Option<u64>,
@@ -72,7 +75,8 @@ impl Worker {
     /// One that has just registered and has been told nothing.
     pub fn new(register: Register, report: Report, link: Link) -> Self {
         let (trusts, shows, link) = (Vec::new(), None, Some(link));
-        Self { register, report, pushed: None, outranked: None, floor: 0, link, trusts, shows }
+        let (facts, pushed, outranked) = (Facts::default(), None, None);
+        Self { register, report, facts, pushed, outranked, floor: 0, link, trusts, shows }
     }
 
     /// Says whom to believe, to one that is there and understands it.

@@ -1,7 +1,7 @@
 //! ○ What the planner has to know of a model: how many layers, and what a range of them costs.
 
 use serde::{Deserialize, Serialize};
-use shoal_protocol::model::{ModelSpec, TensorRole};
+use shoal_protocol::model::{ModelSpec, Part, TensorRole, TensorSpec};
 use shoal_protocol::plan::{Precision, PretendSpec, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
@@ -66,19 +66,31 @@ impl ModelShape {
     /// is what a stage's time is proportional to, for decode by memory bandwidth and for prefill by
     /// arithmetic.
     pub fn step_bytes(&self, layer: u32, precision: Precision) -> Bytes {
+        self.step_bytes_of(layer, None, precision)
+    }
+
+    /// The same of one tensor rank; `None`: of all.
+    pub fn step_bytes_of(&self, layer: u32, part: Option<&Part>, precision: Precision) -> Bytes {
+        let range = LayerRange::new(layer, layer + 1);
+        // A tied head is the embedding, which the last stage reads whole.
+        let is_read = |spec: &ModelSpec, tensor: &TensorSpec| {
+            tensor.role != TensorRole::Embedding
+                || (spec.tied_embeddings && layer + 1 == spec.layers)
+        };
+        if let (ModelShape::Checkpoint(spec), Some(part)) = (self, part) {
+            let tensors = part.tensors(spec, range);
+            let read = tensors.iter().filter(|tensor| is_read(spec, &tensor.spec));
+            return read.map(|tensor| tensor.held_bytes(precision)).sum();
+        }
         match self {
             ModelShape::Pretend(spec) => {
                 // Modelled time is all there is of a pretend model, and it is the same per layer.
                 Bytes(spec.layer_weight_bytes.max(1))
             }
             ModelShape::Checkpoint(spec) => spec
-                .tensors(LayerRange::new(layer, layer + 1))
+                .tensors(range)
                 .iter()
-                // A tied head is the embedding, which the last stage reads whole.
-                .filter(|tensor| {
-                    tensor.role != TensorRole::Embedding
-                        || (spec.tied_embeddings && layer + 1 == spec.layers)
-                })
+                .filter(|tensor| is_read(spec, tensor))
                 .map(|tensor| tensor.held_bytes(precision))
                 .sum(),
         }

@@ -17,6 +17,7 @@ use shoal_protocol::control::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, Role};
 use shoal_protocol::join::JoinToken;
+use shoal_protocol::mesh::Fact;
 use shoal_protocol::plan::{Assignment, ModelSource, Numerics, PretendSpec};
 use shoal_protocol::quic::join::{JoinError, join};
 use shoal_protocol::quic::{AdminContext, Alpn, Connection, Endpoint, Expect, Identity};
@@ -161,6 +162,8 @@ pub struct Manners {
     pub renew: Option<Vec<u8>>,
     /// The newest generation that it has seen: it refuses what is not newer.
     pub seen: Generation,
+    /// What it says of itself besides.
+    pub facts: Vec<Fact>,
 }
 
 impl Default for Manners {
@@ -173,6 +176,7 @@ impl Default for Manners {
             cannot_read: None,
             renew: None,
             seen: Generation(0),
+            facts: Vec::new(),
         }
     }
 }
@@ -275,9 +279,10 @@ impl Talk {
             let answer = match message {
                 CoordinatorMessage::Welcome { .. } => {
                     welcomed(Ok(()));
-                    match &self.manners.renew {
-                        Some(csr) => WorkerMessage::Renew { csr: csr.clone() },
-                        None => continue,
+                    match (&self.manners.renew, &self.manners.facts) {
+                        (Some(csr), _) => WorkerMessage::Renew { csr: csr.clone() },
+                        (None, facts) if !facts.is_empty() => WorkerMessage::Facts(facts.clone()),
+                        _ => continue,
                     }
                 }
                 CoordinatorMessage::Refused(error) => {

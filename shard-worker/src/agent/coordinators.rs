@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register, Report};
 use shoal_protocol::id::NodeId;
+use shoal_protocol::mesh::Fact;
 use shoal_protocol::quic::identity::write_secret;
 use shoal_protocol::quic::{Endpoint, SharedLease};
 use tokio::sync::{mpsc, watch};
@@ -62,6 +63,8 @@ pub(super) struct Coordinators {
     pub register: Arc<Register>,
     /// What to report, to each of them.
     pub reports: watch::Receiver<Report>,
+    /// What else to say of this worker, to each of them that understands it.
+    pub facts: watch::Receiver<Vec<Fact>>,
     /// What they say.
     pub told: mpsc::Sender<Told>,
     pub renewal: Arc<Renewal>,

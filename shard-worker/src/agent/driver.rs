@@ -12,6 +12,7 @@ use shoal_protocol::control::{
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
+use shoal_protocol::mesh::Fact;
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::quic::{Endpoint, SharedLease};
 use shoal_protocol::units::Bytes;
@@ -43,6 +44,8 @@ const PROBES_MAX: usize = 8;
 pub struct AgentParts {
     /// What it registers with.
     pub register: Register,
+    /// What it says of itself besides.
+    pub facts: watch::Receiver<Vec<Fact>>,
     /// Where somebody said that coordinators are.
     pub seeds: Vec<SocketAddr>,
     /// Where they were in the last life.
@@ -155,6 +158,7 @@ impl Agent {
             endpoint: parts.endpoint,
             register: Arc::new(parts.register),
             reports: reports_inbox,
+            facts: parts.facts,
             told: told_to,
             renewal: Arc::new(renewal),
             work: parts.links.work().subscribe(),

@@ -10,6 +10,7 @@
 //! on serving while all of them are away.
 
 mod book;
+pub(crate) mod calibration;
 mod coordinators;
 mod driver;
 pub mod inventory;

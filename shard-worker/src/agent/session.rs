@@ -10,11 +10,12 @@ use shoal_protocol::control::{
     WorkerMessage,
 };
 use shoal_protocol::id::{NodeId, Role};
+use shoal_protocol::mesh::Fact;
 use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
 use shoal_protocol::trust::BadTrust;
-use shoal_protocol::version::KNOWS_TRUST;
+use shoal_protocol::version::{KNOWS_MESHES, KNOWS_TRUST};
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
@@ -207,13 +208,14 @@ impl Session {
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
         let work = self.shared.work.clone();
-        let Coordinators { book, renewal, told, reports, .. } = &mut self.shared;
+        let Coordinators { book, renewal, told, reports, facts, .. } = &mut self.shared;
+        let said = Said { reports, facts, answers: &mut self.answers_inbox };
         let mut dropped = book.subscribe();
         let ear = Ear { node, at, book, told, answers: &self.answers };
         ear.hear(list);
         tokio::select! {
             end = listen(receiver, renewal, ear) => end,
-            end = report(sender, reports, &mut self.answers_inbox, renewal, version) => end,
+            end = report(sender, said, renewal, version) => end,
             silence = pulse.keep(connection, work) => SessionEnd::Silent(node, silence),
             _ = dropped.wait_for(|book| !book.known().contains_key(&node)) => SessionEnd::Left(node),
         }
@@ -301,14 +303,22 @@ async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) ->
     }
 }
 
+/// What there is to say.
+struct Said<'a> {
+    reports: &'a mut watch::Receiver<Report>,
+    facts: &'a mut watch::Receiver<Vec<Fact>>,
+    answers: &'a mut mpsc::Receiver<WorkerMessage>,
+}
+
 async fn report(
     mut sender: FrameSender,
-    reports: &mut watch::Receiver<Report>,
-    answers: &mut mpsc::Receiver<WorkerMessage>,
+    said: Said<'_>,
     renewal: &Renewal,
     version: u16,
 ) -> SessionEnd {
+    let Said { reports, facts, answers } = said;
     reports.mark_changed();
+    facts.mark_changed();
     let mut said = renewal.said.subscribe();
     said.mark_changed();
     // The first look at once: a worker may come back with a certificate that is almost a day old.
@@ -327,6 +337,9 @@ async fn report(
                 Some(message) => message,
                 None => continue,
             },
+            Ok(()) = facts.changed(), if version >= KNOWS_MESHES => {
+                WorkerMessage::Facts(facts.borrow_and_update().clone())
+            }
             _ = renew.tick() => match renewal.request() {
                 Some(message) => message,
                 None => continue,

@@ -119,6 +119,7 @@ impl Cluster {
             threads: std::num::NonZeroUsize::new(1),
             device: "cpu".to_owned(),
             builtin: Vec::new(),
+            zone: None,
             tracer: shoal_protocol::trace::Tracer::off(),
         };
         let worker = Worker::start(config).await.unwrap();
@@ -181,6 +182,7 @@ pub async fn welcome_with(
                 WorkerMessage::Renew { csr } => said.renewals.push(csr),
                 WorkerMessage::Trusts { shows, .. } => said.shows = Some(shows),
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
+                WorkerMessage::Facts(_) => {}
             });
         }
     });

@@ -172,6 +172,8 @@ impl World {
                 silent_for: silent.unwrap_or(Duration::MAX),
                 register: known.register.clone(),
                 report: known.report.clone(),
+                facts: Default::default(),
+                rtt: None,
                 pushed: known.pushed.clone(),
             };
             Some((*node, worker))

@@ -27,6 +27,11 @@ impl Rate {
         (bytes_per_s > 0).then_some(Self { bytes_per_s, measured: true })
     }
 
+    /// What a worker has measured of itself; nothing where that cannot be.
+    pub fn said(bytes_per_s: u64) -> Option<Self> {
+        (bytes_per_s > 0).then_some(Self { bytes_per_s, measured: true })
+    }
+
     /// That of a worker of which nothing is known.
     pub const ASSUMED: Self = Self { bytes_per_s: ASSUMED_BYTES_PER_S, measured: false };
 }
@@ -75,7 +80,8 @@ pub fn speed(
         let bytes: Bytes = layers.map(|layer| shape.step_bytes(layer, plan.precision)).sum();
         let node = stage.shards.first().map(|shard| shard.node);
         let rate = node.map_or(Rate::ASSUMED, &rate_of);
-        bytes.0 as f64 / rate.bytes_per_s.max(1) as f64
+        let ranks = stage.shards.len().max(1) as f64;
+        bytes.0 as f64 / ranks / rate.bytes_per_s.max(1) as f64
     };
     let times: Vec<f64> = plan.stages.iter().map(time).collect();
     let per_second = |seconds: f64| if seconds > 0.0 { 1.0 / seconds } else { f64::INFINITY };

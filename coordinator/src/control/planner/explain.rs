@@ -1,15 +1,26 @@
 //! A layout in words: the arithmetic behind it, for `shoal plan --explain`.
 
-use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaPlan, ShardMemory};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::plan::{
+    BLOCK_TOKENS, Numerics, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+};
 use shoal_protocol::units::Bytes;
 
+use super::cost::Slices;
 use super::memory::{Costs, KV_TOKENS_MAX};
+use super::predict::predict;
 use super::{Inventory, ModelShape};
 
 /// The arithmetic of a layout, a line each.
 pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) -> Vec<String> {
     let costs = Costs::new(shape, plan.precision);
     let limits = &plan.limits;
+    let most = plan.stages.iter().map(|stage| stage.shards.len()).max().unwrap_or(1);
+    let reduction = match plan.numerics {
+        Numerics::N1 => Reduction::Exact,
+        Numerics::N1Sum => Reduction::Sum,
+    };
+    let slices = Slices::new(shape, most as u32, reduction);
     let mut lines = vec![format!(
         "{} {} {}: {} layers in {}, mesh {}, numerics {}",
         plan.deployment,
@@ -27,8 +38,10 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     });
     let tightest = tightest.min();
     for (index, stage) in plan.stages.iter().enumerate() {
-        let step = costs.step(stage.layers);
-        for shard in &stage.shards {
+        let slices = slices.of(stage.shards.len());
+        for (shard, slice) in stage.shards.iter().zip(slices) {
+            let own = Costs::of_rank(slice, plan.precision).step(stage.layers);
+            let step = costs.step(stage.layers);
             let ShardMemory { weights, kv, activations } = shard.memory;
             let budget = inventory.workers.iter().find(|worker| worker.node == shard.node);
             let of = budget.map_or("is not connected".into(), |worker| match worker.used {
@@ -36,12 +49,13 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
                 used => format!("of {}, other replicas have {used}", worker.budget),
             });
             lines.push(format!(
-                "stage {index} on {} {}: layers {}: {weights} weights + {kv} KV + {activations} activations = {} {of}; a step reads {}{}",
+                "stage {index}{} on {} {}: layers {}: {weights} weights + {kv} KV + {activations} activations = {} {of}; a step reads {}{}",
+                rank_of(stage, shard),
                 shard.node,
                 shard.device,
                 stage.layers,
                 shard.memory.total(),
-                Bytes(step),
+                Bytes(own),
                 if step == slowest { ", the most of all stages" } else { "" },
             ));
         }
@@ -58,9 +72,47 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         limits.context_max,
         shape.context_max(),
     ));
+    lines.extend(times(plan, shape, inventory));
     lines.push(format!(
         "limits: {} rows a step, {} sequences at once, {} steps in flight",
         limits.step_rows_max, limits.sequences_max, limits.steps_in_flight_max,
+    ));
+    lines
+}
+
+/// ` rank 1` where there are several.
+fn rank_of(stage: &StagePlan, shard: &ShardPlan) -> String {
+    match stage.shards.len() {
+        0 | 1 => String::new(),
+        _ => format!(" rank {}", shard.rank.0),
+    }
+}
+
+/// What a token's time is made of, as far as it can be told before.
+fn times(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) -> Vec<String> {
+    let prediction = predict(plan, shape, inventory);
+    let ms = |ns: u64| format!("{:.3} ms", ns as f64 / 1e6);
+    let mut lines = Vec::new();
+    for (index, stage) in prediction.stages.iter().enumerate() {
+        let told = match stage.told_ns {
+            0 => String::new(),
+            ns => format!(" + {} between its ranks", ms(ns)),
+        };
+        let next = if index + 1 < prediction.stages.len() { "to the next stage" } else { "back" };
+        let hop = match stage.hop_ns {
+            0 => String::new(),
+            ns => format!(" + {} {next}", ms(ns)),
+        };
+        lines.push(format!("stage {index}: predicted {} compute{told}{hop}", ms(stage.compute_ns)));
+    }
+    let rates = match prediction.measured {
+        true => "rates as the workers measured them at their start",
+        false => "no rate is known of some worker, so one is assumed",
+    };
+    lines.push(format!(
+        "predicted: {} a token of one stream, {} a step when full; {rates}",
+        ms(prediction.token_ns()),
+        ms(prediction.slowest_ns()),
     ));
     lines
 }

@@ -15,10 +15,12 @@
 //! logits: 0.25 MiB. So the stages need 207 and 207.25 of 300 MiB. On one worker the weights alone
 //! would be 400 MiB: refused.
 
-use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits};
+use shoal_protocol::model::Part;
+use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::placement::Cut;
+use super::split::Slice;
 use super::{Candidate, ModelShape};
 
 /// The most tokens that the KV cache of a replica holds: 256 conversations of 256 tokens. More would
@@ -44,6 +46,8 @@ const STEP_LIMITS: [(u32, u32); 4] = [(512, 256), (256, 64), (128, 16), (32, 4)]
 /// can be tried in constant time.
 pub(super) struct Costs<'a> {
     shape: &'a ModelShape,
+    /// What of it a tensor rank has; `None`: all.
+    part: Option<&'a Part>,
     precision: Precision,
     /// Weight bytes of the layers before each one, with embedding and head as if untied.
     weights_before: Vec<u64>,
@@ -54,7 +58,17 @@ pub(super) struct Costs<'a> {
 }
 
 impl<'a> Costs<'a> {
+    /// Of the whole model.
     pub fn new(shape: &'a ModelShape, precision: Precision) -> Self {
+        Self::with(shape, None, precision)
+    }
+
+    /// Of one rank.
+    pub fn of_rank(slice: &'a Slice, precision: Precision) -> Self {
+        Self::with(&slice.shape, slice.part.as_ref(), precision)
+    }
+
+    fn with(shape: &'a ModelShape, part: Option<&'a Part>, precision: Precision) -> Self {
         let one_block = ReplicaLimits {
             kv_blocks: 1,
             context_max: 1,
@@ -69,12 +83,13 @@ impl<'a> Costs<'a> {
             sums.push(sums.last().copied().unwrap_or(0).saturating_add(more));
         };
         for layer in 0..shape.layers() {
-            let one = shape.memory(LayerRange::new(layer, layer + 1), precision, &one_block);
+            let range = LayerRange::new(layer, layer + 1);
+            let one = memory_of(shape, part, (range, precision), &one_block);
             push(&mut weights_before, one.weights.0);
             push(&mut kv_before, one.kv.0);
-            push(&mut step_before, shape.step_bytes(layer, precision).0);
+            push(&mut step_before, shape.step_bytes_of(layer, part, precision).0);
         }
-        Self { shape, precision, weights_before, step_before, kv_before }
+        Self { shape, part, precision, weights_before, step_before, kv_before }
     }
 
     pub fn shape(&self) -> &'a ModelShape {
@@ -89,6 +104,11 @@ impl<'a> Costs<'a> {
         self.shape.layers()
     }
 
+    /// Weight bytes of the layers before each one.
+    pub fn weights_before(&self) -> Vec<u64> {
+        self.weights_before.clone()
+    }
+
     /// Weight bytes of a range.
     pub fn weights(&self, range: LayerRange) -> Bytes {
         Bytes(between(&self.weights_before, range))
@@ -97,6 +117,11 @@ impl<'a> Costs<'a> {
     /// Weight bytes that a step reads in a range: what its time is proportional to.
     pub fn step(&self, range: LayerRange) -> u64 {
         between(&self.step_before, range)
+    }
+
+    /// What a shard takes, as the worker will count it.
+    pub fn memory(&self, range: LayerRange, limits: &ReplicaLimits) -> ShardMemory {
+        memory_of(self.shape, self.part, (range, self.precision), limits)
     }
 
     /// What a stage needs in all. Ranges differ only in weights and KV; the rest follows from whether
@@ -112,15 +137,25 @@ impl<'a> Costs<'a> {
     /// What depends on the limits and on the kind of stage alone.
     pub fn fixed(&self, limits: &ReplicaLimits) -> Fixed {
         let layers = self.layers();
-        let of = |start, end| {
-            self.shape.memory(LayerRange::new(start, end), self.precision, limits).activations
-        };
+        let of = |start, end| self.memory(LayerRange::new(start, end), limits).activations;
         let middle = if layers > 2 { of(1, 2) } else { Bytes(0) };
         Fixed {
             // A tied model holds the embedding once where one stage is first and last.
-            whole: self.shape.memory(LayerRange::new(0, layers), self.precision, limits).weights,
+            whole: self.memory(LayerRange::new(0, layers), limits).weights,
             activations: [[middle, of(layers - 1, layers)], [of(0, 1), of(0, layers)]],
         }
+    }
+}
+
+fn memory_of(
+    shape: &ModelShape,
+    part: Option<&Part>,
+    (layers, precision): (LayerRange, Precision),
+    limits: &ReplicaLimits,
+) -> ShardMemory {
+    match (shape, part) {
+        (ModelShape::Checkpoint(spec), Some(part)) => part.memory(spec, layers, precision, limits),
+        _ => shape.memory(layers, precision, limits),
     }
 }
 
@@ -162,6 +197,22 @@ pub(super) fn largest_limits(
     cuts: &[Cut],
     workers: &[&Candidate],
 ) -> ReplicaLimits {
+    let need = |cut: &Cut| {
+        let layers = cut.layers;
+        move |limits: &ReplicaLimits| {
+            costs.shape().memory(layers, costs.precision(), limits).total()
+        }
+    };
+    let seats: Vec<_> =
+        cuts.iter().zip(workers).map(|(cut, worker)| (need(cut), worker.free())).collect();
+    largest(least, &seats)
+}
+
+/// The same for any shards: what each needs under which limits, and what its worker has left.
+pub(super) fn largest(
+    least: ReplicaLimits,
+    seats: &[(impl Fn(&ReplicaLimits) -> Bytes, Bytes)],
+) -> ReplicaLimits {
     let context = u64::from(least.context_max);
     let tokens_max = u64::from(KV_TOKENS_MAX).min(context * u64::from(least.sequences_max));
     let with = |kv_blocks: u32| ReplicaLimits {
@@ -170,17 +221,16 @@ pub(super) fn largest_limits(
         sequences_max: least.sequences_max.min(kv_blocks),
         ..least.clone()
     };
-    let need = |cut: &Cut, limits: &ReplicaLimits| {
-        costs.shape().memory(cut.layers, costs.precision(), limits).total()
-    };
-    let bound = |cut: &Cut, worker: &Candidate| {
-        let least = need(cut, &least);
-        least + Bytes(worker.free().saturating_sub(least).0 / KV_SHARE)
-    };
-    let bounds: Vec<_> = cuts.iter().zip(workers).map(|(cut, worker)| bound(cut, worker)).collect();
+    let bounds: Vec<Bytes> = seats
+        .iter()
+        .map(|(need, free)| {
+            let least = need(&least);
+            least + Bytes(free.saturating_sub(least).0 / KV_SHARE)
+        })
+        .collect();
     let fits = |kv_blocks: u32| {
         let limits = with(kv_blocks);
-        cuts.iter().zip(&bounds).all(|(cut, bound)| need(cut, &limits) <= *bound)
+        seats.iter().zip(&bounds).all(|((need, _), bound)| need(&limits) <= *bound)
     };
     // `least.kv_blocks` fits: the cut was made with it. The largest number that does is found by
     // halving, since memory grows with the number of blocks.

@@ -9,13 +9,21 @@
 //! left to whoever carries the layout out.
 
 mod apart;
+mod chain;
 mod change;
+mod cost;
 mod explain;
 mod memory;
+mod mesh;
 mod placement;
+mod predict;
 mod refusal;
+mod space;
+mod split;
+mod zones;
 
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
+use shoal_protocol::mesh::{MeshAsk, ZoneName};
 use shoal_protocol::plan::{
     DeploymentSpec, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
 };
@@ -24,9 +32,12 @@ use shoal_protocol::units::Bytes;
 use super::shape::ModelShape;
 pub use apart::{Apart, is_torn, pair};
 pub use change::{Rate, loads, same_layout, speed};
+pub use cost::{Link, Links};
 pub use explain::explain;
 pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
-pub use refusal::{PlanRefusal, StageNeed};
+pub use predict::{Prediction, StageTime, predict};
+pub use refusal::{MeshFit, PlanRefusal, StageNeed};
+pub use split::{RankSums, ranks_max};
 
 use memory::Costs;
 use placement::Cut;
@@ -38,6 +49,8 @@ pub struct Inventory {
     pub workers: Vec<Candidate>,
     /// Pairs of them that are not to be neighbours where that can be avoided.
     pub apart: Apart,
+    /// Ways between them that are known to be longer than others.
+    pub links: Links,
 }
 
 /// One worker with one device.
@@ -56,6 +69,14 @@ pub struct Candidate {
     /// Whether it has a shard of another replica of the same deployment: two copies on one worker are
     /// lost together and wait for each other.
     pub sibling: bool,
+    /// What its kernels read of weights, where it has said so.
+    pub rate: Option<Rate>,
+    /// Its failure domain, where it has one.
+    pub zone: Option<ZoneName>,
+    /// Whether it understands a layout with ranks.
+    pub speaks_ranks: bool,
+    /// Of how many ranks of a stage it says that it computes one; 0 where it has not said.
+    pub ranks_most: u32,
 }
 
 impl Candidate {
@@ -82,6 +103,8 @@ pub struct Job<'a> {
     /// How many replicas the deployment has: where the number of stages is left open, each takes its
     /// share of the workers.
     pub replicas: usize,
+    /// What was asked for beyond a number of stages.
+    pub ask: MeshAsk,
 }
 
 /// The most ends of cut ways that are left out in turn; each doubles the layouts that are made.
@@ -112,21 +135,18 @@ pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRef
         .map_or(first, Ok)
 }
 
-/// Workers without a sibling come first.
+/// Workers without a sibling come first, and of those the ones in zones without one.
 fn plan_near(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
     let share = (inventory.workers.len() / job.replicas.max(1)).max(1);
-    let (shared, free): (Vec<_>, Vec<_>) =
-        inventory.workers.iter().cloned().partition(|worker| worker.sibling);
-    if !shared.is_empty()
-        && let Ok(plan) =
-            plan_on(&Inventory { workers: free, apart: inventory.apart.clone() }, job, share)
-    {
-        return Ok(plan);
-    }
-    plan_on(inventory, job, share)
+    let better = zones::without_siblings(inventory);
+    let found = better.iter().find_map(|fewer| zones::plan(fewer, job, share).ok());
+    found.map_or_else(|| zones::plan(inventory, job, share), Ok)
 }
 
 fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<ReplicaPlan, PlanRefusal> {
+    if job.ask.is_measured() {
+        return mesh::plan(inventory, job, share);
+    }
     let numerics = Numerics::N1;
     let workers = candidates(inventory, numerics)?;
     let layers = job.shape.layers();

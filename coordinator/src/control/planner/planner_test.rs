@@ -43,8 +43,13 @@ fn inventory(budgets: &[u64]) -> Inventory {
         used: Bytes(0),
         numerics: vec![Numerics::N1],
         sibling: false,
+        rate: None,
+        zone: None,
+        speaks_ranks: true,
+        ranks_most: 0,
     };
-    Inventory { workers: budgets.iter().enumerate().map(worker).collect(), apart: Apart::new() }
+    let workers = budgets.iter().enumerate().map(worker).collect();
+    Inventory { workers, ..Inventory::default() }
 }
 
 fn planned(
@@ -61,6 +66,7 @@ fn planned(
         shape,
         previous,
         replicas: 1,
+        ask: MeshAsk::default(),
     };
     plan(inventory, &job)
 }
@@ -198,10 +204,10 @@ fn impossible_meshes_are_refused() {
 }
 
 /// A small source of numbers that repeats: an LCG's high bits.
-struct Numbers(u64);
+pub(super) struct Numbers(pub u64);
 
 impl Numbers {
-    fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
@@ -373,7 +379,9 @@ fn a_second_deployment_and_a_next_layout_find_room_beside_the_first() {
         inventory.workers[0].used = used;
         let (replica, generation) = (ReplicaId(1), Generation(1));
         let (shape, previous) = (&shape, None);
-        plan(&inventory, &Job { replica, generation, spec: &spec, shape, previous, replicas: 1 })
+        let ask = MeshAsk::default();
+        let spec = &spec;
+        plan(&inventory, &Job { replica, generation, spec, shape, previous, replicas: 1, ask })
     };
     // As much as the most that one replica takes: alone it would leave nothing.
     let roomy = plan_with(Bytes(0), 1 << 40).unwrap();

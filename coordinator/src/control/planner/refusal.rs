@@ -9,6 +9,7 @@ use shoal_protocol::plan::{Numerics, Precision, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::memory::{self, Costs};
+use super::split::RankSums;
 use super::{Candidate, Job, ModelShape, fits, placement};
 
 /// The most workers that are tried as an addition: a refusal that asks for more helps nobody.
@@ -59,6 +60,82 @@ pub enum PlanRefusal {
     /// Not enough memory.
     #[error("{0}")]
     DoesNotFit(Box<DoesNotFit>),
+    /// More ranks than the model can be split into.
+    #[error("{0}")]
+    TooManyRanks(RankSums),
+    /// More shards than workers.
+    #[error("{}", too_few(*stages, *ranks, *workers, (*most, *layers)))]
+    TooFewForMesh {
+        /// The stages that were asked for.
+        stages: u32,
+        /// The ranks of each.
+        ranks: u32,
+        /// The workers that are connected.
+        workers: usize,
+        /// The most ranks that the model can be split into.
+        most: u32,
+        /// The model's layers.
+        layers: u32,
+    },
+    /// Not enough workers that know of ranks.
+    #[error(
+        "of {workers} connected workers {able} know of tensor ranks (protocol version 3): too few for this \
+         mesh; upgrade the others, or give a mesh with one rank"
+    )]
+    NoRanks {
+        /// How many know of them.
+        able: usize,
+        /// How many there are.
+        workers: usize,
+    },
+    /// Not enough memory for a mesh.
+    #[error("{0}")]
+    MeshDoesNotFit(Box<MeshFit>),
+}
+
+/// The arithmetic of a mesh that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshFit {
+    /// Its stages.
+    pub stages: u32,
+    /// The ranks of each.
+    pub ranks: u32,
+    /// The precision that was planned for.
+    pub precision: Precision,
+    /// What the largest shard of an even cut needs at the least.
+    pub least: Bytes,
+    /// What each worker has left.
+    pub free: Vec<(NodeId, Bytes)>,
+}
+
+impl fmt::Display for MeshFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { stages, ranks, precision, least, free } = self;
+        writeln!(
+            f,
+            "mesh {stages}x{ranks} does not fit in {precision} on these workers: cut evenly, its largest \
+             shard needs at least {least}"
+        )?;
+        for (node, free) in free.iter().take(LINES_MAX) {
+            writeln!(f, "  {node} has {free}")?;
+        }
+        more(f, free.len(), "workers")?;
+        f.write_str("Give more stages or ranks, a smaller --precision, or the workers more memory.")
+    }
+}
+
+fn too_few(stages: u32, ranks: u32, workers: usize, (most, layers): (u32, u32)) -> String {
+    // Of each number of ranks the mesh with the most stages.
+    let meshes =
+        (1..=most.min(workers as u32)).map(|ranks| ((workers as u32 / ranks).min(layers), ranks));
+    let meshes: Vec<String> =
+        meshes.take(LINES_MAX / 3).map(|(stages, ranks)| format!("{stages}x{ranks}")).collect();
+    format!(
+        "mesh {stages}x{ranks} has {} shards, and {workers} workers are connected, each of which takes one of a \
+         replica; start more, or give --mesh {}",
+        u64::from(stages) * u64::from(ranks),
+        meshes.join(" or ")
+    )
 }
 
 /// The arithmetic of a model that does not fit.
@@ -144,15 +221,27 @@ impl PlanRefusal {
     /// The code under which it crosses a wire.
     pub fn code(&self) -> ErrorCode {
         match self {
-            PlanRefusal::NoWorkers | PlanRefusal::NoNumerics { .. } => ErrorCode::NotReady,
-            PlanRefusal::NoStages | PlanRefusal::TooManyStages { .. } => ErrorCode::InvalidRequest,
-            PlanRefusal::TooFewWorkers { .. } | PlanRefusal::DoesNotFit(_) => ErrorCode::DoesNotFit,
+            PlanRefusal::NoWorkers
+            | PlanRefusal::NoNumerics { .. }
+            | PlanRefusal::NoRanks { .. } => ErrorCode::NotReady,
+            PlanRefusal::NoStages
+            | PlanRefusal::TooManyStages { .. }
+            | PlanRefusal::TooManyRanks(_) => ErrorCode::InvalidRequest,
+            PlanRefusal::TooFewWorkers { .. }
+            | PlanRefusal::TooFewForMesh { .. }
+            | PlanRefusal::DoesNotFit(_)
+            | PlanRefusal::MeshDoesNotFit(_) => ErrorCode::DoesNotFit,
         }
     }
 
     /// Whether more or other workers can help.
     pub fn is_of_the_cluster(&self) -> bool {
-        !matches!(self, PlanRefusal::NoStages | PlanRefusal::TooManyStages { .. })
+        !matches!(
+            self,
+            PlanRefusal::NoStages
+                | PlanRefusal::TooManyStages { .. }
+                | PlanRefusal::TooManyRanks(_)
+        )
     }
 }
 
@@ -188,6 +277,10 @@ fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
             used: Bytes(0),
             numerics: Vec::new(),
             sibling: false,
+            rate: None,
+            zone: None,
+            speaks_ranks: false,
+            ranks_most: 0,
         })
         .collect();
     let endless: Vec<_> = endless.iter().collect();

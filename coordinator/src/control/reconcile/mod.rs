@@ -12,6 +12,7 @@
 //! memory of its own. It converges from any state, and a round that changes nothing has no action.
 
 mod health;
+mod links;
 mod moves;
 mod pace;
 mod pairs;
@@ -26,12 +27,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use shoal_protocol::admin::DeploymentPhase;
-use shoal_protocol::control::{Register, Report};
+use shoal_protocol::control::{DeviceInfo, Register, Report};
 use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, ReplicaId};
+use shoal_protocol::mesh::{Facts, MeshAsk};
 use shoal_protocol::plan::{Assignment, DeploymentSpec, ReplicaPlan};
 use shoal_protocol::units::{Bytes, Instant};
+use shoal_protocol::version::KNOWS_MESHES;
 
-use super::planner::{Apart, Candidate, Inventory, Job, PlanRefusal, plan};
+use super::planner::{Apart, Candidate, Inventory, Job, PlanRefusal, Rate, plan};
 use super::shape::ModelShape;
 use super::state::{ClusterState, PlanCommand};
 use patience::Standing;
@@ -88,8 +91,23 @@ pub struct ObservedWorker {
     pub register: Register,
     /// Its last report.
     pub report: Report,
+    /// What it has said of itself besides.
+    pub facts: Facts,
+    /// The smoothed round trip of its control link.
+    pub rtt: Option<Duration>,
     /// What it was last told to be on its present connection; `None` before the first time.
     pub pushed: Option<Vec<Assignment>>,
+}
+
+impl ObservedWorker {
+    /// Its devices as people see them: with the zone, where it stands in one.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        let mut devices = self.register.devices.clone();
+        if let Some(zone) = &self.facts.zone {
+            devices.iter_mut().for_each(|d| d.description.push_str(&format!(", zone {zone}")));
+        }
+        devices
+    }
 }
 
 /// What is remembered of one replica between rounds.
@@ -324,7 +342,18 @@ pub fn inventory_for(
 ) -> Inventory {
     let plans: Vec<_> = target.plans.all().cloned().collect();
     let workers = workers_for(target, observed, &plans, Seeker { name, replica, instead: true });
-    Inventory { workers, apart: apart(observed) }
+    inventory_of(target, observed, workers, apart(observed))
+}
+
+/// These workers, with the ways between them.
+fn inventory_of(
+    target: &ClusterState,
+    observed: &Observed,
+    workers: Vec<Candidate>,
+    apart: Apart,
+) -> Inventory {
+    let links = links::links(target, observed, &workers);
+    Inventory { workers, apart, links }
 }
 
 /// The pairs that any replica has found not to reach each other.
@@ -365,6 +394,10 @@ fn workers_for(
             used,
             numerics: worker.register.numerics.clone(),
             sibling,
+            rate: worker.facts.rates.get(&device.name).and_then(|rate| Rate::said(*rate)),
+            zone: worker.facts.zone.clone(),
+            speaks_ranks: worker.register.versions.max >= KNOWS_MESHES,
+            ranks_most: worker.facts.ranks_most,
         })
     });
     candidates.collect()
@@ -385,11 +418,13 @@ pub fn dry_run(
     spec: &DeploymentSpec,
     shape: &ModelShape,
     replicas: u32,
+    ask: MeshAsk,
 ) -> Result<ReplicaPlan, PlanRefusal> {
     // No deployment has replica 0.
     let replica = ReplicaId(0);
     let replicas = replicas as usize;
-    let job = Job { replica, generation: Generation(1), spec, shape, previous: None, replicas };
+    let generation = Generation(1);
+    let job = Job { replica, generation, spec, shape, previous: None, replicas, ask };
     plan(&inventory(target, observed, &spec.name), &job)
 }
 

@@ -2,14 +2,14 @@
 
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::id::{Generation, NodeId, ReplicaId};
-use shoal_protocol::plan::ReplicaPlan;
+use shoal_protocol::plan::{ReplicaPlan, StagePlan};
 use shoal_protocol::units::Instant;
 
 use super::super::planner::{Inventory, Job};
 use super::super::state::{Deployment, GENERATIONS_SKIPPED_MAX};
 use super::health::{self, Health};
 use super::words::place_of;
-use super::{Action, History, Round, STABLE_AFTER, Seeker, Stand, workers_for};
+use super::{Action, History, Round, STABLE_AFTER, Seeker, Stand, inventory_of, workers_for};
 
 /// What the next layout comes to in this round.
 enum Next {
@@ -268,6 +268,7 @@ impl Round<'_> {
             shape: &deployment.shape,
             previous: self.target.plans.get(replica),
             replicas: deployment.replicas.len(),
+            ask: self.target.meshes.of(&deployment.spec.name),
         }
     }
 
@@ -280,20 +281,24 @@ impl Round<'_> {
     ) -> Inventory {
         let seeker = Seeker { name: &deployment.spec.name, replica, instead };
         let workers = workers_for(self.target, self.observed, &self.plans, seeker);
-        Inventory { workers, apart: self.apart.clone() }
+        inventory_of(self.target, self.observed, workers, self.apart.clone())
     }
 
     /// Notes how fast each worker of a layout that serves was since the last time.
     fn look_at_paces(&self, deployment: &Deployment, plan: &ReplicaPlan, history: &mut History) {
-        let bytes = |index: usize| -> u64 {
-            let layers = plan.stages[index].layers;
+        let bytes = |stage: &StagePlan| -> u64 {
+            let layers = stage.layers;
             let step = |layer| deployment.shape.step_bytes(layer, plan.precision).0;
-            (layers.start..layers.end).map(step).sum()
+            let all: u64 = (layers.start..layers.end).map(step).sum();
+            all / (stage.shards.len().max(1) as u64)
         };
+        // A shard for each rank of each stage, in mesh order.
+        let bytes =
+            plan.stages.iter().flat_map(|stage| stage.shards.iter().map(move |_| bytes(stage)));
         let shards: Vec<_> = health::current_shards(plan, self.observed)
             .into_iter()
-            .enumerate()
-            .map(|(index, (node, shard))| (node, shard, bytes(index)))
+            .zip(bytes)
+            .map(|((node, shard), bytes)| (node, shard, bytes))
             .collect();
         history.paces.look(plan.generation, &shards, self.observed.now);
     }

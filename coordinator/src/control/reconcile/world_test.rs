@@ -114,6 +114,8 @@ impl World {
             silent_for: Duration::ZERO,
             register,
             report,
+            facts: Facts::default(),
+            rtt: None,
             pushed: None,
         };
         self.observed.workers.insert(NodeId::worker(number), worker);

@@ -32,6 +32,8 @@ pub enum Violation {
     DrainOfNobody(NodeId),
     /// What a node speaks that is not there.
     VersionOfNobody(NodeId),
+    /// A mesh of a deployment that is not there.
+    MeshOfNothing(String),
 }
 
 impl fmt::Display for Violation {
@@ -47,6 +49,9 @@ impl fmt::Display for Violation {
             Violation::NextNotNext(id) => write!(f, "the next layout of {id} follows none"),
             Violation::DrainOfNobody(node) => write!(f, "{node} is drained and not there"),
             Violation::VersionOfNobody(node) => write!(f, "{node} speaks and is not there"),
+            Violation::MeshOfNothing(name) => {
+                write!(f, "a mesh was asked for `{name}`, which is not there")
+            }
         }
     }
 }
@@ -90,6 +95,8 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
     }
     let gone = state.versions.recorded().filter(|node| state.nodes.get(*node).is_none());
     found.extend(gone.map(Violation::VersionOfNobody));
+    let nothing = state.meshes.names().filter(|name| state.deployments.get(name).is_none());
+    found.extend(nothing.map(|name| Violation::MeshOfNothing(name.to_string())));
     for plan in state.plans.all() {
         let owner = state.deployments.get(&plan.deployment);
         match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {

@@ -13,6 +13,7 @@
 //! | [`CoordinatorCommand::KeyReceived`] | a coordinator, for itself | it has announced itself |
 //! | [`CoordinatorCommand::Remove`] | an admin | it does not vote |
 //! | [`DeploymentCommand::Scale`] | an admin | the name is taken, the number of replicas within bounds |
+//! | [`DeploymentCommand::CreateMesh`], [`DeploymentCommand::ScaleMesh`] | an admin | as `Create` and `Scale`, and all coordinators speak version 3 |
 //! | [`PlanCommand::Adopt`] | the reconciler | the generation is newer than the last one, the layout is whole, its workers are known |
 //! | [`NodeCommand::Remove`] | an admin | the node is known, no coordinator, and not the cluster's own admin |
 //! | [`TokenCommand::Revoke`] | an admin | the token is known |

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{DeploymentName, ReplicaId};
+use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::plan::{DeploymentSpec, StagesAsked};
 
 use super::command::{Advice, Effect, Noun, Refusal, Timestamp};
@@ -42,6 +43,26 @@ pub enum DeploymentCommand {
         replicas: Option<u32>,
         /// Into how many stages each is cut.
         stages: StagesAsked,
+    },
+    /// As `Create`, with what is asked of the planner. Since version 3.
+    CreateMesh {
+        /// What was asked for; the stages are those of the mesh.
+        spec: DeploymentSpec,
+        /// The model's shape.
+        shape: ModelShape,
+        /// How many full copies.
+        replicas: u32,
+        /// What is asked of the planner.
+        ask: MeshAsk,
+    },
+    /// As `Scale`, with what is asked of the planner: what it does not say stays. Since version 3.
+    ScaleMesh {
+        /// Which.
+        name: DeploymentName,
+        /// How many full copies; `None`: as many as there are.
+        replicas: Option<u32>,
+        /// What is asked of the planner.
+        ask: MeshAsk,
     },
 }
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`keys`], [`drains`], [`versions`], [`authorities`]; this file only dispatches. What is soft (who is
+//! [`plans`], [`keys`], [`drains`], [`versions`], [`authorities`], [`meshes`]; this file only dispatches. What is soft (who is
 //! connected, load,
 //! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
@@ -17,6 +17,7 @@ pub mod coordinators;
 pub mod deployments;
 pub mod drains;
 pub mod keys;
+pub mod meshes;
 pub mod nodes;
 pub mod plans;
 pub mod snapshot;
@@ -26,7 +27,8 @@ pub mod versions;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::id::{DeploymentName, Incarnation, NodeId};
+use shoal_protocol::plan::StagesAsked;
 
 pub use authorities::{Authorities, AuthorityCommand, CaStep, LEAVING_MAX, Rotation};
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
@@ -34,6 +36,7 @@ pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
 pub use deployments::{Deployment, DeploymentCommand, Deployments, REPLICAS_MAX};
 pub use drains::{DrainCommand, Drains};
 pub use keys::{ApiKey, KeyCommand, KeyHash, Keys};
+pub use meshes::Meshes;
 pub use nodes::{KeyFingerprint, Node, NodeCommand, Nodes};
 pub use plans::{GENERATIONS_SKIPPED_MAX, PlanCommand, Plans};
 pub use tokens::{Token, TokenCommand, TokenHash, Tokens};
@@ -68,6 +71,9 @@ pub struct ClusterState {
     /// Which CAs are believed.
     #[serde(skip)]
     pub authorities: Authorities,
+    /// What was asked of the planner.
+    #[serde(skip)]
+    pub meshes: Meshes,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -175,25 +181,7 @@ impl ClusterState {
                 self.tokens.create(*hash, *role, *uses, *expires, at)
             }
             Change::Token(TokenCommand::Revoke { hash }) => self.tokens.revoke(hash),
-            Change::Deployment(DeploymentCommand::Create { spec, shape, replicas }) => {
-                self.deployments.create(spec, shape, *replicas, at)
-            }
-            Change::Deployment(DeploymentCommand::Remove { name }) => {
-                let replicas = self.deployments.remove(name)?;
-                let mut effects = vec![Effect::DeploymentRemoved { name: name.clone() }];
-                effects.extend(self.plans.remove(&replicas));
-                Ok(effects)
-            }
-            Change::Deployment(DeploymentCommand::Scale { name, replicas, stages }) => {
-                let has_layout = |id| self.plans.get(id).is_some();
-                let (given, taken) =
-                    self.deployments.scale(name, *replicas, *stages, has_layout)?;
-                let removed = self.plans.remove(&taken);
-                let mut effects =
-                    vec![Effect::DeploymentScaled { name: name.clone(), given, taken }];
-                effects.extend(removed);
-                Ok(effects)
-            }
+            Change::Deployment(command) => self.change_deployments(command, at),
             Change::Plan(command) => self.plans.change(command, &self.deployments, &self.nodes),
             Change::Drain(command) => self.drains.change(command, &self.nodes, at),
             Change::Key(KeyCommand::Create { name, hash, limits, expires }) => {
@@ -211,6 +199,54 @@ impl ClusterState {
                 Ok(effects)
             }
         }
+    }
+
+    fn change_deployments(
+        &mut self,
+        command: &DeploymentCommand,
+        at: Timestamp,
+    ) -> Result<Vec<Effect>, Refusal> {
+        match command {
+            DeploymentCommand::Create { spec, shape, replicas } => {
+                self.deployments.create(spec, shape, *replicas, at)
+            }
+            DeploymentCommand::CreateMesh { spec, shape, replicas, ask } => {
+                let effects = self.deployments.create(spec, shape, *replicas, at)?;
+                self.meshes.put(&spec.name, *ask);
+                Ok(effects)
+            }
+            DeploymentCommand::Remove { name } => {
+                let replicas = self.deployments.remove(name)?;
+                self.meshes.forget(name);
+                let mut effects = vec![Effect::DeploymentRemoved { name: name.clone() }];
+                effects.extend(self.plans.remove(&replicas));
+                Ok(effects)
+            }
+            DeploymentCommand::Scale { name, replicas, stages } => {
+                let effects = self.scale(name, *replicas, *stages)?;
+                self.meshes.stages_asked(name, *stages);
+                Ok(effects)
+            }
+            DeploymentCommand::ScaleMesh { name, replicas, ask } => {
+                let effects = self.scale(name, *replicas, meshes::stages_of(*ask))?;
+                self.meshes.put(name, ask.or(self.meshes.of(name)));
+                Ok(effects)
+            }
+        }
+    }
+
+    fn scale(
+        &mut self,
+        name: &DeploymentName,
+        replicas: Option<u32>,
+        stages: StagesAsked,
+    ) -> Result<Vec<Effect>, Refusal> {
+        let has_layout = |id| self.plans.get(id).is_some();
+        let (given, taken) = self.deployments.scale(name, replicas, stages, has_layout)?;
+        let removed = self.plans.remove(&taken);
+        let mut effects = vec![Effect::DeploymentScaled { name: name.clone(), given, taken }];
+        effects.extend(removed);
+        Ok(effects)
     }
 
     fn change_coordinators(&mut self, change: &CoordinatorCommand) -> Result<Vec<Effect>, Refusal> {

@@ -23,6 +23,9 @@ const VERSIONS: u8 = 1;
 /// The tag of which CAs are believed.
 const AUTHORITIES: u8 = 2;
 
+/// The tag of what was asked of the planner.
+const MESHES: u8 = 3;
+
 /// A noun that format 2 has no room for.
 type Part = (u8, Vec<u8>);
 
@@ -93,6 +96,9 @@ fn parts_of(state: &ClusterState) -> Result<Vec<Part>, postcard::Error> {
     if !state.authorities.is_empty() {
         parts.push((AUTHORITIES, postcard::to_stdvec(&state.authorities)?));
     }
+    if !state.meshes.is_empty() {
+        parts.push((MESHES, postcard::to_stdvec(&state.meshes)?));
+    }
     Ok(parts)
 }
 
@@ -106,6 +112,7 @@ fn put(state: &mut ClusterState, (tag, bytes): &Part) -> Result<(), SnapshotErro
     match *tag {
         VERSIONS => state.versions = whole(bytes)?,
         AUTHORITIES => state.authorities = whole(bytes)?,
+        MESHES => state.meshes = whole(bytes)?,
         tag => return Err(SnapshotError::UnknownPart { tag }),
     }
     Ok(())

@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::plan::Numerics;
+use shoal_protocol::version::KNOWS_MESHES;
 
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
@@ -113,11 +115,7 @@ pub fn needs(change: &Change) -> Needs {
             | DeploymentCommand::Scale { .. },
         )
         | Change::Plan(
-            PlanCommand::Adopt { .. }
-            | PlanCommand::Prepare { .. }
-            | PlanCommand::Promote { .. }
-            | PlanCommand::Abandon { .. }
-            | PlanCommand::Confirm { .. },
+            PlanCommand::Promote { .. } | PlanCommand::Abandon { .. } | PlanCommand::Confirm { .. },
         )
         | Change::Coordinator(
             CoordinatorCommand::Announce { .. }
@@ -127,6 +125,16 @@ pub fn needs(change: &Change) -> Needs {
         )
         | Change::Key(KeyCommand::Create { .. } | KeyCommand::Revoke { .. })
         | Change::Drain(DrainCommand::Begin { .. } | DrainCommand::End { .. }) => Needs::NOTHING,
+        // Workers of older builds have no part in such a layout: the planner sees to that.
+        Change::Deployment(
+            DeploymentCommand::CreateMesh { .. } | DeploymentCommand::ScaleMesh { .. },
+        ) => Needs::coordinators(KNOWS_MESHES),
+        Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
+            match plan.numerics {
+                Numerics::N1 => Needs::NOTHING,
+                Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
+            }
+        }
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),

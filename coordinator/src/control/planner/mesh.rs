@@ -1,0 +1,447 @@
+//! Stages, ranks and layers chosen together, by what was measured.
+//!
+//! ```text
+//! ask ─► how many stages and ranks may be ─► most generous limits under which any layout fits
+//!     ─► space (which crews, which orders) ─► chain (exact search) ─► seats ─► ReplicaPlan
+//! ```
+//!
+//! Of layouts with the least predicted time per token (or whose slowest stage is the fastest) it takes one
+//! that reads the fewest bytes anew. Who asked for nothing gets a stage for each worker and layers spread
+//! evenly, as `placement` makes them: no measurement moves a layer there.
+
+use std::collections::BTreeMap;
+
+use shoal_protocol::id::RankIndex;
+use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
+use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
+use shoal_protocol::units::{Bytes, LayerRange};
+
+use super::chain::{Crew, Goal, Problem, Reach, Score, Way, Weights};
+use super::cost::{Link, Slices, Times, row_bytes, seats};
+use super::memory::{self, Costs, Fixed};
+use super::refusal::MeshFit;
+use super::space::{self, Bounds, Member, Space};
+use super::split::{RankSums, ranks_max};
+use super::{Candidate, Inventory, Job, PlanRefusal, candidates, refusal};
+
+/// The numbers of ranks that are tried where it is left open. Beyond the last one the ranks tell each other
+/// more than they save, on any network that we know; each costs some milliseconds of planning.
+const RANKS_TRIED: [usize; 6] = [1, 2, 3, 4, 6, 8];
+
+/// What may be chosen.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    pub stages: Option<u32>,
+    pub ranks: Vec<usize>,
+    /// Whether the number of ranks is asked for: then nobody has to say that it computes as one.
+    pub explicit: bool,
+    pub objective: Objective,
+    pub reduction: Reduction,
+}
+
+/// A layout as the search found it.
+struct Found<'w> {
+    score: Score,
+    limits: ReplicaLimits,
+    /// By stage: its layers, and its workers in rank order.
+    stages: Vec<(LayerRange, Vec<&'w Candidate>)>,
+}
+
+/// The layout for a job that asks for more than stages.
+pub(super) fn plan(
+    inventory: &Inventory,
+    job: &Job<'_>,
+    share: usize,
+) -> Result<ReplicaPlan, PlanRefusal> {
+    let mut workers = candidates(inventory, Numerics::N1)?;
+    let mut wanted = wanted(job, workers.len())?;
+    if !wanted.explicit && !workers.iter().all(|worker| worker.speaks_ranks) {
+        // Whoever has a stage of a layout is told all of it, also where others have the ranks.
+        wanted.ranks = vec![1];
+    }
+    if wanted.ranks.iter().all(|ranks| *ranks > 1) {
+        let all = workers.len();
+        workers.retain(|worker| worker.speaks_ranks);
+        let needs = wanted.stages.unwrap_or(1) as usize * wanted.ranks[0];
+        if workers.len() < needs {
+            return Err(PlanRefusal::NoRanks { able: workers.len(), workers: all });
+        }
+    }
+    let precision = job.spec.precision.unwrap_or(job.shape.stored());
+    let most = wanted.ranks.iter().copied().max().unwrap_or(1);
+    let slices = Slices::new(job.shape, most as u32, wanted.reduction);
+    let of = |ranks: usize| -> Vec<Costs<'_>> {
+        let needed = ranks == 1 || wanted.ranks.contains(&ranks);
+        let shapes = slices.of(ranks).iter().filter(|_| needed);
+        shapes.map(|slice| Costs::of_rank(slice, precision)).collect()
+    };
+    let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
+    let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
+    let found = match wanted.stages {
+        // Any of them: how many follows from the mesh.
+        Some(_) => search.best(workers.len()),
+        // Its share of the workers; more only where it does not fit otherwise.
+        None => search.best(share).or_else(|| search.best(workers.len())),
+    };
+    let Some(found) = found else {
+        return Err(search.refusal());
+    };
+    Ok(search.plan(found))
+}
+
+/// What is asked for, checked against the model.
+fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
+    let layers = job.shape.layers();
+    let (stages, ranks) = match (job.ask.mesh, job.spec.stages) {
+        (Some(MeshAsked::Exactly(mesh)), _) => (Some(mesh.stages), Some(mesh.ranks)),
+        // A number of stages is that of a mesh with one rank.
+        (None, Some(stages)) => (Some(stages), Some(1)),
+        (Some(MeshAsked::Auto) | None, _) => (None, None),
+    };
+    let (most, what) = ranks_max(job.shape);
+    match (stages, ranks) {
+        (Some(0), _) | (_, Some(0)) => return Err(PlanRefusal::NoStages),
+        (Some(stages), _) if stages > layers => {
+            return Err(PlanRefusal::TooManyStages { stages, layers });
+        }
+        (_, Some(ranks)) if ranks > most => {
+            return Err(PlanRefusal::TooManyRanks(RankSums { units: most, what, ranks }));
+        }
+        (Some(stages), Some(1)) if stages as usize > workers => {
+            return Err(PlanRefusal::TooFewWorkers { stages, workers });
+        }
+        (Some(stages), Some(ranks)) if u64::from(stages) * u64::from(ranks) > workers as u64 => {
+            return Err(PlanRefusal::TooFewForMesh { stages, ranks, workers, most, layers });
+        }
+        _ => {}
+    }
+    let tried = RANKS_TRIED.into_iter().filter(|n| *n <= workers && *n as u32 <= most);
+    Ok(Wanted {
+        stages,
+        ranks: match ranks {
+            Some(ranks) => vec![ranks as usize],
+            None => tried.collect(),
+        },
+        explicit: ranks.is_some(),
+        objective: job.ask.objective.unwrap_or_default(),
+        reduction: job.ask.reduction.unwrap_or_default(),
+    })
+}
+
+struct Search<'a, 'w> {
+    inventory: &'a Inventory,
+    job: &'a Job<'a>,
+    wanted: &'a Wanted,
+    /// By ranks less one, then by rank.
+    costs: &'a [Vec<Costs<'a>>],
+    workers: &'a [&'w Candidate],
+}
+
+impl<'w> Search<'_, 'w> {
+    /// The best layout on at most so many workers, under the most generous limits that any layout fits.
+    fn best(&self, workers: usize) -> Option<Found<'w>> {
+        let whole = &self.costs[0][0];
+        let places = space::places(self.inventory, self.workers);
+        let previous = self.job.previous;
+        let members = space::members(self.inventory, self.workers, previous, &places);
+        // Ranks of a stage are in one place; where that is worse they may be anywhere, over the worst way.
+        let one = vec![0; self.workers.len()];
+        let everywhere = space::members(self.inventory, self.workers, previous, &one);
+        let apart =
+            places.iter().any(|place| *place > 0) && self.wanted.ranks.iter().any(|r| *r > 1);
+        let most = self.wanted.stages.map_or(workers.min(whole.layers() as usize), |s| s as usize);
+        memory::limits_to_try(whole, most).into_iter().find_map(|limits| {
+            let here = self.under(&limits, &members, workers);
+            let there = apart.then(|| self.under(&limits, &everywhere, workers)).flatten();
+            match (here, there) {
+                (Some(here), Some(there)) if there.score.0 < here.score.0 => Some(there),
+                (Some(found), _) | (None, Some(found)) => Some(found),
+                (None, None) => None,
+            }
+        })
+    }
+
+    /// The best layout under these limits. They allow for a step in flight in each of the most stages that
+    /// there might be; fewer stages need less, so it is looked at again with that.
+    fn under(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        workers: usize,
+    ) -> Option<Found<'w>> {
+        let mut in_flight = limits.steps_in_flight_max;
+        let found = loop {
+            let limits = ReplicaLimits { steps_in_flight_max: in_flight, ..limits.clone() };
+            if let Some(found) = self.in_spaces(&limits, members, workers, u64::MAX) {
+                break found;
+            }
+            if self.wanted.stages.is_some() || in_flight <= 2 {
+                return None;
+            }
+            in_flight = (in_flight / 2).max(2);
+        };
+        let needed = found.stages.len() as u32 + 1;
+        let limits = ReplicaLimits { steps_in_flight_max: needed, ..limits.clone() };
+        if needed >= found.limits.steps_in_flight_max {
+            // More stages than steps were allowed for: one travels less, where there is no memory for it.
+            return Some(found);
+        }
+        let again = self.in_spaces(&limits, members, workers, found.score.0);
+        let again = again
+            .filter(|again| again.stages.len() as u32 + 1 <= needed && again.score <= found.score);
+        Some(again.unwrap_or(Found { limits, ..found }))
+    }
+
+    fn in_spaces(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        workers: usize,
+        bound: u64,
+    ) -> Option<Found<'w>> {
+        let bounds = Bounds {
+            ranks: &self.wanted.ranks,
+            workers,
+            layers: self.costs[0][0].layers(),
+            stages: self.wanted.stages,
+            willing: !self.wanted.explicit,
+        };
+        if let Some(space) = Space::of_kinds(members, bounds) {
+            let (score, stages) = self.in_space(limits, members, &space, bound)?;
+            return Some(Found { score, limits: limits.clone(), stages });
+        }
+        let mut best: Option<Found<'w>> = None;
+        for mut order in space::orders(members) {
+            order.truncate(workers);
+            let space = Space::of_chain(members, &order, bounds);
+            // What is worse than an order before is not looked at.
+            let bound = best.as_ref().map_or(bound, |best| best.score.0);
+            let found = self.in_space(limits, members, &space, bound);
+            let Some((score, stages)) = found else { continue };
+            if best.as_ref().is_none_or(|best| score < best.score) {
+                best = Some(Found { score, limits: limits.clone(), stages });
+            }
+        }
+        best
+    }
+
+    fn in_space(
+        &self,
+        limits: &ReplicaLimits,
+        members: &[Member<'w>],
+        space: &Space,
+        bound: u64,
+    ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
+        let links = space::links(self.inventory, members);
+        let mut tables = Tables::default();
+        let crews = space.crews.iter();
+        let crews: Vec<Crew> =
+            crews.map(|crew| tables.crew(self, crew, members, limits, &links)).collect();
+        let row = row_bytes(self.job.shape);
+        let of = |time: &dyn Fn(&Link) -> u64| -> Vec<Vec<u64>> {
+            links.iter().map(|row| row.iter().map(time).collect()).collect()
+        };
+        let weights: Vec<Weights> = self.costs.iter().map(|ranks| weights(ranks)).collect();
+        let problem = Problem {
+            layers: self.costs[0][0].layers(),
+            hops: &of(&|link: &Link| link.time(row)),
+            busy: &of(&|link: &Link| link.occupied(row)),
+            backs: &of(&|link: &Link| link.latency_ns),
+            crews: &crews,
+            times: &tables.times,
+            reaches: &tables.reaches,
+            moves: &space.moves,
+            stages: self.wanted.stages,
+            weights: &weights,
+            bound,
+        };
+        let (score, way) = match self.wanted.objective {
+            Objective::Latency => problem.search(Goal::Sum)?,
+            Objective::Throughput => {
+                let ((slowest, ..), _) = problem.search(Goal::Slowest)?;
+                let ((moved, time, _), way) = problem.search(Goal::Within(slowest))?;
+                ((slowest, moved, time), way)
+            }
+        };
+        Some((score, self.name(&way, space, members)))
+    }
+
+    /// The workers of a way: of each kind the first that are left, in rank order.
+    fn name(
+        &self,
+        way: &Way,
+        space: &Space,
+        members: &[Member<'w>],
+    ) -> Vec<(LayerRange, Vec<&'w Candidate>)> {
+        let kinds = space::kinds(members);
+        let mut taken = vec![false; members.len()];
+        let mut stages = Vec::with_capacity(way.len());
+        for (crew, layers) in way {
+            let mut here: Vec<usize> = Vec::new();
+            for member in &space.crews[*crew] {
+                let kind = kinds.iter().find(|kind| kind.contains(member));
+                let free = kind.into_iter().flatten().copied().find(|m| !taken[*m]);
+                let member = free.unwrap_or(*member);
+                taken[member] = true;
+                here.push(member);
+            }
+            // Among equals whoever had a rank keeps it.
+            here.sort_by_key(|m| members[*m].held.map_or(u32::MAX, |held| held.rank));
+            let rates: Vec<u64> = here.iter().map(|m| members[*m].rate).collect();
+            let seats = seats(&self.costs[here.len() - 1], &rates);
+            stages.push((*layers, seats.iter().map(|seat| members[here[*seat]].worker).collect()));
+        }
+        stages
+    }
+
+    fn plan(&self, found: Found<'w>) -> ReplicaPlan {
+        let Found { limits, stages, .. } = found;
+        let mut seats = Vec::new();
+        for (layers, crew) in &stages {
+            let layers = *layers;
+            for (worker, costs) in crew.iter().zip(&self.costs[crew.len() - 1]) {
+                let need = move |limits: &ReplicaLimits| costs.memory(layers, limits).total();
+                seats.push((need, worker.free()));
+            }
+        }
+        let limits = memory::largest(limits, &seats);
+        let split = stages.iter().any(|(_, crew)| crew.len() > 1);
+        let job = self.job;
+        let whole = &self.costs[0][0];
+        let stages = stages.iter().map(|(layers, crew)| StagePlan {
+            layers: *layers,
+            shards: crew
+                .iter()
+                .zip(&self.costs[crew.len() - 1])
+                .zip(0..)
+                .map(|((worker, costs), rank)| ShardPlan {
+                    rank: RankIndex(rank),
+                    node: worker.node,
+                    device: worker.device.clone(),
+                    memory: costs.memory(*layers, &limits),
+                })
+                .collect(),
+        });
+        ReplicaPlan {
+            id: job.replica,
+            deployment: job.spec.name.clone(),
+            generation: job.generation,
+            model: job.spec.model.clone(),
+            precision: whole.precision(),
+            numerics: match self.wanted.reduction {
+                Reduction::Sum if split => Numerics::N1Sum,
+                _ => Numerics::N1,
+            },
+            stages: stages.collect(),
+            limits,
+        }
+    }
+
+    /// Why nothing fits, and which meshes would.
+    fn refusal(&self) -> PlanRefusal {
+        let ranks = self.wanted.ranks.first().copied().unwrap_or(1);
+        let stages = self.wanted.stages.unwrap_or(self.workers.len() as u32);
+        if !self.wanted.explicit || ranks == 1 {
+            let most = stages.min(self.costs[0][0].layers()) as usize;
+            return refusal::does_not_fit(self.job, &self.costs[0][0], self.workers, most);
+        }
+        PlanRefusal::MeshDoesNotFit(Box::new(MeshFit {
+            stages,
+            ranks: ranks as u32,
+            precision: self.costs[0][0].precision(),
+            least: self.least_need(ranks, stages),
+            free: self.workers.iter().map(|worker| (worker.node, worker.free())).collect(),
+        }))
+    }
+
+    /// What the largest shard of an even cut needs under the least generous limits.
+    fn least_need(&self, ranks: usize, stages: u32) -> Bytes {
+        let layers = self.costs[0][0].layers();
+        let Some(limits) = memory::limits_to_try(&self.costs[0][0], stages as usize).pop() else {
+            return Bytes(0);
+        };
+        let cut = |stage: u32| u64::from(stage) * u64::from(layers) / u64::from(stages.max(1));
+        let range = |stage: u32| LayerRange::new(cut(stage) as u32, cut(stage + 1) as u32);
+        let need = |costs: &Costs<'_>| {
+            let of = |stage| costs.memory(range(stage), &limits).total();
+            (0..stages).map(of).max()
+        };
+        self.costs[ranks - 1].iter().filter_map(need).max().unwrap_or_default()
+    }
+}
+
+/// Tables that crews share.
+#[derive(Default)]
+struct Tables {
+    times: Vec<Times>,
+    reaches: Vec<Reach>,
+    times_of: BTreeMap<(Vec<u64>, usize), usize>,
+    reach_of: BTreeMap<(usize, Bytes), usize>,
+    /// By number of ranks, then by rank.
+    fixed: BTreeMap<usize, Vec<Fixed>>,
+}
+
+impl Tables {
+    fn crew(
+        &mut self,
+        search: &Search<'_, '_>,
+        crew: &[usize],
+        members: &[Member<'_>],
+        limits: &ReplicaLimits,
+        links: &[Vec<Link>],
+    ) -> Crew {
+        let ranks = crew.len();
+        let costs = &search.costs[ranks - 1];
+        let place = members[crew[0]].place;
+        let rates: Vec<u64> = crew.iter().map(|m| members[*m].rate).collect();
+        let mut by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
+        by_rank.truncate(ranks);
+        let times = *self.times_of.entry((by_rank.clone(), place)).or_insert_with(|| {
+            let over = (links[place][place], search.wanted.reduction);
+            self.times.push(Times::new(search.job.shape, costs, &by_rank, over));
+            self.times.len() - 1
+        });
+        // The least room of a crew counts for all of it: its ranks need about the same.
+        let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
+        let fixed = || costs.iter().map(|costs| costs.fixed(limits)).collect();
+        let fixed = self.fixed.entry(ranks).or_insert_with(fixed);
+        let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
+            self.reaches.push(reach(costs, fixed, limits, room));
+            self.reaches.len() - 1
+        });
+        let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
+        Crew { members: crew.to_vec(), place, times, reach, held }
+    }
+}
+
+/// What the ranks of a stage hold.
+fn weights(costs: &[Costs<'_>]) -> Weights {
+    let by_rank: Vec<Vec<u64>> = costs.iter().map(Costs::weights_before).collect();
+    let layers = by_rank.first().map_or(0, Vec::len);
+    let all = (0..layers).map(|layer| by_rank.iter().map(|before| before[layer]).sum()).collect();
+    Weights { all, by_rank }
+}
+
+/// Which layers fit in so much room on each rank.
+fn reach(costs: &[Costs<'_>], fixed: &[Fixed], limits: &ReplicaLimits, room: Bytes) -> Reach {
+    let layers = costs[0].layers();
+    let fits = |start: u32, end: u32| {
+        let range = LayerRange::new(start, end);
+        costs.iter().zip(fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
+    };
+    let mut middle = Vec::with_capacity(layers as usize);
+    let mut end = 0;
+    for start in 0..layers {
+        // Fewer layers from further on never need more, the first ones aside.
+        end = if start <= 1 { start } else { end.max(start) };
+        while end + 1 < layers && fits(start, end + 1) {
+            end += 1;
+        }
+        middle.push(end);
+    }
+    Reach { middle, last: (0..layers).map(|start| fits(start, layers)).collect() }
+}
+
+#[cfg(test)]
+#[path = "mesh_test.rs"]
+mod tests;

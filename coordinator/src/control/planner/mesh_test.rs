@@ -1,0 +1,545 @@
+//! The planner of meshes against brute force, and what it promises, case by case.
+
+use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::mesh::{Mesh, MeshAsk, ZoneName};
+use shoal_protocol::model::{Family, ModelSpec, RopeScaling};
+use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision, PretendSpec};
+
+use super::super::tests::Numbers;
+use super::super::{ModelShape, Prediction, Rate, plan as plan_job, predict};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+fn pretend(layers: u32, layer_bytes: u64) -> ModelShape {
+    ModelShape::Pretend(PretendSpec {
+        layers,
+        hidden: 1024,
+        vocab: 256,
+        max_context: 2048,
+        seed: 0,
+        layer_step_ns: 0,
+        layer_row_ns: 0,
+        layer_weight_bytes: layer_bytes,
+    })
+}
+
+fn dense(layers: u32, kv_heads: u32) -> ModelShape {
+    ModelShape::Checkpoint(ModelSpec {
+        family: Family::Llama,
+        layers,
+        hidden: 512,
+        heads: 2 * kv_heads,
+        kv_heads,
+        head_dim: 64,
+        intermediate: 2048,
+        vocab: 5000,
+        context_max: 512,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: RopeScaling::None,
+        tied_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        stored: Precision::F32,
+    })
+}
+
+/// A worker with so much memory that reads so many bytes in a second, and computes as a rank.
+fn worker(number: u32, memory: u64, rate: u64, zone: Option<&str>) -> Candidate {
+    Candidate {
+        node: NodeId::worker(number),
+        device: "cpu".into(),
+        budget: Bytes(memory),
+        used: Bytes(0),
+        numerics: vec![Numerics::N1],
+        sibling: false,
+        rate: Rate::said(rate),
+        zone: zone.map(|zone| ZoneName::new(zone).unwrap()),
+        speaks_ranks: true,
+        ranks_most: 8,
+    }
+}
+
+fn inventory(rates: &[u64]) -> Inventory {
+    let workers = rates.iter().zip(1..).map(|(rate, n)| worker(n, 64 * GIB, *rate, None));
+    Inventory { workers: workers.collect(), ..Inventory::default() }
+}
+
+fn mesh(text: &str) -> MeshAsk {
+    MeshAsk { mesh: Some(text.parse().unwrap()), ..MeshAsk::default() }
+}
+
+fn planned(
+    inventory: &Inventory,
+    shape: &ModelShape,
+    ask: MeshAsk,
+    previous: Option<&ReplicaPlan>,
+) -> Result<ReplicaPlan, PlanRefusal> {
+    planned_as(inventory, shape, ask, previous, 1)
+}
+
+fn planned_as(
+    inventory: &Inventory,
+    shape: &ModelShape,
+    ask: MeshAsk,
+    previous: Option<&ReplicaPlan>,
+    replicas: usize,
+) -> Result<ReplicaPlan, PlanRefusal> {
+    let source = ModelSource::Builtin { name: "m".into() };
+    let spec = DeploymentSpec {
+        name: DeploymentName::new("m").unwrap(),
+        model: ModelRef { source, fingerprint: [0; 32] },
+        stages: None,
+        precision: None,
+    };
+    let (replica, generation) = (ReplicaId(1), Generation(1));
+    plan_job(inventory, &Job { replica, generation, spec: &spec, shape, previous, replicas, ask })
+}
+
+/// `w1:0..3 w2+w3:3..6`
+fn words(plan: &ReplicaPlan) -> String {
+    let stage = |s: &StagePlan| {
+        let nodes: Vec<_> = s.shards.iter().map(|shard| shard.node.to_string()).collect();
+        format!("{}:{}", nodes.join("+"), s.layers)
+    };
+    plan.stages.iter().map(stage).collect::<Vec<_>>().join(" ")
+}
+
+/// Every layout there is, each looked at as `plan --explain` shows it.
+struct BruteForce<'a> {
+    inventory: &'a Inventory,
+    shape: &'a ModelShape,
+    /// With its limits and numerics, and no stages.
+    empty: &'a ReplicaPlan,
+    wanted: &'a Wanted,
+    /// Only these neighbours, in this order.
+    chain: bool,
+    looked_at: u64,
+}
+
+impl BruteForce<'_> {
+    fn best(&mut self, stages: &mut Vec<StagePlan>, used: &mut Vec<usize>) -> Option<u64> {
+        let start = stages.last().map_or(0, |stage| stage.layers.end);
+        if start == self.shape.layers() {
+            self.looked_at += 1;
+            let plan = ReplicaPlan { stages: stages.clone(), ..self.empty.clone() };
+            let right =
+                self.wanted.stages.is_none_or(|stages| stages as usize == plan.stages.len());
+            return right.then(|| self.time(&predict(&plan, self.shape, self.inventory)));
+        }
+        let mut best: Option<u64> = None;
+        for end in start + 1..=self.shape.layers() {
+            for ranks in self.wanted.ranks.clone() {
+                for crew in self.crews(ranks, used) {
+                    let Some(stage) = self.stage(LayerRange::new(start, end), &crew) else {
+                        continue;
+                    };
+                    stages.push(stage);
+                    used.extend(&crew);
+                    let rest = self.best(stages, used);
+                    used.truncate(used.len() - crew.len());
+                    stages.pop();
+                    best = best.into_iter().chain(rest).min();
+                }
+            }
+        }
+        best
+    }
+
+    fn time(&self, prediction: &Prediction) -> u64 {
+        match self.wanted.objective {
+            Objective::Latency => prediction.token_ns(),
+            Objective::Throughput => prediction.slowest_ns(),
+        }
+    }
+
+    /// All sets of so many workers of one place that are not used; in a chain those side by side.
+    fn crews(&self, ranks: usize, used: &[usize]) -> Vec<Vec<usize>> {
+        let all = self.inventory.workers.len();
+        if self.chain {
+            let from = used.last().map_or(0, |last| last + 1);
+            return (from..=all.saturating_sub(ranks))
+                .map(|at| (at..at + ranks).collect())
+                .collect();
+        }
+        let sets = (0_u32..1 << all).filter(|set| set.count_ones() as usize == ranks);
+        let crews = sets.map(|set| (0..all).filter(|w| set >> w & 1 == 1).collect::<Vec<_>>());
+        crews.filter(|crew| crew.iter().all(|w| !used.contains(w))).collect()
+    }
+
+    fn stage(&self, layers: LayerRange, crew: &[usize]) -> Option<StagePlan> {
+        let slices = Slices::new(self.shape, crew.len() as u32, self.wanted.reduction);
+        let slices = slices.of(crew.len());
+        let room = crew.iter().map(|w| self.inventory.workers[*w].free()).min()?;
+        let costs: Vec<_> =
+            slices.iter().map(|s| Costs::of_rank(s, self.empty.precision)).collect();
+        let rates: Vec<_> =
+            crew.iter().map(|w| self.inventory.workers[*w].rate().bytes_per_s).collect();
+        let mut shards = Vec::new();
+        for (rank, seat) in seats(&costs, &rates).into_iter().enumerate() {
+            let memory = costs[rank].memory(layers, &self.empty.limits);
+            if memory.total() > room {
+                return None;
+            }
+            let node = self.inventory.workers[crew[seat]].node;
+            shards.push(ShardPlan {
+                rank: RankIndex(rank as u32),
+                node,
+                device: "cpu".into(),
+                memory,
+            });
+        }
+        Some(StagePlan { layers, shards })
+    }
+}
+
+/// A random cluster and model.
+fn case(numbers: &mut Numbers, workers: u64, layers: u64) -> (Inventory, ModelShape) {
+    let shape = match numbers.below(3) {
+        0 => pretend(1 + numbers.below(layers) as u32, (1 + numbers.below(64)) * MIB),
+        _ => dense(1 + numbers.below(layers) as u32, 1 + numbers.below(3) as u32),
+    };
+    let precision = shape.stored();
+    let costs = Costs::new(&shape, precision);
+    let whole = shape.memory(
+        LayerRange::new(0, shape.layers()),
+        precision,
+        &memory::limits_to_try(&costs, 1)[0],
+    );
+    // Rates that do not count as equal, and some that are.
+    let worker_of = |n: u32, numbers: &mut Numbers| {
+        let rate = GIB * (1 + numbers.below(4));
+        let share = whole.total().0 * (2 + numbers.below(8)) / 6;
+        worker(n, share, rate, None)
+    };
+    let count = 1 + numbers.below(workers) as u32;
+    let workers = (1..=count).map(|n| worker_of(n, numbers)).collect();
+    (Inventory { workers, ..Inventory::default() }, shape)
+}
+
+/// The search's answer and that of brute force, under one and the same limits.
+fn compare(
+    inventory: &Inventory,
+    shape: &ModelShape,
+    ask: MeshAsk,
+    chain: bool,
+) -> (Option<u64>, Option<u64>) {
+    let spec = DeploymentSpec {
+        name: DeploymentName::new("m").unwrap(),
+        model: ModelRef { source: ModelSource::Builtin { name: "m".into() }, fingerprint: [0; 32] },
+        stages: None,
+        precision: None,
+    };
+    let (replica, generation) = (ReplicaId(1), Generation(1));
+    let job = Job { replica, generation, spec: &spec, shape, previous: None, replicas: 1, ask };
+    let workers = candidates(inventory, Numerics::N1).unwrap();
+    let Ok(wanted) = wanted(&job, workers.len()) else { return (None, None) };
+    let most = wanted.ranks.iter().copied().max().unwrap();
+    let slices = Slices::new(shape, most as u32, wanted.reduction);
+    let costs: Vec<Vec<Costs<'_>>> = (1..=most)
+        .map(|ranks| slices.of(ranks).iter().map(|s| Costs::of_rank(s, shape.stored())).collect())
+        .collect();
+    let search = Search { inventory, job: &job, wanted: &wanted, costs: &costs, workers: &workers };
+    let limits = memory::limits_to_try(&costs[0][0], 2).remove(0);
+    let places = space::places(inventory, &workers);
+    let mut members = space::members(inventory, &workers, None, &places);
+    let bounds = Bounds {
+        ranks: &wanted.ranks,
+        workers: workers.len(),
+        layers: shape.layers(),
+        stages: wanted.stages,
+        willing: false,
+    };
+    let found = if chain {
+        members.sort_by_key(|m| m.worker.node);
+        let order: Vec<usize> = (0..members.len()).collect();
+        let space = Space::of_chain(&members, &order, bounds);
+        search.in_space(&limits, &members, &space, u64::MAX)
+    } else {
+        let space = Space::of_kinds(&members, bounds).expect("few workers");
+        search.in_space(&limits, &members, &space, u64::MAX)
+    };
+    let empty = ReplicaPlan {
+        id: replica,
+        deployment: spec.name.clone(),
+        generation,
+        model: spec.model.clone(),
+        precision: shape.stored(),
+        numerics: Numerics::N1Sum,
+        stages: Vec::new(),
+        limits,
+    };
+    let mut brute =
+        BruteForce { inventory, shape, empty: &empty, wanted: &wanted, chain, looked_at: 0 };
+    let best = brute.best(&mut Vec::new(), &mut Vec::new());
+    (found.map(|((time, ..), _)| time), best)
+}
+
+#[test]
+fn no_layout_is_better_than_the_one_that_is_chosen() {
+    let mut numbers = Numbers(7);
+    let (mut fit, mut not) = (0, 0);
+    for case_number in 0..240 {
+        let (inventory, shape) = case(&mut numbers, 4, 4);
+        let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
+        let asked = [None, Some("auto"), Some("2x1"), Some("1x2"), Some("2x2")][case_number % 5];
+        let mesh = asked.map(|mesh| mesh.parse().unwrap());
+        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+        let (found, best) = compare(&inventory, &shape, ask, false);
+        assert_eq!(found, best, "case {case_number}: {ask} of {shape:?} on {inventory:?}");
+        if best.is_some() { fit += 1 } else { not += 1 }
+    }
+    assert!(fit > 80 && not > 20, "the cases are lopsided: {fit} fit, {not} not");
+}
+
+#[test]
+fn ten_workers_that_all_differ_are_searched_in_every_order() {
+    let mut numbers = Numbers(3);
+    for layers in 2..=4 {
+        // No rate is within a tenth of another.
+        let rates = std::iter::successors(Some(GIB), |rate| Some(rate / 5 * 6));
+        let rates: Vec<u64> = rates.take(10).collect();
+        let mut all = inventory(&rates);
+        for worker in &mut all.workers {
+            worker.budget = Bytes((1 + numbers.below(2)) * 150 * MIB);
+        }
+        for objective in [Objective::Latency, Objective::Throughput] {
+            let mesh = Some(format!("{layers}x1").parse().unwrap());
+            let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+            let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, false);
+            assert!(best.is_some());
+            assert_eq!(found, best, "{layers} layers, {objective}");
+        }
+    }
+}
+
+#[test]
+fn a_chain_of_ten_is_cut_as_well_as_can_be() {
+    let mut numbers = Numbers(11);
+    for case_number in 0..12 {
+        let (mut inventory, _) = case(&mut numbers, 1, 1);
+        inventory.workers = (1..=10)
+            .map(|n| worker(n, (90 + numbers.below(300)) * MIB, GIB * (1 + numbers.below(4)), None))
+            .collect();
+        let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
+        let mesh = [Some("auto"), Some("3x1"), Some("2x2")][case_number % 3];
+        let mesh = mesh.map(|mesh| mesh.parse().unwrap());
+        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+        let mut asked = ask;
+        if case_number % 3 == 0 {
+            // Powers of two are all that a chain tries where ranks are left open.
+            asked.mesh = Some(MeshAsked::Exactly(Mesh { stages: 4, ranks: 1 }));
+        }
+        let (found, best) = compare(&inventory, &pretend(6, 40 * MIB), asked, true);
+        assert_eq!(found, best, "case {case_number}");
+    }
+}
+
+#[test]
+fn a_worker_at_half_the_speed_gets_half_the_layers() {
+    let shape = pretend(24, 64 * MIB);
+    let all = inventory(&[8 * GIB, 4 * GIB]);
+    let ask = MeshAsk { objective: Some(Objective::Throughput), ..mesh("2x1") };
+    let plan = planned(&all, &shape, ask, None).unwrap();
+    let slowest = predict(&plan, &shape, &all).slowest_ns();
+    let mut even = plan.clone();
+    even.stages[0].layers = LayerRange::new(0, 12);
+    even.stages[1].layers = LayerRange::new(12, 24);
+    let evenly = predict(&even, &shape, &all).slowest_ns();
+    let best = (1..24)
+        .map(|cut| {
+            let mut other = plan.clone();
+            other.stages[0].layers = LayerRange::new(0, cut);
+            other.stages[1].layers = LayerRange::new(cut, 24);
+            predict(&other, &shape, &all).slowest_ns()
+        })
+        .min()
+        .unwrap();
+    println!("slowest stage: {slowest} ns, best {best} ns, cut evenly {evenly} ns");
+    assert!(best as f64 / slowest as f64 >= 0.95, "{}", words(&plan));
+    assert!(evenly as f64 / slowest as f64 >= 1.3, "{}", words(&plan));
+}
+
+#[test]
+fn many_layers_on_many_workers_take_some_milliseconds() {
+    let shape = pretend(128, GIB);
+    let workers = (1..=64).map(|n| {
+        let memory = (4 * GIB) + u64::from(n) * GIB / 16;
+        worker(n, memory, GIB * (80 + 3 * u64::from(n)) / 10, None)
+    });
+    let all = Inventory { workers: workers.collect(), ..Inventory::default() };
+    for objective in [Objective::Latency, Objective::Throughput] {
+        let ask = MeshAsk { objective: Some(objective), ..mesh("auto") };
+        let start = std::time::Instant::now();
+        let plan = planned(&all, &shape, ask, None).unwrap();
+        let took = start.elapsed();
+        println!("128 layers on 64 workers for {objective}: {took:?}, mesh {}", plan.mesh());
+        // The figure is `shoal-bench micro`'s; this is what a busy machine keeps too.
+        assert!(took.as_millis() <= 500, "{took:?}");
+    }
+}
+
+#[test]
+fn of_equally_fast_layouts_it_takes_the_one_that_moves_least() {
+    let shape = pretend(6, 100 * MIB);
+    let all = inventory(&[8 * GIB; 4]);
+    let ask = MeshAsk { objective: Some(Objective::Throughput), ..mesh("3x1") };
+    let mut before = planned(&all, &shape, ask, None).unwrap();
+    for (stage, node) in before.stages.iter_mut().zip([4, 2, 3]) {
+        stage.shards[0].node = NodeId::worker(node);
+    }
+    let after = planned(&all, &shape, ask, Some(&before)).unwrap();
+    assert_eq!(words(&after), "w4:0..2 w2:2..4 w3:4..6");
+    let mut less = all.clone();
+    less.workers.remove(1);
+    let after = planned(&less, &shape, ask, Some(&before)).unwrap();
+    assert_eq!(words(&after), "w4:0..2 w1:2..4 w3:4..6");
+    // Ranks keep their places too.
+    let mut before = planned(&all, &shape, mesh("2x2"), None).unwrap();
+    for (stage, nodes) in before.stages.iter_mut().zip([[4, 1], [3, 2]]) {
+        for (shard, node) in stage.shards.iter_mut().zip(nodes) {
+            shard.node = NodeId::worker(node);
+        }
+    }
+    let after = planned(&all, &shape, mesh("2x2"), Some(&before)).unwrap();
+    assert_eq!(words(&after), words(&before));
+}
+
+#[test]
+fn ranks_of_a_stage_are_in_one_zone_and_replicas_in_different_ones() {
+    let shape = pretend(8, 100 * MIB);
+    let zones = ["a", "b", "a", "b"];
+    let workers = (1..).zip(zones).map(|(n, zone)| worker(n, 64 * GIB, 8 * GIB, Some(zone)));
+    let all = Inventory { workers: workers.collect(), ..Inventory::default() };
+    let plan = planned(&all, &shape, mesh("2x2"), None).unwrap();
+    assert_eq!(words(&plan), "w1+w3:0..4 w2+w4:4..8");
+    for ask in [MeshAsk::default(), mesh("1x2"), mesh("auto")] {
+        let plan = planned_as(&all, &shape, ask, None, 2).unwrap();
+        let first: Vec<_> = plan.nodes().collect();
+        let mut rest = all.clone();
+        for worker in &mut rest.workers {
+            worker.sibling = first.contains(&worker.node);
+        }
+        let plan = planned_as(&rest, &shape, ask, None, 2).unwrap();
+        let zone = |node| zones[all.workers.iter().position(|w| w.node == node).unwrap()];
+        for node in plan.nodes() {
+            assert!(first.iter().all(|other| zone(*other) != zone(node)), "{}", words(&plan));
+        }
+    }
+}
+
+#[test]
+fn a_slow_way_is_crossed_as_seldom_as_can_be() {
+    let shape = pretend(8, 100 * MIB);
+    let mut all = inventory(&[8 * GIB; 4]);
+    let slow = Link { latency_ns: 10_000_000, bytes_per_s: 125_000_000 };
+    for (a, b) in [(1, 2), (1, 4), (3, 2), (3, 4)] {
+        all.links.insert(super::super::pair(NodeId::worker(a), NodeId::worker(b)), slow);
+    }
+    // Both sides are needed: 500 MiB hold four layers.
+    all.workers.iter_mut().for_each(|worker| worker.budget = Bytes(330 * MIB));
+    let plan = planned(&all, &shape, mesh("4x1"), None).unwrap();
+    let token = predict(&plan, &shape, &all).token_ns();
+    let sides: Vec<_> = plan.nodes().map(|node| node.number % 2).collect();
+    assert_eq!(sides.windows(2).filter(|pair| pair[0] != pair[1]).count(), 1, "{}", words(&plan));
+    // The planner's own choice is no worse than either pure mesh.
+    let auto = planned(&all, &shape, mesh("auto"), None).unwrap();
+    let chosen = predict(&auto, &shape, &all).token_ns();
+    assert!(chosen <= token, "{} {chosen} against {token}", words(&auto));
+    if let Ok(pure) = planned(&all, &shape, mesh("1x4"), None) {
+        assert!(chosen <= predict(&pure, &shape, &all).token_ns());
+    }
+}
+
+#[test]
+fn ranks_are_chosen_only_where_all_say_that_they_can() {
+    let shape = pretend(8, 400 * MIB);
+    let mut all = inventory(&[8 * GIB; 2]);
+    let plan = planned(&all, &shape, mesh("auto"), None).unwrap();
+    assert_eq!((plan.mesh().as_str(), plan.numerics), ("1x2", Numerics::N1Sum));
+    let exact = MeshAsk { reduction: Some(Reduction::Exact), ..mesh("auto") };
+    let plan = planned(&all, &shape, exact, None).unwrap();
+    assert_eq!((plan.mesh().as_str(), plan.numerics), ("1x2", Numerics::N1));
+    all.workers[1].ranks_most = 1;
+    let plan = planned(&all, &shape, mesh("auto"), None).unwrap();
+    assert_eq!((plan.mesh().as_str(), plan.numerics), ("1x1", Numerics::N1));
+    // Who asks for it gets it from those that understand it.
+    assert_eq!(planned(&all, &shape, mesh("1x2"), None).unwrap().mesh(), "1x2");
+    all.workers[1].speaks_ranks = false;
+    all.workers.push(worker(3, 64 * GIB, 8 * GIB, None));
+    all.workers[1].ranks_most = 8;
+    let plan = planned(&all, &shape, mesh("auto"), None).unwrap();
+    assert_eq!(plan.mesh(), "1x1", "an older worker might have a stage of it");
+    all.workers.truncate(2);
+    let refusal = planned(&all, &shape, mesh("1x2"), None).unwrap_err();
+    assert_eq!(refusal, PlanRefusal::NoRanks { able: 1, workers: 2 });
+}
+
+#[test]
+fn a_mesh_that_cannot_be_is_refused_with_the_arithmetic() {
+    let all = inventory(&[8 * GIB; 5]);
+    let text = |shape: &ModelShape, ask| planned(&all, shape, ask, None).unwrap_err().to_string();
+    let refusal = text(&dense(4, 2), mesh("1x4"));
+    assert!(refusal.starts_with("2 KV heads on 4 ranks: a rank would hold none; possible: 1 or 2"));
+    let refusal = text(&dense(4, 4), mesh("2x4"));
+    assert!(refusal.contains("8 shards, and 5 workers"), "{refusal}");
+    assert!(refusal.contains("--mesh 4x1 or 2x2 or 1x3 or 1x4"), "{refusal}");
+    let refusal = text(&dense(2, 2), mesh("3x1"));
+    assert!(refusal.contains("has 2 layers"), "{refusal}");
+    let refusal = text(&pretend(4, 100 * GIB), mesh("2x2"));
+    assert!(refusal.contains("mesh 2x2 does not fit") && refusal.contains("w5 has"), "{refusal}");
+    let refusal = text(&pretend(4, 100 * GIB), mesh("auto"));
+    assert!(refusal.starts_with("the model does not fit"), "{refusal}");
+    // Three heads on two ranks: the one with two is on the faster worker.
+    let uneven = inventory(&[4 * GIB, 8 * GIB]);
+    let plan = planned(&uneven, &dense(2, 3), mesh("1x2"), None).unwrap();
+    assert_eq!(words(&plan), "w1+w2:0..2");
+    let [one, two] = [0, 1].map(|rank| plan.stages[0].shards[rank].memory.weights);
+    assert!(one < two, "{one} {two}");
+}
+
+#[test]
+fn every_shard_fits_its_worker() {
+    let mut numbers = Numbers(5);
+    let mut fit = 0;
+    for number in 0..120 {
+        let (all, shape) = case(&mut numbers, 6, 9);
+        let objective = Some([Objective::Latency, Objective::Throughput][number % 2]);
+        let ask = MeshAsk { objective, ..mesh("auto") };
+        let Ok(plan) = planned(&all, &shape, ask, None) else { continue };
+        fit += 1;
+        let mut nodes: Vec<_> = plan.nodes().collect();
+        nodes.sort();
+        nodes.dedup();
+        assert_eq!(nodes.len(), plan.nodes().count(), "a worker twice: {}", words(&plan));
+        assert_eq!(plan.stages.last().unwrap().layers.end, shape.layers());
+        for shard in plan.stages.iter().flat_map(|stage| &stage.shards) {
+            let worker = all.workers.iter().find(|worker| worker.node == shard.node).unwrap();
+            assert!(shard.memory.total() <= worker.free(), "case {number}: {shard:?}");
+        }
+    }
+    assert!(fit > 40, "{fit}");
+}
+
+/// Where nothing was measured, the slowest stage is what it was when nobody asked.
+#[test]
+fn unknown_rates_are_equal_rates() {
+    let mut numbers = Numbers(9);
+    for _ in 0..60 {
+        let (mut all, shape) = case(&mut numbers, 5, 9);
+        all.workers.iter_mut().for_each(|worker| worker.rate = None);
+        let Ok(plain) = planned(&all, &shape, MeshAsk::default(), None) else { continue };
+        let stages = plain.stages.len();
+        let ask =
+            MeshAsk { objective: Some(Objective::Throughput), ..mesh(&format!("{stages}x1")) };
+        let asked = planned(&all, &shape, ask, None).unwrap();
+        let slowest = |plan: &ReplicaPlan| predict(plan, &shape, &all).slowest_ns();
+        assert_eq!(slowest(&asked), slowest(&plain), "{} {}", words(&asked), words(&plain));
+        let mut all = plain.nodes().chain(asked.nodes()).collect::<Vec<_>>();
+        all.sort();
+    }
+}
