@@ -60,16 +60,16 @@ impl<B: FamilyOps> Layer<B> {
                 // Attention leaves its result where the normed rows are, so what the MLP needs of
                 // them is taken first.
                 mlp.first_half(ops, rows, scratch)?;
-                let with = (&mut *scratch, &mut *peers);
-                self.attention.forward(ops, batch, &mut self.kv, with, stream)?;
+                let kv = &mut self.kv;
+                self.attention.forward(ops, batch, kv, (&mut *scratch, &mut *peers), stream)?;
                 mlp.second_half(ops, rows, (scratch, peers), stream)
             }
             (None, AnyMlp::Experts(_)) => {
                 Err(ComputeError::BadBatch("experts beside attention".into()))
             }
             (Some(norm), mlp) => {
-                let with = (&mut *scratch, &mut *peers);
-                self.attention.forward(ops, batch, &mut self.kv, with, stream)?;
+                let kv = &mut self.kv;
+                self.attention.forward(ops, batch, kv, (&mut *scratch, &mut *peers), stream)?;
                 norm.forward(ops, stream, rows, scratch)?;
                 match mlp {
                     AnyMlp::Dense(mlp) => mlp.forward(ops, rows, (scratch, peers), stream),
