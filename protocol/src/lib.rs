@@ -13,6 +13,8 @@
 pub mod access;
 pub mod activation;
 pub mod admin;
+#[cfg(feature = "blob")]
+pub mod blob;
 pub mod control;
 pub mod error;
 pub mod frame;
@@ -31,3 +33,4 @@ pub mod trust;
 pub mod units;
 pub mod upgrade;
 pub mod version;
+pub mod weights;

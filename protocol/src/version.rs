@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 /// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
+/// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
@@ -31,6 +32,9 @@ pub const KNOWS_TRACES: u16 = 2;
 
 /// From here on a worker can be one of several ranks of a stage.
 pub const KNOWS_RANKS: u16 = 3;
+
+/// From here on nodes fetch the models of hubs and of object stores themselves, and pass chunks of them on: `ModelSource::{Hub, ObjectStore}`.
+pub const KNOWS_HUB: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

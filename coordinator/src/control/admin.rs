@@ -12,7 +12,7 @@ use shoal_protocol::admin::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
-use shoal_protocol::plan::{DeploymentSpec, ModelRef};
+use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -26,6 +26,7 @@ use super::models::Models;
 use super::planner::explain;
 use super::reconcile::{Observed, dry_run, inventory_for};
 use super::shape::ModelShape;
+use super::state::versions::needs_of;
 use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
@@ -38,6 +39,10 @@ const CALLS_MAX: usize = 32;
 /// Changes that follow each other sooner reach a watcher as one: a person cannot read faster, and
 /// counters change with every report.
 const WATCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a deployment waits until it is on record that everybody understands its source: a cluster
+/// that has just begun records it within a few seconds.
+const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long an operator waits for what is shown to follow what was decided: some rounds of the reconciler.
 const SHOW_TIMEOUT: Duration = Duration::from_secs(2);
@@ -152,8 +157,10 @@ impl AdminServer {
                 if !free {
                     return Err(Refusal::NameTaken { name }.into());
                 }
-                let (models, from) = (self.models.clone(), source.clone());
-                let opened = tokio::task::spawn_blocking(move || models.open(&from)).await;
+                self.wait_for_needs(&source).await?;
+                let models = self.models.clone();
+                let opened =
+                    tokio::task::spawn_blocking(move || models.open(&models.pin(source)?)).await;
                 let (model, shape) = opened.map_err(|error| {
                     WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
                 })??;
@@ -215,6 +222,18 @@ impl AdminServer {
 
     fn changes(&self) -> Changes<'_> {
         Changes { store: &self.store, agents: &self.agents }
+    }
+
+    /// Waits until all members are known to understand such a source: they say so within a moment of
+    /// their start. Nobody may be asked for one that is not.
+    async fn wait_for_needs(&self, source: &ModelSource) -> Result<(), WireError> {
+        let needs = needs_of(source);
+        let mut state = self.store.watch();
+        let permitted = state.wait_for(|state| state.permits_needs(needs).is_ok());
+        if tokio::time::timeout(NEEDS_PATIENCE, permitted).await.is_ok_and(|found| found.is_ok()) {
+            return Ok(());
+        }
+        Ok(self.store.state().permits_needs(needs)?)
     }
 
     /// Asks every worker whether it reads the same model under the same path, before anything is

@@ -7,7 +7,7 @@ pub mod checkpoint;
 mod config;
 pub mod memory;
 mod pretend;
-mod safetensors;
+pub(crate) mod safetensors;
 pub mod spec;
 pub mod split;
 pub mod tensors;

@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::plan::ModelSource;
+use shoal_protocol::version::KNOWS_HUB;
 
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
@@ -107,11 +109,7 @@ pub fn needs(change: &Change) -> Needs {
             | NodeCommand::Remove { .. },
         )
         | Change::Token(TokenCommand::Create { .. } | TokenCommand::Revoke { .. })
-        | Change::Deployment(
-            DeploymentCommand::Create { .. }
-            | DeploymentCommand::Remove { .. }
-            | DeploymentCommand::Scale { .. },
-        )
+        | Change::Deployment(DeploymentCommand::Remove { .. } | DeploymentCommand::Scale { .. })
         | Change::Plan(
             PlanCommand::Adopt { .. }
             | PlanCommand::Prepare { .. }
@@ -127,6 +125,7 @@ pub fn needs(change: &Change) -> Needs {
         )
         | Change::Key(KeyCommand::Create { .. } | KeyCommand::Revoke { .. })
         | Change::Drain(DrainCommand::Begin { .. } | DrainCommand::End { .. }) => Needs::NOTHING,
+        Change::Deployment(DeploymentCommand::Create { spec, .. }) => needs_of(&spec.model.source),
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
@@ -141,6 +140,16 @@ pub fn needs(change: &Change) -> Needs {
             | AuthorityCommand::Abandon { .. }
             | AuthorityCommand::OwnKey { .. },
         ) => Needs::coordinators(2),
+    }
+}
+
+/// What it takes to be told of a model: before it is deployed workers are asked whether they read it.
+pub fn needs_of(source: &ModelSource) -> Needs {
+    match source {
+        ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
+            Needs::NOTHING
+        }
+        ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => Needs::everybody(KNOWS_HUB),
     }
 }
 
@@ -196,7 +205,12 @@ impl ClusterState {
 
     /// Whether all whom a change concerns understand it.
     pub fn permits(&self, change: &Change) -> Result<(), Refusal> {
-        let Needs { log, workers } = needs(change);
+        self.permits_needs(needs(change))
+    }
+
+    /// Whether all who need it speak so much.
+    pub fn permits_needs(&self, needs: Needs) -> Result<(), Refusal> {
+        let Needs { log, workers } = needs;
         let mut by: Vec<NodeId> = Vec::new();
         if self.versions.log() < log {
             by.extend(self.coordinators.iter().map(|(id, _)| id));
