@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
@@ -13,7 +13,8 @@ use shoal_protocol::control::WorkerMessage;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ModelSource;
 use shoal_protocol::quic::ca::CertificateAuthority;
-use shoal_protocol::weights::{BlobNews, ChunkId};
+use shoal_protocol::quic::{Alpn, Endpoint, Expect};
+use shoal_protocol::weights::{ASK_LEN_MAX, BlobNews, ChunkAsk, ChunkId, ChunkReply};
 use shoal_shard_worker::blob::{Blobs, Telling, more};
 use shoal_tests::hub::{COMMIT, Hub};
 use shoal_tests::model::RandomLlama;
@@ -28,6 +29,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn source() -> ModelSource {
     ModelSource::Hub { repo: REPO.to_owned(), revision: COMMIT.to_owned() }
+}
+
+fn lock(tracker: &Mutex<Tracker>) -> MutexGuard<'_, Tracker> {
+    tracker.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A worker as far as weights go.
@@ -87,7 +92,6 @@ impl Town {
     /// Does for a worker what a coordinator does.
     fn pass_on(&self, node: NodeId, blobs: &Blobs) {
         let (tracker, blobs) = (Arc::clone(&self.tracker), blobs.clone());
-        let lock = move || tracker.lock().map_err(PoisonError::into_inner);
         self.runtime.spawn(async move {
             let mut telling = Some(Telling::new(&blobs));
             let mut told = Told::default();
@@ -97,17 +101,13 @@ impl Town {
                     said = more(&mut telling) => {
                         let WorkerMessage::Blobs { address, news } = said else { return };
                         for news in news {
-                            let Ok(mut tracker) = lock() else { return };
                             // A lie is found out by who compares.
-                            let _ = tracker.hear(node, address, news);
+                            let _ = lock(&tracker).hear(node, address, news);
                         }
                     }
                     _ = ticks.tick() => {
-                        let news = match lock() {
-                            Ok(tracker) => tracker.tell(node, &mut told),
-                            Err(_) => return,
-                        };
-                        blobs.hear(news);
+                        let news = lock(&tracker).tell(node, &mut told);
+                        blobs.hear(NodeId::coordinator(1), news);
                     }
                 }
             }
@@ -120,7 +120,7 @@ impl Town {
         let cancel = AtomicBool::new(false);
         let begun = Instant::now();
         std::thread::scope(|scope| {
-            let fetch = |worker: &Worker| {
+            let fetch = |worker: &Worker| -> Result<Duration> {
                 let progress = |_: u64, _: u64| {
                     if begun.elapsed() > PATIENCE {
                         cancel.store(true, Ordering::Relaxed);
@@ -180,6 +180,31 @@ fn a_worker_that_comes_later_gets_everything_from_the_others() -> Result<()> {
 }
 
 #[test]
+fn who_is_no_member_any_more_is_given_nothing_although_it_has_a_certificate() -> Result<()> {
+    let mut town = Town::new()?;
+    (0..2).try_for_each(|_| town.join())?;
+    town.fetch(0..1)?;
+    // A stranger with a good certificate: no coordinator speaks of it.
+    let node = NodeId::worker(77);
+    let identity = Arc::new(town.ca.issue_identity(node, SystemTime::now())?);
+    let ask = ChunkAsk {
+        key: town.workers[0].cache.key(&source())?,
+        chunk: ChunkId { file: 0, index: 1 },
+    };
+    let (address, to) = (town.workers[0].blobs.address(), town.workers[0].node);
+    let reply: Option<ChunkReply> = town.runtime.block_on(async {
+        let endpoint = Endpoint::bind("127.0.0.1:0".parse()?, identity, &[])?;
+        let expect = Expect::Node(to);
+        let connection = endpoint.connect(address, expect, Alpn::Blobs, PATIENCE).await?;
+        let (mut sender, mut receiver) = connection.open_bi().await?;
+        sender.send_message(&ask, ASK_LEN_MAX).await?;
+        anyhow::Ok(receiver.message(ASK_LEN_MAX).await?)
+    })?;
+    assert_eq!(reply, Some(ChunkReply::NotHere));
+    Ok(())
+}
+
+#[test]
 fn a_worker_whose_disk_lies_is_found_out_and_the_others_have_the_model_all_the_same() -> Result<()>
 {
     let mut town = Town::new()?;
@@ -208,7 +233,7 @@ fn a_worker_that_says_what_it_does_not_have_holds_nobody_up() -> Result<()> {
     let chunks = (0..4).map(|index| (ChunkId { file: 0, index }, [index as u8; 32])).collect();
     let promised = BlobNews::Has { key, chunks };
     let liar = NodeId::worker(99);
-    let mut tracker = town.tracker.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut tracker = lock(&town.tracker);
     tracker.hear(liar, nowhere, promised).context("it is the first to say so")?;
     tracker.hear(liar, nowhere, BlobNews::Wants { key, chunks: vec![(0, 0..1000)] })?;
     drop(tracker);

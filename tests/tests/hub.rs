@@ -283,6 +283,22 @@ fn a_cluster_answers_from_a_hub_as_it_does_from_the_folder() -> Result<()> {
 }
 
 #[test]
+fn a_cluster_gives_its_second_copy_the_weights_of_the_first() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    RandomLlama { layers: 4, hidden: 256, intermediate: 1024 }.write(folder.path())?;
+    let hub = Hub::serve(folder.path(), REPO, Some("hf_secret"))?;
+    let home = tempfile::tempdir()?;
+    let mut options = up(&hub, home.path());
+    options.flags.extend(["--stages".into(), "1".into()]);
+    let cluster = Up::start(&options)?;
+    let before = hub.counts().weights();
+    cluster.verb(&["scale", "demo", "--replicas", "2"])?.expect_code(0);
+    assert_eq!(hub.counts().weights(), before, "the hub was asked for what a worker has");
+    cluster.stop(&[])?;
+    Ok(())
+}
+
+#[test]
 fn a_cluster_that_cannot_get_its_model_says_why() -> Result<()> {
     let hub = Hub::serve(&demo(), REPO, Some("another"))?;
     let data = tempfile::tempdir()?;

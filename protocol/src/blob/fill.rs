@@ -79,8 +79,11 @@ pub trait Peers: Send + Sync + Debug {
     /// The origin's bytes of a chunk have this hash, and not the one that was said.
     fn correct(&self, chunk: ChunkId, hash: ChunkHash);
 
-    /// Nothing more is wanted from a worker, for this reason.
+    /// Nothing more is wanted from a worker: what it sent or said was not true.
     fn avoid(&self, node: NodeId, why: &str);
+
+    /// A worker did not give what it has: it is left alone for a while.
+    fn failed(&self, node: NodeId);
 
     /// Waits for news, not longer than this.
     fn wait(&self, longest: Duration);
@@ -113,6 +116,8 @@ impl Peers for Alone {
     fn correct(&self, _chunk: ChunkId, _hash: ChunkHash) {}
 
     fn avoid(&self, _node: NodeId, _why: &str) {}
+
+    fn failed(&self, _node: NodeId) {}
 
     fn wait(&self, longest: Duration) {
         std::thread::sleep(longest);
@@ -411,23 +416,25 @@ impl Fetcher<'_> {
     ) -> Result<(), BlobError> {
         let fetched = self.peers.fetch(node, chunk, self.model.len_of(chunk));
         let lied = |data: &Vec<u8>| *blake3::hash(data).as_bytes() != hash;
-        let why = match fetched {
+        let (file, index) = (&self.model.entry(chunk).remote.name, chunk.index);
+        match fetched {
             Ok(data) if !lied(&data) => {
                 self.take(chunk, &data, Some(node))?;
                 on_bytes(data.len() as u64);
                 return Ok(());
             }
-            Ok(_) => "what it sent is not what others say that it is".to_owned(),
-            Err(why) => why,
-        };
-        tracing::warn!("{} chunk {}: not from {node}: {why}", self.name(chunk), chunk.index);
-        self.peers.avoid(node, &why);
+            Ok(_) => {
+                let why = "what it sent is not what others say that it is";
+                tracing::warn!("{file} chunk {index}: {node} is avoided: {why}");
+                self.peers.avoid(node, why);
+            }
+            Err(why) => {
+                tracing::info!("{file} chunk {index}: not from {node}: {why}");
+                self.peers.failed(node);
+            }
+        }
         self.lock().missing.insert(chunk);
         Ok(())
-    }
-
-    fn name(&self, chunk: ChunkId) -> &str {
-        &self.model.entry(chunk).remote.name
     }
 
     /// Takes a chunk that is of the right length; one of a peer has been compared.

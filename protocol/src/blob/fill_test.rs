@@ -233,6 +233,10 @@ impl Peers for Scripted {
         self.avoided.lock().unwrap().insert(node);
     }
 
+    fn failed(&self, node: NodeId) {
+        self.avoid(node, "");
+    }
+
     fn wait(&self, _: Duration) {}
 }
 

@@ -23,6 +23,9 @@ const GATHER: Duration = Duration::from_millis(300);
 /// Who says nothing new for so long is not waited for.
 const STALL: Duration = Duration::from_secs(10);
 
+/// How long who failed to give a chunk is asked for none.
+const REST: Duration = Duration::from_secs(30);
+
 /// Chunks that one worker is asked for at once.
 const BUSY_MAX: usize = 2;
 
@@ -47,7 +50,16 @@ struct Member {
     wants: Vec<(u32, Range<u32>)>,
     heard: Instant,
     busy: usize,
+    /// It said or sent what is not true.
     avoided: bool,
+    /// Until when it is left alone.
+    rests: Option<Instant>,
+}
+
+impl Member {
+    fn is_asked(&self, now: Instant) -> bool {
+        !self.avoided && self.rests.is_none_or(|until| now >= until)
+    }
 }
 
 impl Swarm {
@@ -79,6 +91,7 @@ impl Swarm {
             heard: now,
             busy: 0,
             avoided: false,
+            rests: None,
         });
         member.heard = now;
         match news {
@@ -118,9 +131,16 @@ impl Swarm {
         self.lose(node);
     }
 
+    /// It did not give what it has: others are asked for a while, the origin too.
+    pub fn rest(&mut self, node: NodeId, now: Instant) {
+        if let Some(member) = self.members.get_mut(&node) {
+            member.rests = Some(now + REST);
+        }
+    }
+
     /// Where another worker is, as long as it is to be asked.
-    pub fn address(&self, node: NodeId) -> Option<SocketAddr> {
-        self.members.get(&node).filter(|member| !member.avoided).map(|member| member.address)
+    pub fn address(&self, node: NodeId, now: Instant) -> Option<SocketAddr> {
+        self.members.get(&node).filter(|member| member.is_asked(now)).map(|member| member.address)
     }
 
     /// A chunk is asked for, or has been answered.
@@ -135,7 +155,7 @@ impl Swarm {
         let Some(start) = self.start(missing) else { return Choice::Wait };
         // Everybody begins elsewhere, so that not all ask for the same.
         let rotated = || missing.range(start..).chain(missing.range(..start)).copied();
-        if let Some((node, chunk, hash)) = self.nearest(rotated()) {
+        if let Some((node, chunk, hash)) = self.nearest(rotated(), now) {
             return Choice::Peer(node, chunk, hash);
         }
         if now < self.begun + GATHER {
@@ -172,10 +192,11 @@ impl Swarm {
     fn nearest(
         &self,
         missing: impl Iterator<Item = ChunkId>,
+        now: Instant,
     ) -> Option<(NodeId, ChunkId, ChunkHash)> {
         let free = |node: &&NodeId| {
             let member = self.members.get(*node);
-            member.is_some_and(|member| !member.avoided && member.busy < BUSY_MAX)
+            member.is_some_and(|member| member.is_asked(now) && member.busy < BUSY_MAX)
         };
         let found = missing.filter_map(|chunk| {
             let (_, hash) = self.said.get(&chunk)?;
@@ -206,7 +227,7 @@ impl Swarm {
                 .any(|(file, range)| *file == chunk.file && range.contains(&chunk.index));
             let has = holders.is_some_and(|holders| holders.contains(node));
             let moves = now < member.heard + STALL;
-            wants && !has && moves && !member.avoided && weight(*node) > ours
+            wants && !has && moves && member.is_asked(now) && weight(*node) > ours
         })
     }
 

@@ -288,7 +288,7 @@ async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) ->
             }
             Ok(Some(CoordinatorMessage::Blobs(said))) => {
                 if let Some(blobs) = &renewal.blobs {
-                    blobs.hear(said);
+                    blobs.hear(ear.node, said);
                 }
             }
             Ok(Some(CoordinatorMessage::Coordinators(list))) => {

@@ -17,7 +17,7 @@ use shoal_protocol::weights::{ASK_LEN_MAX, ChunkAsk, ChunkReply};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::BlobsError;
+use super::{BlobsError, Vouched};
 
 /// How long another worker may take to let us in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -27,6 +27,9 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How long whoever has begun a stream may take to ask, and to take what it asked for.
 const SERVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long whoever asks may be unknown.
+const VOUCH_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Chunks that are given at once, each held in memory: what keeps a fast link busy.
 const GIVEN_AT_ONCE: usize = 16;
@@ -49,7 +52,7 @@ impl Door {
     pub fn open(
         address: SocketAddr,
         identity: Arc<Identity>,
-        cache: ModelCache,
+        (cache, vouched): (ModelCache, watch::Receiver<Vouched>),
     ) -> Result<Self, BlobsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
@@ -61,6 +64,7 @@ impl Door {
         let given = Arc::new(AtomicU64::new(0));
         let giving = Giving {
             cache,
+            vouched,
             places: Arc::new(Semaphore::new(GIVEN_AT_ONCE)),
             given: Arc::clone(&given),
         };
@@ -156,6 +160,7 @@ async fn fetch(connection: &Connection, ask: ChunkAsk, len: u64) -> Result<Vec<u
 #[derive(Clone, Debug)]
 struct Giving {
     cache: ModelCache,
+    vouched: watch::Receiver<Vouched>,
     places: Arc<Semaphore>,
     given: Arc<AtomicU64>,
 }
@@ -181,31 +186,45 @@ async fn serve(accepting: Accepting, giving: Giving) {
         Ok(connection) => connection,
         Err(error) => return tracing::debug!("a connection is refused: {error}"),
     };
+    // An endpoint lets nobody begin this conversation without a certificate.
+    let Some(node) = connection.peer() else { return };
     let mut streams = JoinSet::new();
     loop {
         tokio::select! {
             stream = connection.accept_bi() => {
                 let Ok((sender, receiver)) = stream else { return };
                 // The transport bounds how many streams a peer may have open.
-                streams.spawn(give(sender, receiver, giving.clone()));
+                streams.spawn(give(node, sender, receiver, giving.clone()));
             }
             Some(_) = streams.join_next() => {}
         }
     }
 }
 
-async fn give(sender: FrameSender, receiver: FrameReceiver, giving: Giving) {
-    if tokio::time::timeout(SERVE_TIMEOUT, answer(sender, receiver, giving)).await.is_err() {
+async fn give(node: NodeId, sender: FrameSender, receiver: FrameReceiver, giving: Giving) {
+    let answered = answer(node, sender, receiver, giving);
+    if tokio::time::timeout(SERVE_TIMEOUT, answered).await.is_err() {
         tracing::debug!("a chunk was not taken within {SERVE_TIMEOUT:?}");
     }
 }
 
-async fn answer(mut sender: FrameSender, mut receiver: FrameReceiver, giving: Giving) {
+async fn answer(
+    node: NodeId,
+    mut sender: FrameSender,
+    mut receiver: FrameReceiver,
+    mut giving: Giving,
+) {
     let Ok(Some(ask)) = receiver.message::<ChunkAsk>(ASK_LEN_MAX).await else { return };
+    // Whoever asks has been told of us by a coordinator, which may be telling us of it right now.
+    let known = giving.vouched.wait_for(|vouched| vouched.contains_key(&(ask.key, node)));
+    let known = tokio::time::timeout(VOUCH_PATIENCE, known).await.is_ok_and(|known| known.is_ok());
     let Ok(_place) = giving.places.acquire().await else { return };
     let cache = giving.cache.clone();
-    let read = tokio::task::spawn_blocking(move || cache.chunk(ask.key, ask.chunk)).await;
-    let Some(bytes) = read.ok().flatten() else {
+    let read = async || match known {
+        true => tokio::task::spawn_blocking(move || cache.chunk(ask.key, ask.chunk)).await.ok()?,
+        false => None,
+    };
+    let Some(bytes) = read().await else {
         if sender.send_message(&ChunkReply::NotHere, ASK_LEN_MAX).await.is_ok() {
             sender.finish();
         }

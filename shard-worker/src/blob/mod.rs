@@ -12,7 +12,7 @@ mod door;
 mod news;
 mod swarming;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +21,7 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ModelSource;
 use shoal_protocol::quic::{EndpointError, Identity};
 use shoal_protocol::weights::{BlobNews, ModelKey};
+use tokio::sync::watch;
 
 use self::door::Door;
 pub use self::news::{Cursor, NewsLog, Telling, more};
@@ -51,7 +52,12 @@ struct Inner {
     door: Arc<Door>,
     news: Arc<NewsLog>,
     swarms: Mutex<BTreeMap<ModelKey, Arc<Swarming>>>,
+    vouched: watch::Sender<Vouched>,
 }
+
+/// Who wants or has which model, and the coordinators that said so. Nobody else is given any of it: a
+/// worker that was removed may still have a certificate.
+type Vouched = BTreeMap<(ModelKey, NodeId), BTreeSet<NodeId>>;
 
 impl Blobs {
     /// Opens the endpoint and begins to give what the cache has.
@@ -61,9 +67,10 @@ impl Blobs {
         cache: ModelCache,
     ) -> Result<Self, BlobsError> {
         let me = identity.node;
-        let door = Arc::new(Door::open(address, identity, cache.clone())?);
-        let (news, swarms) = Default::default();
-        Ok(Self(Arc::new(Inner { me, cache, door, news, swarms })))
+        let vouched = watch::Sender::new(Vouched::new());
+        let door = Door::open(address, identity, (cache.clone(), vouched.subscribe()))?;
+        let (door, (news, swarms)) = (Arc::new(door), Default::default());
+        Ok(Self(Arc::new(Inner { me, cache, door, news, swarms, vouched })))
     }
 
     /// Where it listens.
@@ -86,13 +93,28 @@ impl Blobs {
         Ok(self.0.door.renew(identity)?)
     }
 
-    /// Takes what a coordinator passes on.
-    pub fn hear(&self, said: Vec<(NodeId, SocketAddr, BlobNews)>) {
+    /// Takes what a coordinator passes on. A worker is gone once all who spoke of it say so.
+    pub fn hear(&self, coordinator: NodeId, said: Vec<(NodeId, SocketAddr, BlobNews)>) {
         for (node, address, news) in said {
-            if news.is_bounded()
-                && let Some(swarming) = self.swarming(news.key())
-            {
-                swarming.hear(node, address, news);
+            let key = news.key();
+            let Some(swarming) = self.swarming(key).filter(|_| news.is_bounded()) else { continue };
+            let mut left = true;
+            self.0.vouched.send_modify(|vouched| match &news {
+                BlobNews::Gone { .. } => {
+                    let by = vouched.entry((key, node)).or_default();
+                    by.remove(&coordinator);
+                    left = !by.is_empty();
+                    if !left {
+                        vouched.remove(&(key, node));
+                    }
+                }
+                BlobNews::Wants { .. } | BlobNews::Has { .. } => {
+                    vouched.entry((key, node)).or_default().insert(coordinator);
+                }
+            });
+            match news {
+                BlobNews::Gone { .. } if left => {}
+                news => swarming.hear(node, address, news),
             }
         }
     }

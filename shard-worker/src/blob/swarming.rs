@@ -61,7 +61,7 @@ impl Peers for Swarming {
     }
 
     fn fetch(&self, node: NodeId, chunk: ChunkId, len: u64) -> Result<Vec<u8>, String> {
-        let address = self.lock().address(node);
+        let address = self.lock().address(node, Instant::now());
         let ask = ChunkAsk { key: self.key, chunk };
         let fetched = match address {
             Some(address) => self.door.fetch(node, address, ask, len),
@@ -89,6 +89,10 @@ impl Peers for Swarming {
 
     fn avoid(&self, node: NodeId, _why: &str) {
         self.lock().avoid(node);
+    }
+
+    fn failed(&self, node: NodeId) {
+        self.lock().rest(node, Instant::now());
     }
 
     fn wait(&self, longest: Duration) {
