@@ -6,6 +6,7 @@
 //! | `shoal-act` | stage ↔ stage | flat rkyv and raw tensors: [`activation`] |
 //! | `shoal-ctl` | coordinator ↔ worker agent | postcard: [`control`] |
 //! | `shoal-admin` | CLI ↔ coordinator | postcard: [`admin`] |
+//! | `shoal-blob` | worker ↔ worker | postcard, and chunks of weights: [`weights`] |
 //! | `shoal-join` | joiner ↔ coordinator, no client certificate | postcard, at most 4 KiB: [`join`] |
 //!
 //! Without the `quic` feature this crate has no socket, no clock and no runtime in it.

@@ -10,8 +10,9 @@ pub use crate::weights::ChunkId;
 /// terabyte are 8 MiB.
 pub const CHUNK: u64 = 4 << 20;
 
-/// What is asked of an origin at once: long enough that a request's round trip does not show.
-pub const RUN: u64 = 32 << 20;
+/// What is asked of an origin at once: long enough that a request's round trip hardly shows, short enough
+/// that the few that are held in memory do not show beside the weights.
+pub const RUN: u64 = 16 << 20;
 
 /// How the files of a model are cut. Everybody cuts in the same way; tests cut small files smaller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

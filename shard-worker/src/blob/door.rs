@@ -220,11 +220,11 @@ async fn answer(
     let known = tokio::time::timeout(VOUCH_PATIENCE, known).await.is_ok_and(|known| known.is_ok());
     let Ok(_place) = giving.places.acquire().await else { return };
     let cache = giving.cache.clone();
-    let read = async || match known {
-        true => tokio::task::spawn_blocking(move || cache.chunk(ask.key, ask.chunk)).await.ok()?,
-        false => None,
+    let bytes = match known {
+        true => tokio::task::spawn_blocking(move || cache.chunk(ask.key, ask.chunk)).await,
+        false => Ok(None),
     };
-    let Some(bytes) = read().await else {
+    let Some(bytes) = bytes.ok().flatten() else {
         if sender.send_message(&ChunkReply::NotHere, ASK_LEN_MAX).await.is_ok() {
             sender.finish();
         }

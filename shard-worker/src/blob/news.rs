@@ -9,6 +9,7 @@ use std::time::Duration;
 use shoal_protocol::control::{BLOB_NEWS_MAX, WorkerMessage};
 use shoal_protocol::weights::{BlobNews, ChunkHash, ChunkId, ModelKey, NAMED_MAX};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Blobs;
 
@@ -97,19 +98,21 @@ pub struct Telling {
     log: Arc<NewsLog>,
     len: watch::Receiver<usize>,
     cursor: Cursor,
+    /// When the next message is sent: it outlives a call that is dropped.
+    due: Option<Instant>,
 }
 
 impl Telling {
     /// From its beginning.
     pub fn new(blobs: &Blobs) -> Self {
         let (log, address) = (Arc::clone(blobs.news()), blobs.address());
-        Self { address, len: log.watch(), log, cursor: Cursor::default() }
+        Self { address, len: log.watch(), log, cursor: Cursor::default(), due: None }
     }
 }
 
 /// The next message, once there is one; never, where there is nothing to tell of. Cancel safe.
 pub async fn more(telling: &mut Option<Telling>) -> WorkerMessage {
-    let Some(Telling { address, log, len, cursor }) = telling else {
+    let Some(Telling { address, log, len, cursor, due }) = telling else {
         return std::future::pending().await;
     };
     let read = *cursor;
@@ -118,7 +121,8 @@ pub async fn more(telling: &mut Option<Telling>) -> WorkerMessage {
         return std::future::pending().await;
     }
     // Chunks come many at a time, and messages cost more than they do.
-    tokio::time::sleep(PAUSE).await;
+    tokio::time::sleep_until(*due.get_or_insert_with(|| Instant::now() + PAUSE)).await;
+    *due = None;
     WorkerMessage::Blobs { address: *address, news: log.next(cursor) }
 }
 
