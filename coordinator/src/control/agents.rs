@@ -318,8 +318,8 @@ impl Agents {
             reason = connection.closed() => SessionEnd::Link(reason.to_string()),
             silence = pulse.follow(connection) => SessionEnd::Silent(silence),
         };
+        self.forget_blobs(node, session);
         self.disconnected(node, session);
-        self.forget_blobs(node);
         end
     }
 

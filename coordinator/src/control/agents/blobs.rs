@@ -90,8 +90,12 @@ impl Agents {
         sent.flatten().unwrap_or(false)
     }
 
-    /// What a worker said is gone with its conversation; it says it again.
-    pub(super) fn forget_blobs(&self, node: NodeId) {
+    /// What a worker said is gone with its conversation, unless a newer one has taken its place; it says it
+    /// again.
+    pub(super) fn forget_blobs(&self, node: NodeId, session: u64) {
+        if self.with_link(node, session, |_| ()).is_none() {
+            return;
+        }
         self.with_tracker(|tracker| tracker.gone(node));
         self.blobs.heard.send_modify(|n| *n += 1);
     }
