@@ -281,7 +281,9 @@ fn answer(out: &mut TcpStream, shared: &Shared, asked: &Asked) -> Result<bool> {
     }
     match path.strip_prefix(&format!("/{repo}/resolve/{COMMIT}/")) {
         Some(file) if file.ends_with(".safetensors") => {
-            let to = format!("/cdn/{COMMIT}/{file}?signature=x");
+            // A CDN is another host: what is meant for the hub alone must not get there.
+            let port = out.local_addr()?.port();
+            let to = format!("http://localhost:{port}/cdn/{COMMIT}/{file}?signature=x");
             send(out, "302 Found", &[("Location", to)], b"")
         }
         Some(file) => send_file(out, shared, file, asked),
