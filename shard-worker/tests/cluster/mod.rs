@@ -181,6 +181,8 @@ pub async fn welcome_with(
                 WorkerMessage::Renew { csr } => said.renewals.push(csr),
                 WorkerMessage::Trusts { shows, .. } => said.shows = Some(shows),
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
+                // These workers serve no model that is fetched.
+                WorkerMessage::Blobs { .. } => {}
             });
         }
     });
