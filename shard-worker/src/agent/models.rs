@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use shoal_protocol::blob::{BlobError, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError, TensorLocation};
+use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError, TensorPart};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -166,16 +166,24 @@ impl Models {
     }
 }
 
-/// The bytes of the files that an assignment's tensors are.
+/// The bytes of the files that an assignment's parts of tensors are: whole rows, since the columns of each
+/// lie apart.
 fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
-    let tensors = checkpoint.spec().tensors(assignment.layers());
-    let located = tensors.iter().filter_map(|tensor| checkpoint.locate(&tensor.name));
-    let wanted = |location: &TensorLocation| {
+    let (spec, replica) = (checkpoint.spec(), &assignment.replica);
+    let stage = replica.stages.get(assignment.stage.0 as usize);
+    let split = stage.map(|stage| stage.split(assignment.rank));
+    let part = split.and_then(|split| spec.part(split, replica.reduction()).ok());
+    // What cannot be cut so is refused where it is loaded.
+    let tensors = part.map(|part| part.tensors(spec, assignment.layers())).unwrap_or_default();
+    let wanted = |tensor: &TensorPart| {
+        let location = checkpoint.locate(&tensor.spec.name)?;
         let file = location.file.strip_prefix(checkpoint.folder()).ok()?;
-        let bytes = location.offset..location.offset + location.len;
+        let row = tensor.columns_stored() * location.dtype.bytes();
+        let at = |row_number: u64| location.offset + row_number * row;
+        let bytes = at(tensor.rows.start)..at(tensor.rows.end);
         Some(Wanted { file: file.to_str()?.to_owned(), bytes })
     };
-    located.filter_map(wanted).collect()
+    tensors.iter().filter_map(wanted).collect()
 }
 
 fn fetch_error(error: &BlobError) -> WireError {
