@@ -21,8 +21,8 @@ use crate::registry::Registry;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long to wait for an answer. A deployment is accepted after each worker has read the model's
-/// headers, which on a cold network file system takes a while.
-const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// headers, which on a cold network file system, or from a hub, takes a while.
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long to wait until what was sent has been taken.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);

@@ -358,7 +358,7 @@ impl Servers {
                 Alpn::Admin => self.admin.serve(conversation).await,
                 Alpn::Join | Alpn::Renew => self.join.serve(conversation).await,
                 // Not offered, so TLS does not agree on them; or seen to above.
-                Alpn::Requests | Alpn::Activations | Alpn::Raft => {
+                Alpn::Requests | Alpn::Activations | Alpn::Blobs | Alpn::Raft => {
                     conversation.close(close_code::REFUSED, "a coordinator does not compute");
                 }
             }

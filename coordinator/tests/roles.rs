@@ -305,7 +305,7 @@ async fn conversations_that_a_coordinator_does_not_hold_do_not_begin() {
     let cast = Cast::new().await;
     let held = |alpn: &Alpn| match alpn {
         Alpn::Control | Alpn::Admin | Alpn::Join | Alpn::Renew | Alpn::Raft => true,
-        Alpn::Requests | Alpn::Activations => false,
+        Alpn::Requests | Alpn::Activations | Alpn::Blobs => false,
     };
     for alpn in Alpn::ALL.into_iter().filter(|alpn| !held(alpn)) {
         for role in ROLES {

@@ -19,6 +19,7 @@ use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
 use crate::trust::{CaFingerprint, Trust};
 use crate::units::Bytes;
 use crate::version::VersionRange;
+use crate::weights::BlobNews;
 
 /// The largest control message: an `Assign` of a few hundred shards.
 pub const MESSAGE_LEN_MAX: usize = 4 << 20;
@@ -105,7 +106,17 @@ pub enum WorkerMessage {
     /// All that this worker has to say of itself beyond its registration, and again on every change: at
     /// most [`FACTS_MAX`](crate::mesh::FACTS_MAX). For coordinators that speak version 3.
     Facts(Vec<Fact>),
+    /// Chunks of weights that it wants or has. For coordinators that speak `KNOWS_HUB`.
+    Blobs {
+        /// Where it gives them to others (`shoal-blob`).
+        address: SocketAddr,
+        /// At most `BLOB_NEWS_MAX`.
+        news: Vec<BlobNews>,
+    },
 }
+
+/// The most pieces of news of chunks in one message.
+pub const BLOB_NEWS_MAX: usize = 64;
 
 /// What a coordinator says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -154,6 +165,9 @@ pub enum CoordinatorMessage {
         /// for one (`Renew`) at once.
         signs: bool,
     },
+    /// What other workers said of chunks of the models that this one wants, and where they are. For workers
+    /// that speak `KNOWS_HUB`.
+    Blobs(Vec<(NodeId, SocketAddr, BlobNews)>),
 }
 
 /// Who a worker is and what it has.

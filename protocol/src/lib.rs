@@ -6,6 +6,7 @@
 //! | `shoal-act` | stage ↔ stage | flat rkyv and raw tensors: [`activation`] |
 //! | `shoal-ctl` | coordinator ↔ worker agent | postcard: [`control`] |
 //! | `shoal-admin` | CLI ↔ coordinator | postcard: [`admin`] |
+//! | `shoal-blob` | worker ↔ worker | postcard, and chunks of weights: [`weights`] |
 //! | `shoal-join` | joiner ↔ coordinator, no client certificate | postcard, at most 4 KiB: [`join`] |
 //!
 //! Without the `quic` feature this crate has no socket, no clock and no runtime in it.
@@ -13,6 +14,8 @@
 pub mod access;
 pub mod activation;
 pub mod admin;
+#[cfg(feature = "blob")]
+pub mod blob;
 pub mod control;
 pub mod error;
 pub mod frame;
@@ -32,3 +35,4 @@ pub mod trust;
 pub mod units;
 pub mod upgrade;
 pub mod version;
+pub mod weights;

@@ -99,6 +99,33 @@ pub enum ModelSource {
     },
     /// No files: a seeded pretend model with modelled time (`PretendSpec`), for tests and benches.
     Pretend(PretendSpec),
+    /// A model of the Hugging Face hub, or of a mirror of it; each node fetches what it needs of it. For
+    /// nodes that speak [`crate::version::KNOWS_HUB`].
+    Hub {
+        /// `org/name`.
+        repo: String,
+        /// A branch, a tag or a commit; in plans a commit, which names the same bytes for ever.
+        revision: String,
+    },
+    /// A folder of an S3-compatible object store. For nodes that speak [`crate::version::KNOWS_HUB`].
+    ObjectStore {
+        /// `s3://bucket/folder`.
+        url: String,
+        /// Empty where it is asked for; in plans a hash of its files' names, lengths and ETags.
+        revision: String,
+    },
+}
+
+impl ModelSource {
+    /// Whether nodes fetch it themselves, from an origin or from each other.
+    pub fn is_fetched(&self) -> bool {
+        match self {
+            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => true,
+            ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
+                false
+            }
+        }
+    }
 }
 
 impl std::fmt::Display for ModelSource {
@@ -107,6 +134,8 @@ impl std::fmt::Display for ModelSource {
             ModelSource::Folder { path } => f.write_str(path),
             ModelSource::Builtin { name } => write!(f, "the built-in model `{name}`"),
             ModelSource::Pretend(_) => f.write_str("a pretend model"),
+            ModelSource::Hub { repo, revision } => write!(f, "{repo}@{revision}"),
+            ModelSource::ObjectStore { url, .. } => f.write_str(url),
         }
     }
 }

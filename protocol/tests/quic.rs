@@ -73,7 +73,7 @@ async fn a_role_may_only_begin_its_own_conversations() {
     // Who may begin each. What a new conversation allows is to be written down here.
     let may = |alpn| match alpn {
         Alpn::Requests | Alpn::Raft => [Role::Coordinator].as_slice(),
-        Alpn::Activations | Alpn::Control => &[Role::Worker],
+        Alpn::Activations | Alpn::Control | Alpn::Blobs => &[Role::Worker],
         Alpn::Admin => &[Role::Admin],
         Alpn::Join | Alpn::Renew => &[Role::Coordinator, Role::Worker, Role::Admin],
     };

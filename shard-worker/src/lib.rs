@@ -13,6 +13,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod blob;
 pub mod collective;
 pub mod config;
 pub mod engine;

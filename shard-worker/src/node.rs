@@ -1,7 +1,7 @@
 //! ◇ A whole worker: identity, endpoints, agent; started in order and drained in the reverse one.
 //!
 //! ```text
-//! identity ─► shoal-act endpoint (its own thread) ─► shoal-req endpoint ─► agent ─► shoal-ctl
+//! identity ─► shoal-act, shoal-blob endpoints (a thread each) ─► shoal-req endpoint ─► agent ─► shoal-ctl
 //! drain:      agent lets its shards out ─► requests end ─► links end
 //! ```
 
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_protocol::blob::{BlobSettings, ModelCache};
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register};
 use shoal_protocol::id::{Incarnation, NodeId, Role};
 use shoal_protocol::mesh::{Fact, ZoneName};
@@ -28,6 +29,7 @@ use tokio::task::JoinSet;
 use crate::agent::calibration;
 use crate::agent::inventory::{self, InventoryError};
 use crate::agent::{Agent, AgentHandle, AgentParts, COORDINATORS_FILE, Models, read_kept};
+use crate::blob::{Blobs, BlobsError};
 use crate::config::WorkerConfig;
 use crate::head::Heads;
 use crate::head::intake::Intake;
@@ -108,6 +110,9 @@ pub enum StartError {
     /// The endpoint for activations.
     #[error(transparent)]
     Links(#[from] LinksError),
+    /// The endpoint for chunks of weights.
+    #[error(transparent)]
+    Blobs(#[from] BlobsError),
 }
 
 /// A worker that runs.
@@ -154,6 +159,9 @@ impl Worker {
         };
         let links = Links::start(activations, Arc::clone(&identity))?;
         let links = Arc::new(links.tracing(config.tracer));
+        let cache = ModelCache::new(&config.data, BlobSettings::from_environment());
+        let any_port = SocketAddr::new(activations.ip(), 0);
+        let blobs = Blobs::start(any_port, Arc::clone(&identity), cache.clone())?;
         let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
             versions: VersionRange::OURS,
@@ -179,6 +187,8 @@ impl Worker {
             lease: Arc::clone(&lease),
             models: Models {
                 data: config.data,
+                cache,
+                blobs: Some(blobs),
                 builtin: config.builtin,
                 threads: threads.unwrap_or(std::num::NonZeroUsize::MIN),
             },

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod collector;
 pub mod faults;
+pub mod hub;
 pub mod model;
 pub mod planted;
 pub mod proc;

@@ -25,7 +25,8 @@ Each worker must be able to read the folder under the same path.";
 /// `shoal deploy`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DeployArgs {
-    /// A folder in the Hugging Face layout; without one the built-in model `demo` is served
+    /// A folder in the Hugging Face layout, org/name[@revision] of the hub, or s3://bucket/folder;
+    /// without one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// What clients will call it [default: the folder's name]
     #[arg(long, value_name = "N", value_parser = name)]

@@ -6,8 +6,8 @@
 mod access;
 mod ca;
 mod coordinators;
-pub mod models;
 mod deploy;
+pub mod models;
 mod moves;
 mod nearest;
 mod tokens;
@@ -53,6 +53,7 @@ const EXAMPLES: &str = "\
 Examples:
   shoal up                                  the built-in model over 3 workers on this machine
   shoal up ~/models/qwen3-0.6b --workers 2  a folder in the Hugging Face layout over 2 workers
+  shoal up Qwen/Qwen3-0.6B --workers 2      a model of the Hugging Face hub: HF_ENDPOINT, HF_TOKEN, HF_HOME
   shoal chat                                talk to what the newest `up` serves
   shoal status                              who is there, what is served, where each stage runs
 
@@ -174,8 +175,8 @@ Examples:
 /// `shoal up`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UpArgs {
-    /// A folder in the Hugging Face layout (config.json, safetensors, tokenizer.json …); without
-    /// one the built-in model `demo` is served
+    /// A folder in the Hugging Face layout (config.json, safetensors, tokenizer.json …), a model of the
+    /// hub as org/name[@revision], or s3://bucket/folder; without one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// How many workers to start
     #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]

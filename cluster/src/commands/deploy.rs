@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
+use shoal_protocol::blob::{ObjectUrl, name};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
 use shoal_protocol::plan::ModelSource;
@@ -97,10 +98,21 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
     let Some(folder) = model.filter(|m| *m != Path::new(builtin) || m.exists()) else {
         return Ok((ModelSource::Builtin { name: builtin.to_owned() }, default_name(builtin)?));
     };
+    if let Some(url) = folder.to_str().filter(|text| text.starts_with("s3://")) {
+        let called = ObjectUrl::parse(url).map_err(|error| Failure::usage(error.to_string()))?;
+        let (url, revision) = (url.to_owned(), String::new());
+        return Ok((ModelSource::ObjectStore { url, revision }, default_name(called.name())?));
+    }
+    if let Some((repo, revision)) = folder.to_str().and_then(|text| name::parse(text).ok())
+        && !folder.exists()
+    {
+        let called = default_name(repo.name())?;
+        return Ok((ModelSource::Hub { repo: repo.to_string(), revision }, called));
+    }
     let absolute = folder.canonicalize().map_err(|error| {
         Failure::refused(format!(
-            "cannot read the model {}: {error}; name a folder in the Hugging Face layout, or none \
-             for the built-in model `{builtin}`",
+            "cannot read the model {}: {error}; name a folder in the Hugging Face layout, a model of \
+             the hub as org/name or org/name@revision, or none for the built-in model `{builtin}`",
             folder.display()
         ))
     })?;
@@ -145,6 +157,19 @@ mod tests {
         let path = model.canonicalize().unwrap().to_str().unwrap().to_owned();
         assert_eq!(source, ModelSource::Folder { path });
         assert_eq!(name.as_str(), "tiny-1.5");
+    }
+
+    #[test]
+    fn what_is_no_folder_but_reads_like_one_is_a_model_of_the_hub() {
+        for (text, repo, at, called) in [
+            ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "main", "Qwen3-0.6B"),
+            ("org/name@v1", "org/name", "v1", "name"),
+        ] {
+            let (source, name) = source_of(Some(Path::new(text))).unwrap();
+            let (repo, revision) = (repo.to_owned(), at.to_owned());
+            assert_eq!(source, ModelSource::Hub { repo, revision });
+            assert_eq!(name.as_str(), called);
+        }
     }
 
     #[test]

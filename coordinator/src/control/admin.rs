@@ -27,6 +27,7 @@ use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::{explain, loads};
 use super::reconcile::{Observed, dry_run, inventory_for};
+use super::state::versions::needs_of;
 use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
@@ -39,6 +40,10 @@ const CALLS_MAX: usize = 32;
 /// Changes that follow each other sooner reach a watcher as one: a person cannot read faster, and
 /// counters change with every report.
 const WATCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a deployment waits until it is on record that everybody understands its source: a cluster
+/// that has just begun records it within a few seconds.
+const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long an operator waits for what is shown to follow what was decided: some rounds of the reconciler.
 const SHOW_TIMEOUT: Duration = Duration::from_secs(2);
@@ -225,6 +230,18 @@ impl AdminServer {
         Changes { store: &self.store, agents: &self.agents }
     }
 
+    /// Waits until all members are known to understand such a source: they say so within a moment of
+    /// their start. Nobody may be asked for one that is not.
+    async fn wait_for_needs(&self, source: &ModelSource) -> Result<(), WireError> {
+        let needs = needs_of(source);
+        let mut state = self.store.watch();
+        let permitted = state.wait_for(|state| state.permits_needs(needs).is_ok());
+        if tokio::time::timeout(NEEDS_PATIENCE, permitted).await.is_ok_and(|found| found.is_ok()) {
+            return Ok(());
+        }
+        Ok(self.store.state().permits_needs(needs)?)
+    }
+
     /// Asks every worker whether it reads the same model under the same path, before anything is
     /// promised.
     async fn check_workers(&self, model: &ModelRef) -> Result<(), WireError> {
@@ -269,8 +286,9 @@ impl AdminServer {
         if self.store.state().deployments.get(&name).is_some() {
             return Err(Refusal::NameTaken { name }.into());
         }
+        self.wait_for_needs(&source).await?;
         let models = self.models.clone();
-        let opened = tokio::task::spawn_blocking(move || models.open(&source)).await;
+        let opened = tokio::task::spawn_blocking(move || models.open(&models.pin(source)?)).await;
         let (model, shape) = opened.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
         })??;

@@ -9,6 +9,7 @@
 //! of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
 //! number of a registration enters the log (see `admit`).
 
+mod blobs;
 mod certificates;
 
 use std::collections::BTreeMap;
@@ -33,6 +34,7 @@ use super::authority::Authority;
 use super::reconcile::ObservedWorker;
 use super::registry::{Link, OUTBOX_MAX, Registry, Worker};
 use super::store::ControlStore;
+use blobs::Blobs;
 
 /// How long a worker may take to register once it is connected.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,6 +57,8 @@ pub struct Agents {
     registry: Arc<Mutex<Registry>>,
     /// Counts changes.
     changed: Arc<watch::Sender<u64>>,
+    /// Who has which chunks of which model.
+    blobs: Arc<Blobs>,
 }
 
 /// A worker that was let in, and the coordinators that its welcome named.
@@ -105,7 +109,7 @@ impl Agents {
     pub fn new(store: ControlStore, authority: Authority) -> Self {
         let changed = Arc::new(watch::Sender::new(0));
         let registry = Arc::new(Mutex::new(Registry::new(SystemTime::now())));
-        Self { store, authority, registry, changed }
+        Self { store, authority, registry, changed, blobs: Arc::default() }
     }
 
     /// Fires whenever a worker comes, goes or reports.
@@ -310,17 +314,24 @@ impl Agents {
         };
         // Both halves run until one of them ends; a message is never left half-read for the other.
         let end = tokio::select! {
-            end = self.listen(node, session, receiver) => end,
+            end = self.listen(node, (session, connection.remote_address()), receiver) => end,
             end = speak(sender, messages) => end,
+            end = self.tell_blobs(node, session, register.versions.max) => end,
             refused = record(&self.store, node, &register) => SessionEnd::Refused(refused.into()),
             reason = connection.closed() => SessionEnd::Link(reason.to_string()),
             silence = pulse.follow(connection) => SessionEnd::Silent(silence),
         };
+        self.forget_blobs(node, session);
         self.disconnected(node, session);
         end
     }
 
-    async fn listen(&self, node: NodeId, session: u64, mut receiver: FrameReceiver) -> SessionEnd {
+    async fn listen(
+        &self,
+        node: NodeId,
+        (session, remote): (u64, SocketAddr),
+        mut receiver: FrameReceiver,
+    ) -> SessionEnd {
         loop {
             match receiver.message(MESSAGE_LEN_MAX).await {
                 Ok(Some(WorkerMessage::Report(report))) => {
@@ -371,6 +382,11 @@ impl Agents {
                     }
                     self.with_link(node, session, |worker| worker.facts = Facts::of(facts));
                     self.changed.send_modify(|n| *n += 1);
+                }
+                Ok(Some(WorkerMessage::Blobs { address, news })) => {
+                    if let Err(why) = self.hear_blobs(node, reachable(address, remote), news) {
+                        return SessionEnd::Protocol(why);
+                    }
                 }
                 Ok(Some(WorkerMessage::Outranked { epoch })) => {
                     self.with_link(node, session, |worker| worker.outranked = Some(epoch));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use shoal_protocol::blob::{BlobError, BlobSettings, ModelCache, Side};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::model::{BuiltinModel, Checkpoint};
 use shoal_protocol::plan::{ModelRef, ModelSource};
@@ -14,15 +15,26 @@ use crate::api::tokenize::ModelText;
 pub struct Models {
     data: PathBuf,
     builtin: Vec<BuiltinModel>,
+    cache: ModelCache,
 }
 
 impl Models {
-    /// Built-in models are unpacked under `data`.
+    /// Built-in models are unpacked under `data`, and what is needed of others is fetched there.
     pub fn new(data: PathBuf, builtin: Vec<BuiltinModel>) -> Self {
-        Self { data, builtin }
+        let cache = ModelCache::new(&data, BlobSettings::from_environment());
+        Self { data, builtin, cache }
     }
 
-    /// The model's folder on this node, unpacked if need be; `None` for a pretend model.
+    /// The same source, with what may change about it pinned: a branch becomes its commit. Blocks on the
+    /// network.
+    pub fn pin(&self, source: ModelSource) -> Result<ModelSource, WireError> {
+        match source.is_fetched() {
+            false => Ok(source),
+            true => self.cache.pin(&source).map_err(|error| fetch_error(&error)),
+        }
+    }
+
+    /// The model's folder on this node, unpacked or fetched if need be; `None` for a pretend model.
     pub fn folder(&self, source: &ModelSource) -> Result<Option<PathBuf>, WireError> {
         match source {
             ModelSource::Folder { path } if Path::new(path).is_absolute() => {
@@ -37,11 +49,14 @@ impl Models {
             )),
             ModelSource::Builtin { name } => self.unpack(name).map(Some),
             ModelSource::Pretend(_) => Ok(None),
+            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
+                self.cache.prepare(source, Side::Text).map(Some).map_err(|e| fetch_error(&e))
+            }
         }
     }
 
-    /// Reads and checks a model: its shape, and a fingerprint that workers must find too. Blocks on
-    /// the disk.
+    /// Reads and checks a model that is pinned: its shape, and a fingerprint that workers must find too.
+    /// Blocks on the disk, and on the network where it is not here yet.
     pub fn open(&self, source: &ModelSource) -> Result<(ModelRef, ModelShape), WireError> {
         let bad =
             |error: &dyn std::fmt::Display| WireError::new(ErrorCode::BadModel, error.to_string());
@@ -78,6 +93,14 @@ impl Models {
             )
         })
     }
+}
+
+fn fetch_error(error: &BlobError) -> WireError {
+    let code = match error.is_final() {
+        true => ErrorCode::BadModel,
+        false => ErrorCode::StorageFailed,
+    };
+    WireError::new(code, error.to_string())
 }
 
 #[cfg(test)]

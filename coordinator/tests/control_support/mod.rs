@@ -304,7 +304,7 @@ impl Talk {
                     WorkerMessage::Probed { probe, result }
                 }
                 CoordinatorMessage::Drain { .. } => return,
-                CoordinatorMessage::Coordinators(_) => continue,
+                CoordinatorMessage::Coordinators(_) | CoordinatorMessage::Blobs(_) => continue,
                 // Its certificate stays what it is; what it says of it is what it was told.
                 CoordinatorMessage::Trust { trust, .. } => {
                     let shows = trust.signing().unwrap();

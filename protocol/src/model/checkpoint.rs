@@ -22,8 +22,8 @@ const CONFIG_LEN_MAX: u64 = 1 << 20;
 /// The largest number of weight files; the largest published models have a few hundred.
 const FILES_MAX: usize = 4096;
 const CONFIG: &str = "config.json";
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
 
 /// A model folder whose headers have been read and checked; no tensor data is read.

@@ -12,7 +12,7 @@ pub mod moe;
 pub mod options;
 mod pretend;
 mod rope;
-mod safetensors;
+pub(crate) mod safetensors;
 pub mod spec;
 pub mod split;
 mod table;

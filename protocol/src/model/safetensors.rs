@@ -19,7 +19,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use crate::model::checkpoint::CheckpointError;
 
 /// The longest header, as in the format's reference implementation.
-pub(super) const HEADER_LEN_MAX: u64 = 100_000_000;
+pub(crate) const HEADER_LEN_MAX: u64 = 100_000_000;
 
 /// One file's header.
 pub(super) struct Header {

@@ -21,11 +21,13 @@ pub enum Alpn {
     Raft,
     /// Node whose certificate has expired → coordinator, without a client certificate.
     Renew,
+    /// Worker → worker: chunks of weights.
+    Blobs,
 }
 
 impl Alpn {
     /// All of them.
-    pub const ALL: [Alpn; 7] = [
+    pub const ALL: [Alpn; 8] = [
         Alpn::Requests,
         Alpn::Activations,
         Alpn::Control,
@@ -33,6 +35,7 @@ impl Alpn {
         Alpn::Join,
         Alpn::Raft,
         Alpn::Renew,
+        Alpn::Blobs,
     ];
 
     /// The name on the wire.
@@ -45,6 +48,7 @@ impl Alpn {
             Alpn::Join => "shoal-join",
             Alpn::Raft => "shoal-raft",
             Alpn::Renew => "shoal-renew",
+            Alpn::Blobs => "shoal-blob",
         }
     }
 
@@ -65,7 +69,7 @@ impl Alpn {
     pub(super) fn admits(self, client: Role) -> bool {
         match self {
             Alpn::Requests | Alpn::Raft => client == Role::Coordinator,
-            Alpn::Activations | Alpn::Control => client == Role::Worker,
+            Alpn::Activations | Alpn::Control | Alpn::Blobs => client == Role::Worker,
             Alpn::Admin => client == Role::Admin,
             Alpn::Join | Alpn::Renew => true,
         }

@@ -150,6 +150,7 @@ impl Agent {
         let renewal = Renewal {
             endpoint: parts.endpoint.clone(),
             links: Arc::clone(&parts.links),
+            blobs: parts.models.blobs.clone(),
             file: parts.models.data.join(IDENTITY_FILE),
             asked: Default::default(),
             said: watch::Sender::new(0),
@@ -241,6 +242,7 @@ impl Agent {
             | CoordinatorMessage::Refused(_)
             | CoordinatorMessage::Renewed { .. }
             | CoordinatorMessage::Trust { .. }
+            | CoordinatorMessage::Blobs(_)
             | CoordinatorMessage::Coordinators(_) => {
                 tracing::warn!("{from} answered what was not asked");
                 return;

@@ -2,15 +2,17 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use shoal_protocol::blob::{BlobError, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError};
+use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError, TensorPart};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
 use crate::backend::BackendError;
 use crate::backend::cpu::{CpuOps, Isa};
+use crate::blob::Blobs;
 use crate::model::pretend::{PretendShard, SLOWER_VARIABLE};
 use crate::model::{LoadError, LoadOptions, WeightsError, load_shard};
 use crate::stage::LoadedModel;
@@ -24,6 +26,10 @@ pub struct Models {
     pub builtin: Vec<BuiltinModel>,
     /// Threads that compute, and that read weights.
     pub threads: NonZeroUsize,
+    /// The models of hubs, as far as they are here.
+    pub cache: ModelCache,
+    /// Other workers that have some of them; `None`: only the hub is asked.
+    pub blobs: Option<Blobs>,
 }
 
 impl Models {
@@ -34,7 +40,10 @@ impl Models {
                 check_pretend(spec)?;
                 Ok(spec.fingerprint())
             }
-            ModelSource::Folder { .. } | ModelSource::Builtin { .. } => {
+            ModelSource::Folder { .. }
+            | ModelSource::Builtin { .. }
+            | ModelSource::Hub { .. }
+            | ModelSource::ObjectStore { .. } => {
                 // Whoever asks wants to deploy it now: what cannot be read is a refusal.
                 let refused = |error: WireError| WireError::new(ErrorCode::BadModel, error.message);
                 Ok(self.open(source).map_err(refused)?.fingerprint())
@@ -53,7 +62,15 @@ impl Models {
         if let ModelSource::Pretend(spec) = &replica.model.source {
             return load_pretend(spec, assignment);
         }
-        let checkpoint = self.open(&replica.model.source)?;
+        let mut checkpoint = self.open(&replica.model.source)?;
+        let mut fetched = 0;
+        if replica.model.source.is_fetched() {
+            checkpoint = self.or_anew(checkpoint, assignment)?;
+            fetched = self.fetch(&checkpoint, assignment, on_progress, cancel)?;
+        }
+        let on_progress = &|done: Bytes, total: Bytes| {
+            on_progress(Bytes(fetched + done.0), Bytes(fetched + total.0));
+        };
         let vocab = checkpoint.spec().vocab;
         let isa = Isa::from_environment().map_err(|error| load_error(&error.into()))?;
         let ops =
@@ -62,6 +79,50 @@ impl Models {
         let model = load_shard(ops, &checkpoint, assignment, &options);
         let model = model.map_err(|error| load_error(&error))?;
         Ok(LoadedModel { model, vocab })
+    }
+
+    /// A checkpoint of the cache that is not the plan's is damaged: it is fetched again, once.
+    fn or_anew(
+        &self,
+        checkpoint: Checkpoint,
+        assignment: &Assignment,
+    ) -> Result<Checkpoint, WireError> {
+        let model = &assignment.replica.model;
+        if checkpoint.fingerprint() == model.fingerprint {
+            return Ok(checkpoint);
+        }
+        tracing::warn!(
+            "{}: not the model of the plan: fetched again",
+            checkpoint.folder().display()
+        );
+        self.cache.forget(&model.source).map_err(|error| fetch_error(&error))?;
+        self.open(&model.source)
+    }
+
+    /// Brings the bytes of an assignment's tensors here; how many there are.
+    fn fetch(
+        &self,
+        checkpoint: &Checkpoint,
+        assignment: &Assignment,
+        on_progress: &(dyn Fn(Bytes, Bytes) + Sync),
+        cancel: &AtomicBool,
+    ) -> Result<u64, WireError> {
+        let wanted = wanted(checkpoint, assignment);
+        // They are read once more when they are loaded.
+        let to_load: u64 = wanted.iter().map(|wanted| wanted.bytes.end - wanted.bytes.start).sum();
+        let fetched = AtomicU64::new(0);
+        let note = |done: u64, total: u64| {
+            fetched.store(total, Ordering::Relaxed);
+            on_progress(Bytes(done), Bytes(total + to_load));
+        };
+        let filling = Filling { on_progress: &note, cancel };
+        let source = &assignment.replica.model.source;
+        let filled = match &self.blobs {
+            Some(blobs) => blobs.fill(source, &wanted, &filling),
+            None => self.cache.fill(source, &wanted, &filling),
+        };
+        filled.map_err(|error| fetch_error(&error))?;
+        Ok(fetched.into_inner())
     }
 
     fn open(&self, source: &ModelSource) -> Result<Checkpoint, WireError> {
@@ -90,6 +151,10 @@ impl Models {
                     WireError::new(ErrorCode::StorageFailed, words)
                 })?
             }
+            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
+                let folder = self.cache.prepare(source, Side::Weights);
+                folder.map_err(|error| fetch_error(&error))?
+            }
             ModelSource::Pretend(_) => return Err(bad("a pretend model has no files".to_owned())),
         };
         Checkpoint::open(&folder).map_err(|error| match error {
@@ -99,6 +164,37 @@ impl Models {
             error => bad(error.to_string()),
         })
     }
+}
+
+/// The bytes of the files that an assignment's parts of tensors are: whole rows, since the columns of each
+/// lie apart.
+fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
+    let (spec, replica) = (checkpoint.spec(), &assignment.replica);
+    let stage = replica.stages.get(assignment.stage.0 as usize);
+    let split = stage.map(|stage| stage.split(assignment.rank));
+    let part = split.and_then(|split| spec.part(split, replica.reduction()).ok());
+    // What cannot be cut so is refused where it is loaded.
+    let tensors = part.map(|part| part.tensors(spec, assignment.layers())).unwrap_or_default();
+    let wanted = |tensor: &TensorPart| {
+        let location = checkpoint.locate(&tensor.spec.name)?;
+        let file = location.file.strip_prefix(checkpoint.folder()).ok()?;
+        let row = tensor.columns_stored() * location.dtype.bytes();
+        let at = |row_number: u64| location.offset + row_number * row;
+        let bytes = at(tensor.rows.start)..at(tensor.rows.end);
+        Some(Wanted { file: file.to_str()?.to_owned(), bytes })
+    };
+    tensors.iter().filter_map(wanted).collect()
+}
+
+fn fetch_error(error: &BlobError) -> WireError {
+    let code = match error {
+        BlobError::Cancelled => ErrorCode::Cancelled,
+        // Another worker may have a token, or a better network.
+        BlobError::Denied { .. } => ErrorCode::StorageFailed,
+        error if error.is_final() => ErrorCode::BadModel,
+        _ => ErrorCode::StorageFailed,
+    };
+    WireError::new(code, error.to_string())
 }
 
 /// Whether it is the model's fault, which no other worker can mend, or this machine's.
@@ -153,10 +249,14 @@ fn slower() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::blob::BlobSettings;
+
     use super::*;
 
     fn models(data: &Path) -> Models {
-        Models { data: data.to_owned(), builtin: Vec::new(), threads: NonZeroUsize::MIN }
+        let cache = ModelCache::new(data, BlobSettings::default());
+        let (data, threads) = (data.to_owned(), NonZeroUsize::MIN);
+        Models { data, builtin: Vec::new(), threads, cache, blobs: None }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use shoal_protocol::quic::{Endpoint, Identity};
 use shoal_protocol::trust::{BadTrust, Trust, fingerprint};
 use tokio::sync::watch;
 
+use crate::blob::Blobs;
 use crate::stage::Links;
 
 /// How long a coordinator may take to renew an expired certificate.
@@ -61,6 +62,8 @@ pub(super) struct Renewal {
     pub endpoint: Endpoint,
     /// Takes and reaches neighbours.
     pub links: Arc<Links>,
+    /// Gives and gets chunks of weights.
+    pub blobs: Option<Blobs>,
     /// Where the identity is kept for the next start.
     pub file: PathBuf,
     /// Shared by the sessions; held while a certificate is taken, so that two do not mix.
@@ -155,6 +158,9 @@ impl Renewal {
         let renewed = Arc::new(renewed);
         renewed.save(&self.file)?;
         self.links.renew(Arc::clone(&renewed))?;
+        if let Some(blobs) = &self.blobs {
+            blobs.renew(Arc::clone(&renewed))?;
+        }
         self.endpoint.renew(renewed)?;
         self.said.send_modify(|n| *n += 1);
         tracing::debug!("the certificate is renewed");

@@ -15,12 +15,13 @@ use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
 use shoal_protocol::trust::BadTrust;
-use shoal_protocol::version::{KNOWS_MESHES, KNOWS_TRUST};
+use shoal_protocol::version::{KNOWS_HUB, KNOWS_MESHES, KNOWS_TRUST};
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
 use super::coordinators::Coordinators;
 use super::renewal::Renewal;
+use crate::blob::{Telling, more};
 
 /// How long a coordinator may take to be reached and to say `Welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -268,6 +269,7 @@ async fn register(
         Some(CoordinatorMessage::Renewed { .. }) => "Renewed",
         Some(CoordinatorMessage::Coordinators(_)) => "Coordinators",
         Some(CoordinatorMessage::Trust { .. }) => "Trust",
+        Some(CoordinatorMessage::Blobs(_)) => "Blobs",
         None => "nothing",
     };
     Err(SessionEnd::NoWelcome(instead))
@@ -284,6 +286,11 @@ async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) ->
                 // Where the answers are many, it is said again.
                 if let Some(request) = renewal.request_if_outdated(signs) {
                     let _ = ear.answers.try_send(request);
+                }
+            }
+            Ok(Some(CoordinatorMessage::Blobs(said))) => {
+                if let Some(blobs) = &renewal.blobs {
+                    blobs.hear(ear.node, said);
                 }
             }
             Ok(Some(CoordinatorMessage::Coordinators(list))) => {
@@ -323,6 +330,7 @@ async fn report(
     said.mark_changed();
     // The first look at once: a worker may come back with a certificate that is almost a day old.
     let mut renew = tokio::time::interval(RENEW_LOOK);
+    let mut chunks = renewal.blobs.as_ref().map(Telling::new);
     loop {
         let message = tokio::select! {
             changed = reports.changed() => match changed {
@@ -340,6 +348,7 @@ async fn report(
             Ok(()) = facts.changed(), if version >= KNOWS_MESHES => {
                 WorkerMessage::Facts(facts.borrow_and_update().clone())
             }
+            message = more(&mut chunks), if version >= KNOWS_HUB => message,
             _ = renew.tick() => match renewal.request() {
                 Some(message) => message,
                 None => continue,

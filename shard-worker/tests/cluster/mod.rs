@@ -183,6 +183,8 @@ pub async fn welcome_with(
                 WorkerMessage::Trusts { shows, .. } => said.shows = Some(shows),
                 WorkerMessage::Outranked { epoch } => said.outranked.push(epoch),
                 WorkerMessage::Facts(_) => {}
+                // These workers serve no model that is fetched.
+                WorkerMessage::Blobs { .. } => {}
             });
         }
     });

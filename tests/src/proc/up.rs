@@ -49,12 +49,21 @@ pub struct UpOptions {
     pub model: Option<PathBuf>,
     /// More flags.
     pub flags: Vec<OsString>,
+    /// More of the environment.
+    pub environment: Vec<(String, OsString)>,
 }
 
 impl UpOptions {
     /// The built-in model with these flags, split at blanks.
     pub fn flags(line: &str) -> Self {
-        Self { model: None, flags: line.split_whitespace().map(OsString::from).collect() }
+        let flags = line.split_whitespace().map(OsString::from).collect();
+        Self { flags, ..Self::default() }
+    }
+
+    /// The same, with this in its environment.
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
     }
 
     /// Another model.
@@ -102,6 +111,7 @@ impl Up {
         command.arg(data.join("up")).args(&options.flags);
         // The newest `up` of a test is not that of whoever runs the tests.
         command.env("XDG_RUNTIME_DIR", data).env_remove("SHOAL_CONTEXT").env_remove("SHOAL_LOG");
+        command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         Process::spawn(command)
     }
 

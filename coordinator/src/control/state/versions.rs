@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
-use shoal_protocol::plan::Numerics;
-use shoal_protocol::version::KNOWS_MESHES;
+use shoal_protocol::plan::{ModelSource, Numerics};
+use shoal_protocol::version::{KNOWS_HUB, KNOWS_MESHES};
 
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
@@ -97,6 +97,11 @@ impl Needs {
     pub const fn everybody(version: u16) -> Self {
         Self { log: version, workers: version }
     }
+
+    /// What both need.
+    pub fn and(self, other: Self) -> Self {
+        Self { log: self.log.max(other.log), workers: self.workers.max(other.workers) }
+    }
 }
 
 /// What a change needs. This is the one list: every command stands in it.
@@ -109,11 +114,7 @@ pub fn needs(change: &Change) -> Needs {
             | NodeCommand::Remove { .. },
         )
         | Change::Token(TokenCommand::Create { .. } | TokenCommand::Revoke { .. })
-        | Change::Deployment(
-            DeploymentCommand::Create { .. }
-            | DeploymentCommand::Remove { .. }
-            | DeploymentCommand::Scale { .. },
-        )
+        | Change::Deployment(DeploymentCommand::Remove { .. } | DeploymentCommand::Scale { .. })
         | Change::Plan(
             PlanCommand::Promote { .. } | PlanCommand::Abandon { .. } | PlanCommand::Confirm { .. },
         )
@@ -126,15 +127,19 @@ pub fn needs(change: &Change) -> Needs {
         | Change::Key(KeyCommand::Create { .. } | KeyCommand::Revoke { .. })
         | Change::Drain(DrainCommand::Begin { .. } | DrainCommand::End { .. }) => Needs::NOTHING,
         // Workers of older builds have no part in such a layout: the planner sees to that.
-        Change::Deployment(
-            DeploymentCommand::CreateMesh { .. } | DeploymentCommand::ScaleMesh { .. },
-        ) => Needs::coordinators(KNOWS_MESHES),
+        Change::Deployment(DeploymentCommand::ScaleMesh { .. }) => {
+            Needs::coordinators(KNOWS_MESHES)
+        }
+        Change::Deployment(DeploymentCommand::CreateMesh { spec, .. }) => {
+            needs_of(&spec.model.source).and(Needs::coordinators(KNOWS_MESHES))
+        }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
             match plan.numerics {
                 Numerics::N1 => Needs::NOTHING,
                 Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
             }
         }
+        Change::Deployment(DeploymentCommand::Create { spec, .. }) => needs_of(&spec.model.source),
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
@@ -149,6 +154,16 @@ pub fn needs(change: &Change) -> Needs {
             | AuthorityCommand::Abandon { .. }
             | AuthorityCommand::OwnKey { .. },
         ) => Needs::coordinators(2),
+    }
+}
+
+/// What it takes to be told of a model: before it is deployed workers are asked whether they read it.
+pub fn needs_of(source: &ModelSource) -> Needs {
+    match source {
+        ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
+            Needs::NOTHING
+        }
+        ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => Needs::everybody(KNOWS_HUB),
     }
 }
 
@@ -204,7 +219,12 @@ impl ClusterState {
 
     /// Whether all whom a change concerns understand it.
     pub fn permits(&self, change: &Change) -> Result<(), Refusal> {
-        let Needs { log, workers } = needs(change);
+        self.permits_needs(needs(change))
+    }
+
+    /// Whether all who need it speak so much.
+    pub fn permits_needs(&self, needs: Needs) -> Result<(), Refusal> {
+        let Needs { log, workers } = needs;
         let mut by: Vec<NodeId> = Vec::new();
         if self.versions.log() < log {
             by.extend(self.coordinators.iter().map(|(id, _)| id));

@@ -1,0 +1,279 @@
+//! ● The models of origins on this machine: one folder for each, found again by every process.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::disk::Held;
+use super::disk::SparseFile;
+use super::error::BlobError;
+use super::fill::{Alone, Entry, Filling, Model, Peers, Wanted};
+use super::http::Http;
+use super::hub::Hub;
+use super::name::{self, RepoId};
+use super::origin::Origin;
+use super::prepare::{self, Side};
+use super::s3::{ObjectStore, ObjectUrl};
+use super::settings::BlobSettings;
+use crate::model::Checkpoint;
+use crate::plan::ModelSource;
+use crate::weights::{ChunkId, ModelKey};
+
+/// All of them. Cheap to share: clones are the same cache.
+#[derive(Clone, Debug)]
+pub struct ModelCache(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    settings: BlobSettings,
+    http: Http,
+    slots: Mutex<BTreeMap<PathBuf, Arc<Slot>>>,
+}
+
+/// One model. What takes long is done under its own lock, so that no model waits for another.
+#[derive(Debug, Default)]
+struct Slot {
+    /// Held while the small part is fetched.
+    turn: Mutex<()>,
+    /// Never held for long.
+    model: Mutex<Option<Arc<Model>>>,
+}
+
+impl Slot {
+    fn opened(&self) -> Option<Arc<Model>> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, model: Option<Arc<Model>>) {
+        *self.model.lock().unwrap_or_else(PoisonError::into_inner) = model;
+    }
+}
+
+/// A model as somebody asks for it.
+struct Named {
+    origin: Box<dyn Origin>,
+    /// Under which its folder lies.
+    place: PathBuf,
+    commit: String,
+    repo: Option<RepoId>,
+}
+
+impl ModelCache {
+    /// A cache in a node's data folder.
+    pub fn new(data: &Path, settings: BlobSettings) -> Self {
+        let http = Http::new(settings.patience);
+        let root = data.join("models");
+        Self(Arc::new(Inner { root, settings, http, slots: Mutex::default() }))
+    }
+
+    /// Finds out which revision is meant now, and names that one for ever.
+    pub fn pin(&self, source: &ModelSource) -> Result<ModelSource, BlobError> {
+        let (never, settings) = (AtomicBool::new(false), &self.0.settings);
+        let named = self.named(source)?;
+        let pinned = |commit: String| with_revision(source, commit);
+        if name::is_commit(&named.commit) {
+            return Ok(pinned(named.commit));
+        }
+        let listed = match settings.offline {
+            true => Err(BlobError::Offline { what: format!("{source}") }),
+            false => named.origin.list(&named.commit, &never),
+        };
+        // Without the hub the hub's own cache knows what the revision was when it was asked last.
+        let known = |error: BlobError| match self.known_commit(&named) {
+            Some(commit) if !error.is_final() => Ok(commit),
+            _ => Err(error),
+        };
+        listed.map(|listing| listing.commit).or_else(known).map(pinned)
+    }
+
+    /// The folder of a pinned model, with its small files and headers in it.
+    pub fn prepare(&self, source: &ModelSource, side: Side) -> Result<PathBuf, BlobError> {
+        let named = self.named(source)?;
+        if let Some(snapshot) = self.snapshot(&named, side) {
+            return Ok(snapshot);
+        }
+        let folder = named.place.clone();
+        self.open(named, side)?;
+        Ok(folder)
+    }
+
+    /// Brings these ranges of a pinned model here. What is read then is there, until the disk fails.
+    pub fn fill(
+        &self,
+        source: &ModelSource,
+        wanted: &[Wanted],
+        filling: &Filling<'_>,
+    ) -> Result<(), BlobError> {
+        self.fill_with(source, wanted, &Alone, filling)
+    }
+
+    /// The same, with the help of those who want it too.
+    pub fn fill_with(
+        &self,
+        source: &ModelSource,
+        wanted: &[Wanted],
+        peers: &dyn Peers,
+        filling: &Filling<'_>,
+    ) -> Result<(), BlobError> {
+        let named = self.named(source)?;
+        if self.snapshot(&named, Side::Weights).is_some() {
+            return Ok(());
+        }
+        self.open(named, Side::Weights)?.fill(wanted, peers, filling)
+    }
+
+    /// A chunk that this process has, of a model by its key.
+    pub fn chunk(&self, key: ModelKey, chunk: ChunkId) -> Option<Vec<u8>> {
+        let slots: Vec<_> = {
+            let slots = self.0.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            slots
+                .iter()
+                .filter(|(place, _)| self.key_of(place) == key)
+                .map(|(_, s)| s.clone())
+                .collect()
+        };
+        let model = slots.first()?.opened()?;
+        let here = &model.files.get(chunk.file as usize)?.here;
+        let verified = matches!(here.held(chunk.index), Some(Held::Verified(_)));
+        if verified { here.read(chunk.index).ok() } else { None }
+    }
+
+    /// How others call a pinned model.
+    pub fn key(&self, source: &ModelSource) -> Result<ModelKey, BlobError> {
+        Ok(self.key_of(&self.named(source)?.place))
+    }
+
+    /// Its place in the cache says which model it is, on every node.
+    fn key_of(&self, place: &Path) -> ModelKey {
+        let name = place.strip_prefix(&self.0.root).unwrap_or(place);
+        ModelKey(*blake3::hash(name.as_os_str().as_encoded_bytes()).as_bytes())
+    }
+
+    /// Throws away what is here of a model: its small part has turned out to be wrong.
+    pub fn forget(&self, source: &ModelSource) -> Result<(), BlobError> {
+        let named = self.named(source)?;
+        let slot = self.slot(&named.place);
+        let _turn = slot.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.set(None);
+        match std::fs::remove_dir_all(&named.place) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(BlobError::Disk { path: named.place, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Prepares a model and opens its files; those that are open already stay so, with what is known of
+    /// their chunks.
+    fn open(&self, named: Named, side: Side) -> Result<Arc<Model>, BlobError> {
+        let Named { origin, place, commit, .. } = named;
+        let slot = self.slot(&place);
+        let _turn = slot.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let never = AtomicBool::new(false);
+        let offline: Box<dyn Origin> = Box::new(Offline);
+        let origin = if self.0.settings.offline { offline } else { origin };
+        let listing = prepare::prepare(origin.as_ref(), (&place, &commit), side, &never)?;
+        if let Some(before) = slot.opened() {
+            return Ok(before);
+        }
+        let cut = self.0.settings.cut;
+        let mut files = Vec::new();
+        for remote in prepare::weights(origin.as_ref(), &place, &listing)? {
+            let here = SparseFile::open(&place, &remote.name, cut)?;
+            let first = here.read_at(0, here.len().min(8) as usize)?;
+            let head = prepare::head_len(&first).unwrap_or(0).min(here.len());
+            files.push(Entry { remote: remote.clone(), here, head });
+        }
+        let turn = Mutex::default();
+        let model = Arc::new(Model { origin, commit, files, folder: place, cut, turn });
+        slot.set(Some(Arc::clone(&model)));
+        Ok(model)
+    }
+
+    fn slot(&self, place: &Path) -> Arc<Slot> {
+        let mut slots = self.0.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(slots.entry(place.to_owned()).or_default())
+    }
+
+    fn named(&self, source: &ModelSource) -> Result<Named, BlobError> {
+        let Inner { root, settings, http, .. } = &*self.0;
+        match source {
+            ModelSource::Hub { repo, revision } => {
+                let repo: RepoId = repo.parse()?;
+                name::check_revision(revision)?;
+                let place = root.join("hub").join(repo.folder()).join(name::segment(revision));
+                let origin = Box::new(Hub::new(http.clone(), settings, repo.clone()));
+                Ok(Named { origin, place, commit: revision.clone(), repo: Some(repo) })
+            }
+            ModelSource::ObjectStore { url, revision } => {
+                let at = ObjectUrl::parse(url)?;
+                if !revision.is_empty() {
+                    name::check_revision(revision)?;
+                }
+                let place = root.join("s3").join(at.folder()).join(name::segment(revision));
+                let origin = Box::new(ObjectStore::new(http.clone(), settings, at));
+                Ok(Named { origin, place, commit: revision.clone(), repo: None })
+            }
+            ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
+                Err(BlobError::NotRemote(source.to_string()))
+            }
+        }
+    }
+
+    /// The folder of the hub's own cache, where the model lies there whole.
+    fn snapshot(&self, named: &Named, side: Side) -> Option<PathBuf> {
+        let folder = self.hub_folder(named)?.join("snapshots").join(&named.commit);
+        let opened = Checkpoint::open(&folder).ok()?;
+        (side == Side::Weights || opened.check_tokenizer().is_ok()).then_some(folder)
+    }
+
+    fn known_commit(&self, named: &Named) -> Option<String> {
+        let file = self.hub_folder(named)?.join("refs").join(&named.commit);
+        let commit = std::fs::read_to_string(file).ok()?.trim().to_owned();
+        name::is_commit(&commit).then_some(commit)
+    }
+
+    fn hub_folder(&self, named: &Named) -> Option<PathBuf> {
+        let cache = self.0.settings.hub_cache.as_ref()?;
+        Some(cache.join(format!("models--{}", named.repo.as_ref()?.folder())))
+    }
+}
+
+/// The same model at a revision.
+fn with_revision(source: &ModelSource, revision: String) -> ModelSource {
+    match source {
+        ModelSource::Hub { repo, .. } => ModelSource::Hub { repo: repo.clone(), revision },
+        ModelSource::ObjectStore { url, .. } => {
+            ModelSource::ObjectStore { url: url.clone(), revision }
+        }
+        other => other.clone(),
+    }
+}
+
+/// Nobody is to be asked.
+#[derive(Debug)]
+struct Offline;
+
+impl Origin for Offline {
+    fn name(&self) -> &str {
+        "nobody"
+    }
+
+    fn list(&self, revision: &str, _: &AtomicBool) -> Result<super::origin::Listing, BlobError> {
+        Err(BlobError::Offline { what: format!("the description of {revision}") })
+    }
+
+    fn read(
+        &self,
+        _: &str,
+        file: &super::origin::RemoteFile,
+        bytes: std::ops::Range<u64>,
+        _: &mut Vec<u8>,
+        _: &AtomicBool,
+    ) -> Result<(), BlobError> {
+        let what = format!("{} bytes {}..{}", file.name, bytes.start, bytes.end);
+        Err(BlobError::Offline { what })
+    }
+}
