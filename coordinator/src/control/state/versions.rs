@@ -23,8 +23,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{ModelSource, Numerics};
-use shoal_protocol::version::{KNOWS_HUB, KNOWS_MESHES};
+use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_HUB, KNOWS_MESHES};
 
+use super::super::shape::ModelShape;
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
     Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
@@ -130,8 +131,8 @@ pub fn needs(change: &Change) -> Needs {
         Change::Deployment(DeploymentCommand::ScaleMesh { .. }) => {
             Needs::coordinators(KNOWS_MESHES)
         }
-        Change::Deployment(DeploymentCommand::CreateMesh { spec, .. }) => {
-            needs_of(&spec.model.source).and(Needs::coordinators(KNOWS_MESHES))
+        Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, .. }) => {
+            needs_of_model(&spec.model.source, shape).and(Needs::coordinators(KNOWS_MESHES))
         }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
             match plan.numerics {
@@ -139,7 +140,9 @@ pub fn needs(change: &Change) -> Needs {
                 Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
             }
         }
-        Change::Deployment(DeploymentCommand::Create { spec, .. }) => needs_of(&spec.model.source),
+        Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
+            needs_of_model(&spec.model.source, shape)
+        }
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
@@ -155,6 +158,12 @@ pub fn needs(change: &Change) -> Needs {
             | AuthorityCommand::OwnKey { .. },
         ) => Needs::coordinators(2),
     }
+}
+
+/// What it takes to be told of a model of such a shape.
+pub fn needs_of_model(source: &ModelSource, shape: &ModelShape) -> Needs {
+    let of_shape = if shape.is_new() { Needs::everybody(KNOWS_FAMILIES) } else { Needs::NOTHING };
+    needs_of(source).and(of_shape)
 }
 
 /// What it takes to be told of a model: before it is deployed workers are asked whether they read it.
