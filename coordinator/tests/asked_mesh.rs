@@ -91,7 +91,10 @@ async fn a_mesh_is_planned_by_what_workers_measured_and_a_number_of_stages_is_no
         cluster(vec![facts("a", 8), facts("b", 4)]).await;
     until(&coordinator, "zones", |view| {
         view.workers.len() == 2
-            && view.workers.iter().all(|w| w.devices[0].description.contains(", zone "))
+            && view
+                .workers
+                .iter()
+                .all(|w| w.devices.iter().any(|d| d.description.contains(", zone ")))
     })
     .await;
     let ask = asked("2x1", Some(Objective::Throughput));

@@ -81,7 +81,8 @@ fn the_origin_sends_each_chunk_once_however_many_want_it() {
         let (sent, done) = play(receivers, chunks);
         assert_eq!(sent, chunks, "{receivers} receivers");
         let (first, last) = (done.iter().min().unwrap(), done.iter().max().unwrap());
-        assert!(*last <= first * 6 / 5 + 4, "the first is done at {first}, the last at {last}");
+        // Turns are shared by hash, so that shares of few chunks differ; of real ones see `blobs.rs`.
+        assert!(*last <= first * 8 / 5 + 4, "the first is done at {first}, the last at {last}");
     }
 }
 

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)] // Vector instructions, and threads that share one output.
 
 mod attention;
+mod check;
 mod experts;
 mod family;
 mod format;
@@ -40,6 +41,7 @@ pub use packed::{Packed, PackedBuilder};
 use shoal_protocol::model::Activation;
 use shoal_protocol::plan::Precision;
 
+use self::check::{bad, expect, expect_rows, heads_of};
 use self::family::NormOf;
 use self::linear::{SharedMut, Tiles};
 use self::memory::Floats;
@@ -176,32 +178,6 @@ impl CpuStream<'_> {
     fn rows(&self) -> usize {
         self.hidden.len() / self.width
     }
-}
-
-fn bad(why: String) -> ComputeError {
-    ComputeError::BadBatch(why)
-}
-
-fn expect(what: &str, got: usize, expected: usize) -> Result<(), ComputeError> {
-    if got == expected {
-        return Ok(());
-    }
-    Err(bad(format!("{what} is {got} wide, {expected} was expected")))
-}
-
-fn expect_rows(what: &str, got: usize, max: usize) -> Result<(), ComputeError> {
-    if got <= max {
-        return Ok(());
-    }
-    Err(bad(format!("{what} needs room for {got}, there is {max}")))
-}
-
-/// Whether `width` is a whole number of heads of `head` values; how many.
-fn heads_of(what: &str, width: usize, head: usize) -> Result<usize, ComputeError> {
-    if head > 0 && width.is_multiple_of(head) {
-        return Ok(width / head);
-    }
-    Err(bad(format!("{what} is {width} wide, no multiple of a head's {head}")))
 }
 
 /// Rows `range` of a buffer that threads share.
