@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 /// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
+/// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
@@ -31,6 +32,9 @@ pub const KNOWS_TRACES: u16 = 2;
 
 /// From here on a worker can be one of several ranks of a stage.
 pub const KNOWS_RANKS: u16 = 3;
+
+/// From here on weights can be held in blocks. They are asked for only where every member knows them.
+pub const KNOWS_FORMATS: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

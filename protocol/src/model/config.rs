@@ -7,6 +7,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::model::scheme::Scheme;
 use crate::model::spec::{Family, ModelSpec, RopeScaling, SpecError};
 use crate::plan::Precision;
 
@@ -108,12 +109,7 @@ fn refuse_unsupported(config: Fields<'_>, family: Family) -> Result<(), SpecErro
         Err(SpecError::Unsupported { field, value, supported: supported.to_owned() })
     };
     if let Some(quantization) = config.get("quantization_config") {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        return unsupported(
-            "quantization_config",
-            format!("a quantisation with {}", short(method)),
-            "weights stored as f32, bf16 or f16 without `quantization_config`",
-        );
+        Scheme::of(quantization)?;
     }
     if let Some(act) = config.get("hidden_act")
         && act.as_str() != Some("silu")

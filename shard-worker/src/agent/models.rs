@@ -69,10 +69,10 @@ impl Models {
         let folder = match source {
             ModelSource::Folder { path } => {
                 let folder = Path::new(path);
-                if !folder.is_dir() {
+                if !folder.exists() {
                     // It may be mounted a little later.
                     let words = format!(
-                        "there is no folder {path} on this worker; a model's folder must be \
+                        "there is no {path} on this worker; a model's folder (or GGUF file) must be \
                          readable under the same path on each of them"
                     );
                     return Err(WireError::new(ErrorCode::StorageFailed, words));
@@ -172,5 +172,24 @@ mod tests {
         check(ModelSource::Builtin { name: "demo".to_owned() }, "`demo`");
         let empty = data.path().display().to_string();
         check(ModelSource::Folder { path: empty.clone() }, &empty);
+    }
+
+    #[test]
+    fn a_gguf_file_is_read_by_its_path_and_a_damaged_one_refused() {
+        let data = tempfile::tempdir().unwrap();
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures/gguf/qwen3-tied-bf16.gguf");
+        let bytes = std::fs::read(file).unwrap();
+        let path = data.path().join("fish.gguf");
+        std::fs::write(&path, &bytes).unwrap();
+        let source = ModelSource::Folder { path: path.display().to_string() };
+        let models = models(data.path());
+        let fingerprint = models.fingerprint(&source).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        let error = models.fingerprint(&source).unwrap_err();
+        assert_eq!(error.code, ErrorCode::BadModel);
+        assert!(error.message.contains("truncated"), "{}", error.message);
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(models.fingerprint(&source), Ok(fingerprint));
     }
 }

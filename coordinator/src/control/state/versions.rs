@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::plan::Precision;
+use shoal_protocol::version::KNOWS_FORMATS;
 
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
@@ -100,6 +102,18 @@ impl Needs {
 /// What a change needs. This is the one list: every command stands in it.
 pub fn needs(change: &Change) -> Needs {
     match change {
+        // A precision that older builds cannot read.
+        Change::Deployment(DeploymentCommand::Create { spec, shape, .. })
+            if spec.precision.is_some_and(Precision::is_quantised)
+                || shape.stored().is_quantised() =>
+        {
+            Needs::everybody(KNOWS_FORMATS)
+        }
+        Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. })
+            if plan.precision.is_quantised() =>
+        {
+            Needs::everybody(KNOWS_FORMATS)
+        }
         Change::Node(
             NodeCommand::Enrol { .. }
             | NodeCommand::Join { .. }
