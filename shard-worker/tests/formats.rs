@@ -232,6 +232,17 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
         let plain = Checkpoint::open(folder.path()).unwrap();
         let expected = logits(&plain, Precision::F32);
         assert_same_bits(&logits(&gguf, Precision::F32), &expected, &format!("{stored} as f32"));
+        // Each rank reads its rows and columns, also where a border is inside of a block.
+        let ranks = |checkpoint: &Checkpoint, held| {
+            let setup = Setup { held, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
+            Chain::load(checkpoint, &setup).transcript(&tokens, 30, 40, &blocks())
+        };
+        let split = ranks(&plain, Precision::F32);
+        let what = format!("{stored} over two ranks");
+        assert_same_bits(&ranks(&gguf, Precision::F32), &split, &what);
+        if stored.held().is_some() && stored.block().0 == 32 {
+            assert_same_bits(&ranks(&gguf, stored.held().unwrap()), &split, &what);
+        }
         // Held as they are stored, blocks are what they stand for.
         if let Some(held) = stored.held() {
             assert_eq!(gguf.spec().stored, held);

@@ -11,6 +11,7 @@ use serde_json::json;
 use shoal_protocol::model::{Checkpoint, ModelSpec, TensorSpec};
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::LayerRange;
+use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, Span};
 use shoal_shard_worker::stored::e4m3;
 
@@ -19,8 +20,8 @@ use support::{Chain, Dice, Setup, assert_same_bits, assignment, blocks, load};
 /// Sizes that are words of eight, but no whole groups or blocks.
 fn config(quantization: Option<serde_json::Value>) -> String {
     let mut config = json!({
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 40, "intermediate_size": 296,
-        "num_attention_heads": 5, "num_key_value_heads": 1, "num_hidden_layers": 3,
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 296,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3,
         "vocab_size": 67, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
         "torch_dtype": "float16", "tie_word_embeddings": false,
     });
@@ -93,6 +94,13 @@ fn check(
         let (found, expected) = (logits(&packed, held), logits(&plain, held));
         assert_same_bits(&found, &expected, &format!("{what} as {held}"));
     }
+    // Each rank reads its rows and columns.
+    let ranks = |checkpoint: &Checkpoint| {
+        let setup =
+            Setup { held: Precision::F32, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
+        Chain::load(checkpoint, &setup).transcript(&tokens, 20, 30, &blocks())
+    };
+    assert_same_bits(&ranks(&packed), &ranks(&plain), &format!("{what} over two ranks"));
     // Embedding and head are rounded to the precision, too, so those of the layers alone are compared.
     if stored == Precision::Fp8 {
         assert_layer_same(&packed, &plain, 1..2, &what);
@@ -111,10 +119,10 @@ fn assert_layer_same(packed: &Checkpoint, plain: &Checkpoint, layer: Range<u32>,
         let assignment = assignment(checkpoint, &setup, stage);
         let mut shard = load(checkpoint, &assignment, 1, setup.isa).unwrap();
         let rows = 5;
-        let mut hidden: Vec<f32> = (0..rows * 40).map(|i| (i % 83) as f32 / 41.0 - 1.0).collect();
+        let mut hidden: Vec<f32> = (0..rows * 64).map(|i| (i % 83) as f32 / 41.0 - 1.0).collect();
         let spans = [Span { first_row: 0, rows, first_position: 0, blocks: &blocks() }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[] };
-        shard.forward(&batch, None, &mut hidden, None).unwrap();
+        shard.forward(&batch, None, &mut hidden, None, &mut Alone).unwrap();
         hidden
     };
     let (found, expected) = (hidden(packed, Precision::Fp8), hidden(plain, Precision::F32));
@@ -274,7 +282,7 @@ fn what_does_not_fit_its_weights_is_refused_with_the_arithmetic() {
         Checkpoint::open(folder.path()).unwrap_err().to_string()
     };
     let words = refusal(&entries);
-    assert!(words.contains("40 x 40 in blocks of 16 x 32") && words.contains("[3, 2]"), "{words}");
+    assert!(words.contains("64 x 64 in blocks of 16 x 32") && words.contains("[4, 2]"), "{words}");
     entries.retain(|(name, ..)| !name.ends_with("scale_inv"));
     let words = refusal(&entries);
     assert!(words.contains("q_proj.weight_scale` is missing"), "{words}");

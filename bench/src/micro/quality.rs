@@ -20,6 +20,7 @@ use shoal_protocol::plan::{
 };
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
 
 use crate::measure::report::Section;
@@ -200,9 +201,9 @@ impl Model {
         let sampled: Vec<usize> = (sample_from - first..rows).collect();
         let batch = Batch { spans: &spans, rows, sample_rows: &sampled };
         let mut hidden = vec![0.0; rows * self.shard.hidden()];
-        let vocab = self.shard.vocab();
+        let vocab = self.shard.vocab().len();
         let mut logits = vec![0.0; sampled.len() * vocab];
-        self.shard.forward(&batch, Some(tokens), &mut hidden, Some(&mut logits))?;
+        self.shard.forward(&batch, Some(tokens), &mut hidden, Some(&mut logits), &mut Alone)?;
         Ok(logits.chunks_exact(vocab).map(log_softmax).collect())
     }
 }
