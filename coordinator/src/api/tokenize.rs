@@ -96,7 +96,7 @@ impl ModelText {
             file: file.clone(),
             why: format!("{error}; a model that takes text needs its tokenizer.json"),
         };
-        let tokenizer = std::fs::read(&file).map_err(read)?;
+        let tokenizer = parse(&file, &std::fs::read(&file).map_err(read)?)?;
         let tokenizer_config = companion(folder, "tokenizer_config.json")?;
         let special_tokens = companion(folder, "special_tokens_map.json")?;
         let special = |name: &str| {
@@ -114,7 +114,7 @@ impl ModelText {
         }
         let template = template(folder, &tokenizer_config)?;
         let names = (special("bos_token"), special("eos_token"));
-        Self::of(&file, &tokenizer, template, names, &generation_config)
+        Ok(Self::of(tokenizer, template, names, &generation_config))
     }
 
     fn load_gguf(file: &Path) -> Result<Self, LoadError> {
@@ -126,29 +126,22 @@ impl ModelText {
         let template = template.map_err(|error| bad(format!("its chat template: {error}")))?;
         let special = |name: &str| generation::special_token(&texts.tokenizer_config, name);
         let names = (special("bos_token"), special("eos_token"));
-        let tokenizer = texts.tokenizer.to_string();
-        Self::of(file, tokenizer.as_bytes(), template, names, &texts.generation_config)
+        let tokenizer = parse(file, texts.tokenizer.to_string().as_bytes())?;
+        Ok(Self::of(tokenizer, template, names, &texts.generation_config))
     }
 
-    /// Out of a tokenizer.json and what is said beside it.
+    /// Out of a tokenizer and what is said beside it.
     fn of(
-        file: &Path,
-        tokenizer: &[u8],
+        tokenizer: Tokenizer,
         template: Option<ChatTemplate>,
         (bos_token, eos_token): (Option<String>, Option<String>),
         generation_config: &Value,
-    ) -> Result<Self, LoadError> {
-        let bad = |why: String| LoadError::Bad { file: file.to_owned(), why };
-        let mut tokenizer =
-            Tokenizer::from_bytes(tokenizer).map_err(|error| bad(error.to_string()))?;
-        // Both are for training batches; a prompt is never cut or filled up.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| bad(error.to_string()))?;
+    ) -> Self {
         let mut end_tokens = generation::end_tokens(generation_config);
         end_tokens.extend(eos_token.as_ref().and_then(|token| tokenizer.token_to_id(token)));
         end_tokens.sort_unstable();
         end_tokens.dedup();
-        Ok(Self {
+        Self {
             pieces: Pieces::of(&tokenizer),
             template,
             bos_token,
@@ -156,7 +149,7 @@ impl ModelText {
             defaults: Defaults::read(generation_config),
             end_tokens,
             tokenizer,
-        })
+        }
     }
 
     /// The tokens of a text prompt.
@@ -198,6 +191,16 @@ impl Decode for ModelText {
         // tokens of their own vocabulary.
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
+}
+
+/// A tokenizer.json, wherever it comes from.
+fn parse(file: &Path, text: &[u8]) -> Result<Tokenizer, LoadError> {
+    let bad = |why: String| LoadError::Bad { file: file.to_owned(), why };
+    let mut tokenizer = Tokenizer::from_bytes(text).map_err(|error| bad(error.to_string()))?;
+    // Both are for training batches; a prompt is never cut or filled up.
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| bad(error.to_string()))?;
+    Ok(tokenizer)
 }
 
 /// A JSON file that may be absent: `null` then.
