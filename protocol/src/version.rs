@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
 /// | 3 | meshes ([`KNOWS_MESHES`]): `WorkerMessage::Facts`, `AdminCall::DeployMesh` and `ScaleMesh`, `DeploymentCommand::CreateMesh` and `ScaleMesh` |
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
+/// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
@@ -40,6 +41,9 @@ pub const KNOWS_MESHES: u16 = 3;
 
 /// From here on nodes fetch the models of hubs and of object stores themselves, and pass chunks of them on: `ModelSource::{Hub, ObjectStore}`.
 pub const KNOWS_HUB: u16 = 3;
+
+/// From here on weights can be held in blocks. They are asked for only where every member knows them.
+pub const KNOWS_FORMATS: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

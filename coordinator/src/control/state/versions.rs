@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
-use shoal_protocol::plan::{ModelSource, Numerics};
-use shoal_protocol::version::{KNOWS_HUB, KNOWS_MESHES};
+use shoal_protocol::plan::{ModelSource, Numerics, Precision};
+use shoal_protocol::version::{KNOWS_FORMATS, KNOWS_HUB, KNOWS_MESHES};
 
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
@@ -130,16 +130,21 @@ pub fn needs(change: &Change) -> Needs {
         Change::Deployment(DeploymentCommand::ScaleMesh { .. }) => {
             Needs::coordinators(KNOWS_MESHES)
         }
-        Change::Deployment(DeploymentCommand::CreateMesh { spec, .. }) => {
-            needs_of(&spec.model.source).and(Needs::coordinators(KNOWS_MESHES))
+        Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, .. }) => {
+            needs_of(&spec.model.source)
+                .and(needs_of_weights(spec.precision, shape.stored()))
+                .and(Needs::coordinators(KNOWS_MESHES))
         }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
-            match plan.numerics {
+            let numerics = match plan.numerics {
                 Numerics::N1 => Needs::NOTHING,
                 Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
-            }
+            };
+            numerics.and(needs_of_weights(None, plan.precision))
         }
-        Change::Deployment(DeploymentCommand::Create { spec, .. }) => needs_of(&spec.model.source),
+        Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
+            needs_of(&spec.model.source).and(needs_of_weights(spec.precision, shape.stored()))
+        }
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
         Change::Version(VersionCommand::Start { .. }) => Needs::coordinators(2),
@@ -164,6 +169,14 @@ pub fn needs_of(source: &ModelSource) -> Needs {
             Needs::NOTHING
         }
         ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => Needs::everybody(KNOWS_HUB),
+    }
+}
+
+/// What weights need that are held or stored so: older builds cannot read such a precision.
+fn needs_of_weights(asked: Option<Precision>, stored: Precision) -> Needs {
+    match asked.is_some_and(Precision::is_quantised) || stored.is_quantised() {
+        true => Needs::everybody(KNOWS_FORMATS),
+        false => Needs::NOTHING,
     }
 }
 

@@ -13,11 +13,13 @@
 #![allow(unsafe_code)] // Vector instructions, and threads that share one output.
 
 mod attention;
+mod blocks;
 mod experts;
 mod family;
 mod format;
 mod isa;
 mod kv;
+mod kv_format;
 mod linear;
 mod math;
 mod memory;
@@ -27,6 +29,8 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 
+#[cfg(test)]
+mod attention_test;
 #[cfg(test)]
 mod family_test;
 #[cfg(test)]
@@ -38,7 +42,7 @@ pub use kv::PagedKv;
 pub use packed::{Packed, PackedBuilder};
 
 use shoal_protocol::model::Activation;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 
 use self::family::NormOf;
 use self::linear::{SharedMut, Tiles};
@@ -64,6 +68,8 @@ pub struct CpuOps {
     /// The contents that `tiles` holds, and how many rows of them.
     tiles_hold: (Stamp, usize),
     stamps: u64,
+    /// How caches that are made from now on hold keys and values.
+    kv_held: KvPrecision,
 }
 
 /// What a buffer contains: a number that no other contents ever had on this device.
@@ -98,7 +104,13 @@ impl CpuOps {
             tiles: Floats::zeros(0)?,
             tiles_hold: (Stamp(0), 0),
             stamps: 0,
+            kv_held: KvPrecision::F32,
         })
+    }
+
+    /// The same with caches whose keys and values are held so.
+    pub fn holding_kv(self, held: KvPrecision) -> Self {
+        Self { kv_held: held, ..self }
     }
 
     /// The instructions in use.
@@ -252,7 +264,7 @@ impl Ops for CpuOps {
     }
 
     fn kv(&mut self, shape: KvShape) -> Result<PagedKv, BackendError> {
-        PagedKv::new(shape)
+        PagedKv::new(shape, self.kv_held)
     }
 
     fn host<'a>(
