@@ -248,6 +248,8 @@ async fn nothing_a_worker_says_is_heard_but_from_a_worker_that_has_registered() 
         WorkerMessage::Trusts { .. } =>
             WorkerMessage::Trusts { trusts: vec![], shows: identity.shows() },
         WorkerMessage::Facts(_) => WorkerMessage::Facts(vec![]),
+        WorkerMessage::Blobs { .. } =>
+            WorkerMessage::Blobs { address: ([127, 0, 0, 1], 1).into(), news: vec![] },
     });
     for message in messages {
         cast.refused::<_, CoordinatorMessage>(Alpn::Control, &message, Role::Worker).await;

@@ -27,7 +27,7 @@ use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::{explain, loads};
 use super::reconcile::{Observed, dry_run, inventory_for};
-use super::state::versions::needs_of;
+use super::state::versions::{Needs, needs_of, needs_of_model};
 use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
@@ -230,10 +230,9 @@ impl AdminServer {
         Changes { store: &self.store, agents: &self.agents }
     }
 
-    /// Waits until all members are known to understand such a source: they say so within a moment of
-    /// their start. Nobody may be asked for one that is not.
-    async fn wait_for_needs(&self, source: &ModelSource) -> Result<(), WireError> {
-        let needs = needs_of(source);
+    /// Waits until all members are known to understand such a model: they say so within a moment of
+    /// their start. Nobody may be asked for one that they do not.
+    async fn wait_for(&self, needs: Needs) -> Result<(), WireError> {
         let mut state = self.store.watch();
         let permitted = state.wait_for(|state| state.permits_needs(needs).is_ok());
         if tokio::time::timeout(NEEDS_PATIENCE, permitted).await.is_ok_and(|found| found.is_ok()) {
@@ -286,12 +285,13 @@ impl AdminServer {
         if self.store.state().deployments.get(&name).is_some() {
             return Err(Refusal::NameTaken { name }.into());
         }
-        self.wait_for_needs(&source).await?;
+        self.wait_for(needs_of(&source)).await?;
         let models = self.models.clone();
         let opened = tokio::task::spawn_blocking(move || models.open(&models.pin(source)?)).await;
         let (model, shape) = opened.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
         })??;
+        self.wait_for(needs_of_model(&model.source, &shape)).await?;
         self.check_workers(&model).await?;
         let spec = DeploymentSpec { name, model, stages, precision };
         let state = self.store.state();

@@ -1,12 +1,15 @@
 //! ○ What the planner has to know of a model: how many layers, and what a range of them costs.
 
 use serde::{Deserialize, Serialize};
-use shoal_protocol::model::{ModelSpec, Part, TensorRole, TensorSpec};
+use shoal_protocol::model::{
+    Family, ModelSpec, Options, Part, RopeScaling, TensorRole, TensorSpec,
+};
 use shoal_protocol::plan::{Precision, PretendSpec, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 /// The shape of a model, of either kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Written", into = "Written")]
 #[allow(clippy::large_enum_variant)] // One per deployment.
 pub enum ModelShape {
     /// A checkpoint's.
@@ -15,7 +18,112 @@ pub enum ModelShape {
     Pretend(PretendSpec),
 }
 
+/// As it stands in the log and in snapshots, where nothing ever changes its form: what the first build
+/// knew of a model, and beside it models of which it knew nothing.
+#[derive(Clone, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)] // As above.
+enum Written {
+    Checkpoint(FirstSpec),
+    Pretend(PretendSpec),
+    /// Of everybody who reads it version `KNOWS_FAMILIES` is asked.
+    Family(ModelSpec),
+}
+
+/// [`ModelSpec`] as it was before families had options of their own.
+#[derive(Clone, Serialize, Deserialize)]
+struct FirstSpec {
+    family: Family,
+    layers: u32,
+    hidden: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    intermediate: u32,
+    vocab: u32,
+    context_max: u32,
+    norm_eps: f32,
+    rope_theta: f32,
+    rope_scaling: RopeScaling,
+    tied_embeddings: bool,
+    qkv_bias: bool,
+    o_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool,
+    stored: Precision,
+}
+
+impl From<ModelShape> for Written {
+    fn from(shape: ModelShape) -> Self {
+        let is_new = shape.is_new();
+        match shape {
+            ModelShape::Pretend(spec) => Written::Pretend(spec),
+            ModelShape::Checkpoint(spec) if is_new => Written::Family(spec),
+            ModelShape::Checkpoint(spec) => Written::Checkpoint(FirstSpec {
+                family: spec.family,
+                layers: spec.layers,
+                hidden: spec.hidden,
+                heads: spec.heads,
+                kv_heads: spec.kv_heads,
+                head_dim: spec.head_dim,
+                intermediate: spec.intermediate,
+                vocab: spec.vocab,
+                context_max: spec.context_max,
+                norm_eps: spec.norm_eps,
+                rope_theta: spec.rope_theta,
+                rope_scaling: spec.rope_scaling,
+                tied_embeddings: spec.tied_embeddings,
+                qkv_bias: spec.qkv_bias,
+                o_bias: spec.o_bias,
+                mlp_bias: spec.mlp_bias,
+                qk_norm: spec.qk_norm,
+                stored: spec.stored,
+            }),
+        }
+    }
+}
+
+impl From<Written> for ModelShape {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::Pretend(spec) => ModelShape::Pretend(spec),
+            Written::Family(spec) => ModelShape::Checkpoint(spec),
+            Written::Checkpoint(first) => ModelShape::Checkpoint(ModelSpec {
+                family: first.family,
+                layers: first.layers,
+                hidden: first.hidden,
+                heads: first.heads,
+                kv_heads: first.kv_heads,
+                head_dim: first.head_dim,
+                intermediate: first.intermediate,
+                vocab: first.vocab,
+                context_max: first.context_max,
+                norm_eps: first.norm_eps,
+                rope_theta: first.rope_theta,
+                rope_scaling: first.rope_scaling,
+                tied_embeddings: first.tied_embeddings,
+                qkv_bias: first.qkv_bias,
+                o_bias: first.o_bias,
+                mlp_bias: first.mlp_bias,
+                qk_norm: first.qk_norm,
+                options: Options::default(),
+                stored: first.stored,
+            }),
+        }
+    }
+}
+
 impl ModelShape {
+    /// Whether the first build has no words for it.
+    pub fn is_new(&self) -> bool {
+        let ModelShape::Checkpoint(spec) = self else { return false };
+        let first = matches!(spec.family, Family::Llama | Family::Qwen2 | Family::Qwen3)
+            && !matches!(
+                spec.rope_scaling,
+                RopeScaling::Yarn { .. } | RopeScaling::LongRope { .. }
+            );
+        !first || spec.options != Options::default()
+    }
+
     /// The number of layers to split; at least 1.
     pub fn layers(&self) -> u32 {
         match self {

@@ -2,7 +2,7 @@
 
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
 use shoal_protocol::mesh::{Mesh, MeshAsk, ZoneName};
-use shoal_protocol::model::{Family, ModelSpec, RopeScaling};
+use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision, PretendSpec};
 
 use super::super::tests::Numbers;
@@ -44,6 +44,7 @@ fn dense(layers: u32, kv_heads: u32) -> ModelShape {
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
+        options: Options::default(),
         stored: Precision::F32,
     })
 }

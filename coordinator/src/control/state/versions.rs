@@ -23,8 +23,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{ModelSource, Numerics, Precision};
-use shoal_protocol::version::{KNOWS_FORMATS, KNOWS_HUB, KNOWS_MESHES};
+use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_MESHES};
 
+use super::super::shape::ModelShape;
 use super::{
     AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
     Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
@@ -131,7 +132,7 @@ pub fn needs(change: &Change) -> Needs {
             Needs::coordinators(KNOWS_MESHES)
         }
         Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, .. }) => {
-            needs_of(&spec.model.source)
+            needs_of_model(&spec.model.source, shape)
                 .and(needs_of_weights(spec.precision, shape.stored()))
                 .and(Needs::coordinators(KNOWS_MESHES))
         }
@@ -143,7 +144,8 @@ pub fn needs(change: &Change) -> Needs {
             numerics.and(needs_of_weights(None, plan.precision))
         }
         Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
-            needs_of(&spec.model.source).and(needs_of_weights(spec.precision, shape.stored()))
+            needs_of_model(&spec.model.source, shape)
+                .and(needs_of_weights(spec.precision, shape.stored()))
         }
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
@@ -160,6 +162,12 @@ pub fn needs(change: &Change) -> Needs {
             | AuthorityCommand::OwnKey { .. },
         ) => Needs::coordinators(2),
     }
+}
+
+/// What it takes to be told of a model of such a shape.
+pub fn needs_of_model(source: &ModelSource, shape: &ModelShape) -> Needs {
+    let of_shape = if shape.is_new() { Needs::everybody(KNOWS_FAMILIES) } else { Needs::NOTHING };
+    needs_of(source).and(of_shape)
 }
 
 /// What it takes to be told of a model: before it is deployed workers are asked whether they read it.
