@@ -17,6 +17,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FI
   detect    kill -9 and SIGSTOP of workers: until they are given up
   gray      a replica four times slower on real processes, under two policies
   route     the same in the simulator, under each policy; the time of a pick
+  quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
@@ -27,7 +28,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FI
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 2] = ["route", "election"];
+const WITHIN: [&str; 3] = ["route", "election", "quality"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -67,6 +68,9 @@ fn main() -> Result<()> {
     }
     if what == "election" || what == "control" {
         micro::election::run(&mut report)?;
+    }
+    if what == "quality" {
+        report.sections.push(micro::quality::run()?);
     }
     if what == "route" || what == "control" {
         micro::route::run(&mut report)?;

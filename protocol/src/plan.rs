@@ -21,15 +21,62 @@ pub enum Precision {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// Blocks of 32 signed bytes with one scale.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// Blocks of 32 four-bit numbers with one scale.
+    #[serde(rename = "q4_0")]
+    Q4_0,
+    /// Blocks of 256 four-bit numbers; each 32 of them have a scale and a least value of six bits.
+    #[serde(rename = "q4_k")]
+    Q4K,
+    /// Blocks of 128 numbers of eight bits (e4m3: four of exponent, three of fraction) with one scale.
+    #[serde(rename = "fp8")]
+    Fp8,
 }
 
 impl Precision {
-    /// Bytes of one weight.
-    pub const fn bytes(self) -> u64 {
+    /// All of them, in the order in which messages list them.
+    pub const ALL: [Precision; 7] = [
+        Precision::F32,
+        Precision::Bf16,
+        Precision::F16,
+        Precision::Q8_0,
+        Precision::Q4_0,
+        Precision::Q4K,
+        Precision::Fp8,
+    ];
+
+    /// Weights of one row that share a scale, and the bytes that they are held in.
+    pub const fn block(self) -> (u64, u64) {
         match self {
-            Precision::F32 => 4,
-            Precision::Bf16 | Precision::F16 => 2,
+            Precision::F32 => (1, 4),
+            Precision::Bf16 | Precision::F16 => (1, 2),
+            // A scale of two bytes, then the numbers.
+            Precision::Q8_0 => (32, 2 + 32),
+            Precision::Q4_0 => (32, 2 + 16),
+            // Two scales of two bytes; for each 32 weights two bytes and the numbers.
+            Precision::Q4K => (256, 4 + 8 * (2 + 16)),
+            // A scale of four bytes.
+            Precision::Fp8 => (128, 4 + 128),
         }
+    }
+
+    /// Bytes of so many weights of one row as they are held: whole blocks.
+    pub const fn row_bytes(self, columns: u64) -> u64 {
+        let (weights, bytes) = self.block();
+        columns.div_ceil(weights) * bytes
+    }
+
+    /// Whether weights of one block share a scale, so that a weight is not its own nearest value.
+    pub const fn is_quantised(self) -> bool {
+        self.block().0 > 1
+    }
+
+    /// Whether it needs less memory than another one.
+    pub const fn is_smaller_than(self, other: Precision) -> bool {
+        const COLUMNS: u64 = 256;
+        self.row_bytes(COLUMNS) < other.row_bytes(COLUMNS)
     }
 
     /// The word of the CLI.
@@ -38,6 +85,10 @@ impl Precision {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
             Precision::F16 => "f16",
+            Precision::Q8_0 => "q8_0",
+            Precision::Q4_0 => "q4_0",
+            Precision::Q4K => "q4_k",
+            Precision::Fp8 => "fp8",
         }
     }
 }
@@ -56,8 +107,71 @@ impl std::str::FromStr for Precision {
             "f32" | "float32" => Ok(Precision::F32),
             "bf16" | "bfloat16" => Ok(Precision::Bf16),
             "f16" | "float16" => Ok(Precision::F16),
-            _ => Err(format!("`{text}` is not a precision; use f32, bf16 or f16")),
+            "q8_0" => Ok(Precision::Q8_0),
+            "q4_0" => Ok(Precision::Q4_0),
+            "q4_k" => Ok(Precision::Q4K),
+            "fp8" => Ok(Precision::Fp8),
+            _ => Err(format!(
+                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"
+            )),
         }
+    }
+}
+
+/// The type in which a shard holds keys and values.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+pub enum KvPrecision {
+    /// IEEE single precision: nothing is rounded.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// bfloat16.
+    #[serde(rename = "bf16")]
+    Bf16,
+    /// Blocks of 32 dimensions with one scale.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+}
+
+impl KvPrecision {
+    /// All of them, in the order in which messages list them.
+    pub const ALL: [KvPrecision; 3] = [KvPrecision::F32, KvPrecision::Bf16, KvPrecision::Q8_0];
+
+    /// Bytes of one key (or value) of one head.
+    pub const fn vector_bytes(self, head_dim: u64) -> u64 {
+        match self {
+            KvPrecision::F32 => 4 * head_dim,
+            KvPrecision::Bf16 => 2 * head_dim,
+            KvPrecision::Q8_0 => head_dim + 2 * head_dim.div_ceil(32),
+        }
+    }
+
+    /// The word of the CLI.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            KvPrecision::F32 => "f32",
+            KvPrecision::Bf16 => "bf16",
+            KvPrecision::Q8_0 => "q8_0",
+        }
+    }
+}
+
+impl std::fmt::Display for KvPrecision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for KvPrecision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|precision| precision.as_str() == text);
+        found.ok_or_else(|| {
+            format!("`{text}` is no precision of the KV cache; use f32, bf16 or q8_0")
+        })
     }
 }
 

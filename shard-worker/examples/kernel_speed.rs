@@ -28,7 +28,7 @@ fn main() -> anyhow::Result<()> {
     };
     let mut ops = CpuOps::new(threads, isa)?;
     println!("{isa}, {threads} threads; memory {:.1} GB/s with 1 thread", bandwidth());
-    for held in [Precision::F32, Precision::Bf16, Precision::F16] {
+    for held in Precision::ALL {
         products(&mut ops, held)?;
     }
     attention(&mut ops)
@@ -82,7 +82,7 @@ fn products(ops: &mut CpuOps, held: Precision) -> anyhow::Result<()> {
         println!(
             "  {rows:3} rows: {:7.2} ms {:6.1} GB/s {:6.1} GFLOP/s",
             1e3 * seconds,
-            weights * held.bytes() as f64 / seconds / 1e9,
+            held.row_bytes((outputs * COLS) as u64) as f64 / seconds / 1e9,
             2.0 * rows as f64 * weights / seconds / 1e9
         );
     }

@@ -22,6 +22,7 @@ pub mod model;
 pub mod node;
 pub mod sample;
 pub mod stage;
+pub mod stored;
 pub mod trace;
 
 pub use config::{Addresses, WorkerConfig};

@@ -28,6 +28,7 @@ const PURE: &[&str] = &[
     "coordinator/src/api/auth.rs",
     "coordinator/src/api/fields.rs",
     "coordinator/src/api/generation.rs",
+    "coordinator/src/api/gguf_text.rs",
     "coordinator/src/api/messages.rs",
     "coordinator/src/api/origin.rs",
     "coordinator/src/api/pieces.rs",
@@ -76,9 +77,11 @@ const PURE: &[&str] = &[
     "protocol/src/model/mod.rs",
     "protocol/src/model/moe.rs",
     "protocol/src/model/options.rs",
+    "protocol/src/model/pickle.rs",
     "protocol/src/model/pretend.rs",
     "protocol/src/model/rope.rs",
     "protocol/src/model/spec.rs",
+    "protocol/src/model/stored.rs",
     "protocol/src/model/table.rs",
     "protocol/src/model/tensors.rs",
     "protocol/src/plan.rs",
@@ -98,6 +101,7 @@ const PURE: &[&str] = &[
     "shard-worker/src/sample",
     "shard-worker/src/stage/ring.rs",
     "shard-worker/src/stage/table.rs",
+    "shard-worker/src/stored",
 ];
 
 /// What a pure file may not name, and what it does instead.

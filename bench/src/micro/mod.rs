@@ -12,6 +12,7 @@ mod engine;
 mod frames;
 mod hop;
 mod planner;
+pub mod quality;
 pub mod route;
 
 /// All of them, in order.

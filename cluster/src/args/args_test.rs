@@ -98,7 +98,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
         ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
-        ("shoal up --precision f64", "use f32, bf16 or f16"),
+        ("shoal up --precision f64", "use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
         ("shoal up --listen 127.0.0.1", "127.0.0.1:8000"),

@@ -175,8 +175,9 @@ Examples:
 /// `shoal up`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UpArgs {
-    /// A folder in the Hugging Face layout (config.json, safetensors, tokenizer.json …), a model of the
-    /// hub as org/name[@revision], or s3://bucket/folder; without one the built-in model `demo` is served
+    /// A folder in the Hugging Face layout (config.json, weights, tokenizer.json …) or a .gguf file, a
+    /// model of the hub as org/name[@revision], or s3://bucket/folder; without one the built-in model
+    /// `demo` is served
     pub model: Option<PathBuf>,
     /// How many workers to start
     #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]
@@ -184,7 +185,7 @@ pub struct UpArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
-    /// Hold the weights as f32, bf16 or f16 [default: as they are stored]
+    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k or fp8 [default: as they are stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,
     /// A hard budget for each worker's weights + KV + activations, such as 600MiB [default: an even

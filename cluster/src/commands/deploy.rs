@@ -111,22 +111,25 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
     }
     let absolute = folder.canonicalize().map_err(|error| {
         Failure::refused(format!(
-            "cannot read the model {}: {error}; name a folder in the Hugging Face layout, a model of \
-             the hub as org/name or org/name@revision, or none for the built-in model `{builtin}`",
+            "cannot read the model {}: {error}; name a folder in the Hugging Face layout, a GGUF file, \
+             a model of the hub as org/name or org/name@revision, or none for the built-in model \
+             `{builtin}`",
             folder.display()
         ))
     })?;
-    if !absolute.is_dir() {
+    let is_gguf = absolute.extension().is_some_and(|end| end == "gguf");
+    if !absolute.is_dir() && !is_gguf {
         return Err(Failure::refused(format!(
-            "{} is not a folder; a model is a folder with config.json, safetensors files and \
-             tokenizer.json",
+            "{} is not a folder; a model is a folder with config.json, weights (safetensors, or a \
+             state dict of PyTorch) and tokenizer.json, or a file that ends in .gguf",
             folder.display()
         )));
     }
     let path = absolute
         .to_str()
         .ok_or_else(|| Failure::refused(format!("the path {} is not UTF-8", absolute.display())))?;
-    let name = default_name(&absolute.file_name().unwrap_or_default().to_string_lossy())?;
+    let named = if is_gguf { absolute.file_stem() } else { absolute.file_name() };
+    let name = default_name(&named.unwrap_or_default().to_string_lossy())?;
     Ok((ModelSource::Folder { path: path.to_owned() }, name))
 }
 

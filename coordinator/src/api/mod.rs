@@ -11,6 +11,7 @@ mod fields;
 mod gate;
 mod generate;
 mod generation;
+mod gguf_text;
 mod health;
 mod messages;
 mod openai;

@@ -7,10 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use shoal_protocol::id::TokenId;
+use shoal_protocol::model::gguf::Gguf;
+use shoal_protocol::model::gguf_of;
 use tokenizers::Tokenizer;
 use tokio::sync::{OnceCell, Semaphore};
 
 use super::generation::{self, Defaults};
+use super::gguf_text;
 use super::pieces::Pieces;
 use super::stream::Decode;
 use super::template::{ChatTemplate, TemplateContext, TemplateError};
@@ -19,6 +22,8 @@ use super::validate::Message;
 /// The largest companion file (everything but tokenizer.json) that is read: real ones have at most
 /// a few hundred KiB.
 const COMPANION_LEN_MAX: u64 = 16 << 20;
+
+const TOKENIZER: &str = "tokenizer.json";
 
 /// The text side of one model.
 #[derive(Debug)]
@@ -73,46 +78,78 @@ pub enum EncodeError {
 }
 
 impl ModelText {
-    /// Reads tokenizer.json (which must be there) and its companions (which need not be).
-    pub fn load(folder: &Path) -> Result<Self, LoadError> {
-        let file = folder.join("tokenizer.json");
+    /// Reads tokenizer.json (which must be there) and its companions (which need not be), or a GGUF file
+    /// without a tokenizer.json beside it.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let gguf = gguf_of(path)
+            .map_err(|error| LoadError::Bad { file: path.to_owned(), why: error.to_string() })?;
+        let Some(file) = gguf else { return Self::load_folder(path) };
+        match file.parent() {
+            Some(folder) if folder.join(TOKENIZER).exists() => Self::load_folder(folder),
+            _ => Self::load_gguf(&file),
+        }
+    }
+
+    fn load_folder(folder: &Path) -> Result<Self, LoadError> {
+        let file = folder.join(TOKENIZER);
         let read = |error: std::io::Error| LoadError::Read {
             file: file.clone(),
             why: format!("{error}; a model that takes text needs its tokenizer.json"),
         };
-        let text = std::fs::read(&file).map_err(read)?;
-        let mut tokenizer = Tokenizer::from_bytes(&text)
-            .map_err(|error| LoadError::Bad { file, why: error.to_string() })?;
-        // Both are for training batches; a prompt is never cut or filled up.
-        tokenizer.with_padding(None);
-        if let Err(error) = tokenizer.with_truncation(None) {
-            let file = folder.join("tokenizer.json");
-            return Err(LoadError::Bad { file, why: error.to_string() });
-        }
+        let tokenizer = parse(&file, &std::fs::read(&file).map_err(read)?)?;
         let tokenizer_config = companion(folder, "tokenizer_config.json")?;
         let special_tokens = companion(folder, "special_tokens_map.json")?;
         let special = |name: &str| {
             generation::special_token(&tokenizer_config, name)
                 .or_else(|| generation::special_token(&special_tokens, name))
         };
-        let eos_token = special("eos_token");
-        let generation_config = companion(folder, "generation_config.json")?;
-        let mut end_tokens = generation::end_tokens(&generation_config);
-        if end_tokens.is_empty() {
-            end_tokens = generation::end_tokens(&companion(folder, "config.json")?);
+        let mut generation_config = companion(folder, "generation_config.json")?;
+        if generation::end_tokens(&generation_config).is_empty()
+            && let Some(end) = companion(folder, "config.json")?.get("eos_token_id")
+        {
+            match &mut generation_config {
+                Value::Object(config) => drop(config.insert("eos_token_id".into(), end.clone())),
+                none => *none = serde_json::json!({ "eos_token_id": end }),
+            }
         }
+        let template = template(folder, &tokenizer_config)?;
+        let names = (special("bos_token"), special("eos_token"));
+        Ok(Self::of(tokenizer, template, names, &generation_config))
+    }
+
+    fn load_gguf(file: &Path) -> Result<Self, LoadError> {
+        let bad = |why: String| LoadError::Bad { file: file.to_owned(), why };
+        let header = Gguf::read(file).map_err(|error| bad(error.to_string()))?;
+        let texts = gguf_text::text_files(&header.values).map_err(bad)?;
+        let template = generation::chat_template(&texts.tokenizer_config);
+        let template = template.map(ChatTemplate::new).transpose();
+        let template = template.map_err(|error| bad(format!("its chat template: {error}")))?;
+        let special = |name: &str| generation::special_token(&texts.tokenizer_config, name);
+        let names = (special("bos_token"), special("eos_token"));
+        let tokenizer = parse(file, texts.tokenizer.to_string().as_bytes())?;
+        Ok(Self::of(tokenizer, template, names, &texts.generation_config))
+    }
+
+    /// Out of a tokenizer and what is said beside it.
+    fn of(
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        (bos_token, eos_token): (Option<String>, Option<String>),
+        generation_config: &Value,
+    ) -> Self {
+        let mut end_tokens = generation::end_tokens(generation_config);
         end_tokens.extend(eos_token.as_ref().and_then(|token| tokenizer.token_to_id(token)));
         end_tokens.sort_unstable();
         end_tokens.dedup();
-        Ok(Self {
+        Self {
             pieces: Pieces::of(&tokenizer),
-            template: template(folder, &tokenizer_config)?,
-            bos_token: special("bos_token"),
+            template,
+            bos_token,
             eos_token,
-            defaults: Defaults::read(&generation_config),
+            defaults: Defaults::read(generation_config),
             end_tokens,
             tokenizer,
-        })
+        }
     }
 
     /// The tokens of a text prompt.
@@ -154,6 +191,16 @@ impl Decode for ModelText {
         // tokens of their own vocabulary.
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
+}
+
+/// A tokenizer.json, wherever it comes from.
+fn parse(file: &Path, text: &[u8]) -> Result<Tokenizer, LoadError> {
+    let bad = |why: String| LoadError::Bad { file: file.to_owned(), why };
+    let mut tokenizer = Tokenizer::from_bytes(text).map_err(|error| bad(error.to_string()))?;
+    // Both are for training batches; a prompt is never cut or filled up.
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| bad(error.to_string()))?;
+    Ok(tokenizer)
 }
 
 /// A JSON file that may be absent: `null` then.

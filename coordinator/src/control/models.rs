@@ -131,4 +131,33 @@ mod tests {
             assert!(error.message.contains(name), "{error}");
         }
     }
+
+    #[test]
+    fn a_gguf_file_brings_its_own_tokenizer() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures/gguf/llama31-rope8-bf16.gguf");
+        let folder = tempfile::tempdir().expect("a folder");
+        let models = Models::new(folder.path().join("data"), Vec::new());
+        let open = |path: &Path| {
+            let path = path.to_str().expect("UTF-8").to_owned();
+            models.open(&ModelSource::Folder { path })
+        };
+        let alone = folder.path().join("fish.gguf");
+        std::fs::copy(file, &alone).expect("a copy");
+        let (model, shape) = open(&alone).expect("a good model");
+        assert_eq!((shape.layers(), shape.vocab()), (3, 517));
+        let by_folder = open(folder.path()).expect("a folder with one such file");
+        assert_eq!(by_folder.0.fingerprint, model.fingerprint);
+        let text = ModelText::load(&alone).expect("its text side");
+        assert_eq!(text.end_tokens, [2]);
+        let ids = text.encode("Hello, fish!", true).expect("encoded");
+        let other = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures/models/llama31-rope8-bf16");
+        let other = ModelText::load(&other).expect("the folder that it was made of");
+        assert_eq!(ids, other.encode("Hello, fish!", true).expect("encoded"));
+        // One beside the file comes first, and must work.
+        std::fs::write(folder.path().join("tokenizer.json"), "{}").expect("written");
+        let error = open(&alone).expect_err("a broken tokenizer");
+        assert!(error.message.contains("tokenizer.json"), "{error}");
+    }
 }

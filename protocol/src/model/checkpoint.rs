@@ -1,26 +1,27 @@
-//! A folder in the Hugging Face layout: which file holds which bytes of which tensor.
+//! A folder in the Hugging Face layout, or a GGUF file: which file holds which bytes of which tensor.
 //!
 //! Only headers are read here: a coordinator that opens a checkpoint of a terabyte reads a few
 //! megabytes of it. Every tensor that any stage will need is checked, so a model that is incomplete
 //! is refused before anything is placed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
-
-use crate::model::safetensors::{HEADER_LEN_MAX, Header, HeaderTensor};
+use crate::model::files::WeightFiles;
+use crate::model::gguf;
+use crate::model::safetensors::HeaderTensor;
+use crate::model::scheme::Scheme;
 use crate::model::spec::{ModelSpec, SpecError};
+use crate::model::stored::{RowOrder, StoredPart, StoredScales, StoredType};
+use crate::model::tensors::TensorSpec;
 use crate::plan::Precision;
 use crate::units::LayerRange;
 
 /// The largest `config.json`; published ones have a few KiB.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
-/// The largest number of weight files; the largest published models have a few hundred.
-const FILES_MAX: usize = 4096;
 const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -29,7 +30,10 @@ const TOKENIZER: &str = "tokenizer.json";
 /// A model folder whose headers have been read and checked; no tensor data is read.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
+    /// The folder or GGUF file that was opened.
     folder: PathBuf,
+    /// The GGUF file, where it is one.
+    gguf: Option<PathBuf>,
     spec: ModelSpec,
     tensors: HashMap<String, TensorLocation>,
     fingerprint: [u8; 32],
@@ -45,9 +49,13 @@ pub struct TensorLocation {
     /// Bytes of data.
     pub len: u64,
     /// The type of its elements.
-    pub dtype: Precision,
+    pub dtype: StoredType,
     /// Its shape, rows first.
     pub shape: Vec<u64>,
+    /// The order of its rows.
+    pub order: RowOrder,
+    /// What else it needs, where its bytes alone do not say its values.
+    pub scales: Option<Box<StoredScales>>,
 }
 
 /// Why a folder is refused; names file and tensor.
@@ -82,15 +90,38 @@ pub enum CheckpointError {
     /// There are no weights that can be read.
     #[error(
         "{}: no weights: expected model.safetensors, or model.safetensors.index.json and the files \
-         that it lists; {advice}", folder.display()
+         that it lists (or pytorch_model.bin and its index, or one .gguf file and no config.json); \
+         check the path, or whether the download is complete", folder.display()
     )]
     NoWeights {
         /// The folder.
         folder: PathBuf,
-        /// What to do, by what else is there.
-        advice: &'static str,
     },
-    /// `model.safetensors.index.json` is damaged.
+    /// Several GGUF files: which one is meant?
+    #[error("{}: several GGUF files and no config.json: name one of {files:?}", folder.display())]
+    ManyGguf {
+        /// The folder.
+        folder: PathBuf,
+        /// Their names.
+        files: Vec<String>,
+    },
+    /// A GGUF file is damaged, or holds what is not read.
+    #[error("{}: {reason}", file.display())]
+    Gguf {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A PyTorch file is damaged, or asks for more than tensors.
+    #[error("{}: this is no state dict of torch.save that is read: {reason}", file.display())]
+    Torch {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The index of several files is damaged.
     #[error("{}: {reason}", file.display())]
     Index {
         /// The file.
@@ -149,7 +180,8 @@ pub enum CheckpointError {
     /// A tensor is of a type that is not read.
     #[error(
         "{}: tensor `{tensor}` is stored as {found}, which is not supported; supported: F32, BF16, \
-         F16", file.display()
+         F16, and with a quantization_config or in a GGUF file what docs/FORMATS.md lists",
+        file.display()
     )]
     UnsupportedType {
         /// The file.
@@ -159,63 +191,87 @@ pub enum CheckpointError {
         /// Its type in the file.
         found: String,
     },
+    /// What a quantised tensor needs is missing or does not fit.
+    #[error("{}: tensor `{tensor}`: {reason}", file.display())]
+    Quantised {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong, with the arithmetic.
+        reason: String,
+    },
 }
 
 impl Checkpoint {
-    /// Reads `config.json`, the index if there is one, and the header of every weights file; checks
+    /// Opens a folder, or a GGUF file. Reads `config.json`, the index if there is one, and the header of every weights file; checks
     /// that each tensor of the model is there, whole, and of the right shape and a readable type.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        if let Some(file) = gguf_of(folder)? {
+            return Self::open_gguf(folder, file);
+        }
         let config_file = folder.join(CONFIG);
         let config = read_bounded(&config_file, CONFIG_LEN_MAX)?;
         let spec_error = |source| CheckpointError::Spec { folder: folder.to_owned(), source };
         let text = std::str::from_utf8(&config)
             .map_err(|error| spec_error(SpecError::NotJson { reason: error.to_string() }))?;
         let mut spec = ModelSpec::from_config_json(text).map_err(spec_error)?;
+        let scheme = Scheme::of_config(text).map_err(spec_error)?;
 
         let mut hasher = blake3::Hasher::new();
         hash_part(&mut hasher, &config);
-        let weights = Weights::find(folder)?;
-        let mut files = BTreeMap::new();
-        for name in weights.file_names() {
-            let path: Arc<Path> = folder.join(name).into();
-            let header = Header::read(&path)?;
-            hash_part(&mut hasher, name.as_bytes());
-            hasher.update(&header.file_len.to_le_bytes());
-            hash_part(&mut hasher, &header.bytes);
-            let tensors: HashMap<String, HeaderTensor> =
-                header.tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
-            files.insert(name.to_owned(), (path, tensors));
-        }
-
+        let mut files = WeightFiles::open(folder, &mut hasher)?;
         let mut tensors: HashMap<String, TensorLocation> = HashMap::new();
         let mut matrices = BTreeSet::new();
         for wanted in spec.tensors(LayerRange::new(0, spec.layers)) {
             if let Some(known) = tensors.get(&wanted.name) {
                 // Another part of a tensor that was found already.
+                known.check_excerpt(&wanted)?;
                 if wanted.is_matrix {
                     matrices.insert(known.dtype);
                 }
                 continue;
             }
-            let missing = |file: PathBuf| CheckpointError::MissingTensor {
-                file,
-                tensor: wanted.name.clone(),
-                expected: wanted.stored_shape().to_vec(),
+            let location = match &scheme {
+                Some(scheme) if wanted.is_matrix => scheme.locate(&mut files, &wanted)?,
+                _ => files.locate(&wanted.name, wanted.stored_shape())?,
             };
-            let file = weights.file_of(&wanted.name).ok_or_else(|| missing(folder.join(INDEX)))?;
-            let (path, found) = files
-                .get_mut(file)
-                .and_then(|(path, tensors)| Some((path.clone(), tensors.remove(&wanted.name)?)))
-                .ok_or_else(|| missing(folder.join(file)))?;
-            let location = TensorLocation::check(path, found, wanted.stored_shape())?;
+            location.check_excerpt(&wanted)?;
             if wanted.is_matrix {
                 matrices.insert(location.dtype);
             }
             tensors.insert(wanted.name, location);
         }
-        spec.stored = widest(&matrices);
+        // What is dequantised is held in the type that config.json names, unless asked.
+        match scheme {
+            None => spec.stored = widest(&matrices),
+            Some(scheme) => spec.stored = scheme.held().unwrap_or(spec.stored),
+        }
         let fingerprint = *hasher.finalize().as_bytes();
-        Ok(Self { folder: folder.to_owned(), spec, tensors, fingerprint })
+        Ok(Self { folder: folder.to_owned(), gguf: None, spec, tensors, fingerprint })
+    }
+
+    fn open_gguf(folder: &Path, file: PathBuf) -> Result<Self, CheckpointError> {
+        let gguf::Found { mut spec, tensors, header } = gguf::open(&file)?;
+        let matrices = tensors.iter().filter(|(tensor, _)| tensor.is_matrix);
+        spec.stored = widest(&matrices.map(|(_, location)| location.dtype).collect());
+        let mut hasher = blake3::Hasher::new();
+        hash_part(&mut hasher, b"gguf");
+        hasher.update(&header.file_len.to_le_bytes());
+        hasher.update(&header.header_hash);
+        let tensors = tensors.into_iter().map(|(tensor, location)| (tensor.name, location));
+        Ok(Self {
+            folder: folder.to_owned(),
+            gguf: Some(file),
+            spec,
+            tensors: tensors.collect(),
+            fingerprint: *hasher.finalize().as_bytes(),
+        })
+    }
+
+    /// The GGUF file, where the model is one.
+    pub fn gguf(&self) -> Option<&Path> {
+        self.gguf.as_deref()
     }
 
     /// The folder that was opened.
@@ -239,8 +295,11 @@ impl Checkpoint {
         self.tensors.get(tensor)
     }
 
-    /// Checks that there is a tokenizer to read. Workers do without one.
+    /// Checks that there is a tokenizer to read; a GGUF file has its own. Workers do without one.
     pub fn check_tokenizer(&self) -> Result<PathBuf, CheckpointError> {
+        if let Some(file) = &self.gguf {
+            return Ok(file.clone());
+        }
         let file = self.folder.join(TOKENIZER);
         let error = match std::fs::metadata(&file) {
             Ok(metadata) if metadata.is_file() && metadata.len() > 0 => return Ok(file),
@@ -252,22 +311,16 @@ impl Checkpoint {
 }
 
 impl TensorLocation {
-    fn check(
+    pub(super) fn check(
         file: Arc<Path>,
         found: HeaderTensor,
         expected: &[u64],
     ) -> Result<Self, CheckpointError> {
         let dtype = match found.dtype.as_str() {
-            "F32" => Precision::F32,
-            "BF16" => Precision::Bf16,
-            "F16" => Precision::F16,
-            _ => {
-                return Err(CheckpointError::UnsupportedType {
-                    file: file.to_path_buf(),
-                    tensor: found.name,
-                    found: found.dtype,
-                });
-            }
+            "F32" => StoredType::F32,
+            "BF16" => StoredType::Bf16,
+            "F16" => StoredType::F16,
+            _ => return Err(unsupported(&file, found)),
         };
         if found.shape != expected {
             return Err(CheckpointError::WrongShape {
@@ -277,86 +330,89 @@ impl TensorLocation {
                 expected: expected.to_vec(),
             });
         }
-        Ok(Self { file, offset: found.offset, len: found.len, dtype, shape: found.shape })
+        Ok(StoredPart::of(file, found, dtype).alone())
+    }
+
+    /// Refuses a part of a tensor that is not stored value by value: where its blocks and scales would
+    /// be is not worked out.
+    pub(super) fn check_excerpt(&self, wanted: &TensorSpec) -> Result<(), CheckpointError> {
+        let is_plain = self.dtype.is_plain() && self.scales.is_none();
+        if wanted.excerpt.is_none() || (is_plain && self.order == RowOrder::AsIs) {
+            return Ok(());
+        }
+        Err(CheckpointError::Quantised {
+            file: self.file.to_path_buf(),
+            tensor: wanted.name.clone(),
+            reason: format!(
+                "it is stored as {}, and the model needs {:?} out of its {:?}: parts are read only of \
+                 tensors stored as F32, BF16 or F16",
+                self.dtype, wanted.shape, self.shape
+            ),
+        })
     }
 }
 
-/// Which file holds which tensor.
-enum Weights {
-    /// `model.safetensors` holds all.
-    Single,
-    /// The index says it: tensor to file.
-    Many(HashMap<String, String>),
+impl StoredPart {
+    pub(super) fn of(file: Arc<Path>, found: HeaderTensor, dtype: StoredType) -> Self {
+        let HeaderTensor { offset, len, shape, .. } = found;
+        Self { file, offset, len, dtype, shape }
+    }
+
+    /// A tensor whose bytes say its values.
+    pub(super) fn alone(self) -> TensorLocation {
+        let Self { file, offset, len, dtype, shape } = self;
+        TensorLocation { file, offset, len, dtype, shape, order: RowOrder::AsIs, scales: None }
+    }
 }
 
-impl Weights {
-    fn find(folder: &Path) -> Result<Self, CheckpointError> {
-        if folder.join(SINGLE).exists() {
-            return Ok(Weights::Single);
-        }
-        let file = folder.join(INDEX);
-        if !file.exists() {
-            let has_torch = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
-                .iter()
-                .any(|name| folder.join(name).exists());
-            let advice = if has_torch {
-                "the folder has PyTorch files: convert them with save_pretrained of transformers"
-            } else {
-                "check the path, or whether the download is complete"
-            };
-            return Err(CheckpointError::NoWeights { folder: folder.to_owned(), advice });
-        }
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: HashMap<String, String>,
-        }
-        let bad = |reason: String| CheckpointError::Index { file: file.clone(), reason };
-        let bytes = read_bounded(&file, HEADER_LEN_MAX)?;
-        let index: Index = serde_json::from_slice(&bytes)
-            .map_err(|error| bad(format!("no index of weights: {error}")))?;
-        // An index names files beside it, and nothing else that this process may read.
-        let plain = |name: &str| {
-            name.ends_with(".safetensors") && !name.contains(['/', '\\', '\0']) && name.len() < 256
-        };
-        if let Some((tensor, name)) = index.weight_map.iter().find(|(_, name)| !plain(name)) {
-            return Err(bad(format!(
-                "tensor `{tensor}` is said to be in `{name}`; expected the name of a .safetensors \
-                 file in this folder"
-            )));
-        }
-        let weights = Weights::Many(index.weight_map);
-        let files = weights.file_names().len();
-        if files == 0 || files > FILES_MAX {
-            return Err(bad(format!("it lists {files} files; expected 1 to {FILES_MAX}")));
-        }
-        Ok(weights)
+/// The tensor is of a type that is not read there.
+pub(super) fn unsupported(file: &Path, found: HeaderTensor) -> CheckpointError {
+    CheckpointError::UnsupportedType {
+        file: file.to_path_buf(),
+        tensor: found.name,
+        found: found.dtype,
     }
+}
 
-    fn file_names(&self) -> BTreeSet<&str> {
-        match self {
-            Weights::Single => BTreeSet::from([SINGLE]),
-            Weights::Many(map) => map.values().map(String::as_str).collect(),
+/// The GGUF file that a path means: itself, or the only one of a folder without `config.json`.
+pub fn gguf_of(path: &Path) -> Result<Option<PathBuf>, CheckpointError> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|end| end == "gguf");
+    if is_gguf(path) && !path.is_dir() {
+        return Ok(Some(path.to_owned()));
+    }
+    if !path.is_dir() || path.join(CONFIG).exists() {
+        return Ok(None);
+    }
+    let unreadable = |source| CheckpointError::Read { file: path.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.path();
+        if is_gguf(&file) && file.is_file() {
+            found.push(file);
         }
     }
-
-    fn file_of(&self, tensor: &str) -> Option<&str> {
-        match self {
-            Weights::Single => Some(SINGLE),
-            Weights::Many(map) => map.get(tensor).map(String::as_str),
-        }
+    found.sort();
+    if found.len() > 1 {
+        let name =
+            |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let files = found.iter().map(name).collect();
+        return Err(CheckpointError::ManyGguf { folder: path.to_owned(), files });
     }
+    Ok(found.pop())
 }
 
 /// The narrowest type that holds all of these without loss.
-fn widest(types: &BTreeSet<Precision>) -> Precision {
-    match (types.len(), types.first()) {
-        (1, Some(only)) => *only,
+fn widest(types: &BTreeSet<StoredType>) -> Precision {
+    match (types.len(), types.first().and_then(|only| only.held())) {
+        (1, Some(only)) => only,
+        // Of blocks of several kinds each keeps nearly all it has.
+        _ if types.iter().any(|stored| stored.block().0 > 1) => Precision::Q8_0,
         // bf16 and f16 together fit only f32.
         _ => Precision::F32,
     }
 }
 
-fn read_bounded(file: &Path, max: u64) -> Result<Vec<u8>, CheckpointError> {
+pub(super) fn read_bounded(file: &Path, max: u64) -> Result<Vec<u8>, CheckpointError> {
     let unreadable = |source| CheckpointError::Read { file: file.to_owned(), source };
     let metadata = std::fs::metadata(file).map_err(unreadable)?;
     if !metadata.is_file() {
@@ -373,7 +429,7 @@ fn read_bounded(file: &Path, max: u64) -> Result<Vec<u8>, CheckpointError> {
 }
 
 /// Length first, so that no two lists of parts hash alike.
-fn hash_part(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+pub(super) fn hash_part(hasher: &mut blake3::Hasher, bytes: &[u8]) {
     hasher.update(&(bytes.len() as u64).to_le_bytes());
     hasher.update(bytes);
 }

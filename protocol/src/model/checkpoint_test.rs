@@ -2,6 +2,9 @@ use std::fs;
 
 use super::*;
 
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
 const CONFIG_JSON: &str = r#"{
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4,
     "intermediate_size": 6, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -98,7 +101,8 @@ fn tensors_are_located_in_one_file_and_in_many() {
             let found = checkpoint.locate(&name).expect("found");
             assert_eq!(found.shape, shape);
             assert_eq!(found.dtype.as_str().to_uppercase(), dtype);
-            assert_eq!(found.len, shape.iter().product::<u64>() * found.dtype.bytes());
+            let elements = shape.iter().product::<u64>();
+            assert_eq!(Some(found.len), found.dtype.row_bytes(elements));
             let file_len = fs::metadata(&found.file).expect("a file").len();
             assert!(found.offset + found.len <= file_len);
         }
@@ -164,7 +168,8 @@ fn a_damaged_file_is_named_with_its_tensor() {
             }),
             format!(
                 "DIR/model.safetensors: tensor `{UP}` is stored as I32, which is not supported; \
-                 supported: F32, BF16, F16"
+                 supported: F32, BF16, F16, and with a quantization_config or in a GGUF file what \
+                 docs/FORMATS.md lists"
             ),
         ),
         (
@@ -268,7 +273,7 @@ fn files_that_are_missing_or_lead_elsewhere_are_named() {
                 remove(path, SINGLE);
                 write(path, "pytorch_model.bin", "");
             }),
-            "convert them with save_pretrained",
+            "DIR/pytorch_model.bin: this is no state dict of torch.save that is read: it is no zip",
         ),
         (
             refusal(|path| {

@@ -13,6 +13,7 @@ use crate::model::families::Definition;
 use crate::model::fields::{Fields, bad, kind, list, short, unsupported};
 use crate::model::options::{Activation, LayerOptions, Options};
 use crate::model::rope::{self, Rope};
+use crate::model::scheme::Scheme;
 use crate::model::spec::{Family, ModelSpec, SpecError};
 use crate::plan::Precision;
 
@@ -75,12 +76,7 @@ fn family(config: Fields<'_>) -> Result<&'static Definition, SpecError> {
 /// What no family can do.
 fn refuse_unsupported(config: Fields<'_>) -> Result<(), SpecError> {
     if let Some(quantization) = config.get("quantization_config") {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        return Err(unsupported(
-            "quantization_config",
-            format!("a quantisation with {}", short(method)),
-            "weights stored as f32, bf16 or f16 without `quantization_config`",
-        ));
+        Scheme::of(quantization)?;
     }
     Ok(())
 }

@@ -215,9 +215,10 @@ fn what_is_not_supported_is_refused_by_name_with_what_is() {
             "config.json: `hidden_act` is `gelu`, which is not supported; supported: `silu`",
         ),
         (
-            r#""quantization_config": {"quant_method": "gptq", "bits": 4}"#,
-            "config.json: `quantization_config` is a quantisation with `gptq`, which is not \
-             supported; supported: weights stored as f32, bf16 or f16 without \
+            r#""quantization_config": {"quant_method": "gptq", "bits": 3}"#,
+            "config.json: `quantization_config` is `gptq` with bits 3, which is not supported; \
+             supported: `fp8` (e4m3), `compressed-tensors` with float-quantized weights of 8 bits, \
+             `gptq` and `awq` (gemm) with 4 bits; or weights stored as f32, bf16 or f16 without \
              `quantization_config`",
         ),
         (

@@ -2,7 +2,8 @@
 //! allocates it, and a test compares the two.
 //!
 //! ```text
-//! weights      matrices in the deployment's precision, rows padded to whole panels; vectors as f32
+//! weights      matrices in the deployment's precision, rows padded to whole panels, their columns to
+//!              whole blocks (of 32 or 256 weights where those share a scale); vectors as f32
 //! kv           blocks x 16 positions x layers x 2 (K and V) x kv_heads x head_dim x 4
 //! activations  scratch of one step + the hidden states of each step in flight + logits
 //! ```
@@ -15,7 +16,7 @@
 
 use crate::model::spec::ModelSpec;
 use crate::model::tensors::TensorSpec;
-use crate::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
+use crate::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits, ShardMemory};
 use crate::units::{Bytes, LayerRange};
 
 /// Matrices are packed in panels of so many outputs; the last panel is padded with zeros.
@@ -108,7 +109,7 @@ impl TensorSpec {
     pub fn held_bytes(&self, precision: Precision) -> Bytes {
         match self.shape.as_slice() {
             [rows, columns] if self.is_matrix => {
-                Bytes(rows.next_multiple_of(PANEL_OUTPUTS) * columns * precision.bytes())
+                Bytes(rows.next_multiple_of(PANEL_OUTPUTS) * precision.row_bytes(*columns))
             }
             _ => Bytes(self.elements() * F32),
         }
@@ -152,6 +153,13 @@ impl ModelSpec {
             absorbed: if mla.is_some() { attended } else { 0 },
             values_out: mla.map_or(0, |mla| self.heads * mla.value),
         }
+    }
+
+    /// The same where keys and values are held in another precision.
+    pub fn kv_bytes_held(&self, layers: LayerRange, blocks: u32, held: KvPrecision) -> Bytes {
+        let positions = u64::from(blocks) * u64::from(BLOCK_TOKENS);
+        let heads = 2 * u64::from(self.cache_heads()) * u64::from(layers.len());
+        Bytes(positions * heads * held.vector_bytes(u64::from(self.cache_dim())))
     }
 
     /// The scratch between the operations of one step of at most `rows` rows; all layers of a shard
@@ -221,6 +229,33 @@ mod tests {
         assert_eq!(memory(30, 32).activations.0 - memory(0, 2).activations.0, logits);
         let parts = memory(0, 1).weights + memory(1, 31).weights + memory(31, 32).weights;
         assert_eq!(parts, memory(0, 32).weights);
+    }
+
+    #[test]
+    fn a_cache_in_fewer_bits_takes_what_its_vectors_take() {
+        let (spec, layers) = (llama_8b(), LayerRange::new(8, 16));
+        let bytes = |held| spec.kv_bytes_held(layers, 1024, held).0;
+        assert_eq!(bytes(KvPrecision::F32), spec.kv_bytes(layers, 1024).0);
+        assert_eq!(bytes(KvPrecision::Bf16), 1_073_741_824 / 2);
+        // 128 numbers and four scales of two bytes.
+        assert_eq!(bytes(KvPrecision::Q8_0), 1024 * 16 * 8 * 8 * 2 * (128 + 8));
+    }
+
+    #[test]
+    fn blocks_are_whole_and_rows_are_padded() {
+        let matrix = |shape: [u64; 2]| TensorSpec {
+            role: crate::model::TensorRole::Up,
+            layer: Some(0),
+            index: 0,
+            name: "up".into(),
+            shape: shape.to_vec(),
+            is_matrix: true,
+            excerpt: None,
+        };
+        let held = |shape, precision| matrix(shape).held_bytes(precision).0;
+        assert_eq!(held([17, 64], Precision::Q8_0), 32 * 2 * 34);
+        assert_eq!(held([16, 65], Precision::Q4_0), 16 * 3 * 18);
+        assert_eq!(held([16, 257], Precision::Q4K), 16 * 2 * 148);
     }
 
     #[test]

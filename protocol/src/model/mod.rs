@@ -1,29 +1,37 @@
 //! What a model is: its shape, its tensors, and what of its files each stage needs.
 //!
-//! Pure but for [`checkpoint`], which reads the folder.
+//! Pure but for [`checkpoint`] and what it calls ([`gguf`], `files`, `safetensors`, `torch`), which
+//! read headers.
 
 pub mod builtin;
 pub mod checkpoint;
 mod config;
 mod families;
 mod fields;
+mod files;
+pub mod gguf;
 pub mod memory;
 pub mod moe;
 pub mod options;
+mod pickle;
 mod pretend;
 mod rope;
 pub(crate) mod safetensors;
+mod scheme;
 pub mod spec;
 pub mod split;
+mod stored;
 mod table;
 pub mod tensors;
+mod torch;
 
 pub use builtin::BuiltinModel;
-pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation, gguf_of};
 pub use memory::{PANEL_OUTPUTS, ScratchWidths};
 pub use moe::{Groups, Mla, Moe, Scoring};
 pub use options::{Activation, LayerOptions, LayerRope, NormKind, Options, Placement, RopeFactors};
 pub use pretend::PRETEND_HIDDEN_MIN;
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
 pub use split::{Part, Reduction, Split, SplitError, TensorPart, VOCAB_BLOCK};
+pub use stored::{FourBitPacking, RowOrder, StoredPart, StoredScales, StoredType};
 pub use tensors::{Columns, Excerpt, TensorRole, TensorSpec};

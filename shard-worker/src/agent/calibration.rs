@@ -53,10 +53,10 @@ pub(crate) fn rate(threads: NonZeroUsize, memory: Bytes) -> Option<Fact> {
 fn stream(threads: usize, memory: Bytes) -> Option<f64> {
     let start = Instant::now();
     let (outputs, cols) = SHAPE;
-    let each = outputs as u64 * cols as u64 * Precision::Bf16.bytes();
+    let each = outputs as u64 * Precision::Bf16.row_bytes(cols as u64);
     let most = (memory.0 / MEMORY_SHARE / each).clamp(1, MATRICES_MAX as u64) as usize;
     let mut ops = CpuOps::new(threads, Isa::from_environment().ok()?).ok()?;
-    let zeros = vec![0; outputs * cols * Precision::Bf16.bytes() as usize];
+    let zeros = vec![0; each as usize];
     let mut matrices = Vec::new();
     while matrices.len() < most && (matrices.is_empty() || start.elapsed() < PACKING_MAX) {
         let builder = ops.weight_builders(Precision::Bf16, &[SHAPE]).ok()?.pop()?;

@@ -1,12 +1,15 @@
 //! Where this worker's models come from: opening, fingerprinting, loading. All of it blocks.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use shoal_protocol::blob::{BlobError, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::model::{BuiltinModel, Checkpoint, CheckpointError, TensorPart};
+use shoal_protocol::model::{
+    BuiltinModel, Checkpoint, CheckpointError, StoredPart, StoredScales, TensorLocation, TensorPart,
+};
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
 
@@ -130,10 +133,10 @@ impl Models {
         let folder = match source {
             ModelSource::Folder { path } => {
                 let folder = Path::new(path);
-                if !folder.is_dir() {
+                if !folder.exists() {
                     // It may be mounted a little later.
                     let words = format!(
-                        "there is no folder {path} on this worker; a model's folder must be \
+                        "there is no {path} on this worker; a model's folder (or GGUF file) must be \
                          readable under the same path on each of them"
                     );
                     return Err(WireError::new(ErrorCode::StorageFailed, words));
@@ -175,15 +178,46 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     let part = split.and_then(|split| spec.part(split, replica.reduction()).ok());
     // What cannot be cut so is refused where it is loaded.
     let tensors = part.map(|part| part.tensors(spec, assignment.layers())).unwrap_or_default();
-    let wanted = |tensor: &TensorPart| {
-        let location = checkpoint.locate(&tensor.spec.name)?;
-        let file = location.file.strip_prefix(checkpoint.folder()).ok()?;
-        let row = tensor.columns_stored() * location.dtype.bytes();
-        let at = |row_number: u64| location.offset + row_number * row;
-        let bytes = at(tensor.rows.start)..at(tensor.rows.end);
+    let in_file = |file: &Path, bytes: Range<u64>| {
+        let file = file.strip_prefix(checkpoint.folder()).ok()?;
         Some(Wanted { file: file.to_str()?.to_owned(), bytes })
     };
-    tensors.iter().filter_map(wanted).collect()
+    let wanted = |tensor: &TensorPart| {
+        let location = checkpoint.locate(&tensor.spec.name)?;
+        let parts = location.scales.as_deref().map(parts_of).unwrap_or_default();
+        let parts = parts.into_iter().map(|part| (&part.file, part.offset..part.offset + part.len));
+        let own = [(&location.file, bytes_of(tensor, location))];
+        let all: Vec<_> =
+            own.into_iter().chain(parts).filter_map(|(file, bytes)| in_file(file, bytes)).collect();
+        Some(all)
+    };
+    tensors.iter().filter_map(wanted).flatten().collect()
+}
+
+/// The bytes of a file that a part of a tensor is read from.
+fn bytes_of(tensor: &TensorPart, location: &TensorLocation) -> Range<u64> {
+    let turned = tensor.spec.excerpt.as_ref().is_some_and(|excerpt| excerpt.columns.is_some());
+    let words = matches!(location.scales.as_deref(), Some(StoredScales::FourBits { .. }));
+    let row = location.dtype.row_bytes(tensor.columns_stored());
+    let first_row = tensor.spec.excerpt.as_ref().map_or(0, |excerpt| excerpt.first_row);
+    match row {
+        Some(row) if !turned && !words => {
+            let at = |row_number: u64| location.offset + (first_row + row_number) * row;
+            at(tensor.rows.start)..at(tensor.rows.end)
+        }
+        // Columns of all rows, or words across them.
+        _ => location.offset..location.offset + location.len,
+    }
+}
+
+/// What else is read with such a tensor.
+fn parts_of(scales: &StoredScales) -> Vec<&StoredPart> {
+    match scales {
+        StoredScales::Blocks { scales, .. } => vec![scales],
+        StoredScales::FourBits { zeros, scales, groups, .. } => {
+            [zeros, scales].into_iter().chain(groups).collect()
+        }
+    }
 }
 
 fn fetch_error(error: &BlobError) -> WireError {
@@ -272,5 +306,24 @@ mod tests {
         check(ModelSource::Builtin { name: "demo".to_owned() }, "`demo`");
         let empty = data.path().display().to_string();
         check(ModelSource::Folder { path: empty.clone() }, &empty);
+    }
+
+    #[test]
+    fn a_gguf_file_is_read_by_its_path_and_a_damaged_one_refused() {
+        let data = tempfile::tempdir().unwrap();
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures/gguf/qwen3-tied-bf16.gguf");
+        let bytes = std::fs::read(file).unwrap();
+        let path = data.path().join("fish.gguf");
+        std::fs::write(&path, &bytes).unwrap();
+        let source = ModelSource::Folder { path: path.display().to_string() };
+        let models = models(data.path());
+        let fingerprint = models.fingerprint(&source).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        let error = models.fingerprint(&source).unwrap_err();
+        assert_eq!(error.code, ErrorCode::BadModel);
+        assert!(error.message.contains("truncated"), "{}", error.message);
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(models.fingerprint(&source), Ok(fingerprint));
     }
 }

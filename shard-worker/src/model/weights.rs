@@ -11,19 +11,23 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shoal_protocol::model::{
-    Checkpoint, Columns, Excerpt, NormKind, PANEL_OUTPUTS, TensorLocation, TensorPart, TensorRole,
-    TensorSpec,
+    Checkpoint, Columns, Excerpt, NormKind, PANEL_OUTPUTS, StoredScales, TensorLocation,
+    TensorPart, TensorRole, TensorSpec,
 };
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
 use crate::backend::{BackendError, Linear, Norm, Ops, WeightBuilder};
+
+#[path = "packing.rs"]
+mod packing;
 
 /// What a thread reads at once: long enough for the disk, short enough that the buffers of a few
 /// threads do not show beside the weights.
@@ -145,7 +149,7 @@ impl<B: Ops> Weights<B> {
         read_all(&matrices, options)?;
         let matrices = matrices
             .into_iter()
-            .map(|Matrix { source, builder }| {
+            .map(|Matrix { source, builder, .. }| {
                 let weight = builder.finish().map_err(|error| source.device(error))?;
                 Ok((source.key(), weight))
             })
@@ -244,16 +248,38 @@ impl Source<'_> {
         (spec.layer, spec.role, spec.index)
     }
 
-    /// Bytes of one row as it is held, in the type in which it is stored.
+    /// The columns that are read of each row: the part's, and what is in one block with them.
+    fn columns_read(&self) -> Range<u64> {
+        let (elements, _) = self.location.dtype.block();
+        let columns = &self.part.columns;
+        let end = columns.end.next_multiple_of(elements).min(self.part.columns_stored());
+        columns.start / elements * elements..end
+    }
+
+    /// Bytes of so many columns in the file; they are whole blocks, or the checkpoint would have been
+    /// refused.
+    fn bytes_of(&self, columns: u64) -> u64 {
+        self.location.dtype.row_bytes(columns).unwrap_or(0)
+    }
+
+    /// Bytes that are read of one row; where a row is no range of the file, its share of all.
     fn row_bytes(&self) -> u64 {
-        self.part.column_count() * self.location.dtype.bytes()
+        if self.is_read_whole() {
+            return self.location.len / self.part.spec.shape[0];
+        }
+        let columns = self.columns_read();
+        self.bytes_of(columns.end - columns.start)
+    }
+
+    /// Whether words go across rows, so that all of them are read at once.
+    fn is_read_whole(&self) -> bool {
+        matches!(self.location.scales.as_deref(), Some(StoredScales::FourBits { .. }))
     }
 
     /// Reads rows of the part, `first` counted from its first one: at once where they are whole, else
     /// the part's columns of each.
     fn read_rows(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
-        let size = self.location.dtype.bytes();
-        let stored = self.part.columns_stored() * size;
+        let stored = self.bytes_of(self.part.columns_stored());
         let first = self.part.rows.start + first;
         let first = match &self.part.spec.excerpt {
             Some(excerpt) => match excerpt.columns {
@@ -266,7 +292,7 @@ impl Source<'_> {
         if self.row_bytes() == stored {
             return self.read(first, buffer);
         }
-        let skipped = self.part.columns.start * size;
+        let skipped = self.bytes_of(self.columns_read().start);
         let rows = buffer.chunks_exact_mut(self.row_bytes() as usize);
         (0..).zip(rows).try_for_each(|(row, to)| self.read(first + row * stored + skipped, to))
     }
@@ -279,7 +305,8 @@ impl Source<'_> {
         first: u64,
         to: &mut [u8],
     ) -> Result<(), WeightsError> {
-        let element = self.location.dtype.bytes() as usize;
+        // Such a tensor is not quantised, or the checkpoint would have been refused.
+        let element = self.bytes_of(1) as usize;
         let width = excerpt.stored.last().copied().unwrap_or(1) as usize;
         let height = self.part.column_count() as usize;
         let mut block = vec![0; height * width * element];
@@ -312,17 +339,15 @@ impl Source<'_> {
         })
     }
 
-    fn read_vector(&self) -> Result<Vec<f32>, WeightsError> {
-        let mut bytes = vec![0; (self.part.row_count() * self.row_bytes()) as usize];
-        self.read_rows(0, &mut bytes)?;
-        Ok(match self.location.dtype {
-            Precision::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            Precision::Bf16 => {
-                bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
-            }
-            Precision::F16 => {
-                bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
-            }
+    /// Reads bytes of another file, of a tensor that belongs to this one.
+    fn read_at(&self, file: &Path, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        let read = File::open(file).and_then(|file| file.read_exact_at(buffer, first));
+        read.map_err(|source| WeightsError::Read {
+            file: file.to_path_buf(),
+            tensor: self.part.spec.name.clone(),
+            first,
+            end: first + buffer.len() as u64,
+            source,
         })
     }
 
@@ -334,6 +359,7 @@ impl Source<'_> {
 /// A matrix that is being packed.
 struct Matrix<'a, B: Ops> {
     source: Source<'a>,
+    held: Precision,
     builder: B::WeightBuilder,
 }
 
@@ -346,20 +372,20 @@ impl<'a, B: Ops> Matrix<'a, B> {
         let builders =
             ops.weight_builders(held, &shapes).map_err(|source| WeightsError::Memory { source })?;
         let with = sources.into_iter().zip(builders);
-        Ok(with.map(|(source, builder)| Self { source, builder }).collect())
+        Ok(with.map(|(source, builder)| Self { source, held, builder }).collect())
     }
 
     fn row_bytes(&self) -> u64 {
         self.source.row_bytes()
     }
 
-    /// Reads and packs some rows.
-    fn pack(&self, piece: &Piece, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
-        buffer.resize((piece.rows * self.row_bytes()) as usize, 0);
-        self.source.read_rows(piece.first_row, buffer)?;
-        self.builder
-            .pack_rows(piece.first_row as usize, self.source.location.dtype, buffer)
-            .map_err(|error| self.source.device(error))
+    /// Rows that are read at once.
+    fn piece_rows(&self) -> u64 {
+        if self.source.is_read_whole() {
+            return self.source.part.row_count();
+        }
+        let panel_bytes = PANEL_OUTPUTS * self.row_bytes();
+        PANEL_OUTPUTS * (PIECE_BYTES / panel_bytes).max(1)
     }
 }
 
@@ -381,8 +407,7 @@ fn pieces<B: Ops>(matrices: &[Matrix<'_, B>]) -> Vec<Piece> {
     });
     let mut pieces = Vec::new();
     for matrix in order {
-        let panel_bytes = PANEL_OUTPUTS * matrices[matrix].row_bytes();
-        let rows_max = PANEL_OUTPUTS * (PIECE_BYTES / panel_bytes).max(1);
+        let rows_max = matrices[matrix].piece_rows();
         let rows_all = matrices[matrix].source.part.row_count();
         let mut first_row = 0;
         while first_row < rows_all {

@@ -358,11 +358,12 @@ fn write_model(folder: &Path, config: &str) {
                     Precision::F32 => value.to_le_bytes().to_vec(),
                     Precision::Bf16 => half::bf16::from_f32(value).to_le_bytes().to_vec(),
                     Precision::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+                    quantised => panic!("config.json cannot say {quantised}"),
                 }
             })
             .collect();
         let elements: u64 = tensor.stored_shape().iter().product();
-        let end = start + (elements * spec.stored.bytes()) as usize;
+        let end = start + spec.stored.row_bytes(elements) as usize;
         while data.len() < end {
             data.extend_from_slice(&period[..period.len().min(end - data.len())]);
         }

@@ -85,7 +85,7 @@ fn check(source: &ModelSource) -> Result<(), Failure> {
     let opened = opened.map(drop);
     opened.map_err(|error| {
         Failure::refused(format!(
-            "{error}; a model is a folder with config.json, safetensors files and tokenizer.json"
+            "{error}; a model is a folder with config.json, weights and tokenizer.json, or a GGUF file"
         ))
     })
 }

@@ -323,12 +323,13 @@ fn more_workers(
     Some(fitting)
 }
 
-/// A smaller precision that fits these workers; of two of the same size the stored one.
+/// The largest smaller precision that fits these workers; of two of the same size the stored one.
 fn smaller(job: &Job<'_>, precision: Precision, workers: &[&Candidate]) -> Option<Precision> {
-    let choice = match job.shape.stored() {
+    let half = match job.shape.stored() {
         Precision::F16 => Precision::F16,
-        Precision::F32 | Precision::Bf16 => Precision::Bf16,
+        _ => Precision::Bf16,
     };
-    let is_smaller = choice.bytes() < precision.bytes();
-    (is_smaller && fits(job.shape, choice, workers, job.spec.stages)).then_some(choice)
+    [half, Precision::Q8_0, Precision::Q4K].into_iter().find(|choice| {
+        choice.is_smaller_than(precision) && fits(job.shape, *choice, workers, job.spec.stages)
+    })
 }

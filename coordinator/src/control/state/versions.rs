@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
-use shoal_protocol::plan::{ModelSource, Numerics};
-use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_HUB, KNOWS_MESHES};
+use shoal_protocol::plan::{ModelSource, Numerics, Precision};
+use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_MESHES};
 
 use super::super::shape::ModelShape;
 use super::{
@@ -132,16 +132,20 @@ pub fn needs(change: &Change) -> Needs {
             Needs::coordinators(KNOWS_MESHES)
         }
         Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, .. }) => {
-            needs_of_model(&spec.model.source, shape).and(Needs::coordinators(KNOWS_MESHES))
+            needs_of_model(&spec.model.source, shape)
+                .and(needs_of_weights(spec.precision, shape.stored()))
+                .and(Needs::coordinators(KNOWS_MESHES))
         }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
-            match plan.numerics {
+            let numerics = match plan.numerics {
                 Numerics::N1 => Needs::NOTHING,
                 Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
-            }
+            };
+            numerics.and(needs_of_weights(None, plan.precision))
         }
         Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
             needs_of_model(&spec.model.source, shape)
+                .and(needs_of_weights(spec.precision, shape.stored()))
         }
         // It is what lets the others through: whoever proposes it has heard all coordinators.
         Change::Version(VersionCommand::Raise { .. }) => Needs::NOTHING,
@@ -173,6 +177,14 @@ pub fn needs_of(source: &ModelSource) -> Needs {
             Needs::NOTHING
         }
         ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => Needs::everybody(KNOWS_HUB),
+    }
+}
+
+/// What weights need that are held or stored so: older builds cannot read such a precision.
+fn needs_of_weights(asked: Option<Precision>, stored: Precision) -> Needs {
+    match asked.is_some_and(Precision::is_quantised) || stored.is_quantised() {
+        true => Needs::everybody(KNOWS_FORMATS),
+        false => Needs::NOTHING,
     }
 }
 

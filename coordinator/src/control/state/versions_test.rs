@@ -167,3 +167,23 @@ fn a_part_that_this_build_does_not_know_is_refused_by_name() {
     bytes[8..40].copy_from_slice(&sum);
     assert_eq!(snapshot::decode(&bytes), Err(snapshot::SnapshotError::UnknownPart { tag: 200 }));
 }
+
+#[test]
+fn weights_in_blocks_wait_until_all_know_them() {
+    use crate::control::shape::{ModelShape, small_pretend};
+    use shoal_protocol::id::DeploymentName;
+    use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
+
+    let create = |precision| {
+        let pretend = small_pretend(2, 100);
+        let model =
+            ModelRef { source: ModelSource::Pretend(pretend.clone()), fingerprint: [0; 32] };
+        let name = DeploymentName::new("m").unwrap();
+        let spec = DeploymentSpec { name, model, stages: None, precision };
+        let shape = ModelShape::Pretend(pretend);
+        Change::Deployment(DeploymentCommand::Create { spec, shape, replicas: 1 })
+    };
+    assert_eq!(needs(&create(None)), Needs::NOTHING);
+    assert_eq!(needs(&create(Some(Precision::Bf16))), Needs::NOTHING);
+    assert_eq!(needs(&create(Some(Precision::Q8_0))), Needs::everybody(KNOWS_FORMATS));
+}

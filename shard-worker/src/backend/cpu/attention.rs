@@ -17,11 +17,13 @@
 //! chains.
 #![allow(clippy::needless_range_loop)] // An index names a register; iterators hide which.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::isa::{Isa, Kernel};
 use super::kv::{PagedKv, SLOTS};
+use super::kv_format::{KvFormat, with_kv};
 use super::linear::SharedMut;
 use super::math::{exp, softcap};
 use super::simd::{LANES, Simd};
@@ -78,20 +80,23 @@ pub fn attend(
                 let queries = first..(first + QUERIES).min(span.rows * group);
                 for kv_head in 0..kv_heads {
                     if task == mine {
-                        let attend = Attend {
-                            kv,
-                            how,
-                            span,
-                            queries: queries.clone(),
-                            heads,
-                            group,
-                            kv_head,
-                            query,
-                            out: out.get(),
-                        };
-                        // SAFETY: the spans are checked, sizes asserted above, and tasks write
-                        // disjoint heads of rows.
-                        unsafe { isa.run(attend) };
+                        with_kv!(kv.held(), K => {
+                            let attend = Attend::<K> {
+                                held: PhantomData,
+                                kv,
+                                how,
+                                span,
+                                queries: queries.clone(),
+                                heads,
+                                group,
+                                kv_head,
+                                query,
+                                out: out.get(),
+                            };
+                            // SAFETY: the spans are checked, sizes asserted above, and tasks write
+                            // disjoint heads of rows.
+                            unsafe { isa.run(attend) };
+                        });
                         mine = drawn.fetch_add(1, Ordering::Relaxed);
                     }
                     task += 1;
@@ -102,7 +107,9 @@ pub fn attend(
 }
 
 /// Some queries of one span that read the same key head.
-struct Attend<'a> {
+struct Attend<'a, K> {
+    /// How `kv` is held.
+    held: PhantomData<K>,
     kv: &'a PagedKv,
     how: How<'a>,
     span: &'a Span<'a>,
@@ -123,7 +130,7 @@ struct Softmax {
     sum: f32,
 }
 
-impl Kernel for Attend<'_> {
+impl<K: KvFormat> Kernel for Attend<'_, K> {
     type Output = ();
 
     #[inline(always)]
@@ -162,7 +169,7 @@ impl Kernel for Attend<'_> {
     }
 }
 
-impl Attend<'_> {
+impl<K: KvFormat> Attend<'_, K> {
     fn dim(&self) -> usize {
         self.kv.shape().head_dim as usize
     }
@@ -240,9 +247,10 @@ impl Attend<'_> {
     ) {
         let dim = self.dim();
         let ids: [u32; N] = std::array::from_fn(|n| self.span.blocks[first + n]);
-        let keys: [*const f32; N] = std::array::from_fn(|n| self.kv.keys(ids[n], self.kv_head));
+        let keys: [*const u8; N] = std::array::from_fn(|n| self.kv.keys(ids[n], self.kv_head));
         let at: [usize; Q] = std::array::from_fn(|q| self.offset(query + q));
-        let mut part = Part {
+        let mut part = Part::<K, Q, N> {
+            held: PhantomData,
             values: std::array::from_fn(|n| self.kv.values(ids[n], self.kv_head)),
             weights: [[[0.0_f32; SLOTS]; N]; Q],
             decay: [[1.0_f32; N]; Q],
@@ -259,7 +267,7 @@ impl Attend<'_> {
         // SAFETY: a head's keys are `dim x 16`, its query `dim` long; the caller's for the rest.
         unsafe {
             let queries: [*const f32; Q] = std::array::from_fn(|q| self.query.as_ptr().add(at[q]));
-            let scores = scores::<S, Q, N>(&queries, &keys, dim);
+            let scores = scores::<S, K, Q, N>(&queries, &keys, dim);
             for q in 0..Q {
                 for n in 0..N {
                     let mut score = S::mul(scores[q][n], S::splat(self.how.scale));
@@ -343,9 +351,9 @@ impl Softmax {
 
 /// The products of `Q` queries with the keys of `N` blocks.
 #[inline(always)]
-unsafe fn scores<S: Simd, const Q: usize, const N: usize>(
+unsafe fn scores<S: Simd, K: KvFormat, const Q: usize, const N: usize>(
     queries: &[*const f32; Q],
-    keys: &[*const f32; N],
+    keys: &[*const u8; N],
     dim: usize,
 ) -> [[S::F; N]; Q] {
     // SAFETY: the caller's: queries are `dim` long and keys `dim x 16`.
@@ -355,13 +363,13 @@ unsafe fn scores<S: Simd, const Q: usize, const N: usize>(
         while n < N {
             // As many chains as there are registers for.
             if S::WIDE && n + 4 <= N {
-                chains::<S, Q, N, 4>(queries, keys, dim, n, &mut scores);
+                chains::<S, K, Q, N, 4>(queries, keys, dim, n, &mut scores);
                 n += 4;
             } else if n + 2 <= N {
-                chains::<S, Q, N, 2>(queries, keys, dim, n, &mut scores);
+                chains::<S, K, Q, N, 2>(queries, keys, dim, n, &mut scores);
                 n += 2;
             } else {
-                chains::<S, Q, N, 1>(queries, keys, dim, n, &mut scores);
+                chains::<S, K, Q, N, 1>(queries, keys, dim, n, &mut scores);
                 n += 1;
             }
         }
@@ -371,21 +379,21 @@ unsafe fn scores<S: Simd, const Q: usize, const N: usize>(
 
 /// The scores of blocks `n` to `n + P`.
 #[inline(always)]
-unsafe fn chains<S: Simd, const Q: usize, const N: usize, const P: usize>(
+unsafe fn chains<S: Simd, K: KvFormat, const Q: usize, const N: usize, const P: usize>(
     queries: &[*const f32; Q],
-    keys: &[*const f32; N],
+    keys: &[*const u8; N],
     dim: usize,
     n: usize,
     scores: &mut [[S::F; N]; Q],
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let keys: [*const f32; P] = std::array::from_fn(|p| keys[n + p]);
+        let keys: [*const u8; P] = std::array::from_fn(|p| keys[n + p]);
         let mut sums = [[S::splat(0.0); P]; Q];
         for d in 0..dim {
             let mut key = [S::splat(0.0); P];
             for p in 0..P {
-                key[p] = S::load(keys[p].add(d * SLOTS));
+                key[p] = K::keys::<S>(keys[p], d, dim);
             }
             for q in 0..Q {
                 let value = S::splat(*queries[q].add(d));
@@ -403,8 +411,10 @@ unsafe fn chains<S: Simd, const Q: usize, const N: usize, const P: usize>(
 }
 
 /// The values of `N` blocks and what they weigh for `Q` queries.
-struct Part<const Q: usize, const N: usize> {
-    values: [*const f32; N],
+struct Part<K, const Q: usize, const N: usize> {
+    /// How `values` are held.
+    held: PhantomData<K>,
+    values: [*const u8; N],
     weights: [[[f32; SLOTS]; N]; Q],
     /// What the sum so far is multiplied with before each block; 1 often.
     decay: [[f32; N]; Q],
@@ -417,7 +427,7 @@ struct Part<const Q: usize, const N: usize> {
     fresh: bool,
 }
 
-impl<const Q: usize, const N: usize> Part<Q, N> {
+impl<K: KvFormat, const Q: usize, const N: usize> Part<K, Q, N> {
     /// Adds `16 W` dimensions from `d` on to each `out`; where `W` is 1 there may be fewer.
     #[inline(always)]
     unsafe fn sum<S: Simd, const W: usize>(&self, d: usize, out: &[*mut f32; Q]) {
@@ -441,11 +451,10 @@ impl<const Q: usize, const N: usize> Part<Q, N> {
                         }
                     }
                 }
-                let mut value = self.values[n].add(self.from[n] * self.dim + d);
                 for slot in self.from[n]..self.slots[n] {
                     let mut values = [S::splat(0.0); W];
                     for w in 0..W {
-                        values[w] = S::load(value.add(w * LANES));
+                        values[w] = K::values::<S>(self.values[n], slot, d + w * LANES, self.dim);
                     }
                     for q in 0..Q {
                         let weight = S::splat(self.weights[q][n][slot]);
@@ -453,7 +462,6 @@ impl<const Q: usize, const N: usize> Part<Q, N> {
                             sums[q][w] = S::fma(weight, values[w], sums[q][w]);
                         }
                     }
-                    value = value.wrapping_add(self.dim);
                 }
             }
             for q in 0..Q {

@@ -1,12 +1,41 @@
-//! How a weight is held: one implementation of [`Format`] for each type.
+//! How a weight is held: one implementation of [`Format`] for each precision.
+//!
+//! A panel has the weights of 16 rows side by side, so that one vector holds a column of it. Where each
+//! weight stands for itself that is all ([`Plain`]); blocks whose weights share a scale are in
+//! [`blocks`](super::blocks).
 
 use half::{bf16, f16};
 use shoal_protocol::plan::Precision;
 
+use super::packed::PANEL;
 use super::simd::Simd;
 
-/// A type of stored weights.
-pub trait Format: Send + Sync + 'static {
+/// A type in which weights are held.
+///
+/// # Safety
+///
+/// Of all methods that take a panel: it is one of a matrix that is held so, aligned to two bytes, and
+/// `k` is a column of it. With a [`Simd`]: as of its methods.
+pub unsafe trait Format: Send + Sync + 'static {
+    /// Columns from a multiple of this on share what [`Format::open`] finds; it divides every place
+    /// where a product cuts `k`.
+    const RUN: usize;
+
+    /// What the weights of a run have in common, and where they are.
+    type Run<S: Simd>: Copy;
+
+    /// The run that begins at column `k`.
+    unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> Self::Run<S>;
+
+    /// The exact values of column `i` of a run.
+    unsafe fn load<S: Simd>(run: &Self::Run<S>, i: usize) -> S::F;
+
+    /// The exact value of one weight of row `lane` of the panel.
+    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32;
+}
+
+/// A type of which each element stands for itself, in memory as in files.
+pub trait Plain: Format {
     /// One weight.
     type Element: Copy + Send + Sync + 'static;
 
@@ -18,19 +47,44 @@ pub trait Format: Send + Sync + 'static {
 
     /// A weight from its little-endian bytes, as many as it is long.
     fn read(bytes: &[u8]) -> Self::Element;
-
-    /// The exact values of 16 weights.
-    ///
-    /// # Safety
-    ///
-    /// As of [`Simd::load`].
-    unsafe fn load<S: Simd>(from: *const Self::Element) -> S::F;
 }
+
+/// [`Format`] of a [`Plain`] type.
+macro_rules! plain_format {
+    ($name:ident, $element:ty, $load:ident) => {
+        // SAFETY: offsets are those of `[k][lane]`, inside the panel for each of its columns.
+        unsafe impl Format for $name {
+            /// Nothing is shared, so a run has no end.
+            const RUN: usize = usize::MAX;
+            type Run<S: Simd> = *const $element;
+
+            #[inline(always)]
+            unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> *const $element {
+                // SAFETY: the caller's.
+                unsafe { panel.cast::<$element>().add(k * PANEL) }
+            }
+            #[inline(always)]
+            unsafe fn load<S: Simd>(run: &*const $element, i: usize) -> S::F {
+                // SAFETY: the caller's.
+                unsafe { S::$load(run.add(i * PANEL)) }
+            }
+            #[inline(always)]
+            unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
+                // SAFETY: the caller's.
+                Self::decode(unsafe { *panel.cast::<$element>().add(k * PANEL + lane) })
+            }
+        }
+    };
+}
+
+plain_format!(F32, f32, load);
+plain_format!(Bf16, u16, load_bf16);
+plain_format!(F16, u16, load_f16);
 
 /// [`Precision::F32`].
 pub struct F32;
 
-impl Format for F32 {
+impl Plain for F32 {
     type Element = f32;
 
     #[inline(always)]
@@ -45,17 +99,12 @@ impl Format for F32 {
     fn read(bytes: &[u8]) -> f32 {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
     }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const f32) -> S::F {
-        // SAFETY: the caller's.
-        unsafe { S::load(from) }
-    }
 }
 
 /// [`Precision::Bf16`].
 pub struct Bf16;
 
-impl Format for Bf16 {
+impl Plain for Bf16 {
     type Element = u16;
 
     #[inline(always)]
@@ -70,17 +119,12 @@ impl Format for Bf16 {
     fn read(bytes: &[u8]) -> u16 {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u16) -> S::F {
-        // SAFETY: the caller's.
-        unsafe { S::load_bf16(from) }
-    }
 }
 
 /// [`Precision::F16`].
 pub struct F16;
 
-impl Format for F16 {
+impl Plain for F16 {
     type Element = u16;
 
     #[inline(always)]
@@ -94,11 +138,6 @@ impl Format for F16 {
     #[inline(always)]
     fn read(bytes: &[u8]) -> u16 {
         u16::from_le_bytes([bytes[0], bytes[1]])
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u16) -> S::F {
-        // SAFETY: the caller's.
-        unsafe { S::load_f16(from) }
     }
 }
 
@@ -118,18 +157,57 @@ macro_rules! with_format {
                 type $format = $crate::backend::cpu::format::F16;
                 $body
             }
+            shoal_protocol::plan::Precision::Q8_0 => {
+                type $format = $crate::backend::cpu::blocks::Q8_0;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q4_0 => {
+                type $format = $crate::backend::cpu::blocks::Q4_0;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q4K => {
+                type $format = $crate::backend::cpu::blocks::Q4K;
+                $body
+            }
+            shoal_protocol::plan::Precision::Fp8 => {
+                type $format = $crate::backend::cpu::blocks::Fp8;
+                $body
+            }
         }
     };
 }
 pub(crate) use with_format;
 
-/// The exact values of little-endian `bytes` of type `stored`; a torn last value is left out.
+/// The same for those that are [`Plain`], and `$otherwise` for the others.
+macro_rules! with_plain {
+    ($precision:expr, $format:ident => $body:expr, otherwise $otherwise:expr) => {
+        match $precision {
+            shoal_protocol::plan::Precision::F32 => {
+                type $format = $crate::backend::cpu::format::F32;
+                $body
+            }
+            shoal_protocol::plan::Precision::Bf16 => {
+                type $format = $crate::backend::cpu::format::Bf16;
+                $body
+            }
+            shoal_protocol::plan::Precision::F16 => {
+                type $format = $crate::backend::cpu::format::F16;
+                $body
+            }
+            _ => $otherwise,
+        }
+    };
+}
+pub(crate) use with_plain;
+
+/// The exact values of little-endian `bytes` of type `stored`; a torn last value is left out. Types
+/// whose values are not bytes of their own have none.
 pub fn widen(stored: Precision, bytes: &[u8]) -> Vec<f32> {
-    with_format!(stored, S => {
-        bytes.chunks_exact(size_of::<<S as Format>::Element>())
+    with_plain!(stored, S => {
+        bytes.chunks_exact(size_of::<<S as Plain>::Element>())
             .map(|chunk| S::decode(S::read(chunk)))
             .collect()
-    })
+    }, otherwise Vec::new())
 }
 
 #[cfg(test)]
@@ -137,7 +215,7 @@ mod tests {
     use super::*;
 
     /// Every 16-bit pattern comes back from a widening and a narrowing.
-    fn round_trips<F: Format<Element = u16>>(is_nan: impl Fn(u16) -> bool) {
+    fn round_trips<F: Plain<Element = u16>>(is_nan: impl Fn(u16) -> bool) {
         for bits in 0..=u16::MAX {
             let back = F::encode(F::decode(bits));
             assert!(back == bits || is_nan(bits), "{bits:#06x} became {back:#06x}");
@@ -151,7 +229,7 @@ mod tests {
     }
 
     /// Between each two neighbours: the midpoint goes to the even one, its sides to the nearer one.
-    fn rounds_to_even<F: Format<Element = u16>>(largest: u16) {
+    fn rounds_to_even<F: Plain<Element = u16>>(largest: u16) {
         for bits in 0..largest {
             let (low, high) = (F::decode(bits), F::decode(bits + 1));
             let middle = ((f64::from(low) + f64::from(high)) / 2.0) as f32;

@@ -4,11 +4,11 @@
 use half::{bf16, f16};
 use shoal_protocol::plan::Precision;
 
-use super::kv::SLOTS;
 use super::*;
 use crate::backend::WeightBuilder;
+use crate::stored::{self, Encode};
 
-const ALL_PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
+const ALL_PRECISIONS: [Precision; 7] = Precision::ALL;
 
 /// Repeatable values in -1..1 with full mantissas.
 pub(super) struct Values(u64);
@@ -45,11 +45,26 @@ pub(super) fn assert_same(got: &[f32], expected: &[f32], what: &str) {
     }
 }
 
-fn rounded(held: Precision, value: f32) -> f32 {
+/// What is held of the rows of a matrix, by plain scalar code.
+pub(super) fn rounded(held: Precision, cols: usize, values: &[f32]) -> Vec<f32> {
+    fn blocks<B: Encode>(cols: usize, values: &[f32]) -> Vec<f32> {
+        let mut out = Vec::new();
+        for block in values.chunks(cols).flat_map(|row| row.chunks(B::WEIGHTS)) {
+            let (mut stored, mut back) = (vec![0; B::BYTES], vec![0.0; B::WEIGHTS]);
+            B::encode(block, &mut stored);
+            B::decode(&stored, &mut back);
+            out.extend(&back[..block.len()]);
+        }
+        out
+    }
     match held {
-        Precision::F32 => value,
-        Precision::Bf16 => bf16::from_f32(value).to_f32(),
-        Precision::F16 => f16::from_f32(value).to_f32(),
+        Precision::F32 => values.to_vec(),
+        Precision::Bf16 => values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
+        Precision::F16 => values.iter().map(|v| f16::from_f32(*v).to_f32()).collect(),
+        Precision::Q8_0 => blocks::<stored::Q8_0>(cols, values),
+        Precision::Q4_0 => blocks::<stored::Q4_0>(cols, values),
+        Precision::Q4K => blocks::<stored::Q4K>(cols, values),
+        Precision::Fp8 => blocks::<stored::Fp8>(cols, values),
     }
 }
 
@@ -89,9 +104,9 @@ fn linear_by_hand(x: &[f32], weight: &[f32], cols: usize, bias: Option<&[f32]>) 
 fn check_linear(held: Precision, (rows, cols, outputs): (usize, usize, usize), with_bias: bool) {
     let mut values = Values::new((rows * 31 + cols * 7 + outputs) as u64);
     let x = values.take(rows * cols);
-    let weight: Vec<f32> = values.take(outputs * cols).iter().map(|v| rounded(held, *v)).collect();
+    let weight = values.take(outputs * cols);
     let bias = with_bias.then(|| values.take(outputs));
-    let expected = linear_by_hand(&x, &weight, cols, bias.as_deref());
+    let expected = linear_by_hand(&x, &rounded(held, cols, &weight), cols, bias.as_deref());
     for mut ops in devices() {
         let what = format!("{rows} x {cols} x {outputs} {held}, {} x {}", ops.isa(), ops.threads());
         let input = buffer_of(&mut ops, cols, &x);
@@ -113,7 +128,7 @@ fn check_linear(held: Precision, (rows, cols, outputs): (usize, usize, usize), w
 #[test]
 fn products_of_every_number_of_rows_have_the_bits_of_one_chain() {
     for rows in 1..=64 {
-        check_linear(ALL_PRECISIONS[rows % 3], (rows, 37, 19 + rows % 5 * 16), rows % 2 == 0);
+        check_linear(ALL_PRECISIONS[rows % 7], (rows, 37, 19 + rows % 5 * 16), rows % 2 == 0);
     }
 }
 
@@ -127,6 +142,35 @@ fn products_of_odd_sizes_have_the_bits_of_one_chain() {
             }
         }
     }
+}
+
+#[test]
+fn rows_of_blocks_are_held_as_they_are_stored() {
+    fn check<B: Encode>(held: Precision) {
+        let (outputs, cols) = (19, 2 * B::WEIGHTS);
+        let values = Values::new(B::BYTES as u64).take(outputs * cols);
+        let mut bytes = vec![0; outputs * 2 * B::BYTES];
+        for (values, block) in values.chunks(B::WEIGHTS).zip(bytes.chunks_mut(B::BYTES)) {
+            B::encode(values, block);
+        }
+        let ops = CpuOps::new(1, Isa::best()).unwrap();
+        let builder = ops.weight_builders(held, &[(outputs, cols)]).unwrap().remove(0);
+        builder.pack_rows(0, held, &bytes).unwrap();
+        let packed = builder.finish().unwrap();
+        let expected = rounded(held, cols, &values);
+        let mut row = vec![f32::NAN; cols];
+        for (r, expected) in expected.chunks(cols).enumerate() {
+            packed.copy_row(r, &mut row);
+            // Zeros of either sign.
+            assert!(row == expected, "{held}, row {r}: {row:?} is not {expected:?}");
+        }
+        let other = ops.weight_builders(Precision::F32, &[(outputs, cols)]).unwrap().remove(0);
+        assert!(matches!(other.pack_rows(0, held, &bytes), Err(BackendError::BadShape { .. })));
+    }
+    check::<stored::Q8_0>(Precision::Q8_0);
+    check::<stored::Q4_0>(Precision::Q4_0);
+    check::<stored::Q4K>(Precision::Q4K);
+    check::<stored::Fp8>(Precision::Fp8);
 }
 
 #[test]
@@ -271,150 +315,6 @@ fn rotations_have_the_bits_of_scalar_code() {
             assert_same(&buf.floats.as_slice()[..x.len()], &expected, "rotation");
         }
     }
-}
-
-// === Attention ===
-
-#[derive(Clone, Copy)]
-struct Heads {
-    query: usize,
-    kv: usize,
-    dim: usize,
-}
-
-/// One head of one query over the rows of keys and values before and at it.
-fn attend_by_hand(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f32> {
-    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
-    let mut out = vec![0.0_f32; q.len()];
-    for (keys, values) in keys.chunks(16).zip(values.chunks(16)) {
-        let mut scores = [f32::NEG_INFINITY; 16];
-        for (score, key) in scores.iter_mut().zip(keys) {
-            *score = q.iter().zip(*key).fold(0.0_f32, |s, (q, k)| q.mul_add(*k, s)) * scale;
-        }
-        let block_max = fold_by_hand(scores, |a, b| if a > b { a } else { b });
-        let new_max = if max > block_max { max } else { block_max };
-        let weights = scores.map(|s| exp_by_hand(s - new_max));
-        let decay = exp_by_hand(max - new_max);
-        sum = sum.mul_add(decay, fold_by_hand(weights, |a, b| a + b));
-        max = new_max;
-        for (d, out) in out.iter_mut().enumerate() {
-            *out *= decay;
-            for (weight, value) in weights.iter().zip(values) {
-                *out = weight.mul_add(value[d], *out);
-            }
-        }
-    }
-    out.iter().map(|o| o / sum).collect()
-}
-
-/// Two sequences, computed at once, in chunks and one by one, on scattered blocks: always the bits
-/// of the scalar code.
-fn check_attention(heads: Heads, lengths: [usize; 2], chunk: usize) {
-    let Heads { query, kv, dim } = heads;
-    let mut values = Values::new((query * 100 + dim) as u64);
-    let sequences: Vec<[Vec<f32>; 3]> = lengths
-        .iter()
-        .map(|n| {
-            let q = values.take(n * query * dim).iter().map(|v| v * 8.0).collect();
-            [q, values.take(n * kv * dim), values.take(n * kv * dim)]
-        })
-        .collect();
-    let scale = 1.0 / (dim as f32).sqrt();
-    let expected: Vec<Vec<f32>> = sequences
-        .iter()
-        .zip(lengths)
-        .map(|([q, k, v], length)| {
-            let mut out = Vec::new();
-            for position in 0..length {
-                for head in 0..query {
-                    let kv_head = head / (query / kv);
-                    let rows = |of: &'_ Vec<f32>| -> Vec<Vec<f32>> {
-                        (0..=position)
-                            .map(|p| of[(p * kv + kv_head) * dim..][..dim].to_vec())
-                            .collect()
-                    };
-                    let (k, v) = (rows(k), rows(v));
-                    let k: Vec<&[f32]> = k.iter().map(Vec::as_slice).collect();
-                    let v: Vec<&[f32]> = v.iter().map(Vec::as_slice).collect();
-                    out.extend(attend_by_hand(
-                        &q[(position * query + head) * dim..][..dim],
-                        &k,
-                        &v,
-                        scale,
-                    ));
-                }
-            }
-            out
-        })
-        .collect();
-
-    let blocks: [Vec<u32>; 2] = std::array::from_fn(|s| {
-        // Scattered, and none shared: the even ones backwards, the odd ones forwards.
-        let n = lengths[s].div_ceil(16) as u32;
-        if s == 0 {
-            (0..n).rev().map(|b| 2 * b).collect()
-        } else {
-            (0..n).map(|b| 2 * b + 1).collect()
-        }
-    });
-    let shape = KvShape { blocks: 64, kv_heads: kv as u32, head_dim: dim as u32 };
-    for mut ops in devices() {
-        let what = format!(
-            "{query}/{kv} heads of {dim}, chunks of {chunk}, {} x {}",
-            ops.isa(),
-            ops.threads()
-        );
-        let mut cache = ops.kv(shape).unwrap();
-        // What earlier sequences left behind must not matter.
-        let poison = buffer_of(&mut ops, kv * dim, &vec![f32::NAN; SLOTS * kv * dim]);
-        for block in 0..shape.blocks {
-            let blocks = [block];
-            let span = Span { first_row: 0, rows: SLOTS, first_position: 0, blocks: &blocks };
-            ops.kv_write(&[span], &poison, &poison, &mut cache).unwrap();
-        }
-        let mut got: [Vec<f32>; 2] = Default::default();
-        let mut done = [0; 2];
-        while done != lengths {
-            let next: [usize; 2] = std::array::from_fn(|s| chunk.min(lengths[s] - done[s]));
-            let part = |which: usize, width: usize| -> Vec<f32> {
-                (0..2)
-                    .flat_map(|s| {
-                        sequences[s][which][done[s] * width..][..next[s] * width].to_vec()
-                    })
-                    .collect()
-            };
-            let q = buffer_of(&mut ops, query * dim, &part(0, query * dim));
-            let k = buffer_of(&mut ops, kv * dim, &part(1, kv * dim));
-            let v = buffer_of(&mut ops, kv * dim, &part(2, kv * dim));
-            let rows = next[0] + next[1];
-            let mut out = ops.buffer(rows, query * dim).unwrap();
-            let spans: [Span<'_>; 2] = std::array::from_fn(|s| Span {
-                first_row: if s == 0 { 0 } else { next[0] },
-                rows: next[s],
-                first_position: done[s] as u32,
-                blocks: &blocks[s],
-            });
-            ops.kv_write(&spans, &k, &v, &mut cache).unwrap();
-            ops.attend(&spans, &q, &cache, &Attend::plain(scale), &mut out).unwrap();
-            for (s, span) in spans.iter().enumerate() {
-                let from = &out.floats.as_slice()[span.first_row * query * dim..];
-                got[s].extend(&from[..span.rows * query * dim]);
-                done[s] += next[s];
-            }
-        }
-        for s in 0..2 {
-            assert_same(&got[s], &expected[s], &what);
-        }
-    }
-}
-
-#[test]
-fn attention_has_the_bits_of_scalar_code() {
-    check_attention(Heads { query: 1, kv: 1, dim: 2 }, [3, 1], 8);
-    check_attention(Heads { query: 6, kv: 2, dim: 20 }, [85, 17], 100);
-    check_attention(Heads { query: 3, kv: 3, dim: 128 }, [34, 16], 5);
-    check_attention(Heads { query: 5, kv: 1, dim: 80 }, [70, 33], 1);
-    check_attention(Heads { query: 4, kv: 2, dim: 64 }, [130, 3], 37);
 }
 
 #[test]

@@ -4,12 +4,15 @@
 //! block:  [kv_head][ K: head_dim x 16 slots | V: 16 slots x head_dim ]
 //! ```
 //!
+//! In which type is [`kv_format`](super::kv_format)'s affair.
+//!
 //! Keys lie dimension by dimension, so that one vector holds a dimension of all 16 positions of a
 //! block and the scores of a block are 16 chains in one register; values lie slot by slot, so that
 //! a weighted sum runs over whole rows.
 
-use shoal_protocol::plan::BLOCK_TOKENS;
+use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision};
 
+use super::kv_format::{KvFormat, part_bytes, with_kv};
 use super::memory::Mapped;
 use super::simd::LANES;
 use crate::backend::{BackendError, KvShape};
@@ -23,29 +26,30 @@ const _: () = assert!(SLOTS == LANES, "a block's scores are one vector");
 pub struct PagedKv {
     memory: Mapped,
     shape: KvShape,
+    held: KvPrecision,
 }
 
 impl PagedKv {
     /// Memory for all blocks; pages are taken when a block is first written.
-    pub fn new(shape: KvShape) -> Result<Self, BackendError> {
+    pub fn new(shape: KvShape, held: KvPrecision) -> Result<Self, BackendError> {
         if shape.blocks == 0 || shape.kv_heads == 0 || shape.head_dim == 0 {
             return Err(BackendError::BadShape {
                 what: "KV cache",
                 why: format!("{shape:?} has a zero"),
             });
         }
-        let floats = (shape.blocks as usize)
-            .checked_mul(2 * SLOTS)
-            .and_then(|n| n.checked_mul(shape.kv_heads as usize))
-            .and_then(|n| n.checked_mul(shape.head_dim as usize))
+        let bytes = (shape.blocks as usize)
+            .checked_mul(shape.kv_heads as usize)
+            // More than any part of a head has, so that its bytes can be counted.
+            .filter(|n| n.checked_mul(16 * SLOTS * shape.head_dim as usize).is_some())
+            .and_then(|n| n.checked_mul(part_bytes(held, shape.head_dim as usize)))
             // A vector load of the last value's row may reach this far beyond it.
-            .and_then(|n| n.checked_add(LANES))
-            .and_then(|n| n.checked_mul(4))
+            .and_then(|n| n.checked_add(4 * LANES))
             .ok_or_else(|| BackendError::BadShape {
                 what: "KV cache",
                 why: format!("{shape:?} is larger than any memory"),
             })?;
-        Ok(Self { memory: Mapped::new("KV cache", floats)?, shape })
+        Ok(Self { memory: Mapped::new("KV cache", bytes)?, shape, held })
     }
 
     /// Its shape.
@@ -53,24 +57,30 @@ impl PagedKv {
         self.shape
     }
 
-    fn head_floats(&self) -> usize {
-        2 * SLOTS * self.shape.head_dim as usize
+    /// How keys and values are held.
+    pub fn held(&self) -> KvPrecision {
+        self.held
+    }
+
+    /// Bytes of a head's part of a block.
+    fn part_bytes(&self) -> usize {
+        part_bytes(self.held, self.shape.head_dim as usize)
     }
 
     fn offset(&self, block: u32, head: usize) -> usize {
         assert!(block < self.shape.blocks, "checked by the caller");
-        (block as usize * self.shape.kv_heads as usize + head) * self.head_floats()
+        (block as usize * self.shape.kv_heads as usize + head) * self.part_bytes()
     }
 
     /// The keys of a head in a block, `head_dim x 16`.
-    pub(super) fn keys(&self, block: u32, head: usize) -> *const f32 {
+    pub(super) fn keys(&self, block: u32, head: usize) -> *const u8 {
         // In bounds: see `offset`; `wrapping_add` leaves the proof to the access.
-        self.memory.as_ptr::<f32>().wrapping_add(self.offset(block, head))
+        self.memory.as_ptr::<u8>().wrapping_add(self.offset(block, head))
     }
 
     /// The values of a head in a block, `16 x head_dim`, readable for 16 values beyond.
-    pub(super) fn values(&self, block: u32, head: usize) -> *const f32 {
-        self.keys(block, head).wrapping_add(SLOTS * self.shape.head_dim as usize)
+    pub(super) fn values(&self, block: u32, head: usize) -> *const u8 {
+        self.keys(block, head).wrapping_add(self.part_bytes() / 2)
     }
 
     /// Whether the spans' blocks exist and cover their positions.
@@ -108,20 +118,16 @@ impl PagedKv {
                 let heads = heads.zip(values[row..row + width].chunks_exact(dim));
                 for (head, (keys, values)) in heads.enumerate() {
                     let at = self.offset(block, head);
-                    let length = self.head_floats();
+                    let length = self.part_bytes();
                     // SAFETY: `offset` checks the block; a head's part of a block is
-                    // `head_floats` long and inside the memory.
+                    // `part_bytes` long and inside the memory.
                     let part = unsafe {
                         std::slice::from_raw_parts_mut(
-                            self.memory.as_mut_ptr::<f32>().add(at),
+                            self.memory.as_mut_ptr::<u8>().add(at),
                             length,
                         )
                     };
-                    let (k, v) = part.split_at_mut(SLOTS * dim);
-                    for (to, key) in k[slot..].iter_mut().step_by(SLOTS).zip(keys) {
-                        *to = *key;
-                    }
-                    v[slot * dim..][..dim].copy_from_slice(values);
+                    with_kv!(self.held, K => K::write(part, slot, keys, values));
                 }
             }
         }

@@ -154,6 +154,7 @@ pub fn product(
         let panels =
             (groups.start * GROUP).min(weight.panels())..(groups.end * GROUP).min(weight.panels());
         with_format!(weight.held(), F => {
+            const { assert!(F::RUN > CUT || CUT.is_multiple_of(F::RUN), "a cut of k begins a run") };
             let kernel =
                 Product { x, weight, bias, out: out.get(), panels, format: PhantomData::<F> };
             // SAFETY: sizes were checked above; each share writes the columns of its own panels.
@@ -211,18 +212,19 @@ impl<F: Format> Kernel for Product<'_, F> {
                     // (`panels x cols x 16`), `bias` (whole panels) and `out` (`rows x outputs`).
                     let tile = unsafe {
                         Tile::<F> {
+                            k0,
                             depth,
                             x: x.x.as_ptr().add(row * cols + k0 * height),
-                            weights: weight.as_ptr::<F::Element>().add(column * cols + k0 * PANEL),
-                            panel_stride: cols * PANEL,
+                            weights: weight.panel(panel),
+                            panel_bytes: weight.panel_bytes(),
                             panels: GROUP.min(panels.end - panel),
                             out: out.add(row * outputs + column),
                             out_stride: outputs,
                             columns: outputs - column,
-                            first: k0 == 0,
                             bias: bias
                                 .filter(|_| k0 + depth == cols)
                                 .map(|bias| bias.as_ptr().add(column)),
+                            format: PhantomData,
                         }
                     };
                     // SAFETY: as above, and `height` is that of the tile.
@@ -235,22 +237,24 @@ impl<F: Format> Kernel for Product<'_, F> {
 
 /// At most [`GROUP`] panels, one tile of rows, one cut of `k`.
 struct Tile<F: Format> {
+    /// The first column; the chains begin at 0.
+    k0: usize,
     depth: usize,
     /// `[depth][height]`.
     x: *const f32,
-    /// `[panels][depth of panel_stride / 16][16]`.
-    weights: *const F::Element,
-    panel_stride: usize,
+    /// The first panel, from its first column on.
+    weights: *const u8,
+    panel_bytes: usize,
     panels: usize,
     /// `[height of out_stride][columns]`.
     out: *mut f32,
     out_stride: usize,
     /// Columns of `out` from here on; the last panel may have fewer than 16.
     columns: usize,
-    /// Whether the chains begin here.
-    first: bool,
     /// Where the chains end here and there is one.
     bias: Option<*const f32>,
+    /// How `weights` are held.
+    format: PhantomData<F>,
 }
 
 /// Calls the kernel for a height with as many panels as the registers hold sums for.
@@ -298,7 +302,7 @@ impl<F: Format> Tile<F> {
         // promise; nothing below goes beyond them.
         unsafe {
             let mut sums = [[S::splat(0.0); P]; M];
-            if !self.first {
+            if self.k0 > 0 {
                 for m in 0..M {
                     for p in 0..P {
                         let (at, lanes) = self.place(m, panel + p);
@@ -307,20 +311,29 @@ impl<F: Format> Tile<F> {
                 }
             }
             let mut x = self.x;
-            let mut weights = self.weights.add(panel * self.panel_stride);
-            for _ in 0..self.depth {
-                let mut w = [S::splat(0.0); P];
-                for p in 0..P {
-                    w[p] = F::load::<S>(weights.add(p * self.panel_stride));
+            let weights = self.weights.add(panel * self.panel_bytes);
+            let mut done = 0;
+            while done < self.depth {
+                let mut runs = [F::open::<S>(weights, self.k0 + done); P];
+                for p in 1..P {
+                    let panel = weights.add(p * self.panel_bytes);
+                    runs[p] = F::open::<S>(panel, self.k0 + done);
                 }
-                for m in 0..M {
-                    let value = S::splat(*x.add(m));
+                let long = F::RUN.min(self.depth - done);
+                for i in 0..long {
+                    let mut w = [S::splat(0.0); P];
                     for p in 0..P {
-                        sums[m][p] = S::fma(value, w[p], sums[m][p]);
+                        w[p] = F::load::<S>(&runs[p], i);
                     }
+                    for m in 0..M {
+                        let value = S::splat(*x.add(m));
+                        for p in 0..P {
+                            sums[m][p] = S::fma(value, w[p], sums[m][p]);
+                        }
+                    }
+                    x = x.add(M);
                 }
-                x = x.add(M);
-                weights = weights.add(PANEL);
+                done += long;
             }
             for m in 0..M {
                 for p in 0..P {

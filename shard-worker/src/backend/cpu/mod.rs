@@ -13,12 +13,14 @@
 #![allow(unsafe_code)] // Vector instructions, and threads that share one output.
 
 mod attention;
+mod blocks;
 mod check;
 mod experts;
 mod family;
 mod format;
 mod isa;
 mod kv;
+mod kv_format;
 mod linear;
 mod math;
 mod memory;
@@ -28,6 +30,8 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 
+#[cfg(test)]
+mod attention_test;
 #[cfg(test)]
 mod family_test;
 #[cfg(test)]
@@ -39,7 +43,7 @@ pub use kv::PagedKv;
 pub use packed::{Packed, PackedBuilder};
 
 use shoal_protocol::model::Activation;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 
 use self::check::{bad, expect, expect_rows, heads_of};
 use self::family::NormOf;
@@ -66,6 +70,8 @@ pub struct CpuOps {
     /// The contents that `tiles` holds, and how many rows of them.
     tiles_hold: (Stamp, usize),
     stamps: u64,
+    /// How caches that are made from now on hold keys and values.
+    kv_held: KvPrecision,
 }
 
 /// What a buffer contains: a number that no other contents ever had on this device.
@@ -100,7 +106,13 @@ impl CpuOps {
             tiles: Floats::zeros(0)?,
             tiles_hold: (Stamp(0), 0),
             stamps: 0,
+            kv_held: KvPrecision::F32,
         })
+    }
+
+    /// The same with caches whose keys and values are held so.
+    pub fn holding_kv(self, held: KvPrecision) -> Self {
+        Self { kv_held: held, ..self }
     }
 
     /// The instructions in use.
@@ -228,7 +240,7 @@ impl Ops for CpuOps {
     }
 
     fn kv(&mut self, shape: KvShape) -> Result<PagedKv, BackendError> {
-        PagedKv::new(shape)
+        PagedKv::new(shape, self.kv_held)
     }
 
     fn host<'a>(

@@ -5,7 +5,9 @@
 //! ```
 //!
 //! One vector load gives the weights of 16 outputs for one `k`, and a thread that owns panels
-//! streams through memory once. The outputs of the last panel that do not exist are zeros.
+//! streams through memory once. The outputs of the last panel that do not exist are zeros. Where weights
+//! share a scale, a panel is a row of whole blocks ([`blocks`](super::blocks)); columns that its last one
+//! has beyond those of the matrix are never read.
 //!
 //! Matrices that are asked for together lie side by side in one memory, which is freed with the last
 //! of them: huge pages then hold all of them but the end of the last.
@@ -16,10 +18,38 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use shoal_protocol::model::PANEL_OUTPUTS;
 use shoal_protocol::plan::Precision;
 
-use super::format::{Format, with_format};
+use super::blocks::{self, Blocks};
+use super::format::{Format, Plain, with_format, with_plain};
 use super::memory::Mapped;
 use super::simd::LANES;
 use crate::backend::{BackendError, WeightBuilder};
+use crate::stored::{BLOCK_MAX, Block, Encode};
+
+/// Runs `$body` with `$format` naming the [`Blocks`] of a precision; those that are plain have been
+/// dealt with.
+macro_rules! with_blocks {
+    ($precision:expr, $format:ident => $body:expr) => {
+        match $precision {
+            Precision::F32 | Precision::Bf16 | Precision::F16 => unreachable!("plain"),
+            Precision::Q8_0 => {
+                type $format = blocks::Q8_0;
+                $body
+            }
+            Precision::Q4_0 => {
+                type $format = blocks::Q4_0;
+                $body
+            }
+            Precision::Q4K => {
+                type $format = blocks::Q4K;
+                $body
+            }
+            Precision::Fp8 => {
+                type $format = blocks::Fp8;
+                $body
+            }
+        }
+    };
+}
 
 /// Outputs of a panel.
 pub const PANEL: usize = LANES;
@@ -35,8 +65,7 @@ const ALIGN: usize = 64;
 pub struct Packed {
     /// What it shares with the matrices beside it.
     memory: Arc<Mapped>,
-    /// The first byte of it in `memory`: its `panels * PANEL * cols` elements from here on are its
-    /// alone.
+    /// The first byte of it in `memory`: its `panels * panel_bytes` from here on are its alone.
     start: usize,
     held: Precision,
     outputs: usize,
@@ -64,32 +93,33 @@ impl Packed {
         self.outputs.div_ceil(PANEL)
     }
 
-    /// The first weight; `Element` is that of `held`.
-    pub(super) fn as_ptr<E>(&self) -> *const E {
-        // In bounds: see `start`; `wrapping_add` leaves the proof to the access.
-        self.memory.as_ptr::<u8>().wrapping_add(self.start).cast()
+    /// Bytes of a panel.
+    pub(super) fn panel_bytes(&self) -> usize {
+        PANEL * self.held.row_bytes(self.cols as u64) as usize
+    }
+
+    /// A panel, one below `panels`.
+    pub(super) fn panel(&self, panel: usize) -> *const u8 {
+        self.panel_mut(panel).cast_const()
     }
 
     /// The same, to write while a builder has it.
-    fn as_mut_ptr<E>(&self) -> *mut E {
-        // As above.
-        self.memory.as_mut_ptr::<u8>().wrapping_add(self.start).cast()
+    fn panel_mut(&self, panel: usize) -> *mut u8 {
+        // In bounds: see `start`; `wrapping_add` leaves the proof to the access.
+        self.memory.as_mut_ptr::<u8>().wrapping_add(self.start + panel * self.panel_bytes())
     }
 
     /// Writes the exact values of row `row` to `to`, which is `cols` long; `row` is below
     /// `outputs`.
     pub(super) fn copy_row(&self, row: usize, to: &mut [f32]) {
         assert!(row < self.outputs && to.len() == self.cols, "checked by the caller");
+        let panel = self.panel(row / PANEL);
         with_format!(self.held, F => {
-            let panel = row / PANEL * PANEL * self.cols;
             for (k, to) in to.iter_mut().enumerate() {
-                // SAFETY: `row` is below `outputs` and `k` below `cols`, so the index is below
-                // `panels * PANEL * cols`, the number of elements that are this matrix's. Nobody
-                // writes them: the builder is gone.
-                let element = unsafe {
-                    *self.as_ptr::<<F as Format>::Element>().add(panel + k * PANEL + row % PANEL)
-                };
-                *to = F::decode(element);
+                // SAFETY: `row` is below `outputs` and `k` below `cols`, so the panel is one of this
+                // matrix and has the column; matrices are aligned to cache lines and panels to two
+                // bytes. Nobody writes: the builder is gone.
+                *to = unsafe { F::value(panel, k, row % PANEL) };
             }
         });
     }
@@ -136,10 +166,10 @@ impl PackedBuilder {
     }
 
     /// Transposes rows into their panels. `S` is the stored type, `H` the held one.
-    fn transpose<S: Format, H: Format>(&self, first_row: usize, rows: usize, bytes: &[u8]) {
+    fn transpose<S: Plain, H: Plain>(&self, first_row: usize, rows: usize, bytes: &[u8]) {
         let cols = self.packed.cols;
         let size = size_of::<S::Element>();
-        let base = self.packed.as_mut_ptr::<H::Element>();
+        let base = self.packed.panel_mut(0).cast::<H::Element>();
         let mut row = first_row;
         while row < first_row + rows {
             let until = (row / PANEL + 1) * PANEL;
@@ -161,12 +191,76 @@ impl PackedBuilder {
             row = until;
         }
     }
+
+    /// Rounds rows of type `S` to blocks, and puts those into their panels.
+    fn quantise<S: Plain, H: Blocks>(&self, first_row: usize, rows: usize, bytes: &[u8]) {
+        let size = size_of::<S::Element>();
+        let row_bytes = self.packed.cols * size;
+        let mut values = [0.0; BLOCK_MAX];
+        let mut block = [0; BLOCK_MAX];
+        for (r, from) in (first_row..first_row + rows).zip(bytes.chunks_exact(row_bytes)) {
+            let panel = self.packed.panel_mut(r / PANEL);
+            for (b, from) in from.chunks(H::Stored::WEIGHTS * size).enumerate() {
+                let values = &mut values[..from.len() / size];
+                for (value, stored) in values.iter_mut().zip(from.chunks_exact(size)) {
+                    *value = S::decode(S::read(stored));
+                }
+                H::Stored::encode(values, &mut block[..H::Stored::BYTES]);
+                // SAFETY: row `r` is of this panel and was claimed by this call alone; the panel has a
+                // block for each so many columns that are begun, and is aligned as its matrix.
+                unsafe { H::place(panel, b, r % PANEL, &block) };
+            }
+        }
+    }
+
+    /// Puts rows that are blocks already into their panels.
+    fn place<H: Blocks>(&self, first_row: usize, rows: usize, bytes: &[u8]) {
+        let row_bytes = self.packed.held.stored_row_bytes(self.packed.cols);
+        for (r, from) in (first_row..first_row + rows).zip(bytes.chunks_exact(row_bytes)) {
+            let panel = self.packed.panel_mut(r / PANEL);
+            for (b, block) in from.chunks_exact(H::Stored::BYTES).enumerate() {
+                // SAFETY: as in `quantise`.
+                unsafe { H::place(panel, b, r % PANEL, block) };
+            }
+        }
+    }
+
+    /// Writes rows that were claimed. `stored` is plain, or what is held.
+    fn write(&self, first_row: usize, rows: usize, stored: Precision, bytes: &[u8]) {
+        let held = self.packed.held;
+        with_plain!(stored, S => with_plain!(held, H => {
+            self.transpose::<S, H>(first_row, rows, bytes)
+        }, otherwise with_blocks!(held, H => {
+            self.quantise::<S, H>(first_row, rows, bytes)
+        })), otherwise with_blocks!(held, H => {
+            self.place::<H>(first_row, rows, bytes)
+        }));
+    }
+}
+
+/// Bytes of a row of so many columns as files store it: of whole blocks.
+trait StoredRow {
+    fn stored_row_bytes(self, cols: usize) -> usize;
+}
+
+impl StoredRow for Precision {
+    fn stored_row_bytes(self, cols: usize) -> usize {
+        with_plain!(self, S => cols * size_of::<<S as Plain>::Element>(), otherwise {
+            with_blocks!(self, H => {
+                type Stored = <H as Blocks>::Stored;
+                cols.div_ceil(Stored::WEIGHTS) * Stored::BYTES
+            })
+        })
+    }
 }
 
 /// The bytes of a matrix in whole panels; `None` where there are none, or too many to count.
 fn bytes_of(held: Precision, outputs: usize, cols: usize) -> Option<usize> {
-    let elements = outputs.checked_next_multiple_of(PANEL)?.checked_mul(cols)?;
-    elements.checked_mul(held.bytes() as usize).filter(|bytes| *bytes > 0)
+    let (weights, bytes) = held.block();
+    let row = cols.div_ceil(weights as usize).checked_mul(bytes as usize)?;
+    let all = outputs.checked_next_multiple_of(PANEL)?.checked_mul(row)?;
+    // More than any memory has, but less than what additions overflow at.
+    all.checked_mul(2).map(|_| all).filter(|bytes| *bytes > 0)
 }
 
 impl WeightBuilder for PackedBuilder {
@@ -179,7 +273,13 @@ impl WeightBuilder for PackedBuilder {
         bytes: &[u8],
     ) -> Result<(), BackendError> {
         let Packed { held, outputs, cols, .. } = self.packed;
-        let row_bytes = cols * stored.bytes() as usize;
+        if stored.is_quantised() && stored != held {
+            return Err(BackendError::BadShape {
+                what: "rows of a matrix",
+                why: format!("blocks of {stored}, and {held} is to be held"),
+            });
+        }
+        let row_bytes = stored.stored_row_bytes(cols);
         let rows = bytes.len() / row_bytes;
         if rows * row_bytes != bytes.len() {
             return Err(BackendError::BadShape {
@@ -196,9 +296,7 @@ impl WeightBuilder for PackedBuilder {
                 return Err(self.bad_row(row, "packed twice"));
             }
         }
-        with_format!(stored, S => with_format!(held, H => {
-            self.transpose::<S, H>(first_row, rows, bytes)
-        }));
+        self.write(first_row, rows, stored, bytes);
         Ok(())
     }
 
@@ -250,7 +348,7 @@ mod tests {
 
     #[test]
     fn matrices_side_by_side_leave_each_other_alone_and_outlive_each_other() {
-        for held in [Precision::F32, Precision::Bf16] {
+        for held in Precision::ALL {
             let shapes = [(1, 1), (17, 3), (16, 5), (33, 2)];
             let builders = PackedBuilder::all(held, &shapes).unwrap();
             std::thread::scope(|scope| {
@@ -263,12 +361,13 @@ mod tests {
             for (i, builder) in builders.into_iter().enumerate() {
                 // Those before it are gone.
                 let packed = builder.finish().unwrap();
-                assert_eq!(packed.as_ptr::<u8>().addr() % ALIGN, 0, "matrix {i}");
+                assert_eq!(packed.panel(0).addr() % ALIGN, 0, "matrix {i}");
                 let mut row = vec![0.0; packed.cols()];
                 for r in 0..packed.outputs() {
                     packed.copy_row(r, &mut row);
                     assert!(
-                        row.iter().all(|v| *v == 1.0 + i as f32),
+                        // Blocks are near it.
+                        row.iter().all(|v| (*v / (1.0 + i as f32) - 1.0).abs() < 0.01),
                         "matrix {i}, row {r}: {row:?}"
                     );
                 }
@@ -284,7 +383,8 @@ mod tests {
             builder.pack_rows(0, Precision::F32, &le_bytes(&values)).unwrap();
             let mut row = [0.0; 4];
             builder.finish().unwrap().copy_row(0, &mut row);
-            let expected = values.map(|v| with_format!(held, H => H::decode(H::encode(v))));
+            let expected =
+                values.map(|v| with_plain!(held, H => H::decode(H::encode(v)), otherwise f32::NAN));
             assert_eq!(row, expected, "{held}");
         }
     }

@@ -32,6 +32,13 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(from: *const u16) -> Self::F;
     /// The values of 16 half-precision bit patterns.
     unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// The values of 16 signed bytes.
+    unsafe fn load_i8(from: *const i8) -> Self::F;
+    /// The values of 16 bytes, of each of which the bits of `mask` count.
+    unsafe fn load_u8(from: *const u8, mask: u8) -> Self::F;
+    /// The values of 16 numbers of eight bits: sign, four of exponent, three of fraction. None of them
+    /// has all bits of its magnitude set.
+    unsafe fn load_e4m3(from: *const u8) -> Self::F;
     /// Writes `to[0..16]`.
     unsafe fn store(to: *mut f32, value: Self::F);
     /// Writes `to[0..lanes]`; `lanes` is at most 16.
@@ -110,6 +117,21 @@ unsafe impl Simd for Portable {
     unsafe fn load_f16(from: *const u16) -> Lanes {
         // SAFETY: the caller's pointer is valid for 16 values.
         std::array::from_fn(|i| half::f16::from_bits(unsafe { *from.add(i) }).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| f32::from(unsafe { *from.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8, mask: u8) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| f32::from(unsafe { *from.add(i) } & mask))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Lanes {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        std::array::from_fn(|i| crate::stored::e4m3(unsafe { *from.add(i) }))
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Lanes) {

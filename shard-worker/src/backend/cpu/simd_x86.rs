@@ -8,6 +8,9 @@ use std::arch::x86_64::*;
 
 use super::simd::{LANES, Simd};
 
+/// 2^120: what the bits of eight, moved to their places in an `f32`, are too small by.
+const E4M3_UNIT: f32 = f32::from_bits((127 + 120) << 23);
+
 /// One 512-bit register a vector.
 #[derive(Clone, Copy)]
 pub struct Avx512;
@@ -44,6 +47,27 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8, mask: u8) -> __m512 {
+        unsafe {
+            let bytes = _mm_and_si128(_mm_loadu_si128(from.cast()), _mm_set1_epi8(mask as i8));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> __m512 {
+        unsafe {
+            let bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)));
+            let rest = _mm512_slli_epi32::<20>(_mm512_and_si512(bits, _mm512_set1_epi32(0x7F)));
+            let small = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
+            _mm512_mul_ps(small, _mm512_set1_ps(E4M3_UNIT))
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {
@@ -172,6 +196,36 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Halves {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Halves(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8, mask: u8) -> Halves {
+        unsafe {
+            let bytes = _mm_and_si128(_mm_loadu_si128(from.cast()), _mm_set1_epi8(mask as i8));
+            Halves(
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Halves {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Halves(
+                e4m3_8(_mm256_cvtepu8_epi32(bytes)),
+                e4m3_8(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
     unsafe fn store(to: *mut f32, value: Halves) {
         unsafe {
             _mm256_storeu_ps(to, value.0);
@@ -230,6 +284,16 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn fold_max(a: Halves) -> f32 {
         unsafe { fold_max_8(_mm256_max_ps(a.0, a.1)) }
+    }
+}
+
+#[inline(always)]
+unsafe fn e4m3_8(bits: __m256i) -> __m256 {
+    unsafe {
+        let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(bits, _mm256_set1_epi32(0x80)));
+        let rest = _mm256_slli_epi32::<20>(_mm256_and_si256(bits, _mm256_set1_epi32(0x7F)));
+        let small = _mm256_castsi256_ps(_mm256_or_si256(sign, rest));
+        _mm256_mul_ps(small, _mm256_set1_ps(E4M3_UNIT))
     }
 }
 

@@ -1,0 +1,215 @@
+//! What a precision costs in quality: how far the probabilities of the next token are from those of
+//! `f32`, on texts that the model itself wrote in `f32`.
+//!
+//! The texts: each of the demo model's questions as a prompt, continued by draws at temperature 1 from a
+//! seeded generator. So they are what the model takes to be likely, the set is the same in every run, and
+//! `f32`'s perplexity on it is the least that there can be but for chance.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use shoal_coordinator::api::tokenize::ModelText;
+use shoal_coordinator::api::validate::Message;
+use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
+use shoal_protocol::model::Checkpoint;
+use shoal_protocol::plan::{
+    Assignment, BLOCK_TOKENS, KvPrecision, ModelRef, ModelSource, Numerics, Precision,
+    ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
+};
+use shoal_protocol::units::LayerRange;
+use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::collective::Alone;
+use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
+
+use crate::measure::report::Section;
+
+/// Tokens of a text, its prompt included.
+const TEXT_TOKENS: usize = 160;
+/// Texts of the set.
+const TEXTS: usize = 24;
+/// Bits of the seeded generator.
+const SEED: u64 = 0x5EED;
+
+const LIMITS: ReplicaLimits = ReplicaLimits {
+    kv_blocks: TEXT_TOKENS as u32 / BLOCK_TOKENS + 1,
+    context_max: TEXT_TOKENS as u32,
+    step_rows_max: TEXT_TOKENS as u32,
+    sequences_max: TEXT_TOKENS as u32,
+    steps_in_flight_max: 1,
+};
+
+/// A text, and where its prompt ends.
+struct Text {
+    tokens: Vec<u32>,
+    prompt: usize,
+}
+
+/// Runs it on the demo model, which lies in the repository.
+pub fn run() -> Result<Section> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster/demo-model");
+    let checkpoint = Checkpoint::open(&folder)?;
+    let mut plain = Model::load(&checkpoint, Precision::F32, KvPrecision::F32)?;
+    let texts = texts(&folder, &mut plain)?;
+    let rows: usize = texts.iter().map(|text| text.tokens.len() - text.prompt).sum();
+    let mut section = Section::new(
+        "Quality of precisions",
+        format!(
+            "The demo model over {TEXTS} texts that it drew itself in f32 at temperature 1, {rows} \
+             tokens: perplexity; mean of the Kullback-Leibler divergence from f32 at each token, in \
+             nats; how often the most likely token is that of f32; bytes of all weights as held."
+        ),
+    );
+    let expected: Vec<Vec<Vec<f64>>> =
+        texts.iter().map(|text| plain.log_probabilities(text)).collect::<Result<_>>()?;
+    let weights = Precision::ALL.map(|weights| (weights, KvPrecision::F32));
+    let caches = KvPrecision::ALL.map(|kv| (Precision::F32, kv));
+    for (held, kv) in weights.into_iter().chain(caches.into_iter().skip(1)) {
+        let mut model = Model::load(&checkpoint, held, kv)?;
+        let mut sums = Sums::default();
+        for (text, expected) in texts.iter().zip(&expected) {
+            sums.add(text, &model.log_probabilities(text)?, expected);
+        }
+        let spec = checkpoint.spec();
+        let bytes = spec.weight_bytes(LayerRange::new(0, spec.layers), held);
+        section.seen(format!("weights {held}, KV {kv}"), format!("{}, {bytes}", sums.words()));
+    }
+    Ok(section)
+}
+
+/// What is added up over all tokens.
+#[derive(Default)]
+struct Sums {
+    tokens: f64,
+    surprise: f64,
+    divergence: f64,
+    same: f64,
+}
+
+impl Sums {
+    fn add(&mut self, text: &Text, found: &[Vec<f64>], expected: &[Vec<f64>]) {
+        let best = |row: &[f64]| (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b]));
+        for ((found, expected), token) in
+            found.iter().zip(expected).zip(&text.tokens[text.prompt..])
+        {
+            self.tokens += 1.0;
+            self.surprise -= found[*token as usize];
+            let pairs = found.iter().zip(expected);
+            self.divergence += pairs.map(|(q, p)| p.exp() * (p - q)).sum::<f64>();
+            self.same += f64::from(u8::from(best(found) == best(expected)));
+        }
+    }
+
+    fn words(&self) -> String {
+        format!(
+            "perplexity {:.4}, divergence {:.6}, same choice {:.2} %",
+            (self.surprise / self.tokens).exp(),
+            self.divergence / self.tokens,
+            100.0 * self.same / self.tokens
+        )
+    }
+}
+
+/// The questions of the demo model, each continued by itself.
+fn texts(folder: &Path, model: &mut Model) -> Result<Vec<Text>> {
+    let questions = std::fs::read(folder.join("questions.json")).context("questions.json")?;
+    let questions: Vec<serde_json::Value> = serde_json::from_slice(&questions)?;
+    let tokenizer = ModelText::load(folder)?;
+    let mut dice = SEED;
+    let mut draw = || {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 11) as f64 / (1_u64 << 53) as f64
+    };
+    let step = (questions.len() / TEXTS).max(1);
+    let mut texts = Vec::new();
+    for question in questions.iter().step_by(step).take(TEXTS) {
+        let content = question["question"].as_str().context("a question")?.to_owned();
+        let messages = [Message { role: "user".to_owned(), content, name: None }];
+        let mut tokens = tokenizer.encode_chat(&messages, true, false, 0)?;
+        let prompt = tokens.len();
+        let mut done = 0;
+        while tokens.len() < TEXT_TOKENS {
+            let rows = model.step(&tokens[done..], done, tokens.len() - 1)?;
+            done = tokens.len();
+            let row = rows.first().context("a row")?;
+            let (mut left, mut chosen) = (draw(), 0);
+            for (token, probability) in row.iter().enumerate() {
+                left -= probability.exp();
+                chosen = token;
+                if left <= 0.0 {
+                    break;
+                }
+            }
+            tokens.push(chosen as u32);
+        }
+        texts.push(Text { tokens, prompt });
+    }
+    Ok(texts)
+}
+
+/// The whole model on one thread.
+struct Model {
+    shard: Box<dyn ShardModel>,
+}
+
+impl Model {
+    fn load(checkpoint: &Checkpoint, held: Precision, kv: KvPrecision) -> Result<Self> {
+        let spec = checkpoint.spec();
+        let layers = LayerRange::new(0, spec.layers);
+        let shard = ShardPlan {
+            rank: RankIndex(0),
+            node: NodeId::worker(1),
+            device: "cpu".into(),
+            memory: spec.shard_memory(layers, held, &LIMITS),
+        };
+        let replica = ReplicaPlan {
+            id: ReplicaId(1),
+            deployment: DeploymentName::new("quality")?,
+            generation: Generation(1),
+            model: ModelRef {
+                source: ModelSource::Folder { path: checkpoint.folder().display().to_string() },
+                fingerprint: checkpoint.fingerprint(),
+            },
+            precision: held,
+            numerics: Numerics::N1,
+            stages: vec![StagePlan { layers, shards: vec![shard] }],
+            limits: LIMITS,
+        };
+        let (stage, rank) = (StageIndex(0), RankIndex(0));
+        let assignment = Assignment { replica, stage, rank, peers: Vec::new() };
+        let options = LoadOptions {
+            threads: NonZeroUsize::MIN,
+            on_progress: &|_, _| (),
+            cancel: &AtomicBool::new(false),
+        };
+        let ops = CpuOps::new(1, Isa::best())?.holding_kv(kv);
+        Ok(Self { shard: load_shard(ops, checkpoint, &assignment, &options)? })
+    }
+
+    /// The logarithms of the probabilities of every token after each of a text's, from the prompt's last
+    /// on, but for the text's last.
+    fn log_probabilities(&mut self, text: &Text) -> Result<Vec<Vec<f64>>> {
+        self.step(&text.tokens[..text.tokens.len() - 1], 0, text.prompt - 1)
+    }
+
+    /// The same after each token from position `sample_from` on, of tokens from `first` on.
+    fn step(&mut self, tokens: &[u32], first: usize, sample_from: usize) -> Result<Vec<Vec<f64>>> {
+        let rows = tokens.len();
+        let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
+        let spans = [Span { first_row: 0, rows, first_position: first as u32, blocks: &blocks }];
+        let sampled: Vec<usize> = (sample_from - first..rows).collect();
+        let batch = Batch { spans: &spans, rows, sample_rows: &sampled };
+        let mut hidden = vec![0.0; rows * self.shard.hidden()];
+        let vocab = self.shard.vocab().len();
+        let mut logits = vec![0.0; sampled.len() * vocab];
+        self.shard.forward(&batch, Some(tokens), &mut hidden, Some(&mut logits), &mut Alone)?;
+        Ok(logits.chunks_exact(vocab).map(log_softmax).collect())
+    }
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum();
+    logits.iter().map(|logit| f64::from(*logit) - max - sum.ln()).collect()
+}

@@ -1,0 +1,54 @@
+use super::*;
+
+fn scheme(json: &str) -> Result<Scheme, String> {
+    Scheme::of(&serde_json::from_str(json).unwrap()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn schemes_are_read_by_name() {
+    let four = |packing, group, zero_offset| Scheme::FourBits { packing, group, zero_offset };
+    for (json, expected) in [
+        (r#"{"quant_method": "fp8"}"#, Scheme::Fp8 { block: (0, 0) }),
+        (
+            r#"{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 64]}"#,
+            Scheme::Fp8 { block: (128, 64) },
+        ),
+        (
+            r#"{"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups":
+                {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}}"#,
+            Scheme::Fp8 { block: (0, 0) },
+        ),
+        (
+            r#"{"quant_method": "gptq", "bits": 4, "group_size": -1}"#,
+            four(FourBitPacking::Gptq, 0, 1),
+        ),
+        (
+            r#"{"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}"#,
+            four(FourBitPacking::Gptq, 32, 0),
+        ),
+        (
+            r#"{"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}"#,
+            four(FourBitPacking::Awq, 64, 0),
+        ),
+    ] {
+        assert_eq!(scheme(json), Ok(expected), "{json}");
+    }
+}
+
+#[test]
+fn what_is_not_read_is_refused_by_name() {
+    for (json, words) in [
+        (r#"{"quant_method": "bitsandbytes"}"#, "`bitsandbytes`"),
+        (r#"{"load_in_4bit": true}"#, "a quantisation with ``"),
+        (r#"{"quant_method": "gptq", "bits": 8}"#, "bits 8"),
+        (r#"{"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}"#, "`marlin`"),
+        (r#"{"quant_method": "gptq", "bits": 4, "group_size": 0}"#, "group_size 0"),
+        (r#"{"quant_method": "awq", "bits": 4, "version": "gemv"}"#, "`gemv`"),
+        (r#"{"quant_method": "fp8", "fmt": "e5m2"}"#, "e5m2"),
+        (r#"{"quant_method": "fp8", "weight_block_size": [128]}"#, "[128]"),
+        (r#"{"quant_method": "compressed-tensors", "format": "pack-quantized"}"#, "pack-quantized"),
+    ] {
+        let refusal = scheme(json).expect_err(json);
+        assert!(refusal.contains(words) && refusal.contains("supported: `fp8`"), "{refusal}");
+    }
+}

@@ -1,0 +1,220 @@
+//! From a piece's bytes to packed rows: as they are where the device holds them so, by way of `f32`
+//! where it does not.
+
+use shoal_protocol::model::{RowOrder, StoredPart, StoredScales};
+use shoal_protocol::plan::Precision;
+
+use super::{Matrix, Piece, Source, WeightsError};
+use crate::backend::{BackendError, Ops, WeightBuilder};
+use crate::stored::{self, Block, FourBits};
+
+impl<B: Ops> Matrix<'_, B> {
+    /// Reads and packs some rows.
+    pub(super) fn pack(&self, piece: &Piece, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
+        let source = &self.source;
+        if source.is_read_whole() {
+            buffer.resize(source.location.len as usize, 0);
+            source.read(0, buffer)?;
+        } else {
+            buffer.resize((piece.rows * self.row_bytes()) as usize, 0);
+            source.read_rows(piece.first_row, buffer)?;
+        }
+        let packed = match source.location.scales.as_deref() {
+            None => self.pack_alone(piece, buffer),
+            Some(StoredScales::Blocks { scales, block }) => {
+                let scales = source.read_values(scales)?;
+                let weights = stored::Fp8::WEIGHTS as u64;
+                let in_blocks =
+                    [block.1, source.part.columns.start].iter().all(|n| n.is_multiple_of(weights));
+                if self.held == Precision::Fp8 && in_blocks {
+                    self.pack_fp8(piece, buffer, *block, &scales)
+                } else {
+                    self.pack_scaled(piece, buffer, *block, &scales)
+                }
+            }
+            Some(four_bits @ StoredScales::FourBits { .. }) => {
+                self.pack_four_bits(piece, buffer, four_bits)?
+            }
+        };
+        packed.map_err(|error| source.device(error))
+    }
+
+    /// Packs rows whose bytes say their values.
+    fn pack_alone(&self, piece: &Piece, bytes: &[u8]) -> Result<(), BackendError> {
+        let (stored, order) = (self.source.location.dtype, self.source.location.order);
+        let (read, part) = (self.source.columns_read(), &self.source.part);
+        let mut rows = bytes.chunks_exact(self.row_bytes() as usize);
+        let held = stored.held().filter(|held| stored.is_plain() || *held == self.held);
+        match held.filter(|_| read == part.columns) {
+            Some(precision) if order == RowOrder::AsIs => {
+                self.builder.pack_rows(piece.first_row as usize, precision, bytes)
+            }
+            Some(precision) => {
+                for (row, bytes) in (piece.first_row..).zip(rows) {
+                    self.builder.pack_rows(self.held_row(row), precision, bytes)?;
+                }
+                Ok(())
+            }
+            None => {
+                let mut wide = vec![0.0; (read.end - read.start) as usize];
+                let first = (part.columns.start - read.start) as usize;
+                self.pack_each(piece, |_, values| {
+                    stored::decode_row(stored, rows.next().unwrap_or_default(), &mut wide);
+                    values.copy_from_slice(&wide[first..first + values.len()]);
+                })
+            }
+        }
+    }
+
+    /// Packs rows of eight bits by way of their values.
+    fn pack_scaled(
+        &self,
+        piece: &Piece,
+        bytes: &[u8],
+        block: (u64, u64),
+        scales: &[f32],
+    ) -> Result<(), BackendError> {
+        let (dtype, part) = (self.source.location.dtype, &self.source.part);
+        let mut whole = vec![0.0; part.columns_stored() as usize];
+        let columns = part.columns.start as usize..part.columns.end as usize;
+        let mut rows = bytes.chunks_exact(columns.len());
+        self.pack_each(piece, |row, values| {
+            let bytes = rows.next().unwrap_or_default();
+            stored::decode_row(dtype, bytes, &mut whole[columns.clone()]);
+            stored::scale_row(&mut whole, row, block, scales);
+            values.copy_from_slice(&whole[columns.clone()]);
+        })
+    }
+
+    /// Packs rows of eight bits as they are, a scale before each block.
+    fn pack_fp8(
+        &self,
+        piece: &Piece,
+        bytes: &[u8],
+        block: (u64, u64),
+        scales: &[f32],
+    ) -> Result<(), BackendError> {
+        let part = &self.source.part;
+        let (all, columns) = (part.columns_stored() as usize, part.column_count() as usize);
+        let first_block = part.columns.start as usize / stored::Fp8::WEIGHTS;
+        let width = if block.1 == 0 { all } else { block.1 as usize };
+        let mut blocks = vec![0; columns.div_ceil(stored::Fp8::WEIGHTS) * stored::Fp8::BYTES];
+        for (row, bytes) in (piece.first_row..).zip(bytes.chunks_exact(columns)) {
+            let file_row = (part.rows.start + row) as usize;
+            let scales = stored::scales_of_row(all, file_row, block, scales);
+            let to = blocks.chunks_exact_mut(stored::Fp8::BYTES);
+            let pairs = to.zip(bytes.chunks(stored::Fp8::WEIGHTS));
+            for (b, (to, from)) in (first_block..).zip(pairs) {
+                let scale = scales[b * stored::Fp8::WEIGHTS / width];
+                let (before, numbers) = to.split_at_mut(stored::Fp8::NUMBERS_AT);
+                before.copy_from_slice(&scale.to_le_bytes());
+                numbers[..from.len()].copy_from_slice(from);
+            }
+            self.builder.pack_rows(self.held_row(row), Precision::Fp8, &blocks)?;
+        }
+        Ok(())
+    }
+
+    /// Packs rows out of words of four-bit numbers, those of the whole matrix. What belongs to them is
+    /// read first.
+    fn pack_four_bits(
+        &self,
+        piece: &Piece,
+        words: &[u8],
+        scales: &StoredScales,
+    ) -> Result<Result<(), BackendError>, WeightsError> {
+        let StoredScales::FourBits { packing, group, zeros, scales, groups, zero_offset } = scales
+        else {
+            return Ok(Ok(()));
+        };
+        let part = &self.source.part;
+        let (rows, columns) = (part.spec.shape[0] as usize, part.columns_stored() as usize);
+        let zeros = self.source.read_part(zeros)?;
+        let scales = self.source.read_values(scales)?;
+        let groups = match groups {
+            // Negative numbers become too large, and are refused.
+            Some(part) => {
+                let bytes = self.source.read_part(part)?;
+                bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+            }
+            None => FourBits::groups_in_order(columns, *group as usize),
+        };
+        let matrix = FourBits {
+            packing: *packing,
+            shape: (rows, columns),
+            words,
+            zeros: &zeros,
+            scales: &scales,
+            groups: &groups,
+            zero_offset: *zero_offset,
+        };
+        if !matrix.groups_exist() {
+            return Ok(Err(BackendError::BadShape {
+                what: "g_idx",
+                why: format!("a column is in a group beyond the last of {}", scales.len() / rows),
+            }));
+        }
+        let mut whole = vec![0.0; columns];
+        let own = part.columns.start as usize..part.columns.end as usize;
+        Ok(self.pack_each(piece, |row, values| {
+            matrix.decode_row(row, &mut whole);
+            values.copy_from_slice(&whole[own.clone()]);
+        }))
+    }
+
+    /// Packs rows one by one, each out of the values that `decode` gives for the file's row.
+    fn pack_each(
+        &self,
+        piece: &Piece,
+        mut decode: impl FnMut(usize, &mut [f32]),
+    ) -> Result<(), BackendError> {
+        let part = &self.source.part;
+        let mut values = vec![0.0_f32; part.column_count() as usize];
+        let mut bytes = vec![0; 4 * values.len()];
+        for row in piece.first_row..piece.first_row + piece.rows {
+            decode((part.rows.start + row) as usize, &mut values);
+            for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(&values) {
+                *to = value.to_le_bytes();
+            }
+            self.builder.pack_rows(self.held_row(row), Precision::F32, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Where a row of the part, as the file counts them, is held. Parts are whole heads, inside of which
+    /// rows are turned.
+    fn held_row(&self, row: u64) -> usize {
+        let first = self.source.part.rows.start;
+        (self.source.location.order.model_row(first + row) - first) as usize
+    }
+}
+
+impl Source<'_> {
+    /// Reads a vector in the model's order.
+    pub(super) fn read_vector(&self) -> Result<Vec<f32>, WeightsError> {
+        let mut bytes = vec![0; (self.part.row_count() * self.row_bytes()) as usize];
+        self.read_rows(0, &mut bytes)?;
+        let mut found = vec![0.0; self.part.row_count() as usize];
+        stored::decode_row(self.location.dtype, &bytes, &mut found);
+        let mut values = vec![0.0; found.len()];
+        let first = self.part.rows.start;
+        for (row, value) in (first..).zip(found) {
+            values[(self.location.order.model_row(row) - first) as usize] = value;
+        }
+        Ok(values)
+    }
+
+    /// Reads a tensor that belongs to this one.
+    fn read_part(&self, part: &StoredPart) -> Result<Vec<u8>, WeightsError> {
+        let mut bytes = vec![0; part.len as usize];
+        self.read_at(&part.file, part.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn read_values(&self, part: &StoredPart) -> Result<Vec<f32>, WeightsError> {
+        let bytes = self.read_part(part)?;
+        let mut values = vec![0.0; part.shape.iter().product::<u64>() as usize];
+        stored::decode_row(part.dtype, &bytes, &mut values);
+        Ok(values)
+    }
+}
