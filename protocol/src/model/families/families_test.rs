@@ -83,7 +83,6 @@ fn options_are_those_of_the_family() {
     let olmo = spec(Family::Olmo2, "");
     assert!(olmo.qk_norm && olmo.options.qk_norm_whole);
     assert_eq!(olmo.options.placement, Placement::After);
-
 }
 
 #[test]

@@ -1,0 +1,78 @@
+//! Meshes of real processes: what the demo model says over ranks is what it says over stages, and a
+//! stream outlives the death of a rank.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use shoal_protocol::admin::DeploymentPhase;
+use shoal_tests::api::Api;
+use shoal_tests::proc::{Signal, Up, UpOptions, signal};
+
+const READY: Duration = Duration::from_secs(30);
+
+const QUESTIONS: [&str; 4] =
+    ["What is 17 + 25?", "What is 3 + 4?", "What is 58 + 31?", "What is 99 + 1?"];
+
+/// The tokens of an answer and what is reported beside them, greedy or drawn.
+fn ask(up: &Up, model: &str, question: &str, temperature: f64) -> Result<(Vec<u64>, Value)> {
+    let api = Api::new(up.url(), model);
+    let more = json!({
+        "temperature": temperature, "seed": 7, "max_tokens": 12, "logprobs": true,
+        "top_logprobs": 3, "return_token_ids": true, "ignore_eos": true,
+    });
+    let answer = api.chat(question, more)?.ok()?;
+    let beside = answer.body["choices"][0]["logprobs"].clone();
+    Ok((answer.token_ids(), beside))
+}
+
+#[test]
+fn ranks_say_what_stages_say() -> Result<()> {
+    let up = Up::start(&UpOptions::flags("--workers 4"))?;
+    for (name, flags) in [
+        ("exact", "--mesh 2x2 --reduction exact"),
+        ("summed", "--mesh 1x2"),
+        ("auto", "--mesh auto --objective throughput"),
+    ] {
+        let words: Vec<&str> =
+            ["deploy", "--name", name].into_iter().chain(flags.split(' ')).collect();
+        let done = up.verb(&words)?;
+        ensure!(done.code() == Some(0), "{done:?}");
+        up.admin()?.wait_for_phase(name, DeploymentPhase::Ready, READY)?;
+    }
+    for question in QUESTIONS {
+        for temperature in [0.0, 1.0] {
+            let stages = ask(&up, "demo", question, temperature)?;
+            ensure!(!stages.0.is_empty(), "no tokens");
+            // The very bits, log-probabilities too.
+            ensure!(ask(&up, "exact", question, temperature)? == stages, "exact: {question}");
+        }
+        let stages = ask(&up, "demo", question, 0.0)?.0;
+        for name in ["summed", "auto"] {
+            ensure!(ask(&up, name, question, 0.0)?.0 == stages, "{name}: {question}");
+        }
+    }
+    let refused = up.verb(&["deploy", "--name", "wide", "--mesh", "1x64"])?;
+    ensure!(refused.code() != Some(0), "{refused:?}");
+    ensure!(refused.stderr.contains("possible") || refused.stderr.contains("64"), "{refused:?}");
+    up.stop(&[])?;
+    Ok(())
+}
+
+#[test]
+fn an_answer_outlives_the_death_of_a_rank() -> Result<()> {
+    let up = Up::start(&UpOptions::flags("--workers 4"))?;
+    let done = up.verb(&["deploy", "--name", "exact", "--mesh", "1x2", "--reduction", "exact"])?;
+    ensure!(done.code() == Some(0), "{done:?}");
+    let view = up.admin()?.wait_for_phase("exact", DeploymentPhase::Ready, READY)?;
+    let question = QUESTIONS[0];
+    let expected = ask(&up, "exact", question, 0.0)?;
+    let replica = view.plan.replicas.iter().find(|r| r.deployment.as_str() == "exact");
+    let rank = replica.and_then(|r| r.stages[0].shards.get(1)).context("it has two ranks")?.node;
+    let worker = up.workers().into_iter().find(|worker| worker.id == rank.to_string());
+    signal(worker.context("it runs")?.pid, Signal::KILL)?;
+    // Asked at once: it waits for the layout that is being made.
+    ensure!(ask(&up, "exact", question, 0.0)? == expected, "another answer after the death");
+    up.stop(&[])?;
+    Ok(())
+}
