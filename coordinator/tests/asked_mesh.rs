@@ -11,7 +11,7 @@ use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::mesh::{Fact, MeshAsk, Objective, ZoneName};
-use shoal_protocol::plan::{ModelSource, Numerics, PretendSpec, StagesAsked};
+use shoal_protocol::plan::{ModelSource, Numerics, PretendSpec};
 
 /// A coordinator and workers that say these facts.
 async fn cluster(
@@ -86,7 +86,7 @@ async fn served(coordinator: &Coordinator, mesh: &str, generation: u64) -> Strin
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mesh_is_planned_by_what_workers_measured_and_a_number_of_stages_is_not() {
+async fn a_mesh_is_planned_by_what_workers_measured() {
     let (coordinator, operator, _workers, _data) =
         cluster(vec![facts("a", 8), facts("b", 4)]).await;
     until(&coordinator, "zones", |view| {
@@ -112,11 +112,6 @@ async fn a_mesh_is_planned_by_what_workers_measured_and_a_number_of_stages_is_no
     {
         assert!(words.contains(expected), "{expected} is not in {words}");
     }
-    // The same stages without a measurement: evenly.
-    let stages = StagesAsked::Exactly(2);
-    let scale = AdminCall::Scale { name: name(), replicas: None, stages, dry_run: false };
-    accepted(&operator, scale).await;
-    assert_eq!(served(&coordinator, "2x1", 2).await, "w1:0..12 w2:12..24");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,6 +45,9 @@ const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// The longest pause between dials.
 const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(400);
 
+/// How long the words of a neighbour that has ended its stream are waited for.
+const WORDS_TIMEOUT: Duration = Duration::from_millis(20);
+
 /// Each link's coming up, and the loss of one: a shard's links have no more to say.
 pub fn link_events_max(plan: &LinkPlan) -> usize {
     plan.links() + 1
@@ -374,7 +377,13 @@ impl Neighbour {
     async fn ended(self, end: Result<(), LinkEnd>, connection: &Connection) -> LinkLost {
         match end {
             Ok(()) => std::future::pending().await,
-            Err(end) => self.lost(end, connection),
+            Err(end) => {
+                if matches!(end, LinkEnd::Gone(_)) {
+                    // Its words may be a packet behind the end of its stream.
+                    let _ = tokio::time::timeout(WORDS_TIMEOUT, connection.closed()).await;
+                }
+                self.lost(end, connection)
+            }
         }
     }
 
