@@ -142,7 +142,8 @@ fn until<T>(mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
 /// have heard what the others speak.
 fn held_back(cluster: &Cluster, asked: usize, by: &str) -> Result<()> {
     let (admin, mut last) = (cluster.admin(asked)?, String::new());
-    let expected = format!("needs protocol version 2; {by} not known to speak it: upgrade");
+    let expected =
+        format!("needs protocol version {PROTOCOL_VERSION}; {by} not known to speak it: upgrade");
     let named = until(|| match upgrade(&admin, UpgradeCall::Finish) {
         Ok(view) => panic!("nobody held it back: {view:?}"),
         Err(error) => {
