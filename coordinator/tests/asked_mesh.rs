@@ -8,7 +8,6 @@ mod control_support;
 use control_support::*;
 use shoal_coordinator::Coordinator;
 use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
-use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::mesh::{Fact, MeshAsk, Objective, ZoneName};
 use shoal_protocol::plan::{ModelSource, Numerics, PretendSpec};
@@ -56,18 +55,9 @@ fn asked(mesh: &str, objective: Option<Objective>) -> MeshAsk {
     MeshAsk { mesh: Some(mesh.parse().unwrap()), objective, reduction: None }
 }
 
-/// Calls until the log has room for it: that all coordinators speak version 3 is on record soon.
 async fn accepted(operator: &Operator, call: AdminCall) {
-    for _ in 0..50 {
-        match operator.call(call.clone()).await {
-            AdminReply::Accepted => return,
-            AdminReply::Refused(error) if error.code == ErrorCode::VersionMismatch => {
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-    panic!("the log never had room for it");
+    let reply = operator.call(call).await;
+    assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
 }
 
 /// `w1:0..16 w2:16..24`, once it is served like that.

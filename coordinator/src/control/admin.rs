@@ -27,7 +27,7 @@ use super::changes::{Changes, speed_of};
 use super::models::Models;
 use super::planner::{explain, loads};
 use super::reconcile::{Observed, dry_run, inventory_for};
-use super::state::versions::{Needs, needs_of, needs_of_model};
+use super::state::versions::{Needs, needs, needs_of};
 use super::state::{Change, DeploymentCommand, DrainCommand, Refusal, TokenCommand, TokenHash};
 use super::store::ControlStore;
 
@@ -230,8 +230,8 @@ impl AdminServer {
         Changes { store: &self.store, agents: &self.agents }
     }
 
-    /// Waits until all members are known to understand such a model: they say so within a moment of
-    /// their start. Nobody may be asked for one that they do not.
+    /// Waits until all whom it concerns are known to understand it: they say so within a moment of their
+    /// start. Nobody may be asked for what they do not.
     async fn wait_for(&self, needs: Needs) -> Result<(), WireError> {
         let mut state = self.store.watch();
         let permitted = state.wait_for(|state| state.permits_needs(needs).is_ok());
@@ -275,7 +275,9 @@ impl AdminServer {
         scale: DeploymentCommand,
         dry_run: bool,
     ) -> Result<AdminReply, WireError> {
-        let reply = self.changes().make(operator, Change::Deployment(scale), dry_run).await?;
+        let scale = Change::Deployment(scale);
+        self.wait_for(needs(&scale)).await?;
+        let reply = self.changes().make(operator, scale, dry_run).await?;
         self.show(name).await;
         Ok(reply)
     }
@@ -291,7 +293,6 @@ impl AdminServer {
         let (model, shape) = opened.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
         })??;
-        self.wait_for(needs_of_model(&model.source, &shape)).await?;
         self.check_workers(&model).await?;
         let spec = DeploymentSpec { name, model, stages, precision };
         let state = self.store.state();
@@ -310,6 +311,7 @@ impl AdminServer {
             true => DeploymentCommand::Create { spec, shape, replicas },
             false => DeploymentCommand::CreateMesh { spec, shape, replicas, ask },
         });
+        self.wait_for(needs(&create)).await?;
         if replicas == 1 {
             self.store.propose(create).await?;
             return Ok(AdminReply::Accepted);

@@ -21,7 +21,7 @@ pub enum ModelShape {
 /// As it stands in the log and in snapshots, where nothing ever changes its form: what the first build
 /// knew of a model, and beside it models of which it knew nothing.
 #[derive(Clone, Serialize, Deserialize)]
-#[allow(clippy::large_enum_variant)] // As above.
+#[allow(clippy::large_enum_variant)] // Lives while one is written or read.
 enum Written {
     Checkpoint(FirstSpec),
     Pretend(PretendSpec),

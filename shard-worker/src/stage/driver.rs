@@ -328,10 +328,10 @@ impl Stage {
     /// other ranks beside the head too, which have had the steps already.
     fn hand_on(&self, frame: LinkFrame) -> Result<(), Closed> {
         if !matches!(frame, LinkFrame::Step { .. }) {
-            send_to_all(&self.mirrors, &frame)?;
+            send_to_all(&self.mirrors, frame.clone())?;
         }
         match &self.outlet {
-            Outlet::Next(next) => send_to_all(next, &frame),
+            Outlet::Next(next) => send_to_all(next, frame),
             Outlet::Samples(_) | Outlet::Head(_) | Outlet::Nobody => Ok(()),
         }
     }
@@ -344,7 +344,7 @@ impl Stage {
         }
         let payload = Bytes::copy_from_slice(bytemuck::cast_slice(tokens));
         let (header, records, ready) = (step.header, records.clone(), Instant::now());
-        send_to_all(&self.mirrors, &LinkFrame::Step { header, records, payload, ready })
+        send_to_all(&self.mirrors, LinkFrame::Step { header, records, payload, ready })
     }
 
     /// Draws; `None`: another rank is gone, its link says why.
@@ -402,8 +402,12 @@ impl Stage {
     }
 }
 
-fn send_to_all(to: &[mpsc::Sender<LinkFrame>], frame: &LinkFrame) -> Result<(), Closed> {
-    to.iter().try_for_each(|to| to.blocking_send(frame.clone()).map_err(|_| Closed))
+/// Nothing of the frame stays here once it is sent: who has read it finds its buffer free.
+fn send_to_all(to: &[mpsc::Sender<LinkFrame>], frame: LinkFrame) -> Result<(), Closed> {
+    let send = |to: &mpsc::Sender<LinkFrame>, frame| to.blocking_send(frame).map_err(|_| Closed);
+    let Some((last, others)) = to.split_last() else { return Ok(()) };
+    others.iter().try_for_each(|to| send(to, frame.clone()))?;
+    send(last, frame)
 }
 
 /// The records of a step that begins here, as they stand on the wire.

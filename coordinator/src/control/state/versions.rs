@@ -165,7 +165,7 @@ pub fn needs(change: &Change) -> Needs {
 }
 
 /// What it takes to be told of a model of such a shape.
-pub fn needs_of_model(source: &ModelSource, shape: &ModelShape) -> Needs {
+fn needs_of_model(source: &ModelSource, shape: &ModelShape) -> Needs {
     let of_shape = if shape.is_new() { Needs::everybody(KNOWS_FAMILIES) } else { Needs::NOTHING };
     needs_of(source).and(of_shape)
 }

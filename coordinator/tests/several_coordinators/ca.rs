@@ -1,0 +1,155 @@
+//! One CA after another: who has its key, and who is believed meanwhile.
+
+use std::time::SystemTime;
+
+use shoal_protocol::access::AccessCall;
+use shoal_protocol::admin::{AdminReply, Vote};
+use shoal_protocol::error::ErrorCode;
+use shoal_protocol::id::{NodeId, Role};
+use shoal_protocol::quic::ca::CertificateAuthority;
+use shoal_protocol::quic::{AdminContext, Alpn, Expect};
+use shoal_protocol::trust::fingerprint;
+
+use super::cluster::{C, Cluster, LOOK, hex};
+use crate::control_support::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ca_rotates_while_the_leader_dies_and_its_old_certificates_open_nothing() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    let (asked, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    let old = AdminContext::load(cluster.node(asked).admin_context()).unwrap().unwrap();
+    let token = cluster.operator(asked).await.token(Role::Worker, 1, 600).await;
+    let before = cluster.cas(asked).await.cas[0].fingerprint.clone();
+    assert_eq!(before, hex(&fingerprint(&old.identity.ca)));
+
+    cluster.rotate(asked, false).await;
+    cluster.kill(leader);
+    assert_ne!(cluster.leader(other).await, leader);
+    // Said again it goes on with the same one.
+    cluster.rotate(other, false).await;
+    cluster.restart(leader).await;
+    let view = cluster.until_rotated(asked, 1).await;
+    assert_eq!((view.cas.len(), &view.past[0].fingerprint), (1, &before));
+    let signing = view.cas[0].fingerprint.clone();
+    for index in 0..3 {
+        let view = cluster.until_rotated(index, 1).await;
+        assert_eq!(view.cas[0].fingerprint, signing);
+        assert_eq!(cluster.shows(index), signing);
+    }
+    // What the old CA signed is refused, and who knows the old CA alone knows the cluster by it.
+    for index in 0..3 {
+        let client = endpoint(old.identity.clone());
+        let address = cluster.node(index).cluster_address();
+        let expect = Expect::Role(Role::Coordinator);
+        let connection = client.connect(address, expect, Alpn::Admin, DEADLINE).await.unwrap();
+        within("the end", connection.closed()).await;
+        assert!(connection.was_distrusted(), "{:?}", connection.close_reason());
+    }
+    // A token from before lets in still.
+    let joined = try_join(cluster.node(other).cluster_address(), &token).await.unwrap();
+    assert_eq!(hex(&joined.shows()), signing);
+
+    // Once more, and then all of them start again.
+    cluster.access(asked, AccessCall::RemoveNode { node: joined.node, force: true }).await;
+    cluster.rotate(other, false).await;
+    cluster.until_rotated(other, 2).await;
+    for index in 0..3 {
+        cluster.kill(index);
+    }
+    for index in 0..3 {
+        cluster.restart(index).await;
+    }
+    for index in 0..3 {
+        cluster.leader(index).await;
+        let view = cluster.until_rotated(index, 2).await;
+        assert_eq!(cluster.shows(index), view.cas[0].fingerprint);
+        cluster.operator(index).await.token(Role::Worker, 1, 60).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_was_off_during_two_rotations_comes_back_where_the_majority_lacks_it() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    // The founder holds the oldest key, and was let in by nobody.
+    let (off, asked) = if leader == 0 { (1, 0) } else { (0, leader) };
+    cluster.rotate(asked, false).await;
+    cluster.until_rotated(asked, 1).await;
+    cluster.kill(off);
+    cluster.rotate(asked, true).await;
+    let view = cluster.until_rotated(asked, 2).await;
+    // Without the third there is no majority before the one that was off is believed again.
+    cluster.kill(3 - off - asked);
+    cluster.restart(off).await;
+    let signing = &view.cas[0].fingerprint;
+    // It writes its operator a context when it has the key.
+    let back = async {
+        let context = cluster.node(off).admin_context();
+        while hex(&AdminContext::load(context).unwrap().unwrap().identity.shows()) != *signing {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    let believed = tokio::time::timeout(DEADLINE * 4, back).await;
+    assert!(believed.is_ok(), "no certificate of the CA that signs");
+    let came = cluster.until_rotated(off, 2).await;
+    assert_eq!(came.cas, view.cas);
+    assert_eq!(cluster.shows(off), *signing);
+    within("a certificate of it", async {
+        let call = AccessCall::RenewAdmin { csr: csr() };
+        while matches!(cluster.access(off, call.clone()).await, AdminReply::Refused(_)) {
+            tokio::time::sleep(LOOK).await;
+        }
+    })
+    .await;
+}
+
+pub(super) fn ca() -> CertificateAuthority {
+    CertificateAuthority::create(SystemTime::now()).unwrap()
+}
+
+fn csr() -> Vec<u8> {
+    let someone = ca().issue_identity(NodeId::admin(1), SystemTime::now());
+    someone.unwrap().renewal_request().unwrap()
+}
+
+/// One that does not vote has no key, and its certificates are not made by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_learner_has_its_certificate_from_a_coordinator_that_has_the_key() {
+    let mut cluster = Cluster::of_one().await;
+    cluster.join(0).await;
+    until(cluster.node(0), "does it learn", |view| {
+        view.coordinators.iter().any(|peer| peer.id == C[1] && peer.vote == Vote::Learner)
+    })
+    .await;
+    let before = cluster.shows(1);
+    cluster.rotate(0, false).await;
+    let view = cluster.until_rotated(0, 1).await;
+    assert_ne!(cluster.shows(1), before);
+    assert_eq!(cluster.shows(1), view.cas[0].fingerprint);
+    assert!(!cluster.data(1).join("ca.key").exists());
+    assert!(!cluster.data(1).join("ca-next.key").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_is_held_back_by_an_older_worker_by_name() {
+    let cluster = Cluster::of_one().await;
+    let token = cluster.operator(0).await.token(Role::Worker, 1, 60).await;
+    let address = cluster.node(0).cluster_address();
+    let identity = try_join(address, &token).await.unwrap();
+    let versions = shoal_protocol::version::VersionRange { min: 1, max: 1 };
+    let manners = Manners { versions, ..Manners::default() };
+    let _worker = FakeWorker::connect(address, &identity, manners).await.unwrap();
+    let refused = refusal(cluster.access(0, AccessCall::RotateCa { skip_absent: true }).await);
+    assert_eq!(refused.code, ErrorCode::VersionMismatch);
+    within("its name", async {
+        loop {
+            let call = AccessCall::RotateCa { skip_absent: true };
+            if refusal(cluster.access(0, call).await).message.contains("w1") {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
