@@ -48,7 +48,7 @@ bench: setup-build ## measure, and write bench/RESULTS.md
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench all --out bench/RESULTS.md
 
-bench-control: setup-build ## the same for the control plane, in nine minutes, into bench/CONTROL.md (TRIALS=30 faults of each kind)
+bench-control: setup-build ## the same for the control plane, in 25 minutes, into bench/CONTROL.md (TRIALS=30 faults of each kind)
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench control --trials $${TRIALS:-30} --out bench/CONTROL.md
 

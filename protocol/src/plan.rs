@@ -197,6 +197,13 @@ impl std::fmt::Display for Numerics {
     }
 }
 
+impl Numerics {
+    /// Whether an answer has the same bits on whatever mesh it goes on.
+    pub fn resumes_exactly(self) -> bool {
+        self != Numerics::N1Sum
+    }
+}
+
 /// Where a model's files are.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

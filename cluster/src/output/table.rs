@@ -158,12 +158,20 @@ fn deployments(view: &ClusterView) -> Table {
             serving(deployment),
             of(ReplicaPlan::mesh),
             of(|r| r.precision.to_string()),
-            of(|r| r.numerics.to_string()),
+            of(numerics),
             of(|r| r.generation.to_string()),
         ]);
         table.note(deployment.name.as_str(), &deployment.reason);
     }
     table
+}
+
+/// The contract, and what it does not promise.
+fn numerics(replica: &ReplicaPlan) -> String {
+    match replica.numerics.resumes_exactly() {
+        true => replica.numerics.to_string(),
+        false => format!("{}, resume not exact", replica.numerics),
+    }
 }
 
 /// The coordinators: who votes, who leads.
@@ -263,7 +271,7 @@ pub fn plan(view: &PlanView, explain: bool) -> String {
             replica.mesh(),
             replica.generation.0,
             replica.precision,
-            replica.numerics
+            numerics(replica)
         ));
         out.push_str(&format!(
             "  context {} tokens, {} KV blocks, at most {} sequences, {} rows a step, {} steps in flight\n\n",

@@ -31,7 +31,7 @@ const PATTERNS: [Pattern; 3] = [
         begins: false,
     },
     Pattern {
-        names: &["llama-bpe", "llama3", "llama-v3", "smaug-bpe"],
+        names: &["llama-bpe", "llama3", "llama-v3"],
         regex: Some(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
@@ -185,13 +185,20 @@ fn byte_level(
     values: &BTreeMap<String, Value>,
     tokens: &[Token<'_>],
 ) -> Result<(Map<String, Json>, bool), String> {
-    let pre = values.get("tokenizer.ggml.pre").and_then(Value::as_str).unwrap_or("gpt-2");
+    let known = || -> Vec<_> { PATTERNS.iter().flat_map(|pattern| pattern.names).collect() };
+    let pre = values.get("tokenizer.ggml.pre").and_then(Value::as_str).ok_or_else(|| {
+        format!(
+            "it has no `tokenizer.ggml.pre`, so how it cuts a text is not known (supported: {:?}); put \
+             the model's tokenizer.json beside the file",
+            known()
+        )
+    })?;
     let pattern =
         PATTERNS.iter().find(|pattern| pattern.names.contains(&pre)).ok_or_else(|| {
-            let known: Vec<_> = PATTERNS.iter().flat_map(|pattern| pattern.names).collect();
             format!(
-                "`tokenizer.ggml.pre` is `{pre}`; supported: {known:?}; or put the model's \
-             tokenizer.json beside the file"
+                "`tokenizer.ggml.pre` is `{pre}`; supported: {:?}; or put the model's tokenizer.json \
+                 beside the file",
+                known()
             )
         })?;
     let merges = values.get("tokenizer.ggml.merges").and_then(Value::as_list);

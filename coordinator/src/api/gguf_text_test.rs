@@ -141,6 +141,7 @@ fn what_is_not_known_is_refused_by_name() {
         (refusal("tokenizer.ggml.model", None), "`tokenizer.ggml.model`"),
         (refusal("tokenizer.ggml.model", Some("rwkv")), "is `rwkv`"),
         (refusal("tokenizer.ggml.pre", Some("viking")), "is `viking`"),
+        (refusal("tokenizer.ggml.pre", None), "no `tokenizer.ggml.pre`"),
         (refusal("tokenizer.ggml.tokens", None), "`tokenizer.ggml.tokens`"),
         (refusal("tokenizer.ggml.merges", None), "`tokenizer.ggml.merges`"),
     ] {

@@ -44,6 +44,10 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// file system may be slow to wake.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// And where it has to ask somebody far away for the listing and the headers first, who may tell it to
+/// wait. Whoever deploys waits for two minutes (`cluster::client`).
+const FETCHED_PROBE_TIMEOUT: Duration = Duration::from_secs(100);
+
 /// Probes of one worker at once: one per operator who deploys at this moment.
 const PROBES_MAX: usize = 64;
 
@@ -227,11 +231,12 @@ impl Agents {
         };
         // Also where whoever asked has hung up and this is dropped.
         let _asked = Asked { agents: self, node, number };
-        match tokio::time::timeout(PROBE_TIMEOUT, answer).await {
+        let patience = if source.is_fetched() { FETCHED_PROBE_TIMEOUT } else { PROBE_TIMEOUT };
+        match tokio::time::timeout(patience, answer).await {
             Ok(answer) => answer.unwrap_or_else(|_| Err(lost())),
             Err(_) => Err(WireError::new(
                 ErrorCode::DeadlineExceeded,
-                format!("{node} did not look at the model within {PROBE_TIMEOUT:?}"),
+                format!("{node} did not look at {source} within {patience:?}; try again"),
             )),
         }
     }

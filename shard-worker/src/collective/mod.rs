@@ -7,10 +7,12 @@
 //!
 //! [`Collective`] is the seam: bytes to every other rank, bytes from every other rank, in lock-step. Who
 //! carries them is another matter: threads of one process here ([`local`]), QUIC between workers
-//! (`stage::peers`). The arithmetic stands above it once, in fixed rank order, so that a mesh repeats
+//! (`stage::ranks`). The arithmetic stands above it once, in fixed rank order, so that a mesh repeats
 //! itself bit for bit whoever carries its messages and however long they are.
 
 pub mod local;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use shoal_protocol::model::Split;
@@ -28,6 +30,11 @@ pub trait Collective: Send {
     /// Sends `parts[r]` to each other rank `r` and waits for what they sent in this round: one entry a
     /// rank, in rank order, the own one empty. The length of what came is not checked here.
     fn exchange(&mut self, parts: &[Bytes]) -> Result<Vec<Bytes>, CollectiveError>;
+
+    /// How long rounds have waited for other ranks since this was last asked: a rank that waits is not slow.
+    fn take_waited(&mut self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A round that was not completed.

@@ -392,7 +392,9 @@ impl Stage {
         let begun = Instant::now();
         let (tokens, peers) = (tokens.as_deref(), &mut *self.peers);
         let computed = self.model.forward(&batch, tokens, hidden.floats_mut(), logits, peers);
-        self.counters.computed(batch.rows, begun.elapsed());
+        // All ranks of a stage are in lock-step: only without its waits does one show that it is slow.
+        let computing = begun.elapsed().saturating_sub(self.peers.take_waited());
+        self.counters.computed(batch.rows, computing);
         self.spans.give_back(spans);
         match computed {
             Ok(()) => Ok(Some(hidden)),

@@ -8,6 +8,8 @@
 //! which ends the wait; a rank that is silent is noticed by its link, one that computes for too long by
 //! the head, whose steps have a deadline.
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use shoal_protocol::model::Split;
 use tokio::sync::mpsc;
@@ -25,12 +27,13 @@ pub struct Ranks {
     /// By rank; none to itself.
     to: Vec<Option<mpsc::Sender<Bytes>>>,
     from: Vec<Option<mpsc::Receiver<Bytes>>>,
+    waited: Duration,
 }
 
 impl Ranks {
     /// The ends of a rank, and those of its links, in rank order without its own.
     pub fn new(split: Split, bytes_max: usize) -> (Self, Vec<RankEnd>) {
-        let mut ranks = Self { split, to: Vec::new(), from: Vec::new() };
+        let mut ranks = Self { split, to: Vec::new(), from: Vec::new(), waited: Duration::ZERO };
         let mut ends = Vec::new();
         for rank in 0..split.ranks {
             let (to, told) = mpsc::channel(ROUNDS_MAX);
@@ -61,6 +64,7 @@ impl Collective for Ranks {
                 to.blocking_send(part.clone()).map_err(|_| gone(rank))?;
             }
         }
+        let begun = Instant::now();
         let mut got = Vec::with_capacity(self.from.len());
         for (rank, from) in self.from.iter_mut().enumerate() {
             got.push(match from {
@@ -68,6 +72,35 @@ impl Collective for Ranks {
                 None => Bytes::new(),
             });
         }
+        self.waited += begun.elapsed();
         Ok(got)
+    }
+
+    fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the head takes for a slow worker is one that computes for long, not one that is kept waiting.
+    #[test]
+    fn what_a_round_waits_for_is_known_and_counts_once() {
+        let split = Split { rank: 0, ranks: 2 };
+        let (mut ranks, mut ends) = Ranks::new(split, 16);
+        let end = ends.remove(0);
+        let late = Duration::from_millis(20);
+        let other = std::thread::spawn(move || {
+            std::thread::sleep(late);
+            end.heard.blocking_send(Bytes::from_static(b"sum"))
+        });
+        let got = ranks.exchange(&[Bytes::new(), Bytes::from_static(b"part")]);
+        assert_eq!(got, Ok(vec![Bytes::new(), Bytes::from_static(b"sum")]));
+        assert!(other.join().is_ok_and(|sent| sent.is_ok()));
+        let waited = ranks.take_waited();
+        assert!(waited >= late / 2, "{waited:?}");
+        assert_eq!(ranks.take_waited(), Duration::ZERO);
     }
 }

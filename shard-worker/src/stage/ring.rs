@@ -1,19 +1,14 @@
 //! ○ Who stands where among the shards of a replica, as one of them sees it: worked out from its
 //! assignment alone.
-//!
-//! ```text
-//!            ┌─► (0,1) ◄─► …        each rank of a stage is dialled by one rank of the stage before:
-//! head (0,0) ┼─► (1,0) ◄─┐          rank r by rank r mod R. The head's rank hands what it has from the
-//!            │           ├ ranks    head to the other ranks of stage 0, rank 0 of the last stage dials
-//!            └─► (1,1) ◄─┘          the head. Ranks of one stage are joined in pairs; the lower dials.
-//! ```
+//! The rule is in `shoal_protocol::neighbours`.
 
 use std::net::SocketAddr;
 
 use shoal_protocol::activation::LinkHello;
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::model::Split;
-use shoal_protocol::plan::{Assignment, RANKS_MAX, ReplicaLimits, ReplicaPlan};
+use shoal_protocol::neighbours::{Place, feeder, places, ranks};
+use shoal_protocol::plan::{Assignment, RANKS_MAX, ReplicaLimits};
 
 /// Who stands where, as one shard sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,35 +75,13 @@ pub enum BadRing {
     NoAddress(NodeId, StageIndex),
 }
 
-/// A place in the mesh: stage and rank.
-type Place = (u32, u32);
-
-/// The ranks of a stage.
-fn ranks(replica: &ReplicaPlan, stage: u32) -> u32 {
-    replica.stages.get(stage as usize).map_or(0, |stage| stage.shards.len() as u32)
-}
-
-/// Who dials this place with what it takes; `None`: nobody, the head is beside it.
-fn feeder(replica: &ReplicaPlan, (stage, rank): Place) -> Option<Place> {
-    match (stage, rank) {
-        (0, 0) => {
-            let last = replica.stages.len() as u32 - 1;
-            (last > 0).then_some((last, 0))
-        }
-        (0, _) => Some((0, 0)),
-        (stage, rank) => Some((stage - 1, rank % ranks(replica, stage - 1))),
-    }
-}
-
 impl LinkPlan {
     /// What is around this shard; `None` where it is the only one.
     pub fn of(assignment: &Assignment) -> Result<Option<Self>, BadRing> {
         let replica = &assignment.replica;
         check(assignment)?;
         let me: Place = (assignment.stage.0, assignment.rank.0);
-        let places: Vec<Place> = (0..replica.stages.len() as u32)
-            .flat_map(|stage| (0..ranks(replica, stage)).map(move |rank| (stage, rank)))
-            .collect();
+        let places = places(replica);
         if places.len() == 1 {
             return Ok(None);
         }

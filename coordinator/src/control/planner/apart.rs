@@ -1,10 +1,13 @@
 //! Neighbours that do not reach each other: other workers for the stages, or the same in another order.
 //!
-//! The stages form a ring: each sends to the next, and the last one's tokens go back to the first.
+//! Stages of one rank form a ring: each sends to the next, and the last one's tokens go back to the first.
+//! With tensor ranks it is a mesh (`shoal_protocol::neighbours`).
 
 use std::collections::BTreeSet;
 
 use shoal_protocol::id::NodeId;
+use shoal_protocol::neighbours;
+use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
 
 use super::Candidate;
 use super::placement::Cut;
@@ -20,8 +23,14 @@ pub fn pair(a: NodeId, b: NodeId) -> (NodeId, NodeId) {
     (a.min(b), a.max(b))
 }
 
-/// Whether some stage would have to send to a worker that it does not reach.
-pub fn is_torn(nodes: &[NodeId], apart: &Apart) -> bool {
+/// Whether some shard of a layout is to be linked with one that it does not reach.
+pub fn is_torn(plan: &ReplicaPlan, apart: &Apart) -> bool {
+    !apart.is_empty()
+        && neighbours::neighbours(plan).into_iter().any(|(a, b)| apart.contains(&pair(a, b)))
+}
+
+/// The same for a ring of stages.
+pub(super) fn is_torn_ring(nodes: &[NodeId], apart: &Apart) -> bool {
     let next = nodes.iter().cycle().skip(1);
     nodes.len() > 1 && nodes.iter().zip(next).any(|(a, b)| apart.contains(&pair(*a, *b)))
 }
@@ -49,7 +58,7 @@ impl Search<'_> {
     fn rest<'w>(&mut self, stages: &[Vec<&'w Candidate>], named: &mut Vec<&'w Candidate>) -> bool {
         let Some((stage, behind)) = stages.split_first() else {
             let nodes: Vec<_> = named.iter().map(|worker| worker.node).collect();
-            return !is_torn(&nodes, self.apart);
+            return !is_torn_ring(&nodes, self.apart);
         };
         for &worker in stage {
             self.tries += 1;
@@ -66,6 +75,73 @@ impl Search<'_> {
                 return true;
             }
             named.pop();
+        }
+        false
+    }
+}
+
+/// The same shards on workers that reach each other: each stays where it is if that is possible, else it
+/// goes to the first with room for it. How fast those are is not looked at: any layout that links is better
+/// than one that does not. `None` where none was found.
+pub(super) fn reseat(
+    plan: &ReplicaPlan,
+    workers: &[Candidate],
+    apart: &Apart,
+) -> Option<ReplicaPlan> {
+    let shards: Vec<&ShardPlan> = plan.stages.iter().flat_map(|stage| &stage.shards).collect();
+    let joined = neighbours::joined(plan);
+    let fits = |shard: &ShardPlan, worker: &Candidate| {
+        worker.free() >= shard.memory.total() && worker.numerics.contains(&plan.numerics)
+    };
+    let choices: Vec<Vec<&Candidate>> = shards
+        .iter()
+        .map(|shard| {
+            let mut able: Vec<_> = workers.iter().filter(|worker| fits(shard, worker)).collect();
+            able.sort_by_key(|worker| (worker.node != shard.node, worker.node));
+            able
+        })
+        .collect();
+    let mut search = Seats { joined: &joined, apart, tries: 0 };
+    let mut seated = Vec::with_capacity(shards.len());
+    if !search.rest(&choices, &mut seated) {
+        return None;
+    }
+    let mut plan = plan.clone();
+    let shards = plan.stages.iter_mut().flat_map(|stage| &mut stage.shards);
+    for (shard, worker) in shards.zip(seated) {
+        shard.node = worker.node;
+        shard.device.clone_from(&worker.device);
+    }
+    Some(plan)
+}
+
+struct Seats<'a> {
+    joined: &'a [(usize, usize)],
+    apart: &'a Apart,
+    tries: usize,
+}
+
+impl Seats<'_> {
+    fn rest<'w>(&mut self, shards: &[Vec<&'w Candidate>], seated: &mut Vec<&'w Candidate>) -> bool {
+        let Some((able, behind)) = shards.split_first() else { return true };
+        for &worker in able {
+            self.tries += 1;
+            if self.tries > TRIES_MAX {
+                return false;
+            }
+            let me = seated.len();
+            let reaches = |a: usize| !self.apart.contains(&pair(seated[a].node, worker.node));
+            let mut before = self.joined.iter().filter(|(_, b)| *b == me);
+            if seated.iter().any(|other| other.node == worker.node)
+                || !before.all(|(a, _)| reaches(*a))
+            {
+                continue;
+            }
+            seated.push(worker);
+            if self.rest(behind, seated) {
+                return true;
+            }
+            seated.pop();
         }
         false
     }

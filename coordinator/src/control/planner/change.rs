@@ -15,7 +15,7 @@ const ASSUMED_BYTES_PER_S: u64 = 8 << 30;
 pub struct Rate {
     /// Bytes in a second.
     pub bytes_per_s: u64,
-    /// Whether it comes from steps that it has computed, of this model.
+    /// Whether somebody measured it: the worker's own calibration at its start, or steps of this model.
     pub measured: bool,
 }
 
@@ -36,13 +36,13 @@ impl Rate {
     pub const ASSUMED: Self = Self { bytes_per_s: ASSUMED_BYTES_PER_S, measured: false };
 }
 
-/// Whether both have the same layers on the same workers.
+/// Whether both have the same layers on the same workers, under one numerics contract.
 pub fn same_layout(a: &ReplicaPlan, b: &ReplicaPlan) -> bool {
     let place = |stage: &StagePlan| {
         let nodes: Vec<NodeId> = stage.shards.iter().map(|shard| shard.node).collect();
         (stage.layers, nodes)
     };
-    a.precision == b.precision
+    (a.precision, a.numerics) == (b.precision, b.numerics)
         && a.stages.len() == b.stages.len()
         && a.stages.iter().zip(&b.stages).all(|(a, b)| place(a) == place(b))
 }

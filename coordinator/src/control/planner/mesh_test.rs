@@ -6,7 +6,7 @@ use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision, PretendSpec};
 
 use super::super::tests::Numbers;
-use super::super::{ModelShape, Prediction, Rate, plan as plan_job, predict};
+use super::super::{ModelShape, Prediction, Rate, is_torn, pair, plan as plan_job, predict};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -543,4 +543,31 @@ fn unknown_rates_are_equal_rates() {
         let mut all = plain.nodes().chain(asked.nodes()).collect::<Vec<_>>();
         all.sort();
     }
+}
+
+#[test]
+fn shards_that_are_linked_stand_on_workers_that_reach_each_other() {
+    let shape = dense(6, 4);
+    let w = NodeId::worker;
+    // In a mesh of 2x2 each shard has two neighbours, and one stands across.
+    for cut in [&[(1, 2)][..], &[(1, 3)], &[(1, 4)], &[(2, 3)], &[(3, 4)], &[(1, 3), (2, 4)]] {
+        let mut all = inventory(&[GIB; 4]);
+        all.apart = cut.iter().map(|(a, b)| pair(w(*a), w(*b))).collect();
+        let plan = planned(&all, &shape, mesh("2x2"), None).unwrap();
+        assert!(!is_torn(&plan, &all.apart), "{cut:?}: {}", words(&plan));
+        let nodes: std::collections::BTreeSet<_> = plan.nodes().collect();
+        assert_eq!(nodes.len(), 4, "{}", words(&plan));
+    }
+    // Somebody else has room: the mesh stays as large as it was asked for.
+    let mut all = inventory(&[GIB; 5]);
+    all.apart = [(1, 2), (1, 3), (1, 4), (1, 5)].map(|(a, b)| pair(w(a), w(b))).into();
+    let plan = planned(&all, &shape, mesh("2x2"), None).unwrap();
+    assert!(
+        !is_torn(&plan, &all.apart) && plan.nodes().all(|node| node != w(1)),
+        "{}",
+        words(&plan)
+    );
+    // There is no other way: perhaps it is mended.
+    all.workers.pop();
+    assert!(planned(&all, &shape, mesh("2x2"), None).is_ok());
 }

@@ -114,9 +114,11 @@ const LEFT_OUT_MAX: usize = 4;
 /// where the number of stages is left open, one with fewer stages is better than one that cannot work.
 pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
     let first = plan_near(inventory, job);
-    let torn = |plan: &ReplicaPlan| is_torn(&plan.nodes().collect::<Vec<_>>(), &inventory.apart);
-    if !first.as_ref().is_ok_and(torn) {
-        return first;
+    let torn = |plan: &ReplicaPlan| is_torn(plan, &inventory.apart);
+    let Some(broken) = first.as_ref().ok().filter(|plan| torn(plan)) else { return first };
+    // A search that looks at what is measured does not look at what is cut.
+    if let Some(mended) = apart::reseat(broken, &inventory.workers, &inventory.apart) {
+        return Ok(mended);
     }
     // One end of each pair is left out: of all ways to do that, the one with the most stages.
     let pairs: Vec<_> = inventory.apart.iter().take(LEFT_OUT_MAX).collect();

@@ -9,7 +9,7 @@ use shoal_protocol::plan::{ReplicaLimits, ReplicaPlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::Candidate;
-use super::apart::{Apart, arrange, is_torn};
+use super::apart::{Apart, arrange, is_torn_ring};
 use super::memory::Costs;
 
 /// The most combinations of kinds of workers that the table has columns for: nine workers that all
@@ -225,7 +225,7 @@ pub(super) fn name_workers<'w>(
     }
     let named: Vec<_> = named.into_iter().flatten().collect();
     let nodes: Vec<_> = named.iter().map(|worker| worker.node).collect();
-    if !is_torn(&nodes, apart) {
+    if !is_torn_ring(&nodes, apart) {
         return named;
     }
     let choices = |cut: &Cut| {

@@ -87,7 +87,7 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
     }
     watched.ready_since = None;
     if !outlook.overdue.is_empty() {
-        watched.apart = pairs::unlinked(&shards);
+        watched.apart = pairs::unlinked(plan, &shards);
         let (blame, words): (_, Vec<_>) = outlook.overdue.into_iter().unzip();
         return Health::NeedsPlan { reason: words.join(", "), blame };
     }

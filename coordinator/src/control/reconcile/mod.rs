@@ -121,8 +121,8 @@ pub struct History {
     failures: u32,
     /// No new layout before.
     not_before: Instant,
-    /// The workers for which the planner last said no, and its words.
-    refused: Option<(Inventory, String)>,
+    /// What the planner last said no to, and its words.
+    refused: Option<(Question, String)>,
     /// What a move was last not possible for, and why.
     stuck: Option<(moves::Wish, String)>,
     /// Workers at which layouts have failed.
@@ -135,8 +135,17 @@ pub struct History {
     unreadable: Unreadable,
     /// The last layout that was counted among them.
     blamed: Generation,
-    /// The workers for which a follower's planner last said yes.
-    foreseen: Option<Inventory>,
+    /// What a follower's planner last said yes to.
+    foreseen: Option<Question>,
+}
+
+/// What a planner is asked; where it is the same again, so is the answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Question {
+    /// How often the deployment was asked for: what was asked the last time may be something else.
+    asked: u64,
+    /// The workers there are.
+    inventory: Inventory,
 }
 
 /// What is remembered of one layout between rounds.

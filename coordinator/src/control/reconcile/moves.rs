@@ -12,13 +12,13 @@ use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::id::ReplicaId;
 use shoal_protocol::plan::ReplicaPlan;
 
-use super::super::planner::{Inventory, same_layout};
+use super::super::planner::same_layout;
 use super::super::state::Deployment;
 use super::health;
 use super::pace;
 use super::replica::stand;
 use super::words::place_of;
-use super::{Action, History, Round, Stand};
+use super::{Action, History, Question, Round, Stand};
 
 /// Why a replica is to be somewhere else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,10 +45,9 @@ fn pace_words(history: &History, reason: String) -> String {
 /// What a move is decided from; where it is the same again, so is the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Wish {
-    asked: u64,
     replicas: usize,
     drained: bool,
-    beside: Inventory,
+    beside: Question,
 }
 
 impl Round<'_> {
@@ -80,8 +79,8 @@ impl Round<'_> {
         }
         let mut beside = self.inventory(deployment, plan.id, false);
         history.unreadable.leave_out(&mut beside);
-        let wish =
-            Wish { asked: deployment.asked, replicas: deployment.replicas.len(), drained, beside };
+        let question = self.question(deployment, &beside);
+        let wish = Wish { replicas: deployment.replicas.len(), drained, beside: question };
         if let Some((last, words)) = &history.stuck
             && *last == wish
         {
@@ -94,7 +93,6 @@ impl Round<'_> {
         let job = self.job(deployment, plan.id);
         let mut instead = self.inventory(deployment, plan.id, true);
         history.unreadable.leave_out(&mut instead);
-        let mut beside = wish.beside.clone();
         if cause == Cause::Slow {
             // Neither is a failure of theirs, nor may they be part of what is to be better.
             for inventory in [&mut instead, &mut beside] {

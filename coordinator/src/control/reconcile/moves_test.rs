@@ -1,10 +1,11 @@
 //! Replicas, scaling and drains as stories.
 
 use shoal_protocol::control::ShardState;
-use shoal_protocol::plan::StagesAsked;
+use shoal_protocol::plan::{Numerics, StagesAsked};
 
 use super::tests::World;
 use super::*;
+use crate::control::planner::same_layout;
 use crate::control::state::{Change, DeploymentCommand, DrainCommand, NodeCommand};
 
 fn name() -> DeploymentName {
@@ -299,4 +300,22 @@ fn a_preview_shows_where_everything_would_be_and_changes_nothing() {
         Change::Drain(DrainCommand::Begin { node: NodeId::worker(9) }),
     );
     assert!(twice.unwrap_err().to_string().contains("w9 is not a node of this cluster"));
+}
+
+/// What makes no layout possible may be what was asked for, and not who is there.
+#[test]
+fn what_is_asked_for_after_a_refusal_is_planned_with_the_same_workers() {
+    let mut world = served(2, Some(3), 1, 1000);
+    assert!(world.layouts().is_empty() && world.reason().contains('3'), "{}", world.reason());
+    world.scale(None, StagesAsked::Exactly(2));
+    world.settle();
+    assert_eq!(world.layouts(), ["r1 g1: w1 w2"], "{}", world.reason());
+}
+
+#[test]
+fn another_numerics_contract_is_another_layout() {
+    let world = served(2, Some(2), 1, 1000);
+    let plan = world.state.plans.iter().next().unwrap();
+    let summed = ReplicaPlan { numerics: Numerics::N1Sum, ..plan.clone() };
+    assert!(same_layout(plan, plan) && !same_layout(plan, &summed));
 }

@@ -16,6 +16,8 @@ use shoal_protocol::control::{ShardReport, ShardState};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::lost::silent_neighbour;
+use shoal_protocol::neighbours::joined;
+use shoal_protocol::plan::ReplicaPlan;
 use shoal_protocol::units::Instant;
 
 use super::super::planner::{Apart, pair};
@@ -83,18 +85,23 @@ pub(super) fn silent(shards: &[(NodeId, Option<&ShardReport>)]) -> Vec<(NodeId, 
     said.filter(|(node, other)| node != other && nodes.contains(other)).collect()
 }
 
-/// The neighbours of a layout both of which have loaded and not linked, where all have loaded.
-pub(super) fn unlinked(shards: &[(NodeId, Option<&ShardReport>)]) -> Vec<(NodeId, NodeId)> {
+/// The neighbours of a layout both of which have loaded and not linked, where all have loaded; the shards
+/// are in mesh order.
+pub(super) fn unlinked(
+    plan: &ReplicaPlan,
+    shards: &[(NodeId, Option<&ShardReport>)],
+) -> Vec<(NodeId, NodeId)> {
     let is = |index: usize, wanted: &ShardState| {
-        shards[index % shards.len()].1.is_some_and(|shard| shard.state == *wanted)
+        shards[index].1.is_some_and(|shard| shard.state == *wanted)
     };
     let loaded = |index| is(index, &ShardState::Linking) || is(index, &ShardState::Ready);
-    if shards.len() < 2 || !(0..shards.len()).all(loaded) {
+    if !(0..shards.len()).all(loaded) {
         return Vec::new();
     }
-    let links = (0..shards.len())
-        .filter(|index| is(*index, &ShardState::Linking) && is(index + 1, &ShardState::Linking));
-    links.map(|index| (shards[index].0, shards[(index + 1) % shards.len()].0)).collect()
+    let both =
+        |(a, b): &(usize, usize)| is(*a, &ShardState::Linking) && is(*b, &ShardState::Linking);
+    let links = joined(plan).into_iter().filter(both);
+    links.map(|(a, b)| (shards[a].0, shards[b].0)).collect()
 }
 
 #[cfg(test)]

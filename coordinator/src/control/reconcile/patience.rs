@@ -26,9 +26,9 @@ pub const TOLD: Duration = Duration::from_secs(10);
 /// will not.
 pub const LOADING: Duration = Duration::from_secs(120);
 
-/// From the moment at which all weights are there. Three handshakes that time out fit in, and a fourth
-/// that does not.
-pub const LINKING: Duration = Duration::from_secs(20);
+/// From the moment at which all weights are there. A handshake that times out fits in (5 s), and one behind
+/// it that does not. Streams wait for it: of two workers that do not reach each other it is all their stall.
+pub const LINKING: Duration = Duration::from_secs(8);
 
 /// Where a shard stands, and since when.
 #[derive(Clone, Debug, PartialEq, Eq)]

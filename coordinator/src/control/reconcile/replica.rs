@@ -5,11 +5,13 @@ use shoal_protocol::id::{Generation, NodeId, ReplicaId};
 use shoal_protocol::plan::{ReplicaPlan, StagePlan};
 use shoal_protocol::units::Instant;
 
-use super::super::planner::{Inventory, Job};
+use super::super::planner::{Inventory, Job, Links};
 use super::super::state::{Deployment, GENERATIONS_SKIPPED_MAX};
 use super::health::{self, Health};
 use super::words::place_of;
-use super::{Action, History, Round, STABLE_AFTER, Seeker, Stand, inventory_of, workers_for};
+use super::{
+    Action, History, Question, Round, STABLE_AFTER, Seeker, Stand, inventory_of, workers_for,
+};
 
 /// What the next layout comes to in this round.
 enum Next {
@@ -205,9 +207,10 @@ impl Round<'_> {
                 if reason.is_empty() { why.to_owned() } else { format!("{reason}; {why}") };
             stand(phase, reason)
         };
+        let question = self.question(deployment, &inventory);
         // The planner is a function, so it would say the same again.
         if let Some((refused, why)) = &history.refused
-            && *refused == inventory
+            && *refused == question
         {
             return waiting(why);
         }
@@ -222,13 +225,13 @@ impl Round<'_> {
             let words = words.trim_start_matches("; ").to_owned();
             stand(DeploymentPhase::Loading, words)
         };
-        if follows && history.foreseen.as_ref() == Some(&inventory) {
+        if follows && history.foreseen.as_ref() == Some(&question) {
             return foreseen();
         }
         match history.suspects.plan(&inventory, &job, self.observed.now) {
             Ok(_) if follows => {
                 history.refused = None;
-                history.foreseen = Some(inventory);
+                history.foreseen = Some(question);
                 foreseen()
             }
             Ok(plan) => {
@@ -247,7 +250,7 @@ impl Round<'_> {
                     true => waiting(&why),
                     false => stand(DeploymentPhase::Failed, why.clone()),
                 };
-                history.refused = Some((inventory, why));
+                history.refused = Some((question, why));
                 stand
             }
         }
@@ -258,6 +261,15 @@ impl Round<'_> {
         self.plans.retain(|other| other.id != plan.id);
         self.plans.push(plan.clone());
         self.decision.actions.push(Action::Adopt { plan: Box::new(plan), reason });
+    }
+
+    /// What the planner is asked. Ways count where it looks at them: they are measured all the time.
+    pub(super) fn question(&self, deployment: &Deployment, inventory: &Inventory) -> Question {
+        let mut inventory = inventory.clone();
+        if !self.target.meshes.of(&deployment.spec.name).is_measured() {
+            inventory.links = Links::default();
+        }
+        Question { asked: deployment.asked, inventory }
     }
 
     pub(super) fn job<'a>(&'a self, deployment: &'a Deployment, replica: ReplicaId) -> Job<'a> {
