@@ -186,8 +186,10 @@ impl ModelCache {
             let head = prepare::head_len(&first).unwrap_or(0).min(here.len());
             files.push(Entry { remote: remote.clone(), here, head });
         }
-        let turn = Mutex::default();
-        let model = Arc::new(Model { origin, commit, files, folder: place, cut, turn });
+        let (turn, givers) = Default::default();
+        let Named { place: folder, commit, origin, .. } = named;
+        let origin = if self.0.settings.offline { Box::new(Offline) } else { origin };
+        let model = Arc::new(Model { origin, commit, files, folder, cut, turn, givers });
         slot.set(Some(Arc::clone(&model)));
         Ok(model)
     }
