@@ -32,6 +32,8 @@ const HASHERS: usize = 8;
 /// How soon a thread that waits for others looks again; whoever has news wakes it before.
 const LOOK: Duration = Duration::from_millis(200);
 
+const OTHER_HEADER: &str = "its header is not the one that it had when the model was deployed";
+
 /// A range of a file that is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -378,16 +380,19 @@ impl Fetcher<'_> {
         on_bytes: &dyn Fn(u64),
     ) -> Result<(), BlobError> {
         let fetched = self.peers.fetch(node, chunk, self.model.len_of(chunk));
-        let lied = |data: &Vec<u8>| *blake3::hash(data).as_bytes() != hash;
         let (file, index) = (&self.model.entry(chunk).remote.name, chunk.index);
         match fetched {
-            Ok(data) if !lied(&data) => {
-                self.take(chunk, &data, Some(node))?;
-                on_bytes(data.len() as u64);
-                return Ok(());
-            }
-            Ok(_) => {
-                let why = "what it sent is not what others say that it is";
+            Ok(data) => {
+                let why = match *blake3::hash(&data).as_bytes() == hash {
+                    false => "what it sent is not what others say that it is",
+                    // Whoever says so, and however many: the header is the plan's.
+                    true if !self.fits_header(chunk, &data)? => OTHER_HEADER,
+                    true => {
+                        self.take(chunk, &data, Some(node))?;
+                        on_bytes(data.len() as u64);
+                        return Ok(());
+                    }
+                };
                 tracing::warn!("{file} chunk {index}: {node} is avoided: {why}");
                 self.peers.avoid(node, why);
             }
@@ -400,14 +405,19 @@ impl Fetcher<'_> {
         Ok(())
     }
 
-    /// Takes a chunk that is of the right length; one of a peer has been compared.
-    fn take(&self, chunk: ChunkId, data: &[u8], from: Option<NodeId>) -> Result<(), BlobError> {
+    /// Whether what a chunk has of its file's header is what has been here from the start.
+    fn fits_header(&self, chunk: ChunkId, data: &[u8]) -> Result<bool, BlobError> {
         let entry = self.model.entry(chunk);
         let first = self.model.cut.bytes(chunk.index, entry.here.len()).start;
         let known = entry.head.saturating_sub(first).min(data.len() as u64) as usize;
-        if known > 0 && entry.here.read_at(first, known)? != data[..known] {
-            let why = "its header is not the one that it had when the model was deployed";
-            return Err(self.model.damaged(&entry.remote.name, why));
+        Ok(known == 0 || entry.here.read_at(first, known)? == data[..known])
+    }
+
+    /// Takes a chunk that is of the right length; one of a peer has been compared with all that is known.
+    fn take(&self, chunk: ChunkId, data: &[u8], from: Option<NodeId>) -> Result<(), BlobError> {
+        let entry = self.model.entry(chunk);
+        if from.is_none() && !self.fits_header(chunk, data)? {
+            return Err(self.model.damaged(&entry.remote.name, OTHER_HEADER));
         }
         let hash = *blake3::hash(data).as_bytes();
         if from.is_none()
