@@ -90,6 +90,13 @@ impl SparseFile {
         make().map_err(|source| BlobError::Disk { path: path.clone(), source })
     }
 
+    /// Writes the beginning of a file that `create` has made once more, and leaves the rest of it alone.
+    pub fn mend(folder: &Path, name: &str, beginning: &[u8]) -> Result<(), BlobError> {
+        let path = folder.join(name);
+        let write = || OpenOptions::new().write(true).open(&path)?.write_all_at(beginning, 0);
+        write().map_err(|source| BlobError::Disk { path: path.clone(), source })
+    }
+
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -191,6 +198,7 @@ impl SparseFile {
     /// Forgets all chunks: what they are made of has turned out to be wrong.
     pub fn forget(&self) -> Result<(), BlobError> {
         self.lock().clear();
+        *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = None;
         match std::fs::remove_file(&self.records) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(BlobError::Disk { path: self.records.clone(), source })
@@ -198,7 +206,6 @@ impl SparseFile {
             _ => Ok(()),
         }
     }
-        *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = None;
 
     fn record(&self, index: u32, hash: &ChunkHash) -> io::Result<()> {
         if let Some(folder) = self.records.parent() {
