@@ -23,8 +23,8 @@ fn signature(path: &str, headers: &BTreeMap<String, String>) -> Option<bool> {
     let names: Vec<&str> = said.get("SignedHeaders")?.split(';').collect();
     let time = headers.get("x-amz-date")?;
     // What is not signed, others could change: all of these must be.
-    let needed = headers.keys().filter(|name| *name == "host" || name.starts_with("x-amz-"));
-    let all_signed = needed.clone().all(|name| names.contains(&name.as_str()));
+    let mut needed = headers.keys().filter(|name| *name == "host" || name.starts_with("x-amz-"));
+    let all_signed = needed.all(|name| names.contains(&name.as_str()));
     if id != S3_KEY || !all_signed || !names.is_sorted() || !time.starts_with(day) {
         return None;
     }
