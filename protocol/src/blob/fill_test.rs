@@ -308,6 +308,17 @@ fn chunks_of_workers_that_agree_on_a_lie_do_not_survive_the_origins_sum() {
 }
 
 #[test]
+fn a_file_that_is_another_is_fetched_whole_again_also_where_a_part_was_wanted_before() {
+    let bench = Bench::new();
+    let model = bench.model(data(), 100);
+    let peers = agreed(ChunkId { file: 0, index: 5 }, vec![7; 100]);
+    fill(&model, 0..600, &peers).unwrap();
+    assert_ne!(bench.file()[..600], data()[..600]);
+    fill(&model, 600..1050, &peers).unwrap();
+    assert_eq!(bench.file(), data());
+}
+
+#[test]
 fn a_sum_that_was_not_compared_is_compared_by_the_next_who_wants_the_file() {
     for is_restarted in [false, true] {
         let bench = Bench::new();

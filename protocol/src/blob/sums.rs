@@ -39,7 +39,11 @@ impl Model {
             }
             tracing::warn!("{}: {WHY}; {givers:?} gave parts of it", entry.remote.name);
             givers.iter().for_each(|node| peers.avoid(*node, WHY));
-            self.fetch(wanted, &Alone, filling)?;
+            // All of it, whoever wanted which part: what lies there now may be anybody's.
+            let chunks = 0..self.cut.count(entry.here.len());
+            let again = chunks.map(|index| ChunkId { file: number as u32, index });
+            let again = again.chain(wanted.iter().copied()).collect();
+            self.fetch(&again, &Alone, filling)?;
             if !self.is_meant(number, filling)? {
                 entry.here.forget()?;
                 return Err(self.damaged(&entry.remote.name, WHY));
