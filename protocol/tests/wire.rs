@@ -44,6 +44,8 @@ use shoal_protocol::version::VersionRange;
 
 #[path = "wire/damaged.rs"]
 mod damaged;
+#[path = "wire/third.rs"]
+mod third;
 
 const LIMITS: ReplicaLimits = ReplicaLimits {
     kv_blocks: 128,

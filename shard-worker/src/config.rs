@@ -46,8 +46,12 @@ pub struct Addresses {
     pub requests: Option<SocketAddr>,
     /// Where to take activations of other workers (UDP).
     pub activations: Option<SocketAddr>,
+    /// Where to give weights to other workers (UDP).
+    pub blobs: Option<SocketAddr>,
     /// Where coordinators reach `requests`, if that is elsewhere.
     pub advertise_requests: Option<SocketAddr>,
     /// Where workers reach `activations`, if that is elsewhere.
     pub advertise_activations: Option<SocketAddr>,
+    /// Where workers reach `blobs`, if that is elsewhere.
+    pub advertise_blobs: Option<SocketAddr>,
 }

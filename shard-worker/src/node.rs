@@ -161,7 +161,8 @@ impl Worker {
         let links = Arc::new(links.tracing(config.tracer));
         let cache = ModelCache::new(&config.data, BlobSettings::from_environment());
         let any_port = SocketAddr::new(activations.ip(), 0);
-        let blobs = Blobs::start(any_port, Arc::clone(&identity), cache.clone())?;
+        let at = (addresses.blobs.unwrap_or(any_port), addresses.advertise_blobs);
+        let blobs = Blobs::start(at, Arc::clone(&identity), cache.clone())?;
         let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
             versions: VersionRange::OURS,

@@ -181,6 +181,39 @@ fn fp8_weights_are_their_bits_times_the_scale_of_their_block() {
     check_fp8(all, Precision::Fp8, "weight_scale", |rows, columns| (rows, columns));
 }
 
+#[test]
+fn an_fp8_weight_that_is_no_number_is_refused_with_its_tensor() {
+    let spec = ModelSpec::from_config_json(&config(None)).unwrap();
+    let bad = "model.layers.1.mlp.up_proj.weight";
+    for (byte, held) in [
+        (0x7F, Precision::Fp8),
+        (0xFF, Precision::Fp8),
+        (0x7F, Precision::F32),
+        (0xFF, Precision::Q8_0),
+    ] {
+        let mut entries = Vec::new();
+        for tensor in spec.tensors(LayerRange::new(0, spec.layers)) {
+            let elements = tensor.elements() as usize;
+            if tensor.name == bad {
+                let mut bits = vec![0x38; elements];
+                bits[elements / 2] = byte;
+                let scale = tensor.name.replace("weight", "weight_scale");
+                entries.push((scale, "F32", vec![1], bytes_of(&[0.01])));
+                entries.push((tensor.name, "F8_E4M3", tensor.shape, bits));
+            } else {
+                entries.push((tensor.name, "F32", tensor.shape, bytes_of(&vec![0.5; elements])));
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &config(Some(json!({"quant_method": "fp8"}))), &entries);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let setup = Setup { held, ..Setup::plain(checkpoint.spec()) };
+        let loaded = load(&checkpoint, &assignment(&checkpoint, &setup, 0), 1, setup.isa);
+        let refusal = loaded.map(drop).unwrap_err().to_string();
+        assert!(refusal.contains(bad) && refusal.contains("is not a number"), "{refusal}");
+    }
+}
+
 /// Words of eight numbers of four bits.
 fn words(numbers: impl Iterator<Item = u32>) -> Vec<u8> {
     let numbers: Vec<u32> = numbers.collect();

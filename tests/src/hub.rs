@@ -15,14 +15,21 @@ use anyhow::{Context, Result};
 use ring::digest;
 use serde_json::{Value, json};
 
+use crate::signed::is_signed;
+
 /// A client that says nothing for so long is gone.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The commit of what it serves.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// The key that opens it where it is asked as an object store: `s3://bucket/models/demo`.
+/// Where it is asked as an object store, the model is this; with a space, as what is signed is escaped.
+pub const S3_URL: &str = "s3://bucket/models/my demo";
+
+/// The key that opens it there, and its secret part.
 pub const S3_KEY: &str = "AKIATEST";
+/// Never sent.
+pub const S3_SECRET: &str = "what is signed with";
 
 /// What an answer is like, once.
 #[derive(Clone, Debug)]
@@ -39,6 +46,8 @@ pub enum Fault {
     Whole,
     /// Another range than was asked for.
     Shifted,
+    /// It is said to lie at the CDN.
+    Elsewhere,
 }
 
 /// It serves until it is dropped.
@@ -67,7 +76,7 @@ pub struct Counts {
     pub bytes: BTreeMap<String, u64>,
     /// Answers, by file.
     pub answers: BTreeMap<String, u64>,
-    /// Requests at the CDN that carried a token.
+    /// Requests at the CDN that carried a token, or anything that was signed for the object store.
     pub leaked: u64,
 }
 
@@ -118,6 +127,11 @@ impl Hub {
     /// The next answers for a file (the description is `""`) are like this, one after the other.
     pub fn fail(&self, file: &str, faults: &[Fault]) {
         self.shared.faults().insert(file.to_owned(), faults.to_vec());
+    }
+
+    /// How many of the answers that `fail` named are still to come.
+    pub fn left(&self, file: &str) -> usize {
+        self.shared.faults().get(file).map_or(0, Vec::len)
     }
 
     /// What it has sent so far.
@@ -201,6 +215,8 @@ struct Asked {
     token: Option<String>,
     /// Whether it is signed as an object store wants it, by `S3_KEY`.
     signed: bool,
+    /// Whether it carries anything of a signature.
+    has_keys: bool,
     if_match: Option<String>,
 }
 
@@ -210,29 +226,30 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Result<Option<Asked>> {
         return Ok(None);
     }
     let path = line.split(' ').nth(1).context("a path")?.to_owned();
-    let mut asked = Asked { path, range: None, token: None, signed: false, if_match: None };
+    let mut headers = BTreeMap::new();
     loop {
         let mut line = String::new();
         reader.read_line(&mut line)?;
-        let line = line.trim_end();
-        let Some((name, value)) = line.split_once(": ") else { return Ok(Some(asked)) };
-        match name.to_ascii_lowercase().as_str() {
-            "authorization" => {
-                asked.token = value.strip_prefix("Bearer ").map(str::to_owned);
-                let credential = format!("AWS4-HMAC-SHA256 Credential={S3_KEY}/");
-                asked.signed = value.starts_with(&credential);
-            }
-            "if-match" => asked.if_match = Some(value.to_owned()),
-            "range" => {
-                let (first, last) = value
-                    .strip_prefix("bytes=")
-                    .and_then(|r| r.split_once('-'))
-                    .context("bytes")?;
-                asked.range = Some((first.parse()?, last.parse::<usize>()? + 1));
-            }
-            _ => {}
-        }
+        let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+        headers.insert(name.to_ascii_lowercase(), value.to_owned());
     }
+    let range = match headers.get("range") {
+        Some(range) => {
+            let range = range.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
+            let (first, last) = range.context("bytes")?;
+            Some((first.parse()?, last.parse::<usize>()? + 1))
+        }
+        None => None,
+    };
+    let bearer = headers.get("authorization").and_then(|value| value.strip_prefix("Bearer "));
+    Ok(Some(Asked {
+        range,
+        token: bearer.map(str::to_owned),
+        signed: is_signed(&path, &headers),
+        has_keys: headers.keys().any(|name| name == "authorization" || name.starts_with("x-amz-")),
+        if_match: headers.remove("if-match"),
+        path,
+    }))
 }
 
 fn converse(stream: TcpStream, shared: &Shared) -> Result<()> {
@@ -253,18 +270,23 @@ fn answer(out: &mut TcpStream, shared: &Shared, asked: &Asked) -> Result<bool> {
     let path = asked.path.split('?').next().unwrap_or_default();
     let repo = &shared.repo;
     if let Some(file) = path.strip_prefix(&format!("/cdn/{COMMIT}/")) {
-        if asked.token.is_some() {
+        if asked.has_keys {
             shared.counts().leaked += 1;
         }
         return send_file(out, shared, file, asked);
     }
-    if let Some(file) = path.strip_prefix("/bucket/models/demo/") {
+    if let Some(file) = path.strip_prefix("/bucket/models/my%20demo/") {
         let etag = shared.files.get(file).map(|bytes| etag(bytes));
         if !asked.signed {
             return send(out, "403 Forbidden", &[], b"<Error><Code>AccessDenied</Code></Error>");
         }
         if asked.if_match.is_some() && asked.if_match != etag {
             return send(out, "412 Precondition Failed", &[], b"<Error/>");
+        }
+        if shared.faults().get(file).is_some_and(|faults| matches!(faults[..], [Fault::Elsewhere]))
+        {
+            shared.faults().remove(file);
+            return send_on(out, file);
         }
         return send_file(out, shared, file, asked);
     }
@@ -280,15 +302,17 @@ fn answer(out: &mut TcpStream, shared: &Shared, asked: &Asked) -> Result<bool> {
         };
     }
     match path.strip_prefix(&format!("/{repo}/resolve/{COMMIT}/")) {
-        Some(file) if file.ends_with(".safetensors") => {
-            // A CDN is another host: what is meant for the hub alone must not get there.
-            let port = out.local_addr()?.port();
-            let to = format!("http://localhost:{port}/cdn/{COMMIT}/{file}?signature=x");
-            send(out, "302 Found", &[("Location", to)], b"")
-        }
+        Some(file) if file.ends_with(".safetensors") => send_on(out, file),
         Some(file) => send_file(out, shared, file, asked),
         None => send(out, "404 Not Found", &[], b"Repository not found"),
     }
+}
+
+/// A CDN is another host: what is meant for the hub alone must not get there.
+fn send_on(out: &mut TcpStream, file: &str) -> Result<bool> {
+    let port = out.local_addr()?.port();
+    let to = format!("http://localhost:{port}/cdn/{COMMIT}/{file}?signature=x");
+    send(out, "302 Found", &[("Location", to)], b"")
 }
 
 fn send_file(out: &mut TcpStream, shared: &Shared, file: &str, asked: &Asked) -> Result<bool> {
@@ -310,7 +334,7 @@ fn send_file(out: &mut TcpStream, shared: &Shared, file: &str, asked: &Asked) ->
         }
         Some(Fault::Whole) => (status, body) = ("200 OK", bytes.clone()),
         Some(Fault::Shifted) => said += 1,
-        Some(Fault::Cut(_)) | None => {}
+        Some(Fault::Cut(_) | Fault::Elsewhere) | None => {}
     }
     let range = format!("bytes {said}-{}/{}", end.saturating_sub(1), bytes.len());
     let headers = [("Content-Range", range), ("ETag", etag(bytes))];

@@ -11,5 +11,6 @@ pub mod hub;
 pub mod model;
 pub mod planted;
 pub mod proc;
+pub mod signed;
 pub mod sim;
 pub mod slow;

@@ -75,15 +75,19 @@ impl Town {
 
     /// One more worker, whose small files are here.
     fn join(&mut self) -> Result<()> {
+        self.join_at("127.0.0.1:0".parse()?, None)
+    }
+
+    /// The same, at an address where others do not find it, but at another.
+    fn join_at(&mut self, at: SocketAddr, advertise: Option<SocketAddr>) -> Result<()> {
         let node = NodeId::worker(self.workers.len() as u32 + 1);
         let data = tempfile::tempdir()?;
         let settings =
             BlobSettings { endpoint: self.hub.url(), cut: CUT, ..BlobSettings::default() };
         let cache = ModelCache::new(data.path(), settings);
-        cache.prepare(&source(), Side::Weights)?;
+        cache.prepare(&source(), Side::Weights, &AtomicBool::new(false))?;
         let identity = self.ca.issue_identity(node, SystemTime::now())?;
-        let loopback: SocketAddr = "127.0.0.1:0".parse()?;
-        let blobs = Blobs::start(loopback, Arc::new(identity), cache.clone())?;
+        let blobs = Blobs::start((at, advertise), Arc::new(identity), cache.clone())?;
         self.pass_on(node, &blobs);
         self.workers.push(Worker { node, data, cache, blobs });
         Ok(())
@@ -139,7 +143,7 @@ impl Town {
     }
 
     fn check(&self, worker: &Worker) -> Result<()> {
-        let folder = worker.cache.prepare(&source(), Side::Weights)?;
+        let folder = worker.cache.prepare(&source(), Side::Weights, &AtomicBool::new(false))?;
         let here = std::fs::read(folder.join(WEIGHTS))?;
         anyhow::ensure!(here == self.weights, "{} has other weights", worker.node);
         anyhow::ensure!(folder.starts_with(worker.data.path()));
@@ -211,7 +215,8 @@ fn a_worker_whose_disk_lies_is_found_out_and_the_others_have_the_model_all_the_s
     town.join()?;
     town.fetch(0..1)?;
     // Behind its back: it has hashed what was there before.
-    let folder = town.workers[0].cache.prepare(&source(), Side::Weights)?;
+    let folder =
+        town.workers[0].cache.prepare(&source(), Side::Weights, &AtomicBool::new(false))?;
     let mut damaged = town.weights.clone();
     let middle = damaged.len() / 2;
     damaged[middle..].iter_mut().for_each(|byte| *byte ^= 0x55);
@@ -220,6 +225,25 @@ fn a_worker_whose_disk_lies_is_found_out_and_the_others_have_the_model_all_the_s
     town.fetch(1..3)?;
     town.check(&town.workers[1])?;
     town.check(&town.workers[2])?;
+    Ok(())
+}
+
+#[test]
+fn a_worker_behind_a_mapping_gives_what_it_has_where_it_says_that_it_is() -> Result<()> {
+    let mut town = Town::new()?;
+    // A port that is free now.
+    let port = std::net::UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
+    let mapped = SocketAddr::from(([127, 0, 0, 1], port));
+    town.join_at(SocketAddr::from(([0, 0, 0, 0], port)), Some(mapped))?;
+    assert_eq!(town.workers[0].blobs.address(), mapped);
+    town.fetch(0..1)?;
+    let sent = town.hub.counts().weights();
+    town.join()?;
+    let header = town.hub.counts().weights() - sent;
+    town.fetch(1..2)?;
+    town.check(&town.workers[1])?;
+    assert_eq!(town.hub.counts().weights(), sent + header, "the hub was asked for chunks");
+    assert!(town.workers[0].blobs.given() > 0);
     Ok(())
 }
 

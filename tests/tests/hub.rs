@@ -2,7 +2,7 @@
 //! that serve one. The hub is played by a server of ours.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,7 +12,7 @@ use shoal_protocol::blob::{
 };
 use shoal_protocol::model::Checkpoint;
 use shoal_protocol::plan::ModelSource;
-use shoal_tests::hub::{COMMIT, Fault, Hub, S3_KEY};
+use shoal_tests::hub::{COMMIT, Fault, Hub, S3_KEY, S3_SECRET, S3_URL};
 use shoal_tests::model::{RandomLlama, demo};
 use shoal_tests::proc::{Process, Up, UpOptions};
 
@@ -55,7 +55,7 @@ fn a_model_of_a_hub_has_the_fingerprint_of_its_folder_before_its_weights_are_her
     let cache = ModelCache::new(data.path(), settings(&hub));
     let pinned = cache.pin(&source("main"))?;
     assert_eq!(pinned, source(COMMIT));
-    let folder = cache.prepare(&pinned, Side::Text)?;
+    let folder = cache.prepare(&pinned, Side::Text, &AtomicBool::new(false))?;
     let (here, there) = (Checkpoint::open(&folder)?, Checkpoint::open(&demo())?);
     assert_eq!(here.fingerprint(), there.fingerprint());
     here.check_tokenizer()?;
@@ -63,7 +63,11 @@ fn a_model_of_a_hub_has_the_fingerprint_of_its_folder_before_its_weights_are_her
     assert!(sent < all / 4, "{sent} of {all} bytes of weights for a header");
     // A worker does without a tokenizer.
     let other = tempfile::tempdir()?;
-    let folder = ModelCache::new(other.path(), settings(&hub)).prepare(&pinned, Side::Weights)?;
+    let folder = ModelCache::new(other.path(), settings(&hub)).prepare(
+        &pinned,
+        Side::Weights,
+        &AtomicBool::new(false),
+    )?;
     assert!(!folder.join("tokenizer.json").exists());
     assert_eq!(Checkpoint::open(&folder)?.fingerprint(), there.fingerprint());
     Ok(())
@@ -74,7 +78,7 @@ fn only_what_is_asked_for_comes_and_another_process_finds_it_again() -> Result<(
     let hub = Hub::serve(&demo(), REPO, None)?;
     let data = tempfile::tempdir()?;
     let cache = ModelCache::new(data.path(), settings(&hub));
-    let folder = cache.prepare(&source(COMMIT), Side::Weights)?;
+    let folder = cache.prepare(&source(COMMIT), Side::Weights, &AtomicBool::new(false))?;
     let before = hub.counts().weights();
     let part = Wanted { file: WEIGHTS.to_owned(), bytes: 1_000_000..1_200_000 };
     fill(&cache, std::slice::from_ref(&part))?;
@@ -86,7 +90,7 @@ fn only_what_is_asked_for_comes_and_another_process_finds_it_again() -> Result<(
     // A process that begins anew asks for nothing at all.
     let answers = hub.counts().answers;
     let again = ModelCache::new(data.path(), settings(&hub));
-    again.prepare(&source(COMMIT), Side::Weights)?;
+    again.prepare(&source(COMMIT), Side::Weights, &AtomicBool::new(false))?;
     fill(&again, &[part])?;
     assert_eq!(hub.counts().answers, answers);
     fill(&again, &[whole()?])?;
@@ -106,7 +110,7 @@ fn what_passes_is_waited_for_and_what_came_is_kept() -> Result<()> {
         let hub = Hub::serve(&demo(), REPO, None)?;
         let data = tempfile::tempdir()?;
         let cache = ModelCache::new(data.path(), settings(&hub));
-        let folder = cache.prepare(&source(COMMIT), Side::Weights)?;
+        let folder = cache.prepare(&source(COMMIT), Side::Weights, &AtomicBool::new(false))?;
         let before = hub.counts().weights();
         hub.fail(WEIGHTS, &faults);
         fill(&cache, &[whole()?]).with_context(|| format!("{faults:?}"))?;
@@ -129,12 +133,12 @@ fn what_does_not_pass_is_refused_with_the_hub_and_the_reason() -> Result<()> {
         let get = || -> Result<(), BlobError> {
             let pinned = cache.pin(&source("main"))?;
             if file == WEIGHTS {
-                cache.prepare(&pinned, Side::Text)?;
+                cache.prepare(&pinned, Side::Text, &AtomicBool::new(false))?;
                 hub.fail(file, faults);
                 return fill(&cache, &[whole().expect("the demo model")]);
             }
             hub.fail(file, faults);
-            cache.prepare(&pinned, Side::Text).map(drop)
+            cache.prepare(&pinned, Side::Text, &AtomicBool::new(false)).map(drop)
         };
         let error = get().err().with_context(|| format!("{file}: {faults:?}"))?.to_string();
         for words in [hub.url().as_str()].iter().chain(words) {
@@ -142,7 +146,7 @@ fn what_does_not_pass_is_refused_with_the_hub_and_the_reason() -> Result<()> {
         }
         // Another try finds nothing half-made.
         hub.fail(file, &[]);
-        cache.prepare(&source(COMMIT), Side::Text)?;
+        cache.prepare(&source(COMMIT), Side::Text, &AtomicBool::new(false))?;
         Ok(fill(&cache, &[whole()?])?)
     };
     let down = vec![Fault::Status(503, None); 40];
@@ -158,6 +162,33 @@ fn what_does_not_pass_is_refused_with_the_hub_and_the_reason() -> Result<()> {
 }
 
 #[test]
+fn who_gives_a_model_up_does_not_wait_for_a_hub_that_is_down() -> Result<()> {
+    let hub = Hub::serve(&demo(), REPO, None)?;
+    let data = tempfile::tempdir()?;
+    // Longer than this test may take.
+    let patience = Patience { first_pause: Duration::from_secs(600), tries: 9, ..PATIENCE };
+    let patience = Patience { within: Duration::from_secs(6000), ..patience };
+    let cache = ModelCache::new(data.path(), BlobSettings { patience, ..settings(&hub) });
+    hub.fail("config.json", &vec![Fault::Status(503, None); 9]);
+    let cancel = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| cache.prepare(&source(COMMIT), Side::Weights, &cancel));
+        // Another one waits for the first, which has the turn.
+        let second = scope.spawn(|| cache.forget(&source(COMMIT), &cancel).err());
+        while hub.left("config.json") == 9 && !first.is_finished() {
+            std::thread::yield_now();
+        }
+        cancel.store(true, Ordering::Relaxed);
+        let first = first.join().expect("no panic").map_err(|error| error.to_string());
+        assert_eq!(first, Err("fetching was cancelled".to_owned()));
+        let second = second.join().expect("no panic").map(|error| error.to_string());
+        // Or it came first, and had nothing to wait for.
+        assert!(second.is_none_or(|why| why == "fetching was cancelled"));
+    });
+    Ok(())
+}
+
+#[test]
 fn a_token_opens_a_private_model_and_does_not_reach_the_cdn() -> Result<()> {
     let hub = Hub::serve(&demo(), REPO, Some("hf_secret"))?;
     let data = tempfile::tempdir()?;
@@ -166,7 +197,7 @@ fn a_token_opens_a_private_model_and_does_not_reach_the_cdn() -> Result<()> {
     assert!(error.contains("401") && error.contains("HF_TOKEN"), "{error}");
     let token = Some("hf_secret".to_owned());
     let with = ModelCache::new(data.path(), BlobSettings { token, ..settings(&hub) });
-    with.prepare(&with.pin(&source("main"))?, Side::Text)?;
+    with.prepare(&with.pin(&source("main"))?, Side::Text, &AtomicBool::new(false))?;
     fill(&with, &[whole()?])?;
     assert_eq!(hub.counts().leaked, 0);
     let missing = ModelSource::Hub { repo: "shoal/none".to_owned(), revision: "main".to_owned() };
@@ -188,7 +219,7 @@ fn what_the_hubs_own_cache_holds_whole_is_used_as_it_is_even_offline() -> Result
     let settings = BlobSettings { hub_cache, offline: true, ..BlobSettings::default() };
     let models = ModelCache::new(data.path(), settings);
     let pinned = models.pin(&source("main"))?;
-    assert_eq!(models.prepare(&pinned, Side::Text)?, snapshot);
+    assert_eq!(models.prepare(&pinned, Side::Text, &AtomicBool::new(false))?, snapshot);
     fill(&models, &[whole()?])?;
     let other = ModelSource::Hub { repo: "shoal/other".to_owned(), revision: "main".to_owned() };
     let error = models.pin(&other).unwrap_err().to_string();
@@ -200,19 +231,13 @@ fn what_the_hubs_own_cache_holds_whole_is_used_as_it_is_even_offline() -> Result
 fn a_folder_of_an_object_store_is_a_model_until_somebody_replaces_it() -> Result<()> {
     let store = Hub::serve(&demo(), REPO, None)?;
     let data = tempfile::tempdir()?;
-    let url = "s3://bucket/models/demo".to_owned();
-    let asked = ModelSource::ObjectStore { url, revision: String::new() };
-    let of = |store: &Hub, id: &str| {
-        let (id, secret, session) = (id.to_owned(), "secret".to_owned(), None);
-        let keys = Some(S3Keys { id, secret, session });
-        let s3_endpoint = Some(store.url());
-        ModelCache::new(data.path(), BlobSettings { keys, s3_endpoint, ..settings(store) })
-    };
+    let asked = ModelSource::ObjectStore { url: S3_URL.to_owned(), revision: String::new() };
+    let of = |store: &Hub, secret: &str| object_store(store, data.path(), secret);
     let error = of(&store, "another").pin(&asked).unwrap_err().to_string();
     assert!(error.contains("403") && error.contains("AWS_ACCESS_KEY_ID"), "{error}");
-    let cache = of(&store, S3_KEY);
+    let cache = of(&store, S3_SECRET);
     let pinned = cache.pin(&asked)?;
-    let folder = cache.prepare(&pinned, Side::Text)?;
+    let folder = cache.prepare(&pinned, Side::Text, &AtomicBool::new(false))?;
     assert_eq!(Checkpoint::open(&folder)?.fingerprint(), Checkpoint::open(&demo())?.fingerprint());
     let filling = Filling { on_progress: &|_, _| {}, cancel: &AtomicBool::new(false) };
     let half = Wanted { bytes: 0..1_000_000, ..whole()? };
@@ -226,12 +251,37 @@ fn a_folder_of_an_object_store_is_a_model_until_somebody_replaces_it() -> Result
     weights[last] ^= 1;
     std::fs::write(other.path().join(WEIGHTS), &weights)?;
     let replaced = Hub::serve(other.path(), REPO, None)?;
-    let cache = of(&replaced, S3_KEY);
+    let cache = of(&replaced, S3_SECRET);
     assert_ne!(cache.pin(&asked)?, pinned);
     let error = cache.fill(&pinned, &[whole()?], &filling).unwrap_err().to_string();
     assert!(error.contains("412") && error.contains(WEIGHTS), "{error}");
-    of(&store, S3_KEY).fill(&pinned, &[whole()?], &filling)?;
+    of(&store, S3_SECRET).fill(&pinned, &[whole()?], &filling)?;
     assert!(std::fs::read(folder.join(WEIGHTS))? == std::fs::read(demo().join(WEIGHTS))?);
+    Ok(())
+}
+
+/// The hub, asked as an object store with credentials of a session.
+fn object_store(store: &Hub, data: &Path, secret: &str) -> ModelCache {
+    let session = Some("for an hour".to_owned());
+    let keys = Some(S3Keys { id: S3_KEY.to_owned(), secret: secret.to_owned(), session });
+    let s3_endpoint = Some(store.url());
+    ModelCache::new(data, BlobSettings { keys, s3_endpoint, ..settings(store) })
+}
+
+#[test]
+fn what_is_signed_for_an_object_store_is_not_sent_on_to_another_host() -> Result<()> {
+    let store = Hub::serve(&demo(), REPO, None)?;
+    let data = tempfile::tempdir()?;
+    let asked = ModelSource::ObjectStore { url: S3_URL.to_owned(), revision: String::new() };
+    let cache = object_store(&store, data.path(), S3_SECRET);
+    let pinned = cache.pin(&asked)?;
+    store.fail(WEIGHTS, &[Fault::Elsewhere]);
+    let prepared = cache.prepare(&pinned, Side::Weights, &AtomicBool::new(false));
+    let error = prepared.unwrap_err().to_string();
+    for words in ["302", "http://localhost", "a signed request does not go", "AWS_ENDPOINT_URL"] {
+        assert!(error.contains(words), "`{words}` is not in `{error}`");
+    }
+    assert_eq!(store.counts().leaked, 0);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! ● Reads a model where it is: what the coordinator must know before it places one.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use shoal_protocol::blob::{BlobError, BlobSettings, ModelCache, Side};
 use shoal_protocol::error::{ErrorCode, WireError};
@@ -50,7 +51,9 @@ impl Models {
             ModelSource::Builtin { name } => self.unpack(name).map(Some),
             ModelSource::Pretend(_) => Ok(None),
             ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
-                self.cache.prepare(source, Side::Text).map(Some).map_err(|e| fetch_error(&e))
+                // Whoever deploys waits for it; each request has its own deadline.
+                let prepared = self.cache.prepare(source, Side::Text, &AtomicBool::new(false));
+                prepared.map(Some).map_err(|error| fetch_error(&error))
             }
         }
     }

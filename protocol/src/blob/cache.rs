@@ -16,6 +16,7 @@ use super::origin::Origin;
 use super::prepare::{self, Side};
 use super::s3::{ObjectStore, ObjectUrl};
 use super::settings::BlobSettings;
+use super::turn::Turn;
 use crate::model::Checkpoint;
 use crate::plan::ModelSource;
 use crate::weights::{ChunkId, ModelKey};
@@ -36,8 +37,9 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Slot {
     /// Held while the small part is fetched.
-    turn: Mutex<()>,
-    /// Never held for long.
+    turn: Turn,
+    /// Never held for long. It holds no file open, only what is known of them: a model that was unloaded
+    /// costs some memory, and its chunks can still be given to others.
     model: Mutex<Option<Arc<Model>>>,
 }
 
@@ -89,14 +91,20 @@ impl ModelCache {
     }
 
     /// The folder of a pinned model, with its small files and headers in it.
-    pub fn prepare(&self, source: &ModelSource, side: Side) -> Result<PathBuf, BlobError> {
+    pub fn prepare(
+        &self,
+        source: &ModelSource,
+        side: Side,
+        cancel: &AtomicBool,
+    ) -> Result<PathBuf, BlobError> {
         let named = self.named(source)?;
         if let Some(snapshot) = self.snapshot(&named, side) {
             return Ok(snapshot);
         }
-        let folder = named.place.clone();
-        self.open(named, side)?;
-        Ok(folder)
+        let slot = self.slot(&named.place);
+        let _turn = slot.turn.take(cancel)?;
+        prepare::prepare(self.origin(&named), (&named.place, &named.commit), side, cancel)?;
+        Ok(named.place)
     }
 
     /// Brings these ranges of a pinned model here. What is read then is there, until the disk fails.
@@ -121,7 +129,7 @@ impl ModelCache {
         if self.snapshot(&named, Side::Weights).is_some() {
             return Ok(());
         }
-        self.open(named, Side::Weights)?.fill(wanted, peers, filling)
+        self.open(named, filling.cancel)?.fill(wanted, peers, filling)
     }
 
     /// A chunk that this process has, of a model by its key.
@@ -152,10 +160,10 @@ impl ModelCache {
     }
 
     /// Throws away what is here of a model: its small part has turned out to be wrong.
-    pub fn forget(&self, source: &ModelSource) -> Result<(), BlobError> {
+    pub fn forget(&self, source: &ModelSource, cancel: &AtomicBool) -> Result<(), BlobError> {
         let named = self.named(source)?;
         let slot = self.slot(&named.place);
-        let _turn = slot.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = slot.turn.take(cancel)?;
         slot.set(None);
         match std::fs::remove_dir_all(&named.place) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -165,31 +173,34 @@ impl ModelCache {
         }
     }
 
-    /// Prepares a model and opens its files; those that are open already stay so, with what is known of
-    /// their chunks.
-    fn open(&self, named: Named, side: Side) -> Result<Arc<Model>, BlobError> {
-        let Named { origin, place, commit, .. } = named;
-        let slot = self.slot(&place);
-        let _turn = slot.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let never = AtomicBool::new(false);
-        let offline: Box<dyn Origin> = Box::new(Offline);
-        let origin = if self.0.settings.offline { offline } else { origin };
-        let listing = prepare::prepare(origin.as_ref(), (&place, &commit), side, &never)?;
+    /// Prepares a model whose weights are wanted; what is known already of their chunks stays known.
+    fn open(&self, named: Named, cancel: &AtomicBool) -> Result<Arc<Model>, BlobError> {
+        let slot = self.slot(&named.place);
+        let _turn = slot.turn.take(cancel)?;
+        let (asked, side) = (self.origin(&named), Side::Weights);
+        let listing = prepare::prepare(asked, (&named.place, &named.commit), side, cancel)?;
         if let Some(before) = slot.opened() {
             return Ok(before);
         }
         let cut = self.0.settings.cut;
         let mut files = Vec::new();
-        for remote in prepare::weights(origin.as_ref(), &place, &listing)? {
-            let here = SparseFile::open(&place, &remote.name, cut)?;
+        for remote in prepare::weights(asked, &named.place, &listing)? {
+            let here = SparseFile::open(&named.place, &remote.name, cut)?;
             let first = here.read_at(0, here.len().min(8) as usize)?;
             let head = prepare::head_len(&first).unwrap_or(0).min(here.len());
             files.push(Entry { remote: remote.clone(), here, head });
         }
-        let turn = Mutex::default();
-        let model = Arc::new(Model { origin, commit, files, folder: place, cut, turn });
+        let (turn, givers) = Default::default();
+        let Named { place: folder, commit, origin, .. } = named;
+        let origin = if self.0.settings.offline { Box::new(Offline) } else { origin };
+        let model = Arc::new(Model { origin, commit, files, folder, cut, turn, givers });
         slot.set(Some(Arc::clone(&model)));
         Ok(model)
+    }
+
+    /// Who may be asked for a model.
+    fn origin<'a>(&self, named: &'a Named) -> &'a dyn Origin {
+        if self.0.settings.offline { &Offline } else { named.origin.as_ref() }
     }
 
     fn slot(&self, place: &Path) -> Arc<Slot> {

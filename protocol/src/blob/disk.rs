@@ -26,6 +26,9 @@ const MAGIC: &[u8; 8] = b"shoal-b1";
 /// The folder of the records.
 const RECORDS: &str = ".chunks";
 
+/// The record that a whole file was compared with its origin's sum has this number, which no chunk has.
+const WHOLE: u32 = u32::MAX;
+
 /// Magic, file length, chunk length.
 const HEAD_LEN: usize = 24;
 
@@ -41,31 +44,35 @@ pub(super) enum Held {
     Verified(ChunkHash),
 }
 
-/// A large file of a model on this disk.
+/// A large file of a model on this disk. It is opened for each chunk: that is cheap beside four mebibytes,
+/// and a process may know hundreds of files of each model that it ever had.
 #[derive(Debug)]
 pub(super) struct SparseFile {
     path: PathBuf,
     records: PathBuf,
-    data: File,
     len: u64,
     cut: Cut,
     held: Mutex<BTreeMap<u32, Held>>,
+    /// What was compared with the origin's sum.
+    proven: Mutex<Option<ChunkHash>>,
 }
 
+/// What is on record.
+type Records = (BTreeMap<u32, Held>, Option<ChunkHash>);
+
 impl SparseFile {
-    /// Opens the file, which `create` has made, with its records.
+    /// Looks at the file, which `create` has made, and at its records.
     pub fn open(folder: &Path, name: &str, cut: Cut) -> Result<Arc<Self>, BlobError> {
         let path = folder.join(name);
         let failed = |source| BlobError::Disk { path: path.clone(), source };
-        let data = OpenOptions::new().read(true).write(true).open(&path).map_err(failed)?;
-        let len = data.metadata().map_err(failed)?.len();
+        let len = std::fs::metadata(&path).map_err(failed)?.len();
         let records = records_of(folder, name);
-        let held = match read_records(&records, len, cut) {
-            Ok(Some(held)) => held,
-            Ok(None) => BTreeMap::new(),
+        let (held, proven) = match read_records(&records, len, cut) {
+            Ok(found) => found.unwrap_or_default(),
             Err(source) => return Err(BlobError::Disk { path: records, source }),
         };
-        Ok(Arc::new(Self { path, records, data, len, cut, held: Mutex::new(held) }))
+        let (held, proven) = (Mutex::new(held), Mutex::new(proven));
+        Ok(Arc::new(Self { path, records, len, cut, held, proven }))
     }
 
     /// Makes a file of full length that holds nothing but its beginning; whole under its name, or not
@@ -83,6 +90,13 @@ impl SparseFile {
         make().map_err(|source| BlobError::Disk { path: path.clone(), source })
     }
 
+    /// Writes the beginning of a file that `create` has made once more, and leaves the rest of it alone.
+    pub fn mend(folder: &Path, name: &str, beginning: &[u8]) -> Result<(), BlobError> {
+        let path = folder.join(name);
+        let write = || OpenOptions::new().write(true).open(&path)?.write_all_at(beginning, 0);
+        write().map_err(|source| BlobError::Disk { path: path.clone(), source })
+    }
+
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -91,11 +105,33 @@ impl SparseFile {
         self.lock().get(&index).copied()
     }
 
-    /// Whether this process has hashed all of it.
-    pub fn is_complete(&self) -> bool {
+    /// Whether this process knows of no chunk of it.
+    pub fn is_hollow(&self) -> bool {
+        !self.lock().values().any(|held| matches!(held, Held::Verified(_)))
+    }
+
+    /// One hash for the hashes of all chunks, where this process has hashed them all.
+    pub fn whole(&self) -> Option<ChunkHash> {
         let held = self.lock();
-        let verified = held.values().filter(|held| matches!(held, Held::Verified(_))).count();
-        verified == self.cut.count(self.len) as usize
+        let mut hasher = blake3::Hasher::new();
+        for index in 0..self.cut.count(self.len) {
+            let Some(Held::Verified(hash)) = held.get(&index) else { return None };
+            hasher.update(hash);
+        }
+        Some(*hasher.finalize().as_bytes())
+    }
+
+    /// What `whole` was when the file was last compared with its origin's sum, and was the same.
+    pub fn proven(&self) -> Option<ChunkHash> {
+        *self.proven.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts on record that it was.
+    pub fn prove(&self, whole: ChunkHash) -> Result<(), BlobError> {
+        self.record(WHOLE, &whole)
+            .map_err(|source| BlobError::Disk { path: self.records.clone(), source })?;
+        *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = Some(whole);
+        Ok(())
     }
 
     /// The chunks that this process has hashed.
@@ -140,7 +176,8 @@ impl SparseFile {
     /// Some bytes, as they are.
     pub fn read_at(&self, first: u64, len: usize) -> Result<Vec<u8>, BlobError> {
         let mut buffer = vec![0; len];
-        self.data.read_exact_at(&mut buffer, first).map_err(|source| self.failed(source))?;
+        let mut read = || File::open(&self.path)?.read_exact_at(&mut buffer, first);
+        read().map_err(|source| self.failed(source))?;
         Ok(buffer)
     }
 
@@ -148,7 +185,9 @@ impl SparseFile {
     pub fn write(&self, index: u32, bytes: &[u8], hash: ChunkHash) -> Result<(), BlobError> {
         let place = self.cut.bytes(index, self.len);
         debug_assert_eq!(place.end - place.start, bytes.len() as u64);
-        self.data.write_all_at(bytes, place.start).map_err(|source| self.failed(source))?;
+        let file = OpenOptions::new().write(true).open(&self.path);
+        let written = file.and_then(|file| file.write_all_at(bytes, place.start));
+        written.map_err(|source| self.failed(source))?;
         let mut held = self.lock();
         self.record(index, &hash)
             .map_err(|source| BlobError::Disk { path: self.records.clone(), source })?;
@@ -159,6 +198,7 @@ impl SparseFile {
     /// Forgets all chunks: what they are made of has turned out to be wrong.
     pub fn forget(&self) -> Result<(), BlobError> {
         self.lock().clear();
+        *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = None;
         match std::fs::remove_file(&self.records) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(BlobError::Disk { path: self.records.clone(), source })
@@ -212,7 +252,7 @@ fn encode(index: u32, hash: &ChunkHash) -> [u8; RECORD_LEN] {
 }
 
 /// The claims of a record file; `None` where there are none for such a file.
-fn read_records(path: &Path, len: u64, cut: Cut) -> io::Result<Option<BTreeMap<u32, Held>>> {
+fn read_records(path: &Path, len: u64, cut: Cut) -> io::Result<Option<Records>> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -227,13 +267,16 @@ fn read_records(path: &Path, len: u64, cut: Cut) -> io::Result<Option<BTreeMap<u
         std::fs::remove_file(path)?;
         return Ok(None);
     }
-    let mut held = BTreeMap::new();
+    let (mut held, mut proven) = Records::default();
     let (records, torn) = bytes[HEAD_LEN..].as_chunks::<RECORD_LEN>();
     for record in records {
         let index = u32::from_le_bytes([record[0], record[1], record[2], record[3]]);
         let mut hash = [0; 32];
         hash.copy_from_slice(&record[4..36]);
-        if *record == encode(index, &hash) && index < cut.count(len) {
+        let is_whole = *record == encode(index, &hash);
+        if is_whole && index == WHOLE {
+            proven = Some(hash);
+        } else if is_whole && index < cut.count(len) {
             held.insert(index, Held::Claimed(hash));
         }
     }
@@ -242,7 +285,7 @@ fn read_records(path: &Path, len: u64, cut: Cut) -> io::Result<Option<BTreeMap<u
         let good = (bytes.len() - torn.len()) as u64;
         OpenOptions::new().write(true).open(path)?.set_len(good)?;
     }
-    Ok(Some(held))
+    Ok(Some((held, proven)))
 }
 
 /// Bytes that are free where a folder is.
@@ -287,7 +330,8 @@ mod tests {
         assert_eq!(next.held(1), Some(Held::Claimed(hash(b"0123456789"))));
         assert!(next.verified().is_empty());
         // Somebody's finger slips.
-        next.data.write_all_at(b"X", 12).unwrap();
+        let slipped = OpenOptions::new().write(true).open(&next.path).unwrap();
+        slipped.write_all_at(b"X", 12).unwrap();
         assert!(!next.verify(1).unwrap());
         assert!(next.verify(2).unwrap());
         assert_eq!((next.held(0), next.held(1)), (None, None));

@@ -17,7 +17,8 @@ use std::time::Duration;
 use super::chunks::{ChunkId, Cut};
 use super::disk::{Held, SparseFile};
 use super::error::BlobError;
-use super::origin::{Checksum, Origin, RemoteFile};
+use super::origin::{Origin, RemoteFile};
+use super::turn::Turn;
 use crate::id::NodeId;
 use crate::weights::ChunkHash;
 
@@ -30,6 +31,8 @@ const HASHERS: usize = 8;
 
 /// How soon a thread that waits for others looks again; whoever has news wakes it before.
 const LOOK: Duration = Duration::from_millis(200);
+
+const OTHER_HEADER: &str = "its header is not the one that it had when the model was deployed";
 
 /// A range of a file that is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,13 +146,13 @@ pub(super) struct Model {
     pub folder: std::path::PathBuf,
     pub cut: Cut,
     /// One at a time: the second finds what the first has brought.
-    pub turn: Mutex<()>,
+    pub turn: Turn,
+    /// Who has given a chunk of which file, as long as that file's sum is not known to be right.
+    pub givers: Mutex<BTreeSet<(u32, NodeId)>>,
 }
 
 struct Work {
     missing: BTreeSet<ChunkId>,
-    /// Who has given a chunk of which file.
-    givers: BTreeSet<(u32, NodeId)>,
     failure: Option<BlobError>,
 }
 
@@ -161,34 +164,15 @@ impl Model {
         peers: &dyn Peers,
         filling: &Filling<'_>,
     ) -> Result<(), BlobError> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn.take(filling.cancel)?;
         let wanted = self.chunks(wanted);
         self.look_at_disk(&wanted, filling.cancel)?;
-        let before: Vec<bool> = self.files.iter().map(Entry::is_complete).collect();
-        let givers = self.fetch(&wanted, peers, filling)?;
-        for (number, entry) in self.files.iter().enumerate() {
-            if before[number] || entry.checksum_holds(self.cut)? {
-                continue;
-            }
-            let of = |(file, node): &(u32, NodeId)| (*file as usize == number).then_some(*node);
-            let givers: Vec<NodeId> = givers.iter().filter_map(of).collect();
-            entry.here.forget()?;
-            let why = "the whole file's SHA-256 is not the one that its origin says";
-            if givers.is_empty() {
-                return Err(self.damaged(&entry.remote.name, why));
-            }
-            tracing::warn!("{}: {why}; {givers:?} gave parts of it", entry.remote.name);
-            givers.iter().for_each(|node| peers.avoid(*node, why));
-            self.fetch(&wanted, &Alone, filling)?;
-            if !entry.checksum_holds(self.cut)? {
-                entry.here.forget()?;
-                return Err(self.damaged(&entry.remote.name, why));
-            }
-        }
-        Ok(())
+        let own: Vec<bool> = self.files.iter().map(|entry| entry.here.is_hollow()).collect();
+        self.fetch(&wanted, peers, filling)?;
+        self.check_sums(&wanted, &own, peers, filling)
     }
 
-    fn damaged(&self, what: &str, why: &str) -> BlobError {
+    pub fn damaged(&self, what: &str, why: &str) -> BlobError {
         let origin = self.origin.name().to_owned();
         BlobError::Damaged { origin, what: what.to_owned(), why: why.to_owned() }
     }
@@ -252,12 +236,13 @@ impl Model {
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    fn fetch(
+    /// Fetches what is not here.
+    pub fn fetch(
         &self,
         wanted: &BTreeSet<ChunkId>,
         peers: &dyn Peers,
         filling: &Filling<'_>,
-    ) -> Result<BTreeSet<(u32, NodeId)>, BlobError> {
+    ) -> Result<(), BlobError> {
         let bytes = |chunks: &mut dyn Iterator<Item = &ChunkId>| -> u64 {
             chunks.map(|chunk| self.len_of(*chunk)).sum()
         };
@@ -272,12 +257,12 @@ impl Model {
         let done = AtomicU64::new(total - needs);
         (filling.on_progress)(total - needs, total);
         if missing.is_empty() {
-            return Ok(BTreeSet::new());
+            return Ok(());
         }
         self.check_room(needs)?;
         peers.begin(&missing);
         let threads = FETCHERS.min(missing.len());
-        let work = Mutex::new(Work { missing, givers: BTreeSet::new(), failure: None });
+        let work = Mutex::new(Work { missing, failure: None });
         let run = || {
             let fetcher = Fetcher { model: self, work: &work, peers, cancel: filling.cancel };
             fetcher.run(&|came| {
@@ -292,7 +277,7 @@ impl Model {
             run();
         });
         let work = work.into_inner().unwrap_or_else(PoisonError::into_inner);
-        work.failure.map_or(Ok(work.givers), Err)
+        work.failure.map_or(Ok(()), Err)
     }
 
     /// Refuses what the disk cannot take before anything is fetched for it.
@@ -308,26 +293,6 @@ pub(super) fn room(folder: &std::path::Path, needs: u64, free: u64) -> Result<()
     match needs > free {
         true => Err(BlobError::NoRoom { folder: folder.to_owned(), needs, free }),
         false => Ok(()),
-    }
-}
-
-impl Entry {
-    fn is_complete(&self) -> bool {
-        self.here.is_complete()
-    }
-
-    /// Whether the whole file is the one that its origin means; true where that cannot be said, because
-    /// not all of it is here or the origin says nothing.
-    fn checksum_holds(&self, cut: Cut) -> Result<bool, BlobError> {
-        let Some(Checksum::Sha256(expected)) = &self.remote.checksum else { return Ok(true) };
-        if !self.is_complete() {
-            return Ok(true);
-        }
-        let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-        for index in 0..cut.count(self.here.len()) {
-            context.update(&self.here.read(index)?);
-        }
-        Ok(super::origin::hex(context.finish().as_ref()) == *expected)
     }
 }
 
@@ -415,16 +380,19 @@ impl Fetcher<'_> {
         on_bytes: &dyn Fn(u64),
     ) -> Result<(), BlobError> {
         let fetched = self.peers.fetch(node, chunk, self.model.len_of(chunk));
-        let lied = |data: &Vec<u8>| *blake3::hash(data).as_bytes() != hash;
         let (file, index) = (&self.model.entry(chunk).remote.name, chunk.index);
         match fetched {
-            Ok(data) if !lied(&data) => {
-                self.take(chunk, &data, Some(node))?;
-                on_bytes(data.len() as u64);
-                return Ok(());
-            }
-            Ok(_) => {
-                let why = "what it sent is not what others say that it is";
+            Ok(data) => {
+                let why = match *blake3::hash(&data).as_bytes() == hash {
+                    false => "what it sent is not what others say that it is",
+                    // Whoever says so, and however many: the header is the plan's.
+                    true if !self.fits_header(chunk, &data)? => OTHER_HEADER,
+                    true => {
+                        self.take(chunk, &data, Some(node))?;
+                        on_bytes(data.len() as u64);
+                        return Ok(());
+                    }
+                };
                 tracing::warn!("{file} chunk {index}: {node} is avoided: {why}");
                 self.peers.avoid(node, why);
             }
@@ -437,14 +405,19 @@ impl Fetcher<'_> {
         Ok(())
     }
 
-    /// Takes a chunk that is of the right length; one of a peer has been compared.
-    fn take(&self, chunk: ChunkId, data: &[u8], from: Option<NodeId>) -> Result<(), BlobError> {
+    /// Whether what a chunk has of its file's header is what has been here from the start.
+    fn fits_header(&self, chunk: ChunkId, data: &[u8]) -> Result<bool, BlobError> {
         let entry = self.model.entry(chunk);
         let first = self.model.cut.bytes(chunk.index, entry.here.len()).start;
         let known = entry.head.saturating_sub(first).min(data.len() as u64) as usize;
-        if known > 0 && entry.here.read_at(first, known)? != data[..known] {
-            let why = "its header is not the one that it had when the model was deployed";
-            return Err(self.model.damaged(&entry.remote.name, why));
+        Ok(known == 0 || entry.here.read_at(first, known)? == data[..known])
+    }
+
+    /// Takes a chunk that is of the right length; one of a peer has been compared with all that is known.
+    fn take(&self, chunk: ChunkId, data: &[u8], from: Option<NodeId>) -> Result<(), BlobError> {
+        let entry = self.model.entry(chunk);
+        if from.is_none() && !self.fits_header(chunk, data)? {
+            return Err(self.model.damaged(&entry.remote.name, OTHER_HEADER));
         }
         let hash = *blake3::hash(data).as_bytes();
         if from.is_none()
@@ -459,7 +432,8 @@ impl Fetcher<'_> {
         }
         entry.here.write(chunk.index, data, hash)?;
         if let Some(node) = from {
-            self.lock().givers.insert((chunk.file, node));
+            let mut givers = self.model.givers.lock().unwrap_or_else(PoisonError::into_inner);
+            givers.insert((chunk.file, node));
         }
         self.peers.have(chunk, hash);
         Ok(())

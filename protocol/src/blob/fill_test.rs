@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
 
-use super::super::origin::{Listing, hex};
+use super::super::origin::{Checksum, Listing, hex};
 use super::*;
 use crate::id::NodeId;
 
@@ -87,7 +87,8 @@ impl Bench {
         let files = vec![Entry { remote, here, head: HEAD as u64 }];
         let (origin, folder) = (Box::new(origin), self.folder.path().to_owned());
         let commit = String::new();
-        Model { origin, commit, files, folder, cut: CUT, turn: Mutex::default() }
+        let (turn, givers) = Default::default();
+        Model { origin, commit, files, folder, cut: CUT, turn, givers }
     }
 
     fn sent(&self) -> u64 {
@@ -288,16 +289,89 @@ fn who_said_another_hash_than_the_origins_bytes_have_is_avoided() {
     assert_eq!(*peers.avoided.lock().unwrap(), BTreeSet::from([NodeId::worker(3)]));
 }
 
+/// One worker was the first to say a hash of this chunk, and has bytes that fit it.
+fn agreed(chunk: ChunkId, lie: Vec<u8>) -> Scripted {
+    let mut peers = scripted(|_| true);
+    peers.said.insert(chunk, (NodeId::worker(3), *blake3::hash(&lie).as_bytes()));
+    peers.has.get_mut().unwrap().insert(chunk, [(NodeId::worker(3), lie)].into());
+    peers
+}
+
 #[test]
 fn chunks_of_workers_that_agree_on_a_lie_do_not_survive_the_origins_sum() {
     let bench = Bench::new();
     let model = bench.model(data(), 100);
-    let mut peers = scripted(|_| true);
-    let chunk = ChunkId { file: 0, index: 5 };
-    let lie = vec![7; 100];
-    peers.said.insert(chunk, (NodeId::worker(3), *blake3::hash(&lie).as_bytes()));
-    peers.has.get_mut().unwrap().insert(chunk, [(NodeId::worker(3), lie)].into());
+    let peers = agreed(ChunkId { file: 0, index: 5 }, vec![7; 100]);
     fill(&model, 0..1050, &peers).unwrap();
     assert_eq!(bench.file(), data());
     assert!(peers.avoided.lock().unwrap().contains(&NodeId::worker(3)));
+}
+
+#[test]
+fn a_file_that_is_another_is_fetched_whole_again_also_where_a_part_was_wanted_before() {
+    let bench = Bench::new();
+    let model = bench.model(data(), 100);
+    let peers = agreed(ChunkId { file: 0, index: 5 }, vec![7; 100]);
+    fill(&model, 0..600, &peers).unwrap();
+    assert_ne!(bench.file()[..600], data()[..600]);
+    fill(&model, 600..1050, &peers).unwrap();
+    assert_eq!(bench.file(), data());
+}
+
+#[test]
+fn a_sum_that_was_not_compared_is_compared_by_the_next_who_wants_the_file() {
+    for is_restarted in [false, true] {
+        let bench = Bench::new();
+        let model = bench.model(data(), 100);
+        let peers = agreed(ChunkId { file: 0, index: 5 }, vec![7; 100]);
+        let wanted = [Wanted { file: "m".to_owned(), bytes: 0..1050 }];
+        // It is given up behind the last chunk: another file might as well have failed.
+        let cancel = AtomicBool::new(false);
+        let on_progress = |done: u64, total: u64| cancel.store(done == total, Ordering::Relaxed);
+        let filling = Filling { on_progress: &on_progress, cancel: &cancel };
+        let ended = model.fill(&wanted, &peers, &filling);
+        assert!(matches!(ended, Err(BlobError::Cancelled)), "{ended:?}");
+        assert_ne!(bench.file(), data());
+        let model = if is_restarted { bench.model(data(), 100) } else { model };
+        fill(&model, 0..1050, &peers).unwrap();
+        assert_eq!(bench.file(), data(), "restarted: {is_restarted}");
+        let is_avoided = peers.avoided.lock().unwrap().contains(&NodeId::worker(3));
+        assert!(is_avoided || is_restarted);
+    }
+}
+
+#[test]
+fn a_file_is_compared_once_and_again_where_a_chunk_has_become_another() {
+    let bench = Bench::new();
+    fill(&bench.model(data(), 100), 0..1050, &Alone).unwrap();
+    let mut model = bench.model(data(), 100);
+    model.files[0].remote.checksum = Some(Checksum::Sha256("another".to_owned()));
+    fill(&model, 0..1050, &Alone).unwrap();
+    // A record that claims another chunk is no proof of the file.
+    let lie = vec![7; 100];
+    model.files[0].here.write(5, &lie, *blake3::hash(&lie).as_bytes()).unwrap();
+    fill(&bench.model(data(), 100), 0..1050, &Alone).unwrap();
+    assert_eq!(bench.file(), data());
+}
+
+#[test]
+fn a_worker_whose_chunk_has_another_header_is_avoided_and_the_origin_asked() {
+    let bench = Bench::new();
+    let model = bench.model(data(), 100);
+    let mut lie = data()[..100].to_vec();
+    lie[3] ^= 1;
+    let peers = agreed(ChunkId { file: 0, index: 0 }, lie);
+    fill(&model, 0..1050, &peers).unwrap();
+    assert_eq!(bench.file(), data());
+    assert!(peers.avoided.lock().unwrap().contains(&NodeId::worker(3)));
+}
+
+#[test]
+fn who_waits_for_another_to_bring_the_same_is_let_go() {
+    let bench = Bench::new();
+    let model = bench.model(data(), 100);
+    let _busy = model.turn.take(&AtomicBool::new(false)).unwrap();
+    let filling = Filling { on_progress: &|_, _| {}, cancel: &AtomicBool::new(true) };
+    let ended = model.fill(&[], &Alone, &filling);
+    assert!(matches!(ended, Err(BlobError::Cancelled)), "{ended:?}");
 }

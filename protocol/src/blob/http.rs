@@ -25,6 +25,9 @@ const CANCEL_LOOK: Duration = Duration::from_millis(50);
 /// An answer that is slower than this on the whole is given up, although each read is in time.
 const SLOWEST_BYTES_PER_S: u64 = 64 << 10;
 
+/// How often an answer may send us on: the hub does so once, to its CDN.
+const REDIRECTS_MAX: u32 = 5;
+
 /// What is read of an answer that is only words.
 const WORDS_MAX: u64 = 300;
 
@@ -36,6 +39,9 @@ pub(super) struct Request {
     pub what: String,
     pub url: String,
     pub headers: Vec<(&'static str, String)>,
+    /// Whether it is signed for its host: sent on, it would be refused, and show another host what was
+    /// meant for this one.
+    pub is_signed: bool,
     /// What to do where nobody lets us in.
     pub advice: &'static str,
 }
@@ -131,7 +137,8 @@ impl Http {
         for (name, value) in &request.headers {
             call = call.header(*name, value);
         }
-        let mut response = call.call().map_err(|error| Tried::Again(error.to_string(), None))?;
+        let call = call.config().max_redirects(request.redirects()).build().call();
+        let mut response = call.map_err(|error| Tried::Again(error.to_string(), None))?;
         if !matches!(response.status().as_u16(), 200 | 206) {
             return Err(request.refusal(&mut response));
         }
@@ -233,7 +240,8 @@ impl Http {
         if let Part::Range { bytes, .. } = &part {
             call = call.header("Range", format!("bytes={}-{}", bytes.start, bytes.end - 1));
         }
-        let call = call.config().timeout_recv_body(Some(slowest)).build().call();
+        let config = call.config().max_redirects(request.redirects());
+        let call = config.timeout_recv_body(Some(slowest)).build().call();
         let mut response = match call {
             Ok(response) => response,
             Err(error) => return Tried::Again(error.to_string(), None),
@@ -307,11 +315,24 @@ impl Request {
         BlobError::Damaged { origin: self.origin.clone(), what: self.what.clone(), why }
     }
 
+    fn redirects(&self) -> u32 {
+        if self.is_signed { 0 } else { REDIRECTS_MAX }
+    }
+
     fn refusal(&self, response: &mut Response<Body>) -> Tried {
         let status = response.status().as_u16();
         let (origin, what, advice) = (self.origin.clone(), self.what.clone(), self.advice);
         match status {
             401 | 403 => Tried::Final(BlobError::Denied { origin, what, status, advice }),
+            300..=399 => {
+                let to = response.headers().get("location").and_then(|to| to.to_str().ok());
+                let to = to.unwrap_or("another place").chars().take(WORDS_MAX as usize);
+                let words = format!(
+                    "it sends on to {}, where a signed request does not go; {advice}",
+                    to.collect::<String>()
+                );
+                Tried::Final(BlobError::Refused { origin, what, status, words })
+            }
             404 => Tried::Final(BlobError::NotFound { origin, what, advice }),
             408 | 429 | 500..=599 => {
                 let asked = response.headers().get("retry-after");

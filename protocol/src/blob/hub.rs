@@ -12,7 +12,7 @@ use super::error::BlobError;
 use super::http::{Http, Request};
 use super::name::{self, RepoId};
 use super::origin::{Checksum, Listing, Origin, RemoteFile};
-use super::settings::BlobSettings;
+use super::settings::{BlobSettings, travels_plain};
 
 /// The longest description: some hundred bytes for each of `FILES_MAX` files.
 const DESCRIPTION_MAX: u64 = 16 << 20;
@@ -69,6 +69,7 @@ impl Hub {
             what,
             url: format!("{}/{path}", self.endpoint),
             headers: bearer.collect(),
+            is_signed: false,
             advice: ADVICE,
         }
     }
@@ -77,9 +78,7 @@ impl Hub {
 /// A token goes nowhere unencrypted but to this machine.
 fn token_for(settings: &BlobSettings) -> Option<String> {
     let token = settings.token.clone()?;
-    let Some(plain) = settings.endpoint.strip_prefix("http://") else { return Some(token) };
-    let host = plain.split(['/', ':']).next().unwrap_or_default();
-    if matches!(host, "127.0.0.1" | "localhost") {
+    if !travels_plain(&settings.endpoint) {
         return Some(token);
     }
     tracing::warn!("HF_TOKEN is not sent to {}: it would travel unencrypted", settings.endpoint);

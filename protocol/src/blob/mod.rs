@@ -21,14 +21,17 @@ mod error;
 mod fill;
 mod http;
 mod hub;
+mod kept;
 pub mod name;
 mod origin;
 mod prepare;
 mod s3;
 mod settings;
 mod sigv4;
+mod sums;
 pub mod swarm;
 pub mod tracker;
+mod turn;
 
 pub use cache::ModelCache;
 pub use chunks::Cut;

@@ -4,7 +4,8 @@
 //! list ─► config, index, (tokenizer, templates) whole ─► headers of the weights ─► sparse files
 //! ```
 //!
-//! It can be broken off at any point: what is there under its name is whole, and is not fetched again.
+//! It can be broken off at any point: what is there under its name, and is what was fetched, is not fetched
+//! again. That is looked at each time: it is little, and a model with a damaged header loads nowhere.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -15,8 +16,8 @@ use serde::Deserialize;
 
 use super::disk::{SparseFile, write_whole};
 use super::error::BlobError;
-use super::name;
-use super::origin::{Listing, Origin, RemoteFile};
+use super::origin::{Checksum, Listing, Origin, RemoteFile};
+use super::{kept, name};
 use crate::model::checkpoint::{INDEX, SINGLE};
 use crate::model::safetensors::HEADER_LEN_MAX;
 
@@ -70,12 +71,11 @@ pub(super) fn prepare(
     std::fs::create_dir_all(folder)
         .map_err(|source| BlobError::Disk { path: folder.to_owned(), source })?;
     let listing = listing(origin, (folder, commit), cancel)?;
-    let missing = |file: &&RemoteFile| !is_there(folder, file);
-    let small: Vec<_> =
-        listing.files.iter().filter(|file| side.wants(file)).filter(missing).collect();
+    let small = listing.files.iter().filter(|file| side.wants(file));
+    let small: Vec<_> = small.filter(|file| !has_small(folder, file)).collect();
     each(&small, |file| fetch_small(origin, (folder, commit), file, cancel))?;
     let weights = weights(origin, folder, &listing)?;
-    let headless: Vec<_> = weights.into_iter().filter(missing).collect();
+    let headless: Vec<_> = weights.into_iter().filter(|file| !has_head(folder, file)).collect();
     each(&headless, |file| fetch_head(origin, (folder, commit), file, cancel))?;
     Ok(listing)
 }
@@ -119,6 +119,7 @@ fn listing(
     cancel: &AtomicBool,
 ) -> Result<Listing, BlobError> {
     let kept = std::fs::read(folder.join(LISTING)).ok();
+    let kept = kept.filter(|bytes| kept::is(folder, LISTING, bytes));
     let kept = kept.and_then(|bytes| serde_json::from_slice::<Listing>(&bytes).ok());
     if let Some(kept) = kept.filter(|kept| kept.commit == commit) {
         return Ok(kept);
@@ -136,12 +137,28 @@ fn listing(
     }
     let bytes = serde_json::to_vec(&listing).unwrap_or_default();
     write_whole(folder, LISTING, &bytes)?;
+    kept::note(folder, LISTING, &bytes)?;
     Ok(listing)
 }
 
-fn is_there(folder: &Path, file: &RemoteFile) -> bool {
+fn has_len(folder: &Path, file: &RemoteFile) -> bool {
     std::fs::metadata(folder.join(&file.name))
         .is_ok_and(|found| found.is_file() && found.len() == file.len)
+}
+
+/// Whether a small file is here as its origin means it.
+fn has_small(folder: &Path, file: &RemoteFile) -> bool {
+    let holds = |bytes: Vec<u8>| match &file.checksum {
+        Some(sum @ (Checksum::Sha256(_) | Checksum::GitBlob(_))) => sum.holds(&bytes),
+        // The origin says nothing that could be compared.
+        Some(Checksum::Etag(_)) | None => kept::is(folder, &file.name, &bytes),
+    };
+    has_len(folder, file) && std::fs::read(folder.join(&file.name)).is_ok_and(holds)
+}
+
+/// Whether a weights file is here with the header that was fetched.
+fn has_head(folder: &Path, file: &RemoteFile) -> bool {
+    has_len(folder, file) && kept::holds(folder, &file.name)
 }
 
 fn fetch_small(
@@ -159,7 +176,8 @@ fn fetch_small(
             why: "its hash is not the one that the description says".to_owned(),
         });
     }
-    write_whole(folder, &file.name, &bytes)
+    write_whole(folder, &file.name, &bytes)?;
+    kept::note(folder, &file.name, &bytes)
 }
 
 fn fetch_head(
@@ -186,7 +204,12 @@ fn fetch_head(
         origin.read(commit, file, came..head, &mut bytes, cancel)?;
     }
     bytes.truncate(head as usize);
-    SparseFile::create(folder, &file.name, file.len, &bytes)
+    // What a disk has done to the header it may not have done to the chunks: they are hashed.
+    match has_len(folder, file) {
+        true => SparseFile::mend(folder, &file.name, &bytes)?,
+        false => SparseFile::create(folder, &file.name, file.len, &bytes)?,
+    }
+    kept::note(folder, &file.name, &bytes)
 }
 
 /// The length of a safetensors header with its length word, where the first bytes say a sane one.
@@ -223,3 +246,7 @@ fn each(
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+#[path = "prepare_test.rs"]
+mod tests;

@@ -15,7 +15,7 @@ use super::error::BlobError;
 use super::http::{Http, Request};
 use super::name::{self, BadName};
 use super::origin::{Checksum, Listing, Origin, RemoteFile, hex};
-use super::settings::BlobSettings;
+use super::settings::{BlobSettings, S3Keys, travels_plain};
 use super::sigv4::{Unsigned, sign};
 use crate::model::checkpoint::{INDEX, SINGLE};
 use crate::model::safetensors::HEADER_LEN_MAX;
@@ -84,8 +84,10 @@ pub(super) struct ObjectStore {
 impl ObjectStore {
     pub fn new(http: Http, settings: &BlobSettings, url: ObjectUrl) -> Self {
         let at = settings.s3_endpoint.clone();
+        let mut settings = settings.clone();
+        settings.keys = keys_for(&settings);
         let name = format!("the object store {}", at.as_deref().unwrap_or("s3.amazonaws.com"));
-        Self { http, url, name, settings: settings.clone() }
+        Self { http, url, name, settings }
     }
 
     fn request(&self, what: String, file: &str, etag: Option<&str>) -> Request {
@@ -102,8 +104,9 @@ impl ObjectStore {
         let mut headers: Vec<_> =
             self.settings.keys.iter().flat_map(|keys| sign(&unsigned, keys)).collect();
         headers.extend(etag.map(|etag| ("If-Match", etag.to_owned())));
-        let url = format!("{base}{path}");
-        Request { origin: self.name.clone(), what, url, headers, advice: ADVICE }
+        let (origin, url) = (self.name.clone(), format!("{base}{path}"));
+        let is_signed = self.settings.keys.is_some();
+        Request { origin, what, url, headers, is_signed, advice: ADVICE }
     }
 
     /// A file, where there is one.
@@ -152,6 +155,27 @@ impl ObjectStore {
         }
         Ok(files)
     }
+}
+
+/// A session's token goes nowhere unencrypted but to this machine. A signature alone may: stores in a
+/// network of one's own often have no certificate, and it opens one file for some minutes.
+fn keys_for(settings: &BlobSettings) -> Option<S3Keys> {
+    let keys = settings.keys.clone()?;
+    let endpoint = settings.s3_endpoint.as_deref().unwrap_or_default();
+    if !travels_plain(endpoint) {
+        return Some(keys);
+    }
+    if keys.session.is_some() {
+        tracing::warn!(
+            "AWS_SESSION_TOKEN is not sent to {endpoint}, nor anything signed with its keys: it would \
+             travel unencrypted; give an https:// endpoint"
+        );
+        return None;
+    }
+    tracing::warn!(
+        "{endpoint} is asked unencrypted: who listens can read and change what it sends"
+    );
+    Some(keys)
 }
 
 impl Origin for ObjectStore {

@@ -90,6 +90,13 @@ impl Default for BlobSettings {
     }
 }
 
+/// Whether what is sent there can be read on its way: it is another machine, and not encrypted.
+pub(super) fn travels_plain(endpoint: &str) -> bool {
+    let Some(plain) = endpoint.strip_prefix("http://") else { return false };
+    let host = plain.split(['/', ':']).next().unwrap_or_default();
+    !matches!(host, "127.0.0.1" | "localhost")
+}
+
 impl BlobSettings {
     /// What this process was told.
     pub fn from_environment() -> Self {

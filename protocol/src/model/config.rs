@@ -17,8 +17,11 @@ use crate::model::scheme::Scheme;
 use crate::model::spec::{Family, ModelSpec, SpecError};
 use crate::plan::Precision;
 
-/// More layers than any published model, so that a damaged number is no plan of a million tensors.
+/// More layers than any published model.
 const LAYERS_MAX: u64 = 1 << 10;
+/// Tensors of all layers: three times those of the widest published mixture (61 layers of 384 experts). A
+/// list of them is made before the first is looked up, so a kilobyte of JSON must not mean gigabytes.
+const TENSORS_MAX: u64 = 1 << 18;
 /// Width of the residual stream; 8 times that of the widest published dense model.
 pub(super) const HIDDEN_MAX: u64 = 1 << 17;
 /// Attention heads.
@@ -43,7 +46,18 @@ impl ModelSpec {
         let config = Fields(&root);
         let definition = family(config)?;
         refuse_unsupported(config)?;
-        (definition.read)(config)
+        let spec = (definition.read)(config)?;
+        let tensors = spec.tensor_count();
+        if tensors > TENSORS_MAX {
+            return Err(SpecError::BadValue {
+                field: "num_hidden_layers",
+                value: format!("{}, which makes {tensors} tensors", spec.layers),
+                expected: format!(
+                    "layers, experts and heads that make at most {TENSORS_MAX} tensors"
+                ),
+            });
+        }
+        Ok(spec)
     }
 }
 

@@ -8,7 +8,7 @@
 //! Tuples, lists and dicts lie in tables and hold numbers of each other, so that no nesting is too deep,
 //! and nothing is copied: what the machine holds is bounded by the length of the pickle.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 /// A tensor of a state dict.
@@ -24,6 +24,9 @@ pub(super) struct PickledTensor {
     /// How far apart neighbours of each dimension are, in elements.
     pub(super) strides: Vec<u64>,
 }
+
+/// The longest name of a tensor, as in a GGUF file.
+const NAME_MAX: usize = 1 << 10;
 
 /// Storages whose elements have a size that is known.
 const STORAGES: [&str; 9] = [
@@ -85,6 +88,29 @@ enum Item {
     Tensor(usize),
 }
 
+impl Item {
+    /// What it is, for words: what it holds may be as long as the pickle.
+    fn kind(&self) -> &'static str {
+        match self {
+            Item::None => "`None`",
+            Item::Bool => "truth value",
+            Item::Int(_) => "number",
+            Item::Float => "fraction",
+            Item::Text(_) => "text",
+            Item::Tuple(_) => "tuple",
+            Item::List => "list",
+            Item::Dict(_) => "dict",
+            Item::Known(Known::OrderedDict) => "`OrderedDict`",
+            Item::Known(Known::RebuildTensor) => "`_rebuild_tensor_v2`",
+            Item::Known(Known::RebuildParameter) => "`_rebuild_parameter`",
+            Item::Known(Known::Size) => "`Size`",
+            Item::Known(Known::Storage(_) | Known::BoolStorage) => "type of a storage",
+            Item::Storage(..) => "storage",
+            Item::Tensor(_) => "tensor",
+        }
+    }
+}
+
 #[derive(Default)]
 struct Machine {
     stack: Vec<Item>,
@@ -113,11 +139,20 @@ pub(super) fn state_dict(pickle: &[u8]) -> Result<Vec<(String, PickledTensor)>, 
     let Item::Dict(dict) = top else {
         return Err("it holds no dict of tensors; expected a state dict".into());
     };
-    let mut found = Vec::new();
+    let (mut found, mut names) = (Vec::new(), HashSet::new());
     for (key, value) in &machine.dicts[dict] {
-        if let (Item::Text(name), Item::Tensor(tensor)) = (key, value) {
-            found.push((name.to_string(), machine.tensors[*tensor].clone()));
+        let (Item::Text(name), Item::Tensor(tensor)) = (key, value) else { continue };
+        if name.len() > NAME_MAX {
+            let (shown, len) = (name.chars().take(40).collect::<String>(), name.len());
+            return Err(format!(
+                "a tensor `{shown}…` with a name of {len} bytes; at most {NAME_MAX} are read"
+            ));
         }
+        // A dict has each key once. In a pickle a few bytes repeat a name, and each would be copied here.
+        if !names.insert(&**name) {
+            return Err(format!("it has tensor `{name}` twice"));
+        }
+        found.push((name.to_string(), machine.tensors[*tensor].clone()));
     }
     Ok(found)
 }
@@ -317,7 +352,7 @@ impl Machine {
                 Err(format!("a call with {} arguments", self.tuples[tuple].len()))
             }
             Item::Tuple(tuple) => Ok(self.tuples[tuple].clone()),
-            other => Err(format!("a {other:?} where a tuple should be")),
+            other => Err(format!("a {} where a tuple should be", other.kind())),
         }
     }
 
@@ -364,7 +399,9 @@ impl Machine {
                 self.tensors.push(tensor);
                 self.stack.push(Item::Tensor(self.tensors.len() - 1));
             }
-            (what, _) => return Err(format!("{what:?} with arguments that it does not take")),
+            (what, _) => {
+                return Err(format!("a {} with arguments that it does not take", what.kind()));
+            }
         }
         Ok(())
     }
@@ -377,7 +414,7 @@ impl Machine {
         }
         let size = |item: &Item| match item {
             Item::Int(n) => u64::try_from(*n).map_err(|_| format!("a size of {n}")),
-            other => Err(format!("a {other:?} where a size should be")),
+            other => Err(format!("a {} where a size should be", other.kind())),
         };
         items.iter().map(size).collect()
     }

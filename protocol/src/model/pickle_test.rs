@@ -71,3 +71,59 @@ fn a_pickle_that_nests_without_end_is_refused_without_harm() {
     bytes.push(b'.');
     assert!(state_dict(&bytes).is_err());
 }
+
+/// `text` as an instruction that pushes it.
+fn text(text: &str) -> Vec<u8> {
+    [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+#[test]
+fn a_name_that_is_repeated_or_long_is_refused_before_it_is_copied() {
+    let tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
+                   X\x01\0\0\x000X\x03\0\0\0cpuK\x0atQK\x00))\x89)tRq\x01";
+    let of = |name: &str, pairs: usize| {
+        // A tensor as 1 and a name as 0 of the memo, then pairs of both: four bytes each.
+        let pairs = b"h\x00h\x01".repeat(pairs);
+        [
+            b"\x80\x02".to_vec(),
+            tensor.to_vec(),
+            text(name),
+            b"q\x00}(".to_vec(),
+            pairs,
+            b"u.".into(),
+        ]
+        .concat()
+    };
+    assert_eq!(state_dict(&of("w", 1)).map(|found| found.len()), Ok(1));
+    let long = "w".repeat(1025);
+    assert_eq!(state_dict(&of(&long[1..], 1)).map(|found| found.len()), Ok(1));
+    // Copied once a pair, this would be 200 GB.
+    let huge = "w".repeat(1 << 20);
+    for (name, pairs, words) in [
+        ("w", 2, "twice"),
+        (long.as_str(), 1, "a name of 1025 bytes"),
+        (huge.as_str(), 200_000, "a name of 1048576 bytes"),
+    ] {
+        let reason = state_dict(&of(name, pairs)).unwrap_err();
+        assert!(reason.contains(words) && reason.len() < 200, "{reason}");
+    }
+}
+
+#[test]
+fn a_refusal_names_the_kind_of_what_is_wrong_and_not_all_of_it() {
+    let huge = text(&"w".repeat(1 << 20));
+    let size = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
+                 X\x01\0\0\x000tQK\x00";
+    for (pickle, words) in [
+        ([&b"\x80\x02"[..], &huge, b"Q."].concat(), "a text where a tuple"),
+        ([&b"\x80\x02"[..], &huge, b")R."].concat(), "a text with arguments"),
+        ([&b"\x80\x02"[..], size, &huge, b"\x85)tR."].concat(), "a text where a size"),
+    ] {
+        let reason = state_dict(&pickle).unwrap_err();
+        assert!(
+            reason.contains(words) && reason.len() < 200,
+            "{}",
+            &reason[..reason.len().min(200)]
+        );
+    }
+}

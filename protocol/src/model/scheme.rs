@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::model::checkpoint::{CheckpointError, TensorLocation, unsupported};
+use crate::model::checkpoint::{CheckpointError, TensorLocation};
 use crate::model::files::WeightFiles;
 use crate::model::safetensors::HeaderTensor;
 use crate::model::spec::SpecError;
@@ -155,17 +155,17 @@ impl Scheme {
                     FourBitPacking::Gptq => [columns / IN_WORD, rows],
                     FourBitPacking::Awq => [columns, rows / IN_WORD],
                 };
-                let words = part(file, found, &shape)?;
-                let mut other = |name: &str, shape: &[u64]| {
+                let words = part(file, found, &shape, WORDS)?;
+                let mut other = |name: &str, shape: &[u64], types: &[_]| {
                     let name = format!("{base}{name}");
                     match files.take(&name) {
-                        Some((file, found)) => part(file, found, shape),
+                        Some((file, found)) => part(file, found, shape, types),
                         None => Err(files.missing(&name, shape)),
                     }
                 };
-                let zeros = other("qzeros", &[groups, rows / IN_WORD])?;
-                let scales = other("scales", &[groups, rows])?;
-                let groups_of = match (packing, other("g_idx", &[columns])) {
+                let zeros = other("qzeros", &[groups, rows / IN_WORD], WORDS)?;
+                let scales = other("scales", &[groups, rows], FLOATS)?;
+                let groups_of = match (packing, other("g_idx", &[columns], WORDS)) {
                     (FourBitPacking::Gptq, Ok(found)) => Some(found),
                     // It need not be there.
                     (_, Err(CheckpointError::MissingTensor { .. })) | (FourBitPacking::Awq, _) => {
@@ -246,7 +246,7 @@ fn fp8_scales(
         });
     };
     let shape = found.shape.clone();
-    Ok(StoredScales::Blocks { scales: part(file, found, &shape)?, block })
+    Ok(StoredScales::Blocks { scales: part(file, found, &shape, FLOATS)?, block })
 }
 
 fn expect_shape(
@@ -265,21 +265,33 @@ fn expect_shape(
     })
 }
 
-/// A tensor of words or scales.
+/// What words, zeros and numbers of groups are stored as.
+const WORDS: &[(&str, StoredType)] = &[("I32", StoredType::I32)];
+
+/// What scales are stored as.
+const FLOATS: &[(&str, StoredType)] =
+    &[("F32", StoredType::F32), ("F16", StoredType::F16), ("BF16", StoredType::Bf16)];
+
+/// A tensor of words or scales. Its length follows from shape and type, so both are what they must be.
 fn part(
     file: Arc<std::path::Path>,
     found: HeaderTensor,
     expected: &[u64],
+    types: &[(&str, StoredType)],
 ) -> Result<StoredPart, CheckpointError> {
     expect_shape(&file, &found, expected)?;
-    let dtype = match found.dtype.as_str() {
-        "I32" => StoredType::I32,
-        "F32" => StoredType::F32,
-        "F16" => StoredType::F16,
-        "BF16" => StoredType::Bf16,
-        _ => return Err(unsupported(&file, found)),
-    };
-    Ok(StoredPart::of(file, found, dtype))
+    match types.iter().find(|(name, _)| *name == found.dtype) {
+        Some((_, dtype)) => Ok(StoredPart::of(file, found, *dtype)),
+        None => Err(CheckpointError::Quantised {
+            file: file.to_path_buf(),
+            reason: format!(
+                "it is stored as {}; expected {}",
+                found.dtype,
+                types.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+            ),
+            tensor: found.name,
+        }),
+    }
 }
 
 #[cfg(test)]

@@ -52,3 +52,29 @@ fn what_is_not_read_is_refused_by_name() {
         assert!(refusal.contains(words) && refusal.contains("supported: `fp8`"), "{refusal}");
     }
 }
+
+#[test]
+fn what_belongs_to_a_matrix_is_stored_as_what_reads_it_takes() {
+    let found = |dtype: &str| HeaderTensor {
+        name: "w.qweight".to_owned(),
+        dtype: dtype.to_owned(),
+        shape: vec![8, 4],
+        offset: 0,
+        len: 0,
+    };
+    let check = |dtype: &str, types| {
+        let file = std::path::Path::new("m").into();
+        part(file, found(dtype), &[8, 4], types).map(|part| part.dtype).map_err(|e| e.to_string())
+    };
+    assert_eq!(check("I32", WORDS), Ok(StoredType::I32));
+    assert_eq!(check("F16", FLOATS), Ok(StoredType::F16));
+    // Two bytes each where four are read: half of the tensor would be missing.
+    for (dtype, types, words) in [
+        ("F16", WORDS, "stored as F16; expected I32"),
+        ("I64", WORDS, "stored as I64; expected I32"),
+        ("I32", FLOATS, "stored as I32; expected F32, F16, BF16"),
+    ] {
+        let refusal = check(dtype, types).unwrap_err();
+        assert!(refusal.contains("w.qweight") && refusal.contains(words), "{refusal}");
+    }
+}

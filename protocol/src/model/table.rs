@@ -64,6 +64,14 @@ impl Row {
         Self { excerpt, ..self }
     }
 
+    /// How many tensors `of` gives.
+    pub(super) fn count_of(self, spec: &ModelSpec, layer: Option<u32>) -> u64 {
+        match (self.present)(spec, layer.unwrap_or(0)) {
+            true => (self.count)(spec).into(),
+            false => 0,
+        }
+    }
+
     /// The tensors of this row, of a layer or of the whole model.
     pub(super) fn of(self, spec: &ModelSpec, layer: Option<u32>) -> Vec<TensorSpec> {
         if !(self.present)(spec, layer.unwrap_or(0)) {

@@ -213,6 +213,16 @@ impl ModelSpec {
         }
         tensors
     }
+
+    /// How many tensors all layers have, without making a list of them.
+    pub(super) fn tensor_count(&self) -> u64 {
+        let rows = self.family.definition().names.iter().copied().flatten();
+        let of_row = |row: &Row| match row.place {
+            Place::Layer => (0..self.layers).map(|layer| row.count_of(self, Some(layer))).sum(),
+            Place::First | Place::Last => row.count_of(self, None),
+        };
+        rows.map(of_row).sum()
+    }
 }
 
 #[cfg(test)]

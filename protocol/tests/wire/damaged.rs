@@ -44,7 +44,7 @@ fn mutate(dice: &mut Dice, bytes: &[u8]) -> Vec<u8> {
 
 /// Gives damaged copies of a good frame to a decoder, which must return; a panic fails the test. A
 /// damaged length must not be believed: the process would die of what it allocates.
-fn bombard(seed: u64, frame: &[u8], decode: impl Fn(Prelude, &[u8], &[u8])) {
+pub(super) fn bombard(seed: u64, frame: &[u8], decode: impl Fn(Prelude, &[u8], &[u8])) {
     let mut dice = Dice(seed);
     for _ in 0..MUTATIONS {
         let bytes = mutate(&mut dice, frame);
@@ -117,7 +117,7 @@ fn damaged_marks_are_refused_without_a_panic() {
     });
 }
 
-fn bombard_message<T: Serialize + DeserializeOwned>(seed: u64, message: &T) {
+pub(super) fn bombard_message<T: Serialize + DeserializeOwned>(seed: u64, message: &T) {
     let bytes = postcard::to_stdvec(message).unwrap();
     bombard(seed, &framed(FrameKind::Message, &[], &bytes), |_, _, body| {
         let _ = postcard::from_bytes::<T>(body);

@@ -49,7 +49,7 @@ impl Models {
             | ModelSource::ObjectStore { .. } => {
                 // Whoever asks wants to deploy it now: what cannot be read is a refusal.
                 let refused = |error: WireError| WireError::new(ErrorCode::BadModel, error.message);
-                Ok(self.open(source).map_err(refused)?.fingerprint())
+                Ok(self.open(source, &AtomicBool::new(false)).map_err(refused)?.fingerprint())
             }
         }
     }
@@ -65,10 +65,10 @@ impl Models {
         if let ModelSource::Pretend(spec) = &replica.model.source {
             return load_pretend(spec, assignment);
         }
-        let mut checkpoint = self.open(&replica.model.source)?;
+        let mut checkpoint = self.open(&replica.model.source, cancel)?;
         let mut fetched = 0;
         if replica.model.source.is_fetched() {
-            checkpoint = self.or_anew(checkpoint, assignment)?;
+            checkpoint = self.or_anew(checkpoint, assignment, cancel)?;
             fetched = self.fetch(&checkpoint, assignment, on_progress, cancel)?;
         }
         let on_progress = &|done: Bytes, total: Bytes| {
@@ -89,6 +89,7 @@ impl Models {
         &self,
         checkpoint: Checkpoint,
         assignment: &Assignment,
+        cancel: &AtomicBool,
     ) -> Result<Checkpoint, WireError> {
         let model = &assignment.replica.model;
         if checkpoint.fingerprint() == model.fingerprint {
@@ -98,8 +99,8 @@ impl Models {
             "{}: not the model of the plan: fetched again",
             checkpoint.folder().display()
         );
-        self.cache.forget(&model.source).map_err(|error| fetch_error(&error))?;
-        self.open(&model.source)
+        self.cache.forget(&model.source, cancel).map_err(|error| fetch_error(&error))?;
+        self.open(&model.source, cancel)
     }
 
     /// Brings the bytes of an assignment's tensors here; how many there are.
@@ -128,7 +129,7 @@ impl Models {
         Ok(fetched.into_inner())
     }
 
-    fn open(&self, source: &ModelSource) -> Result<Checkpoint, WireError> {
+    fn open(&self, source: &ModelSource, cancel: &AtomicBool) -> Result<Checkpoint, WireError> {
         let bad = |why: String| WireError::new(ErrorCode::BadModel, why);
         let folder = match source {
             ModelSource::Folder { path } => {
@@ -155,7 +156,7 @@ impl Models {
                 })?
             }
             ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
-                let folder = self.cache.prepare(source, Side::Weights);
+                let folder = self.cache.prepare(source, Side::Weights, cancel);
                 folder.map_err(|error| fetch_error(&error))?
             }
             ModelSource::Pretend(_) => return Err(bad("a pretend model has no files".to_owned())),

@@ -1,6 +1,6 @@
 //! ● The `shoal-blob` endpoint: gives chunks to other workers, and gets chunks from them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,6 +43,8 @@ pub(super) struct Door {
     endpoint: Endpoint,
     runtime: tokio::runtime::Handle,
     connections: Mutex<BTreeMap<NodeId, Connection>>,
+    /// Whom this worker could not reach when it last tried: each is told of once.
+    unreached: Mutex<BTreeSet<NodeId>>,
     given: Arc<AtomicU64>,
     stop: watch::Sender<bool>,
 }
@@ -72,8 +74,8 @@ impl Door {
         std::thread::Builder::new()
             .name("shoal-blob".to_owned())
             .spawn(move || runtime.block_on(serve))?;
-        let connections = Mutex::default();
-        Ok(Self { endpoint, runtime: handle, connections, given, stop })
+        let (connections, unreached) = Default::default();
+        Ok(Self { endpoint, runtime: handle, connections, unreached, given, stop })
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -117,9 +119,29 @@ impl Door {
         }
         let expect = Expect::Node(node);
         let connected = self.endpoint.connect(at, expect, Alpn::Blobs, CONNECT_TIMEOUT).await;
-        let connection = connected.map_err(|error| error.to_string())?;
+        let is_reached = connected.is_ok();
+        let connection = connected.map_err(|error| {
+            if self.is_news(node, is_reached) {
+                tracing::warn!(
+                    "{node} cannot be reached for weights at {at} (UDP), so they come from others or \
+                     from the origin: {error}; open that port, or start that worker with --blobs and, \
+                     where it is reached elsewhere, --advertise-blobs"
+                );
+            }
+            error.to_string()
+        })?;
+        self.is_news(node, is_reached);
         self.lock().insert(node, connection.clone());
         Ok(connection)
+    }
+
+    /// Whether it was not known that a worker can be reached, or cannot.
+    fn is_news(&self, node: NodeId, is_reached: bool) -> bool {
+        let mut unreached = self.unreached.lock().unwrap_or_else(PoisonError::into_inner);
+        match is_reached {
+            true => unreached.remove(&node),
+            false => unreached.insert(node),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Connection>> {

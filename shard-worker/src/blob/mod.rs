@@ -50,6 +50,8 @@ struct Inner {
     me: NodeId,
     cache: ModelCache,
     door: Arc<Door>,
+    /// Where others are told that it is, if that is not where it listens.
+    advertise: Option<SocketAddr>,
     news: Arc<NewsLog>,
     swarms: Mutex<BTreeMap<ModelKey, Arc<Swarming>>>,
     vouched: watch::Sender<Vouched>,
@@ -60,9 +62,10 @@ struct Inner {
 type Vouched = BTreeMap<(ModelKey, NodeId), BTreeSet<NodeId>>;
 
 impl Blobs {
-    /// Opens the endpoint and begins to give what the cache has.
+    /// Opens the endpoint and begins to give what the cache has; others are told to find it at
+    /// `advertise`.
     pub fn start(
-        address: SocketAddr,
+        (address, advertise): (SocketAddr, Option<SocketAddr>),
         identity: Arc<Identity>,
         cache: ModelCache,
     ) -> Result<Self, BlobsError> {
@@ -70,12 +73,12 @@ impl Blobs {
         let vouched = watch::Sender::new(Vouched::new());
         let door = Door::open(address, identity, (cache.clone(), vouched.subscribe()))?;
         let (door, (news, swarms)) = (Arc::new(door), Default::default());
-        Ok(Self(Arc::new(Inner { me, cache, door, news, swarms, vouched })))
+        Ok(Self(Arc::new(Inner { me, cache, door, advertise, news, swarms, vouched })))
     }
 
-    /// Where it listens.
+    /// Where others find it.
     pub fn address(&self) -> SocketAddr {
-        self.0.door.address()
+        self.0.advertise.unwrap_or(self.0.door.address())
     }
 
     /// What there is to say to coordinators.

@@ -58,6 +58,14 @@ pub enum CollectiveError {
         /// What this rank worked out.
         expected: usize,
     },
+    /// Another rank told of a draw what does not fit the rows that are drawn.
+    #[error("rank {rank} of this stage told of a draw what it may not: {why}")]
+    NotTold {
+        /// Which.
+        rank: u32,
+        /// What does not fit.
+        why: String,
+    },
 }
 
 /// The one rank of a stage that is not cut: it has nobody to talk to.
@@ -182,7 +190,11 @@ fn copy_floats(rank: usize, from: &Bytes, to: &mut [f32]) -> Result<(), Collecti
     Ok(())
 }
 
-fn expect_bytes(rank: usize, got: &Bytes, expected: usize) -> Result<(), CollectiveError> {
+pub(crate) fn expect_bytes(
+    rank: usize,
+    got: &Bytes,
+    expected: usize,
+) -> Result<(), CollectiveError> {
     if got.len() == expected {
         return Ok(());
     }

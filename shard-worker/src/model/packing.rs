@@ -22,6 +22,7 @@ impl<B: Ops> Matrix<'_, B> {
         let packed = match source.location.scales.as_deref() {
             None => self.pack_alone(piece, buffer),
             Some(StoredScales::Blocks { scales, block }) => {
+                check_numbers(buffer).map_err(|error| source.device(error))?;
                 let scales = source.read_values(scales)?;
                 let weights = stored::Fp8::WEIGHTS as u64;
                 let in_blocks =
@@ -186,6 +187,19 @@ impl<B: Ops> Matrix<'_, B> {
     fn held_row(&self, row: u64) -> usize {
         let first = self.source.part.rows.start;
         (self.source.location.order.model_row(first + row) - first) as usize
+    }
+}
+
+/// Refuses numbers of eight bits that are none: what is computed with one would depend on how each
+/// instruction set widens it.
+fn check_numbers(bytes: &[u8]) -> Result<(), BackendError> {
+    let is_none = |byte: &u8| byte & 0x7F == 0x7F;
+    match bytes.iter().position(is_none) {
+        None => Ok(()),
+        Some(at) => Err(BackendError::BadShape {
+            what: "an FP8 weight",
+            why: format!("{:#04x} is not a number; the file is damaged, or not e4m3", bytes[at]),
+        }),
     }
 }
 

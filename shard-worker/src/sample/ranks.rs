@@ -9,6 +9,8 @@
 //! Sums are told by block of [`logsumexp::BLOCK`] tokens and folded in block order, the noise of a token
 //! is that of its id, and ties go to the lower id: nothing depends on where the vocabulary is cut.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::{CandidateRecord, NO_LOGPROBS, SamplingRecord};
@@ -62,6 +64,20 @@ impl Summary {
     pub fn decode(bytes: &[u8], rows: usize) -> Option<Vec<Summary>> {
         let told: Vec<Summary> = postcard::from_bytes(bytes).ok()?;
         (told.len() == rows).then_some(told)
+    }
+
+    /// What a rank tells of a row in which this token's logit is no number.
+    pub fn of_non_finite(token: TokenId, value: f32) -> Self {
+        Summary { non_finite: Some((token, value)), ..Summary::default() }
+    }
+
+    /// All tokens that it names.
+    fn tokens(&self) -> impl Iterator<Item = TokenId> {
+        let Summary { non_finite, leader, ranked, alternatives, .. } = self;
+        let named = non_finite.iter().map(|(token, _)| *token);
+        let named = named.chain(leader.iter().map(|(_, entrant)| entrant.token));
+        let named = named.chain(ranked.iter().map(|entrant| entrant.token));
+        named.chain(alternatives.iter().map(|(token, _)| *token))
     }
 }
 
@@ -154,6 +170,38 @@ impl SamplerState {
             summary.alternatives = ranked.iter().map(|r| (first + r.token, r.logit)).collect();
         }
         Ok(summary)
+    }
+
+    /// Whether this is what a rank that has the tokens `part` of the row tells of it: the little that the
+    /// sampling asks for, of all of its part. Less would only be another draw, and nobody would see it.
+    pub fn check_told(&self, told: &Summary, part: Range<TokenId>) -> Result<(), String> {
+        if let Some(other) = told.tokens().find(|token| !part.contains(token)) {
+            return Err(format!("it names token {other}, and has {part:?}"));
+        }
+        if told.non_finite.is_some() {
+            return Ok(());
+        }
+        let (sampling, width) = (self.sampling(), part.len());
+        let (rule, blocks) = (Rule::of(sampling), width.div_ceil(logsumexp::BLOCK));
+        let (asked, evidence) = match sampling.logprobs {
+            NO_LOGPROBS => (0, 0),
+            asked => (asked as usize, blocks),
+        };
+        let leaders = usize::from(matches!(rule, Rule::Greedy | Rule::Race) && width > 0);
+        let mass = if rule == Rule::TopP { blocks } else { 0 };
+        for (what, found, expected) in [
+            ("leaders", told.leader.iter().len(), leaders),
+            ("best tokens", told.ranked.len(), rule.told().min(width)),
+            ("sums by block", told.mass.len(), mass),
+            ("untouched sums by block", told.evidence.len(), evidence),
+            ("alternatives", told.alternatives.len(), asked.min(width)),
+        ] {
+            if found != expected {
+                let len = part.len();
+                return Err(format!("it told {found} {what} of {len} tokens; expected {expected}"));
+            }
+        }
+        Ok(())
     }
 
     /// Draws from what all ranks have told, in rank order, and takes the token into the answer. `None`:

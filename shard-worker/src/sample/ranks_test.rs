@@ -126,3 +126,39 @@ fn a_logit_that_is_no_number_is_found_at_any_rank() {
     }
     assert_eq!(state.decide(&mut scratch, &[Summary::default()]), Err(SampleError::NoLogits));
 }
+
+#[test]
+fn what_a_rank_tells_is_whole_and_of_its_own_part_or_refused() {
+    let part = BLOCK as u32..3 * BLOCK as u32 + 100;
+    let logits = row(5, part.len(), 4.0);
+    let mut scratch = Scratch::default();
+    let plain = [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 40, 1.0), (1.0, 4000, 1.0), (1.0, 0, 0.9)];
+    for ((temperature, top_k, top_p), logprobs) in
+        plain.into_iter().flat_map(|rule| [(rule, NO_LOGPROBS), (rule, 0), (rule, 7)])
+    {
+        let asked = SamplingRecord { logprobs, ..sampling(temperature, top_k, top_p) };
+        let state = SamplerState::open(1, &[0], asked);
+        let told = state.summarise(&mut scratch, (part.start, &logits), 0).unwrap();
+        let check = |told: &Summary| state.check_told(told, part.clone());
+        assert_eq!(check(&told), Ok(()), "{asked:?}");
+        assert!(check(&Summary::default()).is_err(), "{asked:?}");
+        let nothing = state.check_told(&Summary::default(), part.end..part.end);
+        assert_eq!(nothing, Ok(()), "{asked:?}");
+        // A part that is shorter is seen where anything of it is counted; one that is elsewhere, always.
+        let short = state.summarise(&mut scratch, (part.start, &logits[..BLOCK]), 0).unwrap();
+        let is_counted = top_p < 1.0 || logprobs != NO_LOGPROBS;
+        assert!(!is_counted || check(&short).is_err(), "{asked:?}");
+        let shifted = state.summarise(&mut scratch, (part.end, &logits), 0).unwrap();
+        assert!(check(&shifted).unwrap_err().contains("names token"), "{asked:?}");
+        assert_eq!(check(&Summary::of_non_finite(part.start, f32::NAN)), Ok(()));
+        assert!(check(&Summary::of_non_finite(part.end, f32::NAN)).is_err());
+        for cut in [
+            Summary { ranked: told.ranked[..told.ranked.len().min(3)].to_vec(), ..told.clone() },
+            Summary { mass: told.mass[..told.mass.len().min(1)].to_vec(), ..told.clone() },
+            Summary { evidence: vec![(0.0, 1.0); told.evidence.len() + 1], ..told.clone() },
+            Summary { alternatives: vec![(part.start, 0.0); 9], ..told.clone() },
+        ] {
+            assert_eq!(check(&cut).is_ok(), cut == told, "{asked:?}: {cut:?}");
+        }
+    }
+}

@@ -2,15 +2,18 @@
 //! what it knows of every row, and for the rows that this does not decide one round each with the row
 //! itself. Every rank draws, so that all know what their sequences have seen; rank 0 tells the head.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use shoal_protocol::activation::{RowRecord, Sample, Samples, Step};
 use shoal_protocol::id::{SequenceId, StepId, TokenId};
+use shoal_protocol::model::Split;
 use shoal_protocol::plan::ReplicaLimits;
 
 use super::table::{StageFault, StageTable};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, expect_bytes};
 use crate::sample::ranks::Summary;
-use crate::sample::{Drawn, SampleError};
+use crate::sample::{Drawn, SampleError, SamplerState};
 
 /// What a row's summary takes at most beside its sums by block: `ranks::TOLD_MAX` tokens and the
 /// alternatives, as they are encoded.
@@ -43,13 +46,40 @@ pub struct OwnLogits<'a> {
     pub first: TokenId,
     /// How many tokens.
     pub width: usize,
+    /// How many the parts of all ranks are.
+    pub vocab: u32,
     /// A row after the other.
     pub logits: &'a [f32],
 }
 
 impl OwnLogits<'_> {
+    /// The part of another rank.
+    fn part_of(&self, rank: usize, ranks: u32) -> Range<TokenId> {
+        Split { rank: rank as u32, ranks }.vocab(self.vocab)
+    }
+
     fn row(&self, index: usize) -> &[f32] {
         self.logits.get(index * self.width..(index + 1) * self.width).unwrap_or_default()
+    }
+
+    /// A whole row out of the parts of all ranks. A part of another length would shift all tokens behind it.
+    fn gather_row(
+        &self,
+        index: usize,
+        peers: &mut dyn Collective,
+    ) -> Result<Vec<f32>, CollectiveError> {
+        let (own, rank) = (self.row(index), peers.split().rank as usize);
+        let got = peers.share(Bytes::copy_from_slice(bytemuck::cast_slice(own)))?;
+        let mut whole = Vec::with_capacity(self.vocab as usize);
+        for (r, part) in got.iter().enumerate() {
+            if r == rank {
+                whole.extend_from_slice(own);
+            } else {
+                expect_bytes(r, part, size_of::<f32>() * self.part_of(r, got.len() as u32).len())?;
+                whole.extend(part.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)));
+            }
+        }
+        Ok(whole)
     }
 }
 
@@ -76,7 +106,7 @@ impl StageTable {
                 Some(sample) => sample,
                 // All ranks find the same, so all gather the same rows.
                 None => {
-                    let whole = gather_row(own.row(index), peers)?;
+                    let whole = own.gather_row(index, peers)?;
                     self.draw_row(row, &whole)?
                 }
             };
@@ -100,16 +130,19 @@ impl StageTable {
         let got = peers.share(Bytes::from(Summary::encode(&mine)))?;
         let mut told = Vec::with_capacity(got.len());
         for (r, bytes) in got.iter().enumerate() {
-            told.push(match r == rank {
-                true => std::mem::take(&mut mine),
-                false => {
-                    Summary::decode(bytes, rows.len()).ok_or(CollectiveError::WrongLength {
-                        rank: r as u32,
-                        found: bytes.len(),
-                        expected: rows.len(),
-                    })?
-                }
-            });
+            if r == rank {
+                told.push(std::mem::take(&mut mine));
+                continue;
+            }
+            let bad = |why: String| CollectiveError::NotTold { rank: r as u32, why };
+            let of_rank = Summary::decode(bytes, rows.len()).ok_or_else(|| {
+                bad(format!("{} bytes that are not a summary of {} rows", bytes.len(), rows.len()))
+            })?;
+            let part = own.part_of(r, got.len() as u32);
+            for (row, summary) in rows.iter().zip(&of_rank) {
+                self.sampler(row)?.check_told(summary, part.clone()).map_err(bad)?;
+            }
+            told.push(of_rank);
         }
         Ok(told)
     }
@@ -128,8 +161,17 @@ impl StageTable {
                 Err(StageFault::NotLastToken { sequence, found, expected })
             }
             // It is told as part of the summary.
-            Err(SampleError::NonFinite { .. } | SampleError::NoLogits) => Ok(Summary::default()),
+            Err(SampleError::NonFinite { token, value }) => {
+                Ok(Summary::of_non_finite(own.0 + token, value))
+            }
+            Err(SampleError::NoLogits) => Ok(Summary::default()),
         }
+    }
+
+    fn sampler(&self, row: &RowRecord) -> Result<&SamplerState, StageFault> {
+        let sequence = SequenceId(row.sequence);
+        let sampler = self.sequences.get(&sequence).and_then(|entry| entry.sampler.as_ref());
+        sampler.ok_or(StageFault::UnknownSequence(sequence))
     }
 
     fn decide(&mut self, row: &RowRecord, told: &[Summary]) -> Result<Option<Sample>, StageFault> {
@@ -159,17 +201,6 @@ pub(super) fn sample_of(
     Ok(Sample { sequence, position: row.position, token, logprob, candidates })
 }
 
-/// A whole row out of the parts of all ranks.
-fn gather_row(own: &[f32], peers: &mut dyn Collective) -> Result<Vec<f32>, CollectiveError> {
-    let rank = peers.split().rank as usize;
-    let got = peers.share(Bytes::copy_from_slice(bytemuck::cast_slice(own)))?;
-    let mut whole = Vec::new();
-    for (r, part) in got.iter().enumerate() {
-        if r == rank {
-            whole.extend_from_slice(own);
-        } else {
-            whole.extend(part.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)));
-        }
-    }
-    Ok(whole)
-}
+#[cfg(test)]
+#[path = "draw_test.rs"]
+mod tests;

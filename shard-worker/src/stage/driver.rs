@@ -155,6 +155,8 @@ pub struct StageParts {
     pub table: StageTable,
     /// What it computes with.
     pub model: Box<dyn ShardModel>,
+    /// The vocabulary of all ranks of a last stage together.
+    pub vocab: u32,
     /// Where the first stage's hidden states come from.
     pub pool: BufferPool,
     /// Where results go.
@@ -177,6 +179,7 @@ pub struct Stage {
     last: bool,
     table: StageTable,
     model: Box<dyn ShardModel>,
+    vocab: u32,
     pool: BufferPool,
     outlet: Outlet,
     mirrors: Vec<mpsc::Sender<LinkFrame>>,
@@ -204,6 +207,7 @@ impl Stage {
             last: parts.last,
             table: parts.table,
             model: parts.model,
+            vocab: parts.vocab,
             pool: parts.pool,
             outlet: parts.outlet,
             mirrors: parts.mirrors,
@@ -356,7 +360,7 @@ impl Stage {
             return drawn.map(Some).map_err(|fault| StageError::Fault(index, fault));
         }
         let (first, width) = (own.start as u32, own.len());
-        let own = OwnLogits { first, width, logits: &self.logits };
+        let own = OwnLogits { first, width, vocab: self.vocab, logits: &self.logits };
         match self.table.draw_cut(step, &own, &mut *self.peers) {
             Ok(samples) => Ok(Some(samples)),
             Err(DrawError::Peers(CollectiveError::Gone { .. })) => Ok(None),

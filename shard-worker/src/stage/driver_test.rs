@@ -85,6 +85,7 @@ fn start(index: u32, model: AddOne) -> Bench {
         last,
         table: StageTable::new(Generation(1), LIMITS, last),
         model: Box::new(model),
+        vocab: VOCAB as u32,
         pool: pool.clone(),
         outlet: if last { Outlet::Samples(frame) } else { Outlet::Next(vec![frame]) },
         mirrors: Vec::new(),

@@ -160,6 +160,7 @@ impl Shard {
             last: assignment.is_last(),
             table,
             model: loaded.model,
+            vocab: loaded.vocab,
             pool,
             outlet,
             mirrors,

@@ -200,3 +200,38 @@ fn every_family_has_one_architecture_and_one_model_type() {
         assert_eq!(Family::ALL.iter().filter(same).count(), 1, "{family:?}");
     }
 }
+
+#[test]
+fn a_few_numbers_do_not_make_a_list_of_millions_of_tensors() {
+    let sizes = r#""moe_intermediate_size": 8, "num_experts_per_tok": 2"#;
+    let moe = |layers: u32, experts: u32| {
+        read(
+            Family::Qwen3Moe,
+            &format!(r#"{sizes}, "num_hidden_layers": {layers}, "num_experts": {experts}"#),
+        )
+    };
+    let widest = moe(61, 384).expect("as wide as the widest that is published");
+    assert_eq!(widest.tensor_count(), widest.tensors(LayerRange::new(0, 61)).len() as u64);
+    let refusal = moe(1024, 2048).unwrap_err().to_string();
+    assert!(
+        refusal.contains("num_hidden_layers") && refusal.contains("1024, which makes 63"),
+        "{refusal}"
+    );
+    for family in [Family::Llama, Family::Gemma2, Family::Phi3, Family::Cohere] {
+        let spec = spec(family, "");
+        let all = spec.tensors(LayerRange::new(0, spec.layers)).len() as u64;
+        let shared = u64::from(spec.tied_embeddings);
+        assert_eq!(spec.tensor_count(), all + shared, "{:?}", spec.family);
+    }
+}
+
+#[test]
+fn a_flat_rotation_of_gemma_3_is_refused_and_not_taken_for_the_default() {
+    let flat = r#""rope_parameters": {"rope_type": "linear", "factor": 8, "rope_theta": 1e6}"#;
+    let refusal = read(Family::Gemma3, flat).unwrap_err().to_string();
+    assert!(refusal.contains("rope_parameters") && refusal.contains("full_attention"), "{refusal}");
+    let both = r#""rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8,
+                  "rope_theta": 5e5}, "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}"#;
+    let spec = spec(Family::Gemma3, both);
+    assert_eq!((spec.rope_theta, spec.options.local_rope.map(|rope| rope.0)), (5e5, Some(2e4)));
+}

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::model::config::{window, windowed, windowed_layers};
 use crate::model::families::Definition;
 use crate::model::families::gemma2::{NAMES, WINDOW, cap, read_gemma};
-use crate::model::fields::Fields;
+use crate::model::fields::{Fields, bad};
 use crate::model::options::LayerRope;
 use crate::model::rope::read_one;
 use crate::model::spec::{Family, ModelSpec, SpecError};
@@ -46,6 +46,13 @@ fn read_ropes(config: Fields<'_>, spec: &mut ModelSpec) -> Result<(), SpecError>
     let context = (spec.context_max, None);
     let parameters = config.get("rope_parameters");
     let of = |kind: &str| parameters.and_then(|p| p.get(kind)).filter(|value| !value.is_null());
+    if let Some(flat) = parameters
+        && of("full_attention").or(of("sliding_attention")).is_none()
+    {
+        // Read as one of the two it would be wrong for the other, and silently.
+        let expected = "an object with `full_attention` and `sliding_attention`, a rotation each";
+        return Err(bad("rope_parameters", flat, expected));
+    }
     let (field, global) = match parameters {
         Some(_) => ("rope_parameters", of("full_attention")),
         None => ("rope_scaling", config.get("rope_scaling")),

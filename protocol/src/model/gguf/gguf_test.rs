@@ -163,3 +163,19 @@ fn rows_of_turned_heads_come_back_to_their_places() {
     let rows: Vec<u64> = (0..12).map(|row| order.model_row(row)).collect();
     assert_eq!(rows, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
 }
+
+#[test]
+fn tensors_are_found_by_their_names_whatever_the_order_of_their_data() {
+    let mut file = small();
+    for (i, offset) in [(0, 64), (1, 0), (2, 32)] {
+        file.tensors.push((format!("t{i}"), vec![4], 0, file.data as u64 + offset));
+    }
+    file.data += 96;
+    let gguf = parse(&file.bytes()).unwrap();
+    for (name, ..) in &file.tensors {
+        assert_eq!(gguf.tensor(name).map(|tensor| &tensor.name), Some(name));
+    }
+    assert!(gguf.tensor("t3").is_none());
+    let order: Vec<_> = gguf.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    assert!(order.ends_with(&["t1", "t2", "t0"]), "{order:?}");
+}

@@ -1,0 +1,105 @@
+//! What travels from protocol version 3 on: chunks of weights, links between ranks, models of origins.
+
+use shoal_protocol::activation::Partial;
+use shoal_protocol::weights::{
+    ASK_LEN_MAX, BlobNews, ChunkAsk, ChunkHash, ChunkId, ChunkReply, ModelKey,
+};
+
+use super::damaged::{bombard, bombard_message};
+use super::*;
+
+const KEY: ModelKey = ModelKey([5; 32]);
+const HASH: ChunkHash = [6; 32];
+
+fn news() -> Vec<BlobNews> {
+    let chunk = |index| ChunkId { file: 1, index };
+    vec![
+        BlobNews::Wants { key: KEY, chunks: vec![(0, 3..700), (1, 0..1)] },
+        BlobNews::Has { key: KEY, chunks: vec![(chunk(4), HASH), (chunk(300), HASH)] },
+        BlobNews::Gone { key: KEY },
+    ]
+}
+
+fn of_worker() -> WorkerMessage {
+    WorkerMessage::Blobs { address: ([10, 0, 0, 2], 4003).into(), news: news() }
+}
+
+fn of_coordinator() -> CoordinatorMessage {
+    let said = |news| (NodeId::worker(2), ([10, 0, 0, 2], 4003).into(), news);
+    CoordinatorMessage::Blobs(news().into_iter().map(said).collect())
+}
+
+const ASK: ChunkAsk = ChunkAsk { key: KEY, chunk: ChunkId { file: 1, index: 300 } };
+
+fn partial() -> Partial {
+    Partial { generation: 7, round: 12 }
+}
+
+/// The second rank of stage 1 to its third.
+fn hello() -> LinkHello {
+    let ranks = LinkHello::ranks_of(RankIndex(1), RankIndex(2), true);
+    LinkHello { generation: 7, replica: 3, from_stage: 1, to_stage: 1, ranks }
+}
+
+/// Ranks of a model of an origin.
+fn assigned(source: ModelSource) -> CoordinatorMessage {
+    let mut assignment = assignment();
+    assignment.replica.model.source = source;
+    assignment.replica.precision = Precision::Fp8;
+    assignment.replica.numerics = Numerics::N1Sum;
+    let second = ShardPlan { rank: RankIndex(1), ..assignment.replica.stages[1].shards[0].clone() };
+    assignment.replica.stages[1].shards.push(second);
+    assignment.rank = RankIndex(1);
+    CoordinatorMessage::Assign { epoch: 9, assignments: vec![assignment] }
+}
+
+fn hub() -> ModelSource {
+    ModelSource::Hub { repo: "org/name".to_owned(), revision: "0123456789".repeat(4) }
+}
+
+fn object_store() -> ModelSource {
+    let url = "s3://bucket/models/name".to_owned();
+    ModelSource::ObjectStore { url, revision: "0123456789".repeat(4) }
+}
+
+#[test]
+fn what_travels_from_version_3_on_has_golden_bytes() {
+    check_message("WorkerBlobs", &of_worker());
+    check_message("CoordinatorBlobs", &of_coordinator());
+    check_message("ChunkAsk", &ASK);
+    check_message("ChunkReplyHere", &ChunkReply::Here { len: 4 << 20 });
+    check_message("ChunkReplyNotHere", &ChunkReply::NotHere);
+    check_message("AssignHub", &assigned(hub()));
+    check_message("AssignObjectStore", &assigned(object_store()));
+    check_message("ProbeHub", &CoordinatorMessage::Probe { probe: 5, source: hub() });
+    // A part of messages, by name: each keeps its number for ever.
+    let blocks = vec![Precision::Q8_0, Precision::Q4_0, Precision::Q4K, Precision::Fp8];
+    check_message("PrecisionsOfBlocks", &blocks);
+
+    assert!(postcard::to_stdvec(&ASK).unwrap().len() <= ASK_LEN_MAX);
+    let partial = check_flat(partial());
+    check_golden("Partial", &framed(FrameKind::Partial, &partial, &[1, 2, 3, 4]));
+    check_golden("LinkHelloOfRanks", &framed(FrameKind::LinkHello, &check_flat(hello()), &[]));
+    assert_eq!((hello().from_rank(), hello().to_rank()), (RankIndex(1), RankIndex(2)));
+}
+
+#[test]
+fn damaged_messages_of_version_3_are_refused_without_a_panic() {
+    bombard_message(31, &of_worker());
+    bombard_message(32, &of_coordinator());
+    bombard_message(33, &ASK);
+    bombard_message(34, &ChunkReply::Here { len: 4 << 20 });
+    bombard_message(35, &assigned(hub()));
+    bombard_message(36, &assigned(object_store()));
+    let body = [7; 64];
+    bombard(37, &framed(FrameKind::Partial, &flat_bytes(&partial()), &body), |_, header, _| {
+        let _ = Partial::read_from(header);
+    });
+    bombard(38, &framed(FrameKind::LinkHello, &flat_bytes(&hello()), &[]), |_, header, _| {
+        if let Ok(hello) = LinkHello::read_from(header) {
+            // Any number that a peer sends has ranks, and an answer that answers back.
+            assert!(hello.from_rank().0 < 256 && hello.to_rank().0 < 256);
+            assert_eq!(hello.answer().from_rank(), hello.to_rank());
+        }
+    });
+}
