@@ -149,7 +149,8 @@ impl<B: FamilyOps> Moe<B> {
         (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
     ) -> Result<(), ComputeError> {
         let me = peers.split().rank as usize;
-        let mut own = BytesMut::new();
+        let own_bytes = self.result_bytes(ops, rows, holders[me].clone(), scratch)?;
+        let mut own = BytesMut::with_capacity(own_bytes);
         for (id, expert) in holders[me].clone().zip(&self.experts) {
             let count = expert.forward(ops, (rows, id), self.act, scratch)?;
             let results = ops.host(&mut scratch.routed, count)?;
