@@ -28,7 +28,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let shape = Shape::BILLION;
     let model = shape.write(&settings.models, 3)?;
     let model = model.to_str().context("the model's path is not UTF-8")?;
-    let mib = 2 * shape.parameters() >> 20;
+    let mib = (2 * shape.parameters()) >> 20;
     let mut section = Section::new(
         "A model that no single worker has room for",
         format!(
@@ -74,7 +74,7 @@ fn start(workers: usize, budget: Option<u64>) -> Result<Cluster> {
 }
 
 fn serve(cluster: &mut Cluster, model: &str, mesh: &[&str]) -> Result<()> {
-    let words = [&["deploy", model, "--name", NAME], mesh].concat();
+    let words = [["deploy", model, "--name", NAME].as_slice(), mesh].concat();
     cluster.operate(&words)?;
     cluster.talk_to(NAME);
     Ok(())
