@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check fix bench bench-control bench-size bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-size bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -39,6 +39,9 @@ verify: setup-build ## read-only: format, lints, hygiene, docs, licences and adv
 
 deploy-check: ## units, container file and manifests by their linters, installed from PyPI into target/
 	@deploy/check.sh --install
+
+check-cuda: setup-build ## compile what is behind the feature `cuda`; needs no GPU and no CUDA
+	cargo check --package shoal-shard-worker --features cuda --all-targets --locked
 
 fix: setup-build ## change what a machine can change: format, lints
 	cargo fmt --all
