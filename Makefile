@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check fix bench bench-control bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-size bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -40,6 +40,9 @@ verify: setup-build ## read-only: format, lints, hygiene, docs, licences and adv
 deploy-check: ## units, container file and manifests by their linters, installed from PyPI into target/
 	@deploy/check.sh --install
 
+check-cuda: setup-build ## compile what is behind the feature `cuda`; needs no GPU and no CUDA
+	cargo check --package shoal-shard-worker --features cuda --all-targets --locked
+
 fix: setup-build ## change what a machine can change: format, lints
 	cargo fmt --all
 	cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged --locked
@@ -51,6 +54,10 @@ bench: setup-build ## measure, and write bench/RESULTS.md
 bench-control: setup-build ## the same for the control plane, in 25 minutes, into bench/CONTROL.md (TRIALS=30 faults of each kind)
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench control --trials $${TRIALS:-30} --out bench/CONTROL.md
+
+bench-size: setup-build ## a model of a billion parameters over meshes of workers that have no room for it alone (6 GiB of memory)
+	cargo build --release --locked --package shoal --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench size
 
 bench-evictions: setup-build ## streams while every core compiles: nobody may be given up (MINUTES=10)
 	SHOAL_MINUTES=$${MINUTES:-10} cargo test --locked --workspace --test detect -- --ignored --nocapture nobody

@@ -144,6 +144,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// Asks this deployment from now on.
+    pub fn talk_to(&mut self, name: &str) {
+        self.model = name.to_owned();
+    }
+
     /// Generates exactly `tokens` tokens greedily and gives the time from request to whole answer and
     /// the tokens.
     pub fn generate(&self, prompt: &[u32], tokens: u32) -> Result<(Duration, Vec<u32>)> {

@@ -19,6 +19,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FI
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
+  size      1.04 billion parameters over meshes of workers none of which has room for all
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
@@ -66,6 +67,11 @@ fn main() -> Result<()> {
             report.sections.push(run(&settings)?);
         }
     }
+    for (name, run) in scenarios::ALONE {
+        if what == name {
+            report.sections.push(run(&settings)?);
+        }
+    }
     if what == "election" || what == "control" {
         micro::election::run(&mut report)?;
     }
@@ -90,6 +96,6 @@ fn main() -> Result<()> {
 }
 
 fn is_known(what: &str) -> bool {
-    let mut control = scenarios::CONTROL.iter().map(|(name, _)| name);
-    GROUPS.contains(&what) || WITHIN.contains(&what) || control.any(|name| *name == what)
+    let mut scenarios = scenarios::CONTROL.iter().chain(&scenarios::ALONE).map(|(name, _)| name);
+    GROUPS.contains(&what) || WITHIN.contains(&what) || scenarios.any(|name| *name == what)
 }

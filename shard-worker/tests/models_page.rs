@@ -22,6 +22,9 @@ A reference model is small, random and complete. `shard-worker/tests/parity.rs` 
 tokens, log-probabilities within 1e-4) and then with itself by `==`: in 2 and 3 stages and in as many as it has layers, in chunks of 1 to 256 positions, on 1 to
 3 threads, on every instruction set, in company, and held wider than stored (`stored` and f32). How they are made: `tests/fixtures/README.md`.
 
+`shard-worker/tests/ranks.rs` cuts each over tensor ranks: stages of 2 to as many as it can have, and 2x2 and uneven meshes. With `--reduction exact` every bit is that of one rank, with `sum`
+log-probabilities are within 1e-4 and the greedy tokens are the same. `ranks` is the most that the reference model can have; a real one has more heads.
+
 ";
 
 /// What a model does that Llama does not, in a few words.
@@ -60,6 +63,14 @@ fn traits(spec: &ModelSpec) -> String {
     words.join(", ")
 }
 
+/// How many tensor ranks a stage of it can have.
+fn ranks(spec: &ModelSpec) -> String {
+    match spec.ranks_max().0 {
+        1 => "1".to_owned(),
+        most => format!("1 to {most}"),
+    }
+}
+
 fn page(cases: &[Case]) -> String {
     let mut of: BTreeMap<Family, Vec<(&Case, ModelSpec)>> = BTreeMap::new();
     for case in cases {
@@ -67,11 +78,13 @@ fn page(cases: &[Case]) -> String {
         of.entry(spec.family).or_default().push((case, spec));
     }
     let mut page = HEAD.to_owned();
-    page.push_str("| family | reference model | stored | stages | what it has beside Llama |\n");
-    page.push_str("|---|---|---|---|---|\n");
+    page.push_str(
+        "| family | reference model | stored | stages | ranks | what it has beside Llama |\n",
+    );
+    page.push_str("|---|---|---|---|---|---|\n");
     for family in Family::ALL {
         let Some(own) = of.get(family) else {
-            writeln!(page, "| `{}` | none yet | | | |", family.architecture()).unwrap();
+            writeln!(page, "| `{}` | none yet | | | | |", family.architecture()).unwrap();
             continue;
         };
         for (i, (case, spec)) in own.iter().enumerate() {
@@ -81,10 +94,11 @@ fn page(cases: &[Case]) -> String {
             stages.dedup();
             writeln!(
                 page,
-                "| {name} | {} | {} | {} | {} |",
+                "| {name} | {} | {} | {} | {} | {} |",
                 case.name,
                 spec.stored,
                 stages.join(", "),
+                ranks(spec),
                 traits(spec)
             )
             .unwrap();

@@ -15,7 +15,7 @@ use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, Turn, WeightBuilder};
 use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::layers::{
-    Attention, Embedding, Head, Joined, Merge, Mlp, PreNorm, Rope, Scores, Scratch,
+    Attention, Embedding, Head, HeadNorms, Joined, Merge, Mlp, PreNorm, Rope, Scores, Scratch,
 };
 use shoal_shard_worker::model::{Batch, ComputeError, Span};
 
@@ -99,8 +99,11 @@ impl Layers {
                 query: linear(&ops, 256, HIDDEN),
                 key: linear(&ops, 64, HIDDEN),
                 value: linear(&ops, 64, HIDDEN),
-                query_norm: Some(norm(&ops, 32)),
-                key_norm: Some(norm(&ops, 32)),
+                norms: HeadNorms {
+                    query: Some(norm(&ops, 32)),
+                    key: Some(norm(&ops, 32)),
+                    broad: None,
+                },
                 output: Joined::whole(linear(&ops, HIDDEN, 256)),
                 rope: Some((0, Turn::whole(32))),
                 scores: Scores::plain(Attention::<CpuOps>::scale_of(32)),

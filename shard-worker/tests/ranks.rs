@@ -108,6 +108,47 @@ fn shares_that_are_not_equal_say_the_same() {
     }
 }
 
+/// Five experts and a shared one, three heads of a compressed cache, norms over all heads, sinks: none of
+/// which three ranks share evenly.
+#[test]
+fn experts_and_heads_that_are_not_shared_evenly_say_the_same() {
+    let common = r#""hidden_size": 48, "num_hidden_layers": 2, "vocab_size": 307, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512, "torch_dtype": "float32", "norm_topk_prob": true"#;
+    let heads = r#""num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12"#;
+    for (kind, more) in [
+        ("Mixtral", format!(r#"{heads}, "intermediate_size": 36, "num_local_experts": 5, "num_experts_per_tok": 3"#)),
+        (
+            "Qwen2Moe",
+            format!(
+                r#"{heads}, "intermediate_size": 70, "num_experts": 7, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 20, "shared_expert_intermediate_size": 50, "mlp_only_layers": [0]"#
+            ),
+        ),
+        (
+            "GptOss",
+            format!(r#"{heads}, "intermediate_size": 28, "num_local_experts": 4, "num_experts_per_tok": 2"#),
+        ),
+        ("Olmo2", format!(r#"{heads}, "intermediate_size": 70"#)),
+        (
+            "DeepseekV3",
+            r#""num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 70,
+                "kv_lora_rank": 24, "q_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+                "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+                "moe_intermediate_size": 20, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1"#
+                .to_owned(),
+        ),
+    ] {
+        let (_folder, checkpoint) = random_model(&format!(
+            r#"{{"architectures": ["{kind}ForCausalLM"], {common}, {more}}}"#
+        ));
+        let mut dice = Dice(9);
+        let questions: Vec<Question> =
+            [30, 17].map(|len| ((0..len).map(|_| dice.below(307) as u32).collect(), 3)).to_vec();
+        assert_eq!(checkpoint.spec().ranks_max().0, 3, "{kind}");
+        assert!(compare(kind, &checkpoint, &questions) >= 10, "{kind}");
+    }
+}
+
 #[test]
 fn a_rank_holds_its_part_and_what_was_planned_for_it() {
     let (_folder, checkpoint) = random_model(

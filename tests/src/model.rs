@@ -27,18 +27,23 @@ pub struct RandomLlama {
 impl RandomLlama {
     const HEAD: usize = 32;
 
-    /// Writes the folder.
+    /// Writes the folder, with one key/value head.
     pub fn write(self, folder: &Path) -> Result<()> {
+        self.write_with_heads(folder, 1)
+    }
+
+    /// Writes the folder, with so many key/value heads; tensor ranks share them.
+    pub fn write_with_heads(self, folder: &Path, kv_heads: usize) -> Result<()> {
         std::fs::create_dir_all(folder)?;
         for file in TOKENIZER_FILES {
             std::fs::copy(demo().join(file), folder.join(file)).context(file)?;
         }
-        std::fs::write(folder.join("config.json"), self.config().to_string())?;
-        std::fs::write(folder.join("model.safetensors"), safetensors(&self.tensors())?)?;
+        std::fs::write(folder.join("config.json"), self.config(kv_heads).to_string())?;
+        std::fs::write(folder.join("model.safetensors"), safetensors(&self.tensors(kv_heads))?)?;
         Ok(())
     }
 
-    fn config(self) -> Value {
+    fn config(self, kv_heads: usize) -> Value {
         json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -47,7 +52,7 @@ impl RandomLlama {
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.hidden / Self::HEAD,
-            "num_key_value_heads": 1,
+            "num_key_value_heads": kv_heads,
             "head_dim": Self::HEAD,
             "hidden_act": "silu",
             "max_position_embeddings": 512,
@@ -61,7 +66,7 @@ impl RandomLlama {
     }
 
     /// Names and shapes.
-    fn tensors(self) -> Vec<(String, Vec<usize>)> {
+    fn tensors(self, kv_heads: usize) -> Vec<(String, Vec<usize>)> {
         let (hidden, mlp) = (self.hidden, self.intermediate);
         let mut tensors = vec![
             ("model.embed_tokens.weight".to_owned(), vec![VOCAB, hidden]),
@@ -72,8 +77,8 @@ impl RandomLlama {
                 ("input_layernorm", vec![hidden]),
                 ("post_attention_layernorm", vec![hidden]),
                 ("self_attn.q_proj", vec![hidden, hidden]),
-                ("self_attn.k_proj", vec![Self::HEAD, hidden]),
-                ("self_attn.v_proj", vec![Self::HEAD, hidden]),
+                ("self_attn.k_proj", vec![kv_heads * Self::HEAD, hidden]),
+                ("self_attn.v_proj", vec![kv_heads * Self::HEAD, hidden]),
                 ("self_attn.o_proj", vec![hidden, hidden]),
                 ("mlp.gate_proj", vec![mlp, hidden]),
                 ("mlp.up_proj", vec![mlp, hidden]),

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_tests::api::{Api, text_of};
+use shoal_tests::model::RandomLlama;
 use shoal_tests::proc::{Signal, Up, UpOptions, signal};
 
 const READY: Duration = Duration::from_secs(30);
@@ -88,6 +89,39 @@ fn an_answer_outlives_the_death_of_a_rank() -> Result<()> {
     let after = after.plan.replicas.iter().find(|r| r.deployment.as_str() == "exact");
     let nodes: Vec<_> = after.context("it is served")?.nodes().collect();
     ensure!(!nodes.contains(&rank), "it is still with {rank}, which is dead");
+    up.stop(&[])?;
+    Ok(())
+}
+
+/// `make bench-size` does the same with a billion parameters.
+#[test]
+fn a_model_that_no_worker_has_room_for_says_the_same_over_every_mesh() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let model = folder.path().join("wide");
+    // 25.5 MiB of weights.
+    RandomLlama { layers: 9, hidden: 256, intermediate: 704 }.write_with_heads(&model, 2)?;
+    let model = model.to_str().context("a path in UTF-8")?;
+    let answer = |api: &Api| -> Result<Vec<u64>> {
+        let more = json!({"max_tokens": 8, "return_token_ids": true, "ignore_eos": true});
+        Ok(api.complete("abc", more)?.ok()?.token_ids())
+    };
+    let whole = Up::start(&UpOptions::flags("--workers 1").model(model))?;
+    let expected = answer(&whole.api())?;
+    ensure!(expected.len() == 8, "{expected:?}");
+    whole.stop(&[])?;
+
+    let up = Up::start(&UpOptions::flags("--workers 4 --worker-memory 20MiB"))?;
+    up.verb(&["undeploy", "demo"])?.expect_code(0);
+    let alone = up.verb(&["deploy", model, "--name", "alone", "--stages", "1"])?;
+    ensure!(alone.code() != Some(0) && alone.stderr.contains("does not fit"), "{alone:?}");
+    for (name, mesh) in [("long", "2x1"), ("broad", "1x2"), ("both", "2x2")] {
+        let words = ["deploy", model, "--name", name, "--mesh", mesh, "--reduction", "exact"];
+        up.verb(&words)?.expect_code(0);
+        up.admin()?.wait_for_phase(name, DeploymentPhase::Ready, READY)?;
+        let found = answer(&Api::new(up.url(), name))?;
+        ensure!(found == expected, "{mesh}: {found:?} instead of {expected:?}");
+        up.verb(&["undeploy", name])?.expect_code(0);
+    }
     up.stop(&[])?;
     Ok(())
 }

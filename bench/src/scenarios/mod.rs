@@ -14,6 +14,7 @@ mod leader;
 mod load;
 mod pipeline;
 mod serve;
+mod size;
 
 /// What a run of the scenarios may take.
 #[derive(Clone, Debug)]
@@ -34,9 +35,12 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// A measurement of the control plane.
+/// A measurement that is a section of its own.
 pub type Control = fn(&Settings) -> Result<Section>;
 
 /// Those of the control plane: what faults, gray failures and the coordinator itself cost, by name.
 pub const CONTROL: [(&str, Control); 4] =
     [("leader", leader::run), ("detect", detect::run), ("gray", gray::run), ("serve", serve::run)];
+
+/// Those that are run by name alone: they take minutes and gigabytes.
+pub const ALONE: [(&str, Control); 1] = [("size", size::run)];

@@ -55,6 +55,17 @@ impl Shape {
         files: 4,
     };
 
+    /// 1.04 billion parameters, 1.94 GiB in bf16: a Llama of real size.
+    pub const BILLION: Self = Self {
+        layers: 16,
+        hidden: 2048,
+        intermediate: 8192,
+        heads: 32,
+        kv_heads: 8,
+        vocab: 16_001,
+        files: 4,
+    };
+
     /// Parameters.
     pub fn parameters(&self) -> u64 {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<u64>()).sum()

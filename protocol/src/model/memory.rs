@@ -80,10 +80,9 @@ pub struct ScratchWidths {
 }
 
 impl ScratchWidths {
-    /// Values of a row in all buffers together, and in the device's copy of the widest input of a
-    /// product, laid out for it.
-    pub fn floats(&self) -> u64 {
-        let buffers = [
+    /// The buffers: how wide, and how many of each.
+    fn buffers(&self) -> [(u32, u32); 13] {
+        [
             (self.hidden, 1),
             (self.query, 1),
             (self.key, 1),
@@ -97,10 +96,20 @@ impl ScratchWidths {
             (self.query_down, 1),
             (self.absorbed, 1),
             (self.values_out, 1),
-        ];
+        ]
+    }
+
+    /// The widest of them.
+    pub fn widest(&self) -> u64 {
+        self.buffers().iter().map(|(width, _)| u64::from(*width)).max().unwrap_or(0)
+    }
+
+    /// Values of a row in all buffers together, and in the device's copy of the widest input of a
+    /// product, laid out for it.
+    pub fn floats(&self) -> u64 {
+        let buffers = self.buffers();
         let all = buffers.iter().map(|(width, count)| u64::from(*width) * u64::from(*count));
-        let widest = buffers.iter().map(|(width, _)| u64::from(*width)).max().unwrap_or(0);
-        all.sum::<u64>() + widest
+        all.sum::<u64>() + self.widest()
     }
 }
 

@@ -3,10 +3,13 @@
 //! ```text
 //! q k v      rows, by key/value head and the query heads of its group      ┐
 //! gate up    rows, in panels                                               ├ each rank computes its own
+//! shared expert's gate up  rows, in panels                                 │
+//! experts    whole ones, by id; the router is on every rank                │
+//! sinks, and what takes a head into a compressed cache and out of it: by head │
 //! embedding, output head   rows, in blocks of `VOCAB_BLOCK` tokens         ┘
 //! o down     sum:   columns, as their inputs are cut; partial results are added in rank order
 //!            exact: rows, in panels; their inputs are gathered first, so that each output is one chain over all of k
-//! norms      whole on every rank
+//! norms, router, what compresses queries, keys and values, and a compressed cache: whole on every rank
 //! ```
 //!
 //! Shares need not be equal: of `n` units over `R` ranks, rank `r` has units `r*n/R .. (r+1)*n/R`. A
@@ -15,6 +18,8 @@
 use std::ops::Range;
 
 use crate::model::memory::PANEL_OUTPUTS;
+use crate::model::moe::Moe;
+use crate::model::options::Options;
 use crate::model::spec::ModelSpec;
 use crate::model::tensors::{TensorRole, TensorSpec};
 use crate::plan::{
@@ -101,6 +106,10 @@ pub struct Part {
     pub heads: Range<u32>,
     /// Of the MLP's width.
     pub intermediate: Range<u32>,
+    /// Experts, by id.
+    pub experts: Range<u32>,
+    /// Of the shared expert's width.
+    pub shared: Range<u32>,
     /// Token ids.
     pub vocab: Range<u32>,
     /// Of the stream's width, where outputs are cut.
@@ -127,32 +136,31 @@ pub struct SplitError {
 impl ModelSpec {
     /// The most tensor ranks of a stage, and what bounds them.
     pub fn ranks_max(&self) -> (u32, &'static str) {
-        if let Some(what) = self.not_cut() {
-            return (1, what);
-        }
-        let panel = PANEL_OUTPUTS as u32;
+        let panels = |width: u32| width.div_ceil(PANEL_OUTPUTS as u32);
+        let heads = match self.options.mla {
+            Some(_) => (self.heads, "heads"),
+            None => (self.kv_heads, "key/value heads"),
+        };
+        let any = |is_moe: bool| (0..self.layers).any(|layer| self.moe(layer).is_some() == is_moe);
+        let dense = Some((panels(self.intermediate), "panels of 16 in the width of its MLP"));
+        let moe = self.options.moe.filter(|_| any(true));
+        let shared = moe.and_then(|moe| moe.shared).map(panels);
         [
-            (self.kv_heads, "key/value heads"),
-            (self.intermediate.div_ceil(panel), "panels of 16 in the width of its MLP"),
-            (self.hidden.div_ceil(panel), "panels of 16 in the width of its stream"),
+            Some(heads),
+            dense.filter(|_| any(false)),
+            moe.map(|moe| (moe.experts, "experts")),
+            shared.map(|panels| (panels, "panels of 16 in the width of its shared expert")),
+            Some((panels(self.hidden), "panels of 16 in the width of its stream")),
         ]
         .into_iter()
+        .flatten()
         .min_by_key(|(units, _)| *units)
         .unwrap_or((1, "layers"))
     }
 
-    /// What of this model is not spread over ranks yet.
-    fn not_cut(&self) -> Option<&'static str> {
-        let options = &self.options;
-        match (options.moe, options.mla) {
-            (Some(_), _) => Some("set of experts, which is not cut yet"),
-            (None, Some(_)) => Some("compressed cache, which is not cut yet"),
-            // The norm needs the squares of all heads.
-            _ if self.qk_norm && options.qk_norm_whole => {
-                Some("norm over all queries, which is not cut yet")
-            }
-            _ => None,
-        }
+    /// The width of what attention's output projection takes.
+    pub fn attention_width(&self) -> u32 {
+        self.options.mla.map_or(self.query_width(), |mla| self.heads * mla.value)
     }
 
     /// What a rank holds; refused where it would hold nothing. A vocabulary of fewer blocks than
@@ -171,6 +179,8 @@ impl ModelSpec {
             heads: kv_heads.start * group..kv_heads.end * group,
             kv_heads,
             intermediate: split.share_in(self.intermediate, panel),
+            experts: split.share(self.options.moe.map_or(0, |moe| moe.experts)),
+            shared: split.share_in(self.options.moe.and_then(|moe| moe.shared).unwrap_or(0), panel),
             vocab: split.vocab(self.vocab),
             hidden: split.share_in(self.hidden, panel),
         })
@@ -230,6 +240,16 @@ impl Part {
         let rows_all = 0..spec.shape[0];
         let columns_all = 0..if spec.is_matrix { spec.shape[1] } else { 1 };
         let summed = self.reduction == Reduction::Sum && !self.split.is_whole();
+        let is_own = match spec.role {
+            ExpertGate | ExpertGateBias | ExpertUp | ExpertUpBias | ExpertDown | ExpertDownBias => {
+                self.experts.contains(&spec.index)
+            }
+            KeyUp | ValueUp => self.heads.contains(&spec.index),
+            _ => true,
+        };
+        if !is_own {
+            return None;
+        }
         let (rows, columns) = match spec.role {
             Embedding | OutputHead => (scaled(&self.vocab, 1), columns_all),
             Query | QueryBias => (scaled(&self.heads, model.head_dim), columns_all),
@@ -237,16 +257,21 @@ impl Part {
                 (scaled(&self.kv_heads, model.head_dim), columns_all)
             }
             Gate | GateBias | Up | UpBias => (scaled(&self.intermediate, 1), columns_all),
-            AttentionOutput if summed => (rows_all, scaled(&self.heads, model.head_dim)),
+            Sinks => (scaled(&self.heads, 1), columns_all),
+            SharedGate | SharedUp => (scaled(&self.shared, 1), columns_all),
+            AttentionOutput if summed => {
+                (rows_all, scaled(&self.heads, model.attention_width() / model.heads.max(1)))
+            }
+            SharedDown if summed => (rows_all, scaled(&self.shared, 1)),
             Down if summed => (rows_all, scaled(&self.intermediate, 1)),
             // Added once, to the first partial sum.
             AttentionOutputBias | DownBias if summed => {
                 (if self.split.rank == 0 { rows_all } else { 0..0 }, columns_all)
             }
-            AttentionOutput | AttentionOutputBias | Down | DownBias => {
+            AttentionOutput | AttentionOutputBias | Down | DownBias | SharedDown => {
                 (scaled(&self.hidden, 1), columns_all)
             }
-            // Norms and their biases; and what models have that are not cut: see `ranks_max`.
+            // Norms and their biases, the router, what compresses; of heads and experts own ones.
             _ => (rows_all, columns_all),
         };
         let part = TensorPart { spec, rows, columns };
@@ -280,31 +305,106 @@ impl Part {
     }
 
     /// A model as narrow as this rank's part of it: what its scratch and its cache are made for.
-    /// The stream keeps its width.
+    /// The stream keeps its width, and the router all experts.
     pub fn widths(&self, model: &ModelSpec) -> ModelSpec {
         let len = |range: &Range<u32>| range.end - range.start;
+        let own = |moe: Moe| Moe { shared: moe.shared.map(|_| len(&self.shared)), ..moe };
+        let options = Options { moe: model.options.moe.map(own), ..model.options.clone() };
         ModelSpec {
             heads: len(&self.heads),
             kv_heads: len(&self.kv_heads),
             intermediate: len(&self.intermediate),
             vocab: len(&self.vocab),
+            options,
             ..model.clone()
         }
     }
 
-    /// Scratch of the exact reduction, for attention and for the MLP: the gathered input and this
-    /// rank's outputs, and what the device's copy of an input, laid out for a product, grows by.
-    fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
-        if self.split.is_whole() || self.reduction == Reduction::Sum {
-            return Bytes(0);
+    /// How wide the buffers are that hold what all ranks have of a row.
+    pub fn joint_widths(&self, model: &ModelSpec) -> JointWidths {
+        if self.split.is_whole() {
+            return JointWidths::default();
         }
-        let own = self.widths(model);
-        let (attention, mlp) = (model.query_width(), model.intermediate);
-        let narrow = own.hidden.max(own.query_width()).max(own.intermediate);
-        let laid_out = attention.max(mlp).saturating_sub(narrow);
-        let outputs = 2 * (self.hidden.end - self.hidden.start);
-        let floats = u64::from(attention) + u64::from(mlp) + u64::from(laid_out + outputs);
+        let (query, key) = match model.qk_norm && model.options.qk_norm_whole {
+            true => (model.query_width(), model.kv_width()),
+            false => (0, 0),
+        };
+        if self.reduction == Reduction::Sum {
+            return JointWidths { query, key, ..JointWidths::default() };
+        }
+        let any = |is_moe: bool| (0..model.layers).any(|l| model.moe(l).is_some() == is_moe);
+        let moe = model.options.moe.filter(|_| any(true));
+        let dense = if any(false) { model.intermediate } else { 0 };
+        JointWidths {
+            attended: model.attention_width(),
+            gated: dense.max(moe.and_then(|moe| moe.shared).unwrap_or(0)),
+            outputs: self.hidden.end - self.hidden.start,
+            query,
+            key,
+        }
+    }
+
+    /// The widest row of a message between ranks.
+    pub fn message_width(&self, model: &ModelSpec) -> u32 {
+        let experts = model.options.moe.map_or(0, |moe| moe.top_k);
+        let shared = model.options.moe.and_then(|moe| moe.shared).unwrap_or(0);
+        let normed = model.query_width() + model.kv_width();
+        let most = match self.reduction {
+            // The results of a row's experts, all of which may be one rank's.
+            Reduction::Exact => experts * model.hidden,
+            Reduction::Sum => 0,
+        };
+        [model.hidden, normed, model.attention_width(), model.intermediate, shared, most]
+            .into_iter()
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Scratch of what ranks put together, what the device's copy of an input, laid out for a product,
+    /// grows by, and the results of experts, which travel one by one where the sum is exact.
+    fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
+        let joint = self.joint_widths(model);
+        let narrow = self.widths(model).scratch_widths().widest();
+        let laid_out = joint.widest().saturating_sub(narrow);
+        let travelling = match self.reduction {
+            Reduction::Exact if !self.split.is_whole() => {
+                u64::from(model.options.moe.map_or(0, |moe| moe.top_k)) * u64::from(model.hidden)
+            }
+            _ => 0,
+        };
+        let floats = joint.floats() + laid_out + travelling;
         Bytes(u64::from(rows) * floats * size_of::<f32>() as u64)
+    }
+}
+
+/// How many values a row has in each buffer of what all ranks have; 0 where there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JointWidths {
+    /// The input of attention's output projection.
+    pub attended: u32,
+    /// The input of `down`.
+    pub gated: u32,
+    /// This rank's outputs: a buffer for each of the two.
+    pub outputs: u32,
+    /// Queries, where one norm is over all of them.
+    pub query: u32,
+    /// Keys, likewise.
+    pub key: u32,
+}
+
+impl JointWidths {
+    fn buffers(self) -> [u32; 6] {
+        let of_gated = if self.gated > 0 { self.outputs } else { 0 };
+        [self.attended, self.gated, self.outputs, of_gated, self.query, self.key]
+    }
+
+    /// Values of a row in all of them.
+    fn floats(self) -> u64 {
+        self.buffers().into_iter().map(u64::from).sum()
+    }
+
+    fn widest(self) -> u64 {
+        self.buffers().into_iter().map(u64::from).max().unwrap_or(0)
     }
 }
 

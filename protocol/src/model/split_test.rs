@@ -79,3 +79,87 @@ fn one_rank_takes_what_a_whole_shard_takes_and_ranks_share_the_weights() {
         assert_eq!((two[0].weights + two[1].weights).0, alone.weights.0 + norms);
     }
 }
+
+/// A DeepSeek: experts, a shared one, a compressed cache.
+fn deepseek(experts: u32) -> ModelSpec {
+    let text = format!(
+        r#"{{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 224, "num_hidden_layers": 3,
+            "intermediate_size": 300, "num_attention_heads": 8, "num_key_value_heads": 8,
+            "vocab_size": 5000, "max_position_embeddings": 512, "kv_lora_rank": 64, "q_lora_rank": 48,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+            "n_routed_experts": {experts}, "n_shared_experts": 2, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
+            "first_k_dense_replace": 1}}"#
+    );
+    ModelSpec::from_config_json(&text).expect("a valid config")
+}
+
+#[test]
+fn experts_are_whole_heads_are_whole_and_what_compresses_is_everywhere() {
+    use TensorRole::*;
+    let model = deepseek(5);
+    for reduction in [Reduction::Sum, Reduction::Exact] {
+        for ranks in 1..=5 {
+            let parts: Vec<Part> = (0..ranks)
+                .map(|rank| model.part(Split { rank, ranks }, reduction).unwrap())
+                .collect();
+            for tensor in model.tensors(LayerRange::new(0, 3)) {
+                let held: Vec<u64> = parts
+                    .iter()
+                    .filter_map(|part| part.of(tensor.clone(), &model))
+                    .map(|part| part.row_count() * part.column_count())
+                    .collect();
+                match tensor.role {
+                    // One rank has all of it.
+                    ExpertGate | ExpertUp | ExpertDown | KeyUp | ValueUp => {
+                        assert_eq!(held, [tensor.elements()], "{} on {ranks}", tensor.name);
+                    }
+                    Query | AttentionOutput | Gate | Up | Down | SharedGate | SharedUp
+                    | SharedDown | Embedding | OutputHead => {
+                        let sum = held.iter().sum::<u64>();
+                        assert_eq!(sum, tensor.elements(), "{} on {ranks}", tensor.name);
+                    }
+                    _ => {
+                        let whole = vec![tensor.elements(); ranks as usize];
+                        assert_eq!(held, whole, "{} on {ranks}", tensor.name);
+                    }
+                }
+            }
+        }
+    }
+    let part = |rank| model.part(Split { rank, ranks: 3 }, Reduction::Sum).unwrap();
+    assert_eq!([0, 1, 2].map(|rank| part(rank).experts), [0..1, 1..3, 3..5]);
+    assert_eq!([0, 1, 2].map(|rank| part(rank).heads), [0..2, 2..5, 5..8]);
+    assert_eq!([0, 1, 2].map(|rank| part(rank).shared), [0..32, 32..80, 80..128]);
+}
+
+#[test]
+fn a_compressed_cache_is_on_every_rank_and_experts_take_what_they_hold() {
+    let model = deepseek(6);
+    let layers = LayerRange::new(1, 2);
+    let alone = model.shard_memory(layers, Precision::Bf16, &LIMITS);
+    let parts = [0, 1].map(|rank| model.part(Split { rank, ranks: 2 }, Reduction::Sum).unwrap());
+    let two = parts.map(|part| part.memory(&model, layers, Precision::Bf16, &LIMITS));
+    assert_eq!(two.map(|memory| memory.kv), [alone.kv, alone.kv]);
+    // Router with its correction, two norms, the compressions and their norms.
+    let doubled =
+        16 * 224 * 2 + 6 * 4 + 2 * 224 * 4 + 48 * 224 * 2 + 48 * 4 + 80 * 224 * 2 + 64 * 4;
+    assert_eq!((two[0].weights + two[1].weights).0, alone.weights.0 + doubled);
+    // The results of two experts a row travel where the sum is exact.
+    let exact = model.part(Split { rank: 0, ranks: 2 }, Reduction::Exact).unwrap();
+    let exact = exact.memory(&model, layers, Precision::Bf16, &LIMITS);
+    let rows = u64::from(LIMITS.step_rows_max);
+    assert!(exact.activations.0 > two[0].activations.0 + rows * 2 * 224 * 4);
+}
+
+#[test]
+fn what_bounds_the_ranks_of_a_mixture_is_named() {
+    let error = deepseek(4).part(Split { rank: 0, ranks: 5 }, Reduction::Exact).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "5 tensor ranks: the model has 4 experts, so that a rank would hold none; possible: 1 to 4 \
+         ranks"
+    );
+    let error = deepseek(64).part(Split { rank: 0, ranks: 9 }, Reduction::Exact).unwrap_err();
+    assert_eq!((error.units, error.what), (8, "heads"));
+}

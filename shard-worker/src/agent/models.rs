@@ -171,7 +171,7 @@ impl Models {
 }
 
 /// The bytes of the files that an assignment's parts of tensors are: whole rows, since the columns of each
-/// lie apart.
+/// lie apart (what that costs: `docs/decisions/027-weights-that-travel-once.md`).
 fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     let (spec, replica) = (checkpoint.spec(), &assignment.replica);
     let stage = replica.stages.get(assignment.stage.0 as usize);
@@ -197,16 +197,21 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
 
 /// The bytes of a file that a part of a tensor is read from.
 fn bytes_of(tensor: &TensorPart, location: &TensorLocation) -> Range<u64> {
-    let turned = tensor.spec.excerpt.as_ref().is_some_and(|excerpt| excerpt.columns.is_some());
     let words = matches!(location.scales.as_deref(), Some(StoredScales::FourBits { .. }));
-    let row = location.dtype.row_bytes(tensor.columns_stored());
-    let first_row = tensor.spec.excerpt.as_ref().map_or(0, |excerpt| excerpt.first_row);
-    match row {
-        Some(row) if !turned && !words => {
+    let excerpt = tensor.spec.excerpt.as_ref();
+    let first_row = excerpt.map_or(0, |excerpt| excerpt.first_row);
+    // What lies the other way round crosses as many rows as it has columns.
+    let turned = excerpt.filter(|excerpt| excerpt.columns.is_some());
+    let (width, rows) = match turned.and_then(|excerpt| excerpt.stored.last()) {
+        Some(width) => (*width, tensor.columns.clone()),
+        None => (tensor.columns_stored(), tensor.rows.clone()),
+    };
+    match location.dtype.row_bytes(width) {
+        Some(row) if !words => {
             let at = |row_number: u64| location.offset + (first_row + row_number) * row;
-            at(tensor.rows.start)..at(tensor.rows.end)
+            at(rows.start)..at(rows.end)
         }
-        // Columns of all rows, or words across them.
+        // Words across rows.
         _ => location.offset..location.offset + location.len,
     }
 }
@@ -285,6 +290,8 @@ fn slower() -> f64 {
 #[cfg(test)]
 mod tests {
     use shoal_protocol::blob::BlobSettings;
+    use shoal_protocol::model::{Reduction, Split, TensorRole};
+    use shoal_protocol::units::LayerRange;
 
     use super::*;
 
@@ -326,5 +333,36 @@ mod tests {
         assert!(error.message.contains("truncated"), "{}", error.message);
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(models.fingerprint(&source), Ok(fingerprint));
+    }
+
+    #[test]
+    fn a_rank_fetches_its_own_experts_also_where_they_lie_the_other_way_round() {
+        use TensorRole::{ExpertDown, ExpertGate, ExpertUp, KeyUp, ValueUp};
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models");
+        for (model, roles) in [
+            ("gpt-oss-bf16", [ExpertGate, ExpertUp, ExpertDown].as_slice()),
+            ("deepseek3-bf16", [KeyUp, ValueUp].as_slice()),
+        ] {
+            let checkpoint = Checkpoint::open(&models.join(model)).unwrap();
+            let spec = checkpoint.spec();
+            let last = LayerRange::new(spec.layers - 1, spec.layers);
+            let mut stored = std::collections::BTreeSet::new();
+            let mut ends = Vec::new();
+            for rank in 0..2 {
+                let part = spec.part(Split { rank, ranks: 2 }, Reduction::Sum).unwrap();
+                let mut own = std::collections::BTreeSet::new();
+                for tensor in part.tensors(spec, last) {
+                    if roles.contains(&tensor.spec.role) {
+                        let location = checkpoint.locate(&tensor.spec.name).unwrap();
+                        own.extend(bytes_of(&tensor, location));
+                        stored.extend(location.offset..location.offset + location.len);
+                    }
+                }
+                ends.push(own);
+            }
+            assert!(ends[0].is_disjoint(&ends[1]), "{model}");
+            let all: std::collections::BTreeSet<u64> = &ends[0] | &ends[1];
+            assert!(all == stored && !stored.is_empty(), "{model}");
+        }
     }
 }

@@ -17,6 +17,8 @@
 
 pub mod cpu;
 mod family;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 pub mod pool;
 
 use shoal_protocol::model::Activation;

@@ -7,8 +7,8 @@
 //!
 //! [`Collective`] is the seam: bytes to every other rank, bytes from every other rank, in lock-step. Who
 //! carries them is another matter: threads of one process here ([`local`]), QUIC between workers
-//! (`stage::ranks`). The arithmetic stands above it once, in fixed rank order, so that a mesh repeats
-//! itself bit for bit whoever carries its messages and however long they are.
+//! (`stage::ranks`), NCCL between GPUs (`backend::nccl`, compiled only). The arithmetic stands above it
+//! once, in fixed rank order, so that a mesh repeats itself bit for bit whoever carries its messages and however long they are.
 
 pub mod local;
 
@@ -45,6 +45,12 @@ pub enum CollectiveError {
     Gone {
         /// Which.
         rank: u32,
+        /// What is known.
+        why: String,
+    },
+    /// What carries messages has failed, and does not say at which rank.
+    #[error("the ranks of this stage do not reach each other: {why}")]
+    Carrier {
         /// What is known.
         why: String,
     },

@@ -81,7 +81,7 @@ impl<B: FamilyOps> Decoder<B> {
             scratch: Scratch::new(&mut ops, spec, part, limits.step_rows_max as usize)?,
             parts: part.all(spec),
             part: part.clone(),
-            widest: spec.hidden.max(spec.query_width()).max(spec.intermediate) as usize,
+            widest: part.message_width(spec) as usize,
             ops,
         })
     }

@@ -16,8 +16,8 @@ use crate::backend::{FamilyOps, KvShape, Norm, Turn};
 use crate::collective::Collective;
 use crate::model::families::LoadError;
 use crate::model::layers::{
-    Attention, Cut, Expert, Joined, LatentAttention, Merge, Mlp, Moe, PreNorm, Scores, Scratch,
-    Shared,
+    Attention, BroadNorm, Cut, Expert, HeadNorms, Holders, Inner, Joined, LatentAttention, Merge,
+    Mlp, Moe, PreNorm, Scores, Scratch, Shared,
 };
 use crate::model::weights::{Weights, WeightsError};
 use crate::model::{Batch, ComputeError};
@@ -73,7 +73,7 @@ impl<B: FamilyOps> Layer<B> {
                 norm.forward(ops, stream, rows, scratch)?;
                 match mlp {
                     AnyMlp::Dense(mlp) => mlp.forward(ops, rows, (scratch, peers), stream),
-                    AnyMlp::Experts(moe) => moe.forward(ops, rows, scratch, stream),
+                    AnyMlp::Experts(moe) => moe.forward(ops, rows, (scratch, peers), stream),
                 }
             }
         }
@@ -93,8 +93,9 @@ impl<B: FamilyOps> AnyAttention<B> {
             AnyAttention::Heads(attention) => {
                 attention.forward(ops, batch, kv, (scratch, peers), stream)
             }
-            // Its heads are not cut over ranks: see `ModelSpec::ranks_max`.
-            AnyAttention::Latent(attention) => attention.forward(ops, batch, kv, scratch, stream),
+            AnyAttention::Latent(attention) => {
+                attention.forward(ops, batch, kv, (scratch, peers), stream)
+            }
         }
     }
 }
@@ -202,15 +203,15 @@ impl<B: FamilyOps> Parts<'_, B> {
         let mut head_norm = |role| -> Result<_, WeightsError> {
             if spec.qk_norm { self.norm(role, spec.norm_eps).map(Some) } else { Ok(None) }
         };
-        let (query_norm, key_norm) = (head_norm(QueryNorm)?, head_norm(KeyNorm)?);
+        let (query, key) = (head_norm(QueryNorm)?, head_norm(KeyNorm)?);
+        let norms = HeadNorms { query, key, broad: BroadNorm::of(spec, self.part) };
         let interleaved = spec.options.interleaved;
         let turn = Turn { interleaved, ..Turn::whole(spec.head_dim as usize) };
         Ok(Attention {
             query: self.weights.linear((Query, QueryBias), layer)?,
             key: self.weights.linear((Key, KeyBias), layer)?,
             value: self.weights.linear((Value, ValueBias), layer)?,
-            query_norm,
-            key_norm,
+            norms,
             output: Joined::new(
                 self.weights.linear((AttentionOutput, AttentionOutputBias), layer)?,
                 self.part,
@@ -234,7 +235,8 @@ impl<B: FamilyOps> Parts<'_, B> {
             None => None,
         };
         let mut of_heads = |role| -> Result<Vec<B::Weight>, WeightsError> {
-            (0..spec.heads).map(|head| self.weights.matrix_of(role, Some(layer), head)).collect()
+            let heads = self.part.heads.clone();
+            heads.map(|head| self.weights.matrix_of(role, Some(layer), head)).collect()
         };
         let (key_up, value_up) = (of_heads(KeyUp)?, of_heads(ValueUp)?);
         Ok(LatentAttention {
@@ -244,7 +246,11 @@ impl<B: FamilyOps> Parts<'_, B> {
             kv_norm: self.norm(KvDownNorm, LATENT_EPS)?,
             key_up,
             value_up,
-            output: self.weights.linear((AttentionOutput, AttentionOutputBias), layer)?,
+            output: Joined::new(
+                self.weights.linear((AttentionOutput, AttentionOutputBias), layer)?,
+                self.part,
+                Cut::of_attention(spec, self.part),
+            ),
             kv_rank: mla.kv_rank as usize,
             parts: (mla.nope as usize, mla.rope as usize),
             rope: (self.rope().unwrap_or(0), spec.options.interleaved),
@@ -277,43 +283,43 @@ impl<B: FamilyOps> Parts<'_, B> {
 
     fn moe(&mut self, shape: MoeShape) -> Result<Moe<B>, WeightsError> {
         use TensorRole::*;
-        let layer = self.layer;
-        let experts = (0..shape.experts)
-            .map(|id| {
-                Ok(Expert {
-                    gate: self.weights.linear_of((ExpertGate, ExpertGateBias), layer, id)?,
-                    up: self.weights.linear_of((ExpertUp, ExpertUpBias), layer, id)?,
-                    down: self.weights.linear_of((ExpertDown, ExpertDownBias), layer, id)?,
-                    width: shape.intermediate as usize,
-                })
-            })
-            .collect::<Result<_, WeightsError>>()?;
-        let shared = match shape.shared {
-            Some(width) => {
-                let expert = Expert {
-                    // The shared expert has no biases.
-                    gate: self.weights.linear((SharedGate, GateBias), layer)?,
-                    up: self.weights.linear((SharedUp, UpBias), layer)?,
-                    down: self.weights.linear((SharedDown, DownBias), layer)?,
-                    width: width as usize,
-                };
-                let weight = if shape.shared_gate {
-                    Some(self.weights.linear((SharedWeight, RouterBias), layer)?)
-                } else {
-                    None
-                };
-                Some(Shared { expert, weight })
-            }
-            None => None,
+        let (layer, part) = (self.layer, self.part);
+        let width = shape.intermediate as usize;
+        let mut expert = |id| -> Result<_, WeightsError> {
+            let gate = self.weights.linear_of((ExpertGate, ExpertGateBias), layer, id)?;
+            let up = self.weights.linear_of((ExpertUp, ExpertUpBias), layer, id)?;
+            let down = self.weights.linear_of((ExpertDown, ExpertDownBias), layer, id)?;
+            Ok(Expert { inner: Inner { gate, up, width }, down })
         };
+        let experts = part.experts.clone().map(&mut expert).collect::<Result<_, _>>()?;
+        let shared = if shape.shared.is_some() { Some(self.shared(shape)?) } else { None };
         Ok(Moe {
             router: self.weights.linear((Router, RouterBias), layer)?,
             correction: self.weights.vector(RouterCorrection, Some(layer)),
             shape,
             experts,
+            holders: Holders::of(self.spec, part),
             shared,
             act: self.spec.options.activation,
             merge: self.merge(PostMlpNorm)?,
         })
+    }
+
+    /// The shared expert; it has no biases.
+    fn shared(&mut self, shape: MoeShape) -> Result<Shared<B>, WeightsError> {
+        use TensorRole::*;
+        let (layer, part) = (self.layer, self.part);
+        let inner = Inner {
+            gate: self.weights.linear((SharedGate, GateBias), layer)?,
+            up: self.weights.linear((SharedUp, UpBias), layer)?,
+            width: part.shared.len(),
+        };
+        let down = self.weights.linear((SharedDown, DownBias), layer)?;
+        let down = Joined::new(down, part, Cut::of_shared(self.spec, part));
+        let weight = match shape.shared_gate {
+            true => Some(self.weights.linear((SharedWeight, RouterBias), layer)?),
+            false => None,
+        };
+        Ok(Shared { inner, down, weight })
     }
 }

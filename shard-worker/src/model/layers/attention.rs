@@ -1,8 +1,8 @@
 //! Causal self-attention with grouped heads over a paged cache.
 
-use crate::backend::{Attend, FamilyOps, Linear, Norm, Turn};
+use crate::backend::{Attend, FamilyOps, Linear, Turn};
 use crate::collective::Collective;
-use crate::model::layers::{Joined, Merge, Scratch};
+use crate::model::layers::{HeadNorms, Joined, Merge, Scratch};
 use crate::model::{Batch, ComputeError};
 
 /// Projections, the optional norms of queries and keys, the rotation, and how scores become weights.
@@ -15,10 +15,8 @@ pub struct Attention<B: FamilyOps> {
     pub key: Linear<B>,
     /// `[kv_heads x head_dim, hidden]`.
     pub value: Linear<B>,
-    /// Over each query head, or all at once, before the rotation.
-    pub query_norm: Option<Norm<B>>,
-    /// Over each key head, or all at once, before the rotation.
-    pub key_norm: Option<Norm<B>>,
+    /// Before the rotation.
+    pub norms: HeadNorms<B>,
     /// `[hidden, heads x head_dim]`.
     pub output: Joined<B>,
     /// Which of the step's rotations, and how it turns a head; `None` for a layer without positions.
@@ -74,12 +72,8 @@ impl<B: FamilyOps> Attention<B> {
         ops.linear(&scratch.normed, rows, &self.query, &mut scratch.query)?;
         ops.linear(&scratch.normed, rows, &self.key, &mut scratch.key)?;
         ops.linear(&scratch.normed, rows, &self.value, &mut scratch.value)?;
-        if let Some(norm) = &self.query_norm {
-            ops.head_norm(&mut scratch.query, rows, norm)?;
-        }
-        if let Some(norm) = &self.key_norm {
-            ops.head_norm(&mut scratch.key, rows, norm)?;
-        }
+        let Scratch { query, key, heads_of_all, .. } = &mut *scratch;
+        self.norms.forward(ops, peers, rows, (query, key), heads_of_all)?;
         if let Some((rope, turn)) = self.rope {
             let angles = scratch.angles.get(rope).ok_or_else(|| no_rope(rope))?;
             ops.rope(&mut scratch.query, rows, angles, turn)?;

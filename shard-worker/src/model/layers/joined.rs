@@ -10,7 +10,7 @@
 
 use shoal_protocol::model::{ModelSpec, Part, Reduction};
 
-use crate::backend::{BackendError, Linear, Ops};
+use crate::backend::{BackendError, FamilyOps, Linear, Ops};
 use crate::collective::Collective;
 use crate::model::ComputeError;
 
@@ -45,18 +45,17 @@ pub struct Gathered<B: Ops> {
 }
 
 impl<B: Ops> Gathered<B> {
-    /// Scratch for inputs that are `width` wide on all ranks together.
+    /// Scratch for inputs that are at most `width` wide on all ranks together, and `outputs` of this one;
+    /// none where nothing is gathered.
     pub fn new(
         ops: &mut B,
-        part: &Part,
-        width: u32,
+        (width, outputs): (u32, u32),
         rows_max: usize,
     ) -> Result<Self, BackendError> {
-        if part.split.is_whole() || part.reduction == Reduction::Sum {
+        if width == 0 {
             return Ok(Self { pair: None });
         }
-        let own = (part.hidden.end - part.hidden.start) as usize;
-        let pair = (ops.buffer(rows_max, width as usize)?, ops.buffer(rows_max, own)?);
+        let pair = (ops.buffer(rows_max, width as usize)?, ops.buffer(rows_max, outputs as usize)?);
         Ok(Self { pair: Some(pair) })
     }
 }
@@ -64,12 +63,18 @@ impl<B: Ops> Gathered<B> {
 impl Cut {
     /// Of attention's output: heads in, stream out.
     pub fn of_attention(model: &ModelSpec, part: &Part) -> Self {
-        Self::of(model, part, |p| p.heads.len() * model.head_dim as usize)
+        let width = (model.attention_width() / model.heads.max(1)) as usize;
+        Self::of(model, part, |p| p.heads.len() * width)
     }
 
     /// Of the MLP's `down`.
     pub fn of_mlp(model: &ModelSpec, part: &Part) -> Self {
         Self::of(model, part, |p| p.intermediate.len())
+    }
+
+    /// Of the shared expert's `down`.
+    pub fn of_shared(model: &ModelSpec, part: &Part) -> Self {
+        Self::of(model, part, |p| p.shared.len())
     }
 
     fn of(model: &ModelSpec, part: &Part, input: impl Fn(&Part) -> usize) -> Self {
@@ -81,7 +86,7 @@ impl Cut {
     }
 }
 
-impl<B: Ops> Joined<B> {
+impl<B: FamilyOps> Joined<B> {
     /// This rank's part of a projection.
     pub fn new(linear: Linear<B>, part: &Part, cut: Cut) -> Self {
         let way = match part.reduction {
@@ -109,10 +114,11 @@ impl<B: Ops> Joined<B> {
         match (&self.way, &mut gathered.pair) {
             (Way::Alone, _) => ops.linear(x, rows, &self.linear, out),
             (Way::Sum, _) => {
-                ops.linear(x, rows, &self.linear, out)?;
+                self.partial(ops, peers, (x, rows), gathered, out)?;
                 Ok(peers.all_reduce(ops.host(out, rows)?)?)
             }
             (Way::Exact { inputs, outputs }, Some((whole, own))) => {
+                ops.reshape(whole, inputs.iter().sum())?;
                 peers.all_gather(ops.host(x, rows)?, inputs, rows, ops.host(whole, rows)?)?;
                 ops.linear(whole, rows, &self.linear, own)?;
                 Ok(peers.all_gather(ops.host(own, rows)?, outputs, rows, ops.host(out, rows)?)?)
@@ -120,6 +126,21 @@ impl<B: Ops> Joined<B> {
             (Way::Exact { .. }, None) => {
                 Err(ComputeError::BadBatch("no scratch to gather inputs in".to_owned()))
             }
+        }
+    }
+
+    /// The same, but for partial sums, which are left to the caller to add over the ranks.
+    pub fn partial(
+        &self,
+        ops: &mut B,
+        peers: &mut dyn Collective,
+        (x, rows): (&mut B::Buf, usize),
+        gathered: &mut Gathered<B>,
+        out: &mut B::Buf,
+    ) -> Result<(), ComputeError> {
+        match self.way {
+            Way::Sum => ops.linear(x, rows, &self.linear, out),
+            _ => self.forward(ops, peers, (x, rows), gathered, out),
         }
     }
 }

@@ -8,11 +8,13 @@
 //! ```
 //!
 //! The cache holds one vector a position for all heads. It is written as key and as value: the value's
-//! rotated part is weighed with the rest and then not used.
+//! rotated part is weighed with the rest and then not used. Every tensor rank holds all of it, and
+//! computes its own heads.
 
 use crate::backend::{FamilyOps, HeadColumns, Linear, Norm, Turn};
+use crate::collective::Collective;
 use crate::model::layers::attention::no_rope;
-use crate::model::layers::{Merge, Scores, Scratch};
+use crate::model::layers::{Joined, Merge, Scores, Scratch};
 use crate::model::{Batch, ComputeError};
 
 /// The projections and their sizes.
@@ -30,7 +32,7 @@ pub struct LatentAttention<B: FamilyOps> {
     /// `[value, kv rank]` for each head.
     pub value_up: Vec<B::Weight>,
     /// `[hidden, heads x value]`.
-    pub output: Linear<B>,
+    pub output: Joined<B>,
     /// The width of the compressed part.
     pub kv_rank: usize,
     /// The width of a query head without rotation, and of the rotated part.
@@ -51,13 +53,14 @@ impl<B: FamilyOps> LatentAttention<B> {
         ops: &mut B,
         batch: &Batch<'_>,
         kv: &mut B::Kv,
-        scratch: &mut Scratch<B>,
+        (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
         stream: &mut B::Stream<'_>,
     ) -> Result<(), ComputeError> {
         let rows = batch.rows;
         let (heads, (nope, rotated)) = (self.key_up.len(), self.parts);
         let (rope, interleaved) = self.rope;
-        let Scratch { normed, query, key, attended, angles, latent, .. } = &mut *scratch;
+        let Scratch { normed, query, key, attended, attended_by_all, angles, latent, .. } =
+            &mut *scratch;
         let angles = angles.get(rope).ok_or_else(|| no_rope(rope))?;
         let Some(latent) = latent else {
             return Err(ComputeError::BadBatch("no scratch for a compressed cache".into()));
@@ -82,7 +85,8 @@ impl<B: FamilyOps> LatentAttention<B> {
         ops.kv_write(batch.spans, key, key, kv)?;
         ops.attend(batch.spans, &latent.absorbed, kv, &self.scores.attend(), attended)?;
         ops.linear_heads(attended, rows, &self.value_up, &mut latent.values)?;
-        ops.linear(&latent.values, rows, &self.output, normed)?;
+        let values = (&mut latent.values, rows);
+        self.output.forward(ops, peers, values, attended_by_all, normed)?;
         self.merge.forward(ops, rows, scratch, stream)
     }
 }

@@ -95,8 +95,11 @@ impl Tiny {
                 query: linear_of(&ops, 3, query, hidden),
                 key: linear_of(&ops, 4, key, hidden),
                 value: linear_of(&ops, 5, key, hidden),
-                query_norm: Some(norm_of(&ops, 6, 10)),
-                key_norm: Some(norm_of(&ops, 7, 10)),
+                norms: HeadNorms {
+                    query: Some(norm_of(&ops, 6, 10)),
+                    key: Some(norm_of(&ops, 7, 10)),
+                    broad: None,
+                },
                 output: Joined::whole(linear_of(&ops, 8, hidden, query)),
                 rope: Some((0, Turn::whole(10))),
                 scores: Scores::plain(Attention::<CpuOps>::scale_of(10)),

@@ -11,6 +11,7 @@
 //! some have a mixture of experts for the mlp.
 
 mod attention;
+mod broad_norm;
 mod embedding;
 mod head;
 mod joined;
@@ -25,17 +26,20 @@ mod rope;
 mod layers_test;
 
 pub use attention::{Attention, Scores};
+pub use broad_norm::{BroadNorm, HeadNorms};
 pub use embedding::Embedding;
 pub use head::Head;
 pub use joined::{Cut, Gathered, Joined};
 pub use latent::LatentAttention;
 pub use merge::Merge;
 pub use mlp::Mlp;
-pub use moe::{Expert, Moe, Shared};
+pub use moe::{Expert, Holders, Inner, Moe, Shared};
 pub use norm::PreNorm;
 pub use rope::{Rope, inverse_frequencies};
 
 use shoal_protocol::model::{ModelSpec, Part};
+
+use broad_norm::HeadsOfAll;
 
 use crate::backend::{BackendError, Ops};
 
@@ -73,6 +77,8 @@ pub struct Scratch<B: Ops> {
     attended_by_all: Gathered<B>,
     /// The gated input of `down` of all ranks.
     gated_by_all: Gathered<B>,
+    /// Queries and keys of all ranks, where one norm is over all of them.
+    heads_of_all: HeadsOfAll<B>,
 }
 
 /// What attention over a compressed cache needs beyond the rest.
@@ -94,8 +100,10 @@ impl<B: Ops> Scratch<B> {
         part: &Part,
         rows_max: usize,
     ) -> Result<Self, BackendError> {
-        let attended_by_all = Gathered::new(ops, part, spec.query_width(), rows_max)?;
-        let gated_by_all = Gathered::new(ops, part, spec.intermediate, rows_max)?;
+        let joint = part.joint_widths(spec);
+        let attended_by_all = Gathered::new(ops, (joint.attended, joint.outputs), rows_max)?;
+        let gated_by_all = Gathered::new(ops, (joint.gated, joint.outputs), rows_max)?;
+        let heads_of_all = HeadsOfAll::new(ops, (joint.query, joint.key), rows_max)?;
         let width = part.widths(spec).scratch_widths();
         // What a model does not need is one value, which nobody counts.
         let mut buffer = |width: u32| match width {
@@ -129,6 +137,7 @@ impl<B: Ops> Scratch<B> {
             latent,
             attended_by_all,
             gated_by_all,
+            heads_of_all,
         })
     }
 
