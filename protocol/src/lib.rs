@@ -25,6 +25,7 @@ pub mod liveness;
 pub mod lost;
 pub mod mesh;
 pub mod model;
+pub mod numerics;
 pub mod peer;
 pub mod plan;
 #[cfg(feature = "quic")]

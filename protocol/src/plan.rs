@@ -8,6 +8,8 @@ use crate::id::{
 };
 use crate::units::{Bytes, LayerRange};
 
+pub use crate::numerics::{KvPrecision, Numerics};
+
 /// The number of token positions in one block of the KV cache, aligned to position 0.
 pub const BLOCK_TOKENS: u32 = 16;
 
@@ -114,85 +116,6 @@ impl std::str::FromStr for Precision {
             _ => Err(format!(
                 "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"
             )),
-        }
-    }
-}
-
-/// The type in which a shard holds keys and values.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
-pub enum KvPrecision {
-    /// IEEE single precision: nothing is rounded.
-    #[default]
-    #[serde(rename = "f32")]
-    F32,
-    /// bfloat16.
-    #[serde(rename = "bf16")]
-    Bf16,
-    /// Blocks of 32 dimensions with one scale.
-    #[serde(rename = "q8_0")]
-    Q8_0,
-}
-
-impl KvPrecision {
-    /// All of them, in the order in which messages list them.
-    pub const ALL: [KvPrecision; 3] = [KvPrecision::F32, KvPrecision::Bf16, KvPrecision::Q8_0];
-
-    /// Bytes of one key (or value) of one head.
-    pub const fn vector_bytes(self, head_dim: u64) -> u64 {
-        match self {
-            KvPrecision::F32 => 4 * head_dim,
-            KvPrecision::Bf16 => 2 * head_dim,
-            KvPrecision::Q8_0 => head_dim + 2 * head_dim.div_ceil(32),
-        }
-    }
-
-    /// The word of the CLI.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            KvPrecision::F32 => "f32",
-            KvPrecision::Bf16 => "bf16",
-            KvPrecision::Q8_0 => "q8_0",
-        }
-    }
-}
-
-impl std::fmt::Display for KvPrecision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl std::str::FromStr for KvPrecision {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let found = Self::ALL.into_iter().find(|precision| precision.as_str() == text);
-        found.ok_or_else(|| {
-            format!("`{text}` is no precision of the KV cache; use f32, bf16 or q8_0")
-        })
-    }
-}
-
-/// The arithmetic that a deployment pins: only workers that have it are candidates, and equal
-/// contracts promise equal bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Numerics {
-    /// `docs/decisions/001-numerics-contract-n1.md`: the same bits on every mesh.
-    N1,
-    /// The same within a rank; tensor ranks add partial sums in rank order, so that the bits depend on
-    /// the mesh (`docs/decisions/029-tensor-ranks.md`).
-    #[serde(rename = "n1-sum")]
-    N1Sum,
-}
-
-impl std::fmt::Display for Numerics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Numerics::N1 => f.write_str("n1"),
-            Numerics::N1Sum => f.write_str("n1-sum"),
         }
     }
 }

@@ -172,7 +172,7 @@ impl Model {
                 fingerprint: checkpoint.fingerprint(),
             },
             precision: held,
-            numerics: Numerics::N1,
+            numerics: Numerics::N1.with_kv(kv),
             stages: vec![StagePlan { layers, shards: vec![shard] }],
             limits: LIMITS,
         };
@@ -183,7 +183,7 @@ impl Model {
             on_progress: &|_, _| (),
             cancel: &AtomicBool::new(false),
         };
-        let ops = CpuOps::new(1, Isa::best())?.holding_kv(kv);
+        let ops = CpuOps::new(1, Isa::best())?;
         Ok(Self { shard: load_shard(ops, checkpoint, &assignment, &options)? })
     }
 

@@ -110,11 +110,6 @@ impl CpuOps {
         })
     }
 
-    /// The same with caches whose keys and values are held so.
-    pub fn holding_kv(self, held: KvPrecision) -> Self {
-        Self { kv_held: held, ..self }
-    }
-
     /// The instructions in use.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -237,6 +232,11 @@ impl Ops for CpuOps {
             self.tiles_hold = (Stamp(0), 0);
         }
         Ok(CpuBuf { floats: Floats::zeros(len)?, width, contents: self.stamp() })
+    }
+
+    fn hold_kv(&mut self, held: KvPrecision) -> Result<(), BackendError> {
+        self.kv_held = held;
+        Ok(())
     }
 
     fn kv(&mut self, shape: KvShape) -> Result<PagedKv, BackendError> {
