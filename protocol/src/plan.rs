@@ -35,11 +35,17 @@ pub enum Precision {
     /// Blocks of 128 numbers of eight bits (e4m3: four of exponent, three of fraction) with one scale.
     #[serde(rename = "fp8")]
     Fp8,
+    /// Blocks of 256 five-bit numbers; each 32 of them have a scale and a least value of six bits.
+    #[serde(rename = "q5_k")]
+    Q5K,
+    /// Blocks of 256 six-bit numbers; each 16 of them have a scale of eight bits.
+    #[serde(rename = "q6_k")]
+    Q6K,
 }
 
 impl Precision {
     /// All of them, in the order in which messages list them.
-    pub const ALL: [Precision; 7] = [
+    pub const ALL: [Precision; 9] = [
         Precision::F32,
         Precision::Bf16,
         Precision::F16,
@@ -47,6 +53,8 @@ impl Precision {
         Precision::Q4_0,
         Precision::Q4K,
         Precision::Fp8,
+        Precision::Q5K,
+        Precision::Q6K,
     ];
 
     /// Weights of one row that share a scale, and the bytes that they are held in.
@@ -61,6 +69,10 @@ impl Precision {
             Precision::Q4K => (256, 4 + 8 * (2 + 16)),
             // A scale of four bytes.
             Precision::Fp8 => (128, 4 + 128),
+            // As q4_k, with a fifth bit of each weight.
+            Precision::Q5K => (256, 4 + 8 * (2 + 16 + 4)),
+            // A scale of two bytes; for each 16 weights one byte, and six bits each.
+            Precision::Q6K => (256, 2 + 16 * (1 + 8 + 4)),
         }
     }
 
@@ -91,6 +103,8 @@ impl Precision {
             Precision::Q4_0 => "q4_0",
             Precision::Q4K => "q4_k",
             Precision::Fp8 => "fp8",
+            Precision::Q5K => "q5_k",
+            Precision::Q6K => "q6_k",
         }
     }
 }
@@ -113,8 +127,11 @@ impl std::str::FromStr for Precision {
             "q4_0" => Ok(Precision::Q4_0),
             "q4_k" => Ok(Precision::Q4K),
             "fp8" => Ok(Precision::Fp8),
+            "q5_k" => Ok(Precision::Q5K),
+            "q6_k" => Ok(Precision::Q6K),
             _ => Err(format!(
-                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"
+                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k \
+                 or fp8"
             )),
         }
     }

@@ -5,12 +5,13 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use shoal_protocol::model::{Family, LayerRope, ModelSpec, NormKind, Placement};
-use support::{Case, cases};
+use shoal_protocol::plan::Precision;
+use support::{Case, FEW_BITS, cases, cuts_of, stands_for_family};
 
 const HEAD: &str = "\
 # Models
@@ -19,8 +20,9 @@ Written by a test (`shard-worker/tests/models_page.rs`); do not edit. Each famil
 `architectures`, and any option that would change the arithmetic and is not implemented, is refused by name.
 
 A reference model is small, random and complete. `shard-worker/tests/parity.rs` compares each with transformers in float32 (greedy continuations of 40
-tokens, log-probabilities within 1e-4) and then with itself by `==`: in 2 and 3 stages and in as many as it has layers, in chunks of 1 to 256 positions, on 1 to
-3 threads, on every instruction set, in company, and held wider than stored (`stored` and f32). How they are made: `tests/fixtures/README.md`.
+tokens, log-probabilities within 1e-4) and then with itself by `==`: cut into each number of `stages`, in chunks of 1 to 256 positions, on 1 to 3 threads, on
+every instruction set, in company, and in each precision of `held` (that in few bits against itself uncut). `shard-worker/tests/ranks.rs` compares each number
+of tensor `ranks` with one: by `==` where sums are exact, within 1e-4 where partial sums are added. How the models are made: `tests/fixtures/README.md`.
 
 ";
 
@@ -60,6 +62,11 @@ fn traits(spec: &ModelSpec) -> String {
     words.join(", ")
 }
 
+fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
+    let items: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    items.join(", ")
+}
+
 fn page(cases: &[Case]) -> String {
     let mut of: BTreeMap<Family, Vec<(&Case, ModelSpec)>> = BTreeMap::new();
     for case in cases {
@@ -67,24 +74,35 @@ fn page(cases: &[Case]) -> String {
         of.entry(spec.family).or_default().push((case, spec));
     }
     let mut page = HEAD.to_owned();
-    page.push_str("| family | reference model | stored | stages | what it has beside Llama |\n");
-    page.push_str("|---|---|---|---|---|\n");
+    page.push_str(
+        "| family | reference model | stages | ranks | held | what it has beside Llama |\n",
+    );
+    page.push_str("|---|---|---|---|---|---|\n");
     for family in Family::ALL {
         let Some(own) = of.get(family) else {
-            writeln!(page, "| `{}` | none yet | | | |", family.architecture()).unwrap();
+            writeln!(page, "| `{}` | none yet | | | | |", family.architecture()).unwrap();
             continue;
         };
         for (i, (case, spec)) in own.iter().enumerate() {
             let name = if i == 0 { format!("`{}`", family.architecture()) } else { String::new() };
-            let stages = [1, 2, 3, spec.layers].map(|n| n.min(spec.layers).to_string());
-            let mut stages = stages.to_vec();
-            stages.dedup();
+            let stages = cuts_of(spec.layers).into_iter().map(|cuts| cuts.len() - 1);
+            let stages: BTreeSet<usize> = stages.chain([1]).collect();
+            let ranks = 1..=spec.ranks_max().0;
+            let mut held = vec![format!("{} as stored", spec.stored)];
+            if spec.stored != Precision::F32 {
+                held.push("f32".to_owned());
+            }
+            if stands_for_family(case, cases) {
+                let (weights, kv) = FEW_BITS;
+                held.push(format!("{weights} over KV {kv}"));
+            }
             writeln!(
                 page,
-                "| {name} | {} | {} | {} | {} |",
+                "| {name} | {} | {} | {} | {} | {} |",
                 case.name,
-                spec.stored,
-                stages.join(", "),
+                list(stages),
+                list(ranks),
+                held.join(", "),
                 traits(spec)
             )
             .unwrap();

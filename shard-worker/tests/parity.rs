@@ -8,8 +8,8 @@ use shoal_protocol::plan::{KvPrecision, Numerics, Precision};
 use shoal_shard_worker::backend::cpu::Isa;
 
 use support::{
-    Case, Chain, Dice, Prompt, Rows, Setup, argmax, assert_same_bits, blocks, cases, log_softmax,
-    random_model,
+    Case, Chain, Dice, FEW_BITS, Prompt, Rows, Setup, argmax, assert_same_bits, blocks, cases,
+    cuts_of, log_softmax, random_model, stands_for_family,
 };
 
 /// How far a log-probability may be from the reference's.
@@ -23,8 +23,11 @@ fn plain(case: &Case) -> Vec<Vec<Vec<f32>>> {
 /// The same under another contract.
 fn plain_under(case: &Case, numerics: Numerics) -> Vec<Vec<Vec<f32>>> {
     let checkpoint = case.checkpoint();
-    let setup = Setup { numerics, ..Setup::plain(checkpoint.spec()) };
-    let mut chain = Chain::load(&checkpoint, &setup);
+    plain_as(case, &Setup { numerics, ..Setup::plain(checkpoint.spec()) })
+}
+
+fn plain_as(case: &Case, setup: &Setup) -> Vec<Vec<Vec<f32>>> {
+    let mut chain = Chain::load(&case.checkpoint(), setup);
     let transcript = |prompt: &Prompt| {
         let tokens = prompt.inputs();
         chain.transcript(&tokens, prompt.first_sampled(), tokens.len(), &blocks())
@@ -86,19 +89,7 @@ fn greedy_continuations_and_logprobs_are_those_of_the_reference() {
 #[test]
 fn every_split_gives_the_same_bits() {
     let splits = |plain: &Setup| {
-        let layers = plain.cuts[1];
-        let mut cuts = vec![
-            vec![0, layers / 2, layers],
-            vec![0, 1, layers],
-            vec![0, layers - 1, layers],
-            vec![0, layers / 3, 2 * layers / 3, layers],
-            vec![0, 1, layers - 1, layers],
-            (0..=layers).collect(),
-        ];
-        cuts.retain(|cuts| cuts.windows(2).all(|cut| cut[0] < cut[1]));
-        cuts.sort();
-        cuts.dedup();
-        let setups = cuts.into_iter().map(|cuts| Setup { cuts, ..plain.clone() });
+        let setups = cuts_of(plain.cuts[1]).into_iter().map(|cuts| Setup { cuts, ..plain.clone() });
         setups.flat_map(|setup| [(setup.clone(), 1), (setup, 64)]).collect()
     };
     compare(splits);
@@ -149,18 +140,18 @@ impl Traveller {
 #[test]
 fn company_in_a_batch_changes_no_bit() {
     for (seed, case) in cases().into_iter().enumerate() {
-        check_company(&case, &plain(&case), Numerics::N1, seed as u64);
+        let setup = Setup { threads: 2, ..Setup::plain(case.checkpoint().spec()) };
+        check_company(&case, &plain(&case), &setup, seed as u64);
     }
 }
 
 /// Takes the prompts of a case through two stages in company with strangers.
-fn check_company(case: &Case, expected: &[Vec<Vec<f32>>], numerics: Numerics, seed: u64) {
+fn check_company(case: &Case, expected: &[Vec<Vec<f32>>], setup: &Setup, seed: u64) {
     let checkpoint = case.checkpoint();
     let spec = checkpoint.spec();
     let cuts = vec![0, spec.layers.div_ceil(2), spec.layers];
     let cuts = if spec.layers == 1 { vec![0, 1] } else { cuts };
-    let setup = Setup { cuts, threads: 2, numerics, ..Setup::plain(spec) };
-    let mut chain = Chain::load(&checkpoint, &setup);
+    let mut chain = Chain::load(&checkpoint, &Setup { cuts, ..setup.clone() });
     let mut dice = Dice(seed);
     let mut free: Vec<u32> = (0..support::LIMITS.kv_blocks).collect();
     dice.shuffle(&mut free);
@@ -216,7 +207,7 @@ fn a_cache_of_fewer_bits_gives_the_same_bits_in_every_way() {
                     assert_same_bits(&found, expected, &format!("{} {setup:?}", case.name));
                 }
             }
-            check_company(case, &expected, numerics, seed as u64);
+            check_company(case, &expected, &setup, seed as u64);
         }
     }
 }
@@ -253,6 +244,32 @@ fn travel(chain: &mut Chain, travellers: &mut [Traveller], free: &mut Vec<u32>, 
         traveller.done += rows;
     }
     assert!(logits.next().is_none());
+}
+
+#[test]
+fn every_family_in_few_bits_gives_the_same_bits_over_stages_ranks_and_in_company() {
+    let (held, kv) = FEW_BITS;
+    let all = cases();
+    for case in all.iter().filter(|case| stands_for_family(case, &all)) {
+        let checkpoint = case.checkpoint();
+        let spec = checkpoint.spec();
+        let numerics = Numerics::N1.with_kv(kv);
+        let setup = Setup { held, numerics, ..Setup::plain(spec) };
+        let expected = plain_as(case, &setup);
+        let mut ways = vec![(Setup { cuts: (0..=spec.layers).collect(), ..setup.clone() }, 7)];
+        if spec.ranks_max().0 > 1 {
+            ways.push((Setup { ranks: vec![2], ..setup.clone() }, 33));
+        }
+        for (setup, chunk) in ways {
+            let mut chain = Chain::load(&checkpoint, &setup);
+            for (prompt, expected) in case.prompts.iter().zip(&expected) {
+                let tokens = prompt.inputs();
+                let found = chain.transcript(&tokens, prompt.first_sampled(), chunk, &blocks());
+                assert_same_bits(&found, expected, &format!("{} {setup:?}", case.name));
+            }
+        }
+        check_company(case, &expected, &setup, 4);
+    }
 }
 
 /// Large enough that every operation is shared between threads and every cut of the kernels is

@@ -22,6 +22,7 @@ mod isa;
 mod kv;
 mod kv_format;
 mod linear;
+mod long_blocks;
 mod math;
 mod memory;
 mod packed;
