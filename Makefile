@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-size bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-size bench-quality bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -58,6 +58,10 @@ bench-control: setup-build ## the same for the control plane, in 25 minutes, int
 bench-size: setup-build ## a model of a billion parameters over meshes of workers that have no room for it alone (6 GiB of memory)
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench size
+
+bench-quality: setup-build ## what each precision of weights and cache costs, in a minute, into bench/QUALITY.md
+	cargo build --release --locked --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench quality --out bench/QUALITY.md
 
 bench-evictions: setup-build ## streams while every core compiles: nobody may be given up (MINUTES=10)
 	SHOAL_MINUTES=$${MINUTES:-10} cargo test --locked --workspace --test detect -- --ignored --nocapture nobody

@@ -84,6 +84,7 @@ fn main() -> Result<()> {
     let by = match what.as_str() {
         "all" => "make bench".to_owned(),
         "control" => "make bench-control".to_owned(),
+        "quality" => "make bench-quality".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
     let text = report.markdown(&by);

@@ -10,7 +10,7 @@ use shoal_coordinator::Coordinator;
 use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::mesh::{Fact, MeshAsk, Objective, ZoneName};
-use shoal_protocol::plan::{ModelSource, Numerics, PretendSpec};
+use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, PretendSpec};
 
 /// A coordinator and workers that say these facts.
 async fn cluster(
@@ -52,7 +52,7 @@ fn model() -> ModelSource {
 }
 
 fn asked(mesh: &str, objective: Option<Objective>) -> MeshAsk {
-    MeshAsk { mesh: Some(mesh.parse().unwrap()), objective, reduction: None }
+    MeshAsk { mesh: Some(mesh.parse().unwrap()), objective, reduction: None, kv: None }
 }
 
 async fn accepted(operator: &Operator, call: AdminCall) {
@@ -130,4 +130,37 @@ async fn ranks_are_told_to_workers_that_know_of_them() {
     let scale = AdminCall::ScaleMesh { name: name(), replicas: None, ask, dry_run: true };
     let error = refusal(operator.call(scale).await);
     assert!(error.message.contains("6 shards, and 2 workers"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_the_cache_is_held_is_told_to_workers_shown_and_kept() {
+    let (coordinator, operator, mut workers, _data) = cluster(vec![facts("a", 8)]).await;
+    let (source, precision, replicas) = (model(), None, 1);
+    let ask = MeshAsk { kv: Some(KvPrecision::Bf16), ..MeshAsk::default() };
+    let deploy = AdminCall::DeployMesh { name: name(), source, precision, replicas, ask };
+    accepted(&operator, deploy).await;
+    assert_eq!(served(&coordinator, "1x1", 1).await, "w1:0..24");
+    let told = workers[0].until_told(|told| !told.is_empty()).await;
+    assert_eq!(told[0].replica.numerics, Numerics::N1KvBf16);
+    let explain = AdminCall::ExplainPlan { name: name() };
+    let AdminReply::Plan(plan) = operator.call(explain).await else { panic!("no plan") };
+    let words = plan.explanation.join("\n");
+    for expected in ["asked for KV bf16", "numerics n1-kv-bf16", "held as bf16"] {
+        assert!(words.contains(expected), "{expected} is not in {words}");
+    }
+    let scale = AdminCall::ScaleMesh { name: name(), replicas: None, ask, dry_run: false };
+    let error = refusal(operator.call(scale).await);
+    assert!(error.message.contains("deploy --kv"), "{error}");
+    let auto = AdminCall::ScaleMesh {
+        name: name(),
+        replicas: None,
+        ask: asked("auto", None),
+        dry_run: false,
+    };
+    accepted(&operator, auto).await;
+    let view = until(&coordinator, "as was asked for", |view| {
+        deployment(view, "m").is_some_and(|m| m.asked == 2 && m.is_settled())
+    })
+    .await;
+    assert_eq!(view.plan.replicas[0].numerics, Numerics::N1KvBf16);
 }

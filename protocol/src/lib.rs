@@ -26,6 +26,7 @@ pub mod lost;
 pub mod mesh;
 pub mod model;
 pub mod neighbours;
+pub mod numerics;
 pub mod peer;
 pub mod plan;
 #[cfg(feature = "quic")]

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{BadId, NodeId};
+use crate::numerics::KvPrecision;
 
 /// The most facts that a worker may say: its zone and ranks, a rate for each of its devices, and a link to
 /// each of a few hundred peers.
@@ -155,6 +156,9 @@ pub struct MeshAsk {
     pub objective: Option<Objective>,
     /// How ranks come to one result.
     pub reduction: Option<Reduction>,
+    /// How keys and values are held: f32 where nothing is said. It is chosen for good when a model is
+    /// deployed, as the precision of weights is, since streams go on under the same contract alone.
+    pub kv: Option<KvPrecision>,
 }
 
 impl MeshAsk {
@@ -168,12 +172,13 @@ impl MeshAsk {
         self.mesh.is_some() || self.objective.is_some()
     }
 
-    /// This, and of `before` what this does not say.
+    /// This, and of `before` what this does not say; the cache stays as it was in any case.
     pub fn or(self, before: Self) -> Self {
         Self {
             mesh: self.mesh.or(before.mesh),
             objective: self.objective.or(before.objective),
             reduction: self.reduction.or(before.reduction),
+            kv: before.kv,
         }
     }
 }
@@ -183,7 +188,8 @@ impl fmt::Display for MeshAsk {
         let mesh = self.mesh.map(|mesh| format!("mesh {mesh}"));
         let objective = self.objective.map(|objective| format!("objective {objective}"));
         let reduction = self.reduction.map(|reduction| format!("reduction {reduction}"));
-        let said: Vec<_> = [mesh, objective, reduction].into_iter().flatten().collect();
+        let kv = self.kv.map(|kv| format!("KV {kv}"));
+        let said: Vec<_> = [mesh, objective, reduction, kv].into_iter().flatten().collect();
         f.write_str(if said.is_empty() { "a stage for each worker" } else { "" })?;
         f.write_str(&said.join(", "))
     }
@@ -339,9 +345,13 @@ mod tests {
             mesh: Some(MeshAsked::Auto),
             objective: Some(Objective::Throughput),
             reduction: None,
+            kv: Some(KvPrecision::Bf16),
         };
         let now = MeshAsk { objective: Some(Objective::Latency), ..MeshAsk::default() };
-        assert_eq!(now.or(before).to_string(), "mesh auto, objective latency");
+        assert_eq!(now.or(before).to_string(), "mesh auto, objective latency, KV bf16");
+        // Streams would go on over another cache.
+        let now = MeshAsk { kv: Some(KvPrecision::F32), ..MeshAsk::default() };
+        assert_eq!(now.or(before).kv, before.kv);
         assert!(MeshAsk::default().is_empty() && !MeshAsk::default().is_measured());
     }
 }

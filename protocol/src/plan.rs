@@ -8,6 +8,8 @@ use crate::id::{
 };
 use crate::units::{Bytes, LayerRange};
 
+pub use crate::numerics::{KvPrecision, Numerics};
+
 /// The number of token positions in one block of the KV cache, aligned to position 0.
 pub const BLOCK_TOKENS: u32 = 16;
 
@@ -33,11 +35,17 @@ pub enum Precision {
     /// Blocks of 128 numbers of eight bits (e4m3: four of exponent, three of fraction) with one scale.
     #[serde(rename = "fp8")]
     Fp8,
+    /// Blocks of 256 five-bit numbers; each 32 of them have a scale and a least value of six bits.
+    #[serde(rename = "q5_k")]
+    Q5K,
+    /// Blocks of 256 six-bit numbers; each 16 of them have a scale of eight bits.
+    #[serde(rename = "q6_k")]
+    Q6K,
 }
 
 impl Precision {
     /// All of them, in the order in which messages list them.
-    pub const ALL: [Precision; 7] = [
+    pub const ALL: [Precision; 9] = [
         Precision::F32,
         Precision::Bf16,
         Precision::F16,
@@ -45,6 +53,8 @@ impl Precision {
         Precision::Q4_0,
         Precision::Q4K,
         Precision::Fp8,
+        Precision::Q5K,
+        Precision::Q6K,
     ];
 
     /// Weights of one row that share a scale, and the bytes that they are held in.
@@ -59,6 +69,10 @@ impl Precision {
             Precision::Q4K => (256, 4 + 8 * (2 + 16)),
             // A scale of four bytes.
             Precision::Fp8 => (128, 4 + 128),
+            // As q4_k, with a fifth bit of each weight.
+            Precision::Q5K => (256, 4 + 8 * (2 + 16 + 4)),
+            // A scale of two bytes; for each 16 weights one byte, and six bits each.
+            Precision::Q6K => (256, 2 + 16 * (1 + 8 + 4)),
         }
     }
 
@@ -89,6 +103,8 @@ impl Precision {
             Precision::Q4_0 => "q4_0",
             Precision::Q4K => "q4_k",
             Precision::Fp8 => "fp8",
+            Precision::Q5K => "q5_k",
+            Precision::Q6K => "q6_k",
         }
     }
 }
@@ -111,96 +127,13 @@ impl std::str::FromStr for Precision {
             "q4_0" => Ok(Precision::Q4_0),
             "q4_k" => Ok(Precision::Q4K),
             "fp8" => Ok(Precision::Fp8),
+            "q5_k" => Ok(Precision::Q5K),
+            "q6_k" => Ok(Precision::Q6K),
             _ => Err(format!(
-                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"
+                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k \
+                 or fp8"
             )),
         }
-    }
-}
-
-/// The type in which a shard holds keys and values.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
-pub enum KvPrecision {
-    /// IEEE single precision: nothing is rounded.
-    #[default]
-    #[serde(rename = "f32")]
-    F32,
-    /// bfloat16.
-    #[serde(rename = "bf16")]
-    Bf16,
-    /// Blocks of 32 dimensions with one scale.
-    #[serde(rename = "q8_0")]
-    Q8_0,
-}
-
-impl KvPrecision {
-    /// All of them, in the order in which messages list them.
-    pub const ALL: [KvPrecision; 3] = [KvPrecision::F32, KvPrecision::Bf16, KvPrecision::Q8_0];
-
-    /// Bytes of one key (or value) of one head.
-    pub const fn vector_bytes(self, head_dim: u64) -> u64 {
-        match self {
-            KvPrecision::F32 => 4 * head_dim,
-            KvPrecision::Bf16 => 2 * head_dim,
-            KvPrecision::Q8_0 => head_dim + 2 * head_dim.div_ceil(32),
-        }
-    }
-
-    /// The word of the CLI.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            KvPrecision::F32 => "f32",
-            KvPrecision::Bf16 => "bf16",
-            KvPrecision::Q8_0 => "q8_0",
-        }
-    }
-}
-
-impl std::fmt::Display for KvPrecision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl std::str::FromStr for KvPrecision {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let found = Self::ALL.into_iter().find(|precision| precision.as_str() == text);
-        found.ok_or_else(|| {
-            format!("`{text}` is no precision of the KV cache; use f32, bf16 or q8_0")
-        })
-    }
-}
-
-/// The arithmetic that a deployment pins: only workers that have it are candidates, and equal
-/// contracts promise equal bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Numerics {
-    /// `docs/decisions/001-numerics-contract-n1.md`: the same bits on every mesh.
-    N1,
-    /// The same within a rank; tensor ranks add partial sums in rank order, so that the bits depend on
-    /// the mesh (`docs/decisions/029-tensor-ranks.md`).
-    #[serde(rename = "n1-sum")]
-    N1Sum,
-}
-
-impl std::fmt::Display for Numerics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Numerics::N1 => f.write_str("n1"),
-            Numerics::N1Sum => f.write_str("n1-sum"),
-        }
-    }
-}
-
-impl Numerics {
-    /// Whether an answer has the same bits on whatever mesh it goes on.
-    pub fn resumes_exactly(self) -> bool {
-        self != Numerics::N1Sum
     }
 }
 

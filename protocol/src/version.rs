@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
 /// | 3 | meshes ([`KNOWS_MESHES`]): `WorkerMessage::Facts`, `AdminCall::DeployMesh` and `ScaleMesh`, `DeploymentCommand::CreateMesh` and `ScaleMesh` |
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
-/// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8` |
+/// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K` |
+/// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
@@ -45,6 +46,10 @@ pub const KNOWS_HUB: u16 = 3;
 
 /// From here on weights can be held in blocks. They are asked for only where every member knows them.
 pub const KNOWS_FORMATS: u16 = 3;
+
+/// From here on keys and values can be held in fewer bits. They are asked for only where every member knows
+/// the contracts that say so.
+pub const KNOWS_KV: u16 = 3;
 
 /// From here on nodes know families beside Llama, Qwen2 and Qwen3.
 pub const KNOWS_FAMILIES: u16 = 3;

@@ -29,7 +29,7 @@ use shoal_protocol::join::{JoinReply, JoinRequest};
 use shoal_protocol::mesh::{Fact, Mesh, MeshAsk, MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::peer::PeerRequest;
 use shoal_protocol::plan::{
-    Assignment, ModelRef, ModelSource, Numerics, PeerAddress, Precision, PretendSpec,
+    Assignment, KvPrecision, ModelRef, ModelSource, Numerics, PeerAddress, Precision, PretendSpec,
     ReplicaLimits, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
 };
 use shoal_protocol::request::{
@@ -303,6 +303,7 @@ fn admin_requests() -> [(&'static str, AdminRequest); 10] {
         mesh: Some(MeshAsked::Exactly(Mesh { stages: 2, ranks: 2 })),
         objective: Some(Objective::Throughput),
         reduction: Some(Reduction::Exact),
+        kv: Some(KvPrecision::Bf16),
     };
     let name = DeploymentName::new("demo").unwrap();
     let source = ModelSource::Builtin { name: "demo".to_owned() };

@@ -5,12 +5,13 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use shoal_protocol::model::{Family, LayerRope, ModelSpec, NormKind, Placement};
-use support::{Case, cases};
+use shoal_protocol::plan::Precision;
+use support::{Case, FEW_BITS, cases, cuts_of, stands_for_family};
 
 const HEAD: &str = "\
 # Models
@@ -19,11 +20,9 @@ Written by a test (`shard-worker/tests/models_page.rs`); do not edit. Each famil
 `architectures`, and any option that would change the arithmetic and is not implemented, is refused by name.
 
 A reference model is small, random and complete. `shard-worker/tests/parity.rs` compares each with transformers in float32 (greedy continuations of 40
-tokens, log-probabilities within 1e-4) and then with itself by `==`: in 2 and 3 stages and in as many as it has layers, in chunks of 1 to 256 positions, on 1 to
-3 threads, on every instruction set, in company, and held wider than stored (`stored` and f32). How they are made: `tests/fixtures/README.md`.
-
-`shard-worker/tests/ranks.rs` cuts each over tensor ranks: stages of 2 to as many as it can have, and 2x2 and uneven meshes. With `--reduction exact` every bit is that of one rank, with `sum`
-log-probabilities are within 1e-4 and the greedy tokens are the same. `ranks` is the most that the reference model can have; a real one has more heads.
+tokens, log-probabilities within 1e-4) and then with itself by `==`: cut into each number of `stages`, in chunks of 1 to 256 positions, on 1 to 3 threads, on
+every instruction set, in company, and in each precision of `held` (that in few bits against itself uncut). `shard-worker/tests/ranks.rs` compares each number
+of tensor `ranks` with one: by `==` where sums are exact, within 1e-4 where partial sums are added. How the models are made: `tests/fixtures/README.md`.
 
 ";
 
@@ -63,12 +62,9 @@ fn traits(spec: &ModelSpec) -> String {
     words.join(", ")
 }
 
-/// How many tensor ranks a stage of it can have.
-fn ranks(spec: &ModelSpec) -> String {
-    match spec.ranks_max().0 {
-        1 => "1".to_owned(),
-        most => format!("1 to {most}"),
-    }
+fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
+    let items: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    items.join(", ")
 }
 
 fn page(cases: &[Case]) -> String {
@@ -79,7 +75,7 @@ fn page(cases: &[Case]) -> String {
     }
     let mut page = HEAD.to_owned();
     page.push_str(
-        "| family | reference model | stored | stages | ranks | what it has beside Llama |\n",
+        "| family | reference model | stages | ranks | held | what it has beside Llama |\n",
     );
     page.push_str("|---|---|---|---|---|---|\n");
     for family in Family::ALL {
@@ -89,16 +85,24 @@ fn page(cases: &[Case]) -> String {
         };
         for (i, (case, spec)) in own.iter().enumerate() {
             let name = if i == 0 { format!("`{}`", family.architecture()) } else { String::new() };
-            let stages = [1, 2, 3, spec.layers].map(|n| n.min(spec.layers).to_string());
-            let mut stages = stages.to_vec();
-            stages.dedup();
+            let stages = cuts_of(spec.layers).into_iter().map(|cuts| cuts.len() - 1);
+            let stages: BTreeSet<usize> = stages.chain([1]).collect();
+            let ranks = 1..=spec.ranks_max().0;
+            let mut held = vec![format!("{} as stored", spec.stored)];
+            if spec.stored != Precision::F32 {
+                held.push("f32".to_owned());
+            }
+            if stands_for_family(case, cases) {
+                let (weights, kv) = FEW_BITS;
+                held.push(format!("{weights} over KV {kv}"));
+            }
             writeln!(
                 page,
                 "| {name} | {} | {} | {} | {} | {} |",
                 case.name,
-                spec.stored,
-                stages.join(", "),
-                ranks(spec),
+                list(stages),
+                list(ranks),
+                held.join(", "),
                 traits(spec)
             )
             .unwrap();

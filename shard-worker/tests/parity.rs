@@ -4,12 +4,12 @@
 
 mod support;
 
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Numerics, Precision};
 use shoal_shard_worker::backend::cpu::Isa;
 
 use support::{
-    Case, Chain, Dice, Prompt, Rows, Setup, argmax, assert_same_bits, blocks, cases, log_softmax,
-    random_model,
+    Case, Chain, Dice, FEW_BITS, Prompt, Rows, Setup, argmax, assert_same_bits, blocks, cases,
+    cuts_of, log_softmax, random_model, stands_for_family,
 };
 
 /// How far a log-probability may be from the reference's.
@@ -17,8 +17,17 @@ const LOGPROB_TOLERANCE: f64 = 1e-4;
 
 /// What the plain setup says, by prompt: one row of logits for each token of the continuation.
 fn plain(case: &Case) -> Vec<Vec<Vec<f32>>> {
+    plain_under(case, Numerics::N1)
+}
+
+/// The same under another contract.
+fn plain_under(case: &Case, numerics: Numerics) -> Vec<Vec<Vec<f32>>> {
     let checkpoint = case.checkpoint();
-    let mut chain = Chain::load(&checkpoint, &Setup::plain(checkpoint.spec()));
+    plain_as(case, &Setup { numerics, ..Setup::plain(checkpoint.spec()) })
+}
+
+fn plain_as(case: &Case, setup: &Setup) -> Vec<Vec<Vec<f32>>> {
+    let mut chain = Chain::load(&case.checkpoint(), setup);
     let transcript = |prompt: &Prompt| {
         let tokens = prompt.inputs();
         chain.transcript(&tokens, prompt.first_sampled(), tokens.len(), &blocks())
@@ -80,19 +89,7 @@ fn greedy_continuations_and_logprobs_are_those_of_the_reference() {
 #[test]
 fn every_split_gives_the_same_bits() {
     let splits = |plain: &Setup| {
-        let layers = plain.cuts[1];
-        let mut cuts = vec![
-            vec![0, layers / 2, layers],
-            vec![0, 1, layers],
-            vec![0, layers - 1, layers],
-            vec![0, layers / 3, 2 * layers / 3, layers],
-            vec![0, 1, layers - 1, layers],
-            (0..=layers).collect(),
-        ];
-        cuts.retain(|cuts| cuts.windows(2).all(|cut| cut[0] < cut[1]));
-        cuts.sort();
-        cuts.dedup();
-        let setups = cuts.into_iter().map(|cuts| Setup { cuts, ..plain.clone() });
+        let setups = cuts_of(plain.cuts[1]).into_iter().map(|cuts| Setup { cuts, ..plain.clone() });
         setups.flat_map(|setup| [(setup.clone(), 1), (setup, 64)]).collect()
     };
     compare(splits);
@@ -143,29 +140,74 @@ impl Traveller {
 #[test]
 fn company_in_a_batch_changes_no_bit() {
     for (seed, case) in cases().into_iter().enumerate() {
-        let expected = plain(&case);
+        let setup = Setup { threads: 2, ..Setup::plain(case.checkpoint().spec()) };
+        check_company(&case, &plain(&case), &setup, seed as u64);
+    }
+}
+
+/// Takes the prompts of a case through two stages in company with strangers.
+fn check_company(case: &Case, expected: &[Vec<Vec<f32>>], setup: &Setup, seed: u64) {
+    let checkpoint = case.checkpoint();
+    let spec = checkpoint.spec();
+    let cuts = vec![0, spec.layers.div_ceil(2), spec.layers];
+    let cuts = if spec.layers == 1 { vec![0, 1] } else { cuts };
+    let mut chain = Chain::load(&checkpoint, &Setup { cuts, ..setup.clone() });
+    let mut dice = Dice(seed);
+    let mut free: Vec<u32> = (0..support::LIMITS.kv_blocks).collect();
+    dice.shuffle(&mut free);
+    let mut travellers: Vec<Traveller> =
+        case.prompts.iter().map(|p| Traveller::new(p.inputs(), p.first_sampled())).collect();
+    for length in [90, 33] {
+        let tokens = (0..length).map(|_| dice.below(spec.vocab as usize) as u32).collect();
+        travellers.push(Traveller::new(tokens, dice.below(length)));
+    }
+    while travellers.iter().any(|t| t.done < t.tokens.len()) {
+        travel(&mut chain, &mut travellers, &mut free, &mut dice);
+    }
+    for (index, expected) in expected.iter().enumerate() {
+        // The order of the travellers changes on the way; the tokens tell who is who.
+        let tokens = case.prompts[index].inputs();
+        let found = travellers.iter().find(|t| t.tokens == tokens).unwrap();
+        assert_same_bits(&found.logits, expected, &format!("{} prompt {index}", case.name));
+    }
+}
+
+/// One model of each way to attend: grouped heads, windows, sinks, a compressed cache.
+const CACHES: [&str; 5] =
+    ["llama2-gqa3-bf16", "qwen3-tied-bf16", "gemma3-bf16", "gpt-oss-bf16", "deepseek2-lite"];
+
+#[test]
+fn a_cache_of_fewer_bits_gives_the_same_bits_in_every_way() {
+    let cases: Vec<Case> = cases().into_iter().filter(|c| CACHES.contains(&&*c.name)).collect();
+    assert_eq!(cases.len(), CACHES.len());
+    for (seed, case) in cases.iter().enumerate() {
+        let whole = plain(case);
         let checkpoint = case.checkpoint();
         let spec = checkpoint.spec();
-        let cuts = vec![0, spec.layers.div_ceil(2), spec.layers];
-        let cuts = if spec.layers == 1 { vec![0, 1] } else { cuts };
-        let mut chain = Chain::load(&checkpoint, &Setup { cuts, threads: 2, ..Setup::plain(spec) });
-        let mut dice = Dice(seed as u64);
-        let mut free: Vec<u32> = (0..support::LIMITS.kv_blocks).collect();
-        dice.shuffle(&mut free);
-        let mut travellers: Vec<Traveller> =
-            case.prompts.iter().map(|p| Traveller::new(p.inputs(), p.first_sampled())).collect();
-        for length in [90, 33] {
-            let tokens = (0..length).map(|_| dice.below(spec.vocab as usize) as u32).collect();
-            travellers.push(Traveller::new(tokens, dice.below(length)));
-        }
-        while travellers.iter().any(|t| t.done < t.tokens.len()) {
-            travel(&mut chain, &mut travellers, &mut free, &mut dice);
-        }
-        for (index, expected) in expected.iter().enumerate() {
-            // The order of the travellers changes on the way; the tokens tell who is who.
-            let tokens = case.prompts[index].inputs();
-            let found = travellers.iter().find(|t| t.tokens == tokens).unwrap();
-            assert_same_bits(&found.logits, expected, &format!("{} prompt {index}", case.name));
+        for kv in [KvPrecision::Bf16, KvPrecision::Q8_0] {
+            let numerics = Numerics::N1.with_kv(kv);
+            let expected = plain_under(case, numerics);
+            assert!(expected != whole, "{}: nothing was rounded to {kv}", case.name);
+            let setup = Setup { numerics, ..Setup::plain(spec) };
+            let mut ways = vec![
+                (Setup { cuts: (0..=spec.layers).collect(), ..setup.clone() }, 1),
+                (Setup { threads: 3, ..setup.clone() }, 29),
+                (Setup { cuts: vec![0, 1, spec.layers], ..setup.clone() }, 64),
+            ];
+            if spec.ranks_max().0 > 1 {
+                ways.push((Setup { ranks: vec![2], ..setup.clone() }, 16));
+            }
+            ways.extend(Isa::all().map(|isa| (Setup { isa, ..setup.clone() }, 13)));
+            for (setup, chunk) in ways {
+                let mut chain = Chain::load(&checkpoint, &setup);
+                for (prompt, expected) in case.prompts.iter().zip(&expected) {
+                    let tokens = prompt.inputs();
+                    let first = prompt.first_sampled();
+                    let found = chain.transcript(&tokens, first, chunk, &blocks());
+                    assert_same_bits(&found, expected, &format!("{} {setup:?}", case.name));
+                }
+            }
+            check_company(case, &expected, &setup, seed as u64);
         }
     }
 }
@@ -202,6 +244,32 @@ fn travel(chain: &mut Chain, travellers: &mut [Traveller], free: &mut Vec<u32>, 
         traveller.done += rows;
     }
     assert!(logits.next().is_none());
+}
+
+#[test]
+fn every_family_in_few_bits_gives_the_same_bits_over_stages_ranks_and_in_company() {
+    let (held, kv) = FEW_BITS;
+    let all = cases();
+    for case in all.iter().filter(|case| stands_for_family(case, &all)) {
+        let checkpoint = case.checkpoint();
+        let spec = checkpoint.spec();
+        let numerics = Numerics::N1.with_kv(kv);
+        let setup = Setup { held, numerics, ..Setup::plain(spec) };
+        let expected = plain_as(case, &setup);
+        let mut ways = vec![(Setup { cuts: (0..=spec.layers).collect(), ..setup.clone() }, 7)];
+        if spec.ranks_max().0 > 1 {
+            ways.push((Setup { ranks: vec![2], ..setup.clone() }, 33));
+        }
+        for (setup, chunk) in ways {
+            let mut chain = Chain::load(&checkpoint, &setup);
+            for (prompt, expected) in case.prompts.iter().zip(&expected) {
+                let tokens = prompt.inputs();
+                let found = chain.transcript(&tokens, prompt.first_sampled(), chunk, &blocks());
+                assert_same_bits(&found, expected, &format!("{} {setup:?}", case.name));
+            }
+        }
+        check_company(case, &expected, &setup, 4);
+    }
 }
 
 /// Large enough that every operation is shared between threads and every cut of the kernels is

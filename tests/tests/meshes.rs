@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_protocol::admin::DeploymentPhase;
-use shoal_tests::api::{Api, text_of};
+use shoal_tests::api::{Api, Event, text_of};
 use shoal_tests::model::RandomLlama;
 use shoal_tests::proc::{Signal, Up, UpOptions, signal};
+use shoal_tests::slow::holder;
 
 const READY: Duration = Duration::from_secs(30);
 
@@ -122,6 +123,57 @@ fn a_model_that_no_worker_has_room_for_says_the_same_over_every_mesh() -> Result
         ensure!(found == expected, "{mesh}: {found:?} instead of {expected:?}");
         up.verb(&["undeploy", name])?.expect_code(0);
     }
+    up.stop(&[])?;
+    Ok(())
+}
+
+/// The ids of these chunks of a stream.
+fn ids(chunks: &[Value]) -> Vec<u64> {
+    let of = |chunk: &Value| chunk["choices"][0]["token_ids"].as_array().cloned();
+    chunks.iter().filter_map(of).flatten().filter_map(|id| id.as_u64()).collect()
+}
+
+#[test]
+fn a_cache_of_fewer_bits_says_the_same_over_every_cut_and_after_a_death() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let model = folder.path().join("wide");
+    RandomLlama { layers: 6, hidden: 256, intermediate: 704 }.write(&model)?;
+    let up = Up::start(&UpOptions::flags("--kv q8_0").model(&model))?;
+    let path = model.to_str().context("it is UTF-8")?;
+    for (name, flags) in [("one", "--stages 1 --kv q8_0"), ("half", "--kv bf16"), ("whole", "")] {
+        let flags = flags.split_whitespace();
+        let args: Vec<&str> = ["deploy", path, "--name", name].into_iter().chain(flags).collect();
+        let done = up.verb(&args)?;
+        ensure!(done.code() == Some(0), "{done:?}");
+    }
+    let status = up.verb(&["status"])?;
+    for contract in ["n1-kv-q8_0", "n1-kv-bf16"] {
+        ensure!(status.stdout.contains(contract), "{status:?}");
+    }
+    let explained = up.verb(&["plan", "one", "--explain"])?;
+    ensure!(explained.stdout.contains("held as q8_0"), "{explained:?}");
+    let options = json!({
+        "max_tokens": 300, "ignore_eos": true, "return_token_ids": true, "temperature": 1.0,
+        "seed": 11, "logprobs": 2,
+    });
+    let said = |name: &str| Api::new(up.url(), name).complete("abc", options.clone())?.ok();
+    let expected = said("wide")?.body["choices"].clone();
+    ensure!(said("one")?.body["choices"] == expected, "another answer over one stage");
+    for name in ["half", "whole"] {
+        ensure!(said(name)?.body["choices"] != expected, "{name}: nothing was rounded");
+    }
+    let view = up.admin()?.wait_for_phase("wide", DeploymentPhase::Ready, READY)?;
+    let mut stream = Api::new(up.url(), "wide").stream("abc", options.clone())?;
+    let mut chunks = Vec::new();
+    for _ in 0..20 {
+        let Event::Chunk(chunk) = stream.event()? else { anyhow::bail!("it ended early") };
+        chunks.push(chunk);
+    }
+    signal(holder(&view, "wide", 1)?, Signal::KILL)?;
+    let (rest, end) = stream.rest()?;
+    ensure!(end == Event::Done, "{end:?}");
+    chunks.extend(rest);
+    ensure!(json!(ids(&chunks)) == expected[0]["token_ids"], "other tokens after the death");
     up.stop(&[])?;
     Ok(())
 }

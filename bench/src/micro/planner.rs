@@ -56,7 +56,7 @@ pub fn run() -> Result<Section> {
             (", --mesh auto", MeshAsk { mesh, ..MeshAsk::default() }),
             (
                 ", --mesh auto --objective throughput",
-                MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None },
+                MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None, kv: None },
             ),
         ];
         for (words, ask) in asks {

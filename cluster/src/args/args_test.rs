@@ -31,7 +31,7 @@ fn defaults_are_those_of_the_help() {
     assert_eq!(up.model, None);
     assert_eq!(up.workers.get(), 3);
     assert_eq!(up.stages, None);
-    assert_eq!(up.precision, None);
+    assert_eq!((up.precision, up.kv), (None, None));
     assert_eq!(up.listen.to_string(), "127.0.0.1:8000");
     assert!(!up.no_respawn && !up.json && !up.demo);
     let Command::Token { command: TokenCommand::Create(token) } =
@@ -44,12 +44,13 @@ fn defaults_are_those_of_the_help() {
 
 #[test]
 fn values_are_read() {
-    let line = "shoal up m --workers 2 --stages 1 --precision bf16 --worker-memory 600MiB \
+    let line = "shoal up m --workers 2 --stages 1 --precision bf16 --kv q8_0 --worker-memory 600MiB \
                 --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c --otlp http://localhost:4318/";
     let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
     assert_eq!(up.model, Some("m".into()));
     assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
     assert_eq!(up.precision, Some(Precision::Bf16));
+    assert_eq!(up.kv, Some(KvPrecision::Q8_0));
     assert_eq!(up.worker_memory, Some(Bytes::mib(600)));
     assert_eq!(up.worker_threads.map(NonZeroU32::get), Some(4));
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
@@ -98,7 +99,9 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
         ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
-        ("shoal up --precision f64", "use f32, bf16, f16, q8_0, q4_0, q4_k or fp8"),
+        ("shoal up --precision f64", "q4_k, q5_k, q6_k or fp8"),
+        ("shoal up --kv f16", "use f32, bf16 or q8_0"),
+        ("shoal scale demo --kv bf16", "--kv"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
         ("shoal up --listen 127.0.0.1", "127.0.0.1:8000"),

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use clap::Args as ClapArgs;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective, Reduction};
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 
 use super::ClusterArgs;
-use super::values::{count, mesh, name, nonzero, objective, precision, reduction};
+use super::values::{count, kv, mesh, name, nonzero, objective, precision, reduction};
 
 pub(super) const DEPLOY_EXAMPLES: &str = "\
 Examples:
@@ -18,6 +18,7 @@ Examples:
   shoal deploy /models/llama-8b --mesh 2x2             two stages of two tensor ranks each
   shoal deploy /models/llama-8b --mesh auto --objective throughput
                                                        whatever serves the most streams here
+  shoal deploy /models/llama-8b --kv q8_0              room for some four times as much context
   shoal deploy                                         the built-in model, as `demo`
 
 Each worker must be able to read the folder under the same path.";
@@ -40,9 +41,14 @@ pub struct DeployArgs {
     /// How many full copies of the model to serve
     #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
     pub replicas: NonZeroU32,
-    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k or fp8 [default: as they are stored]
+    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k or fp8 [default: as they are
+    /// stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,
+    /// Hold keys and values of the context as f32, bf16 or q8_0: half or a quarter of the memory for as
+    /// many tokens, at little loss; it stays for as long as the model is deployed [default: f32]
+    #[arg(long, value_name = "P", value_parser = kv)]
+    pub kv: Option<KvPrecision>,
     /// Return when the cluster has accepted it, before it is ready
     #[arg(long)]
     pub no_wait: bool,
@@ -71,6 +77,6 @@ pub struct MeshArgs {
 impl From<MeshArgs> for MeshAsk {
     fn from(args: MeshArgs) -> Self {
         let MeshArgs { mesh, objective, reduction } = args;
-        Self { mesh, objective, reduction }
+        Self { mesh, objective, reduction, kv: None }
     }
 }

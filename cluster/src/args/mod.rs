@@ -26,7 +26,7 @@ use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::ZoneName;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 use shoal_protocol::units::Bytes;
 
 use crate::otlp::OtlpUrl;
@@ -44,7 +44,9 @@ pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, U
 use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
-use self::values::{address, count, device, name, nonzero, policy, precision, size, store, zone};
+use self::values::{
+    address, count, device, kv, name, nonzero, policy, precision, size, store, zone,
+};
 pub use self::worker_addresses::WorkerAddressArgs;
 
 const ABOUT: &str = "Serve a model that is too large for one machine by splitting it over many";
@@ -185,9 +187,13 @@ pub struct UpArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
-    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k or fp8 [default: as they are stored]
+    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k or fp8 [default: as they are
+    /// stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,
+    /// Hold keys and values of the context as f32, bf16 or q8_0 [default: f32]
+    #[arg(long, value_name = "P", value_parser = kv)]
+    pub kv: Option<KvPrecision>,
     /// A hard budget for each worker's weights + KV + activations, such as 600MiB [default: an even
     /// share of the memory that is free]
     #[arg(long, value_name = "SIZE", value_parser = size)]

@@ -10,7 +10,7 @@ use shoal_protocol::access::KeyName;
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
-use shoal_protocol::plan::{Precision, StagesAsked};
+use shoal_protocol::plan::{KvPrecision, Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
 
 /// For defaults, which are from 1 up.
@@ -60,6 +60,11 @@ pub fn size(text: &str) -> Result<Bytes, String> {
 
 /// How weights are held.
 pub fn precision(text: &str) -> Result<Precision, String> {
+    text.parse()
+}
+
+/// How keys and values are held.
+pub fn kv(text: &str) -> Result<KvPrecision, String> {
     text.parse()
 }
 

@@ -8,10 +8,10 @@ use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
 use shoal_protocol::blob::{ObjectUrl, name};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
-use shoal_protocol::plan::ModelSource;
+use shoal_protocol::plan::{KvPrecision, ModelSource, Precision};
 
 use super::rollout;
-use crate::args::{DeployArgs, MeshArgs};
+use crate::args::DeployArgs;
 use crate::builtin;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
@@ -21,15 +21,34 @@ use crate::output::table;
 /// How long to wait until every replica is served: the weights of a large model take a while.
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// What is asked of the planner. A number of stages beside it is that of a mesh with one rank.
-fn asked(mesh: MeshArgs, stages: Option<NonZeroU32>) -> MeshAsk {
-    let ask = MeshAsk::from(mesh);
-    match stages.filter(|_| !ask.is_empty()) {
-        Some(stages) => {
-            let mesh = Mesh { stages: stages.get(), ranks: 1 };
-            MeshAsk { mesh: Some(MeshAsked::Exactly(mesh)), ..ask }
+/// What `deploy` and `up` ask for, beside what is served and what it is called.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Pipeline stages.
+    pub stages: Option<NonZeroU32>,
+    /// How weights are held.
+    pub precision: Option<Precision>,
+    /// How keys and values are held.
+    pub kv: Option<KvPrecision>,
+    /// Full copies.
+    pub replicas: u32,
+    /// What is asked of the planner.
+    pub mesh: MeshAsk,
+}
+
+impl Asked {
+    /// The call: in the words that every build knows where they are enough.
+    pub fn call(self, name: DeploymentName, source: ModelSource) -> AdminCall {
+        let Self { stages, precision, kv, replicas, mesh } = self;
+        let stages = stages.map(NonZeroU32::get);
+        let mut ask = MeshAsk { kv: kv.filter(|kv| *kv != KvPrecision::F32), ..mesh };
+        if ask.is_empty() {
+            return AdminCall::Deploy { name, source, stages, precision, replicas };
         }
-        None => ask,
+        // A number of stages beside it is that of a mesh with one rank.
+        let of_stages = |stages| MeshAsked::Exactly(Mesh { stages, ranks: 1 });
+        ask.mesh = ask.mesh.or(stages.map(of_stages));
+        AdminCall::DeployMesh { name, source, precision, replicas, ask }
     }
 }
 
@@ -38,16 +57,14 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
     let (source, name) = source_of(args.model.as_deref())?;
     let name = args.name.unwrap_or(name);
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
-    let ask = asked(args.mesh, args.stages);
-    let (precision, replicas) = (args.precision, args.replicas.get());
-    let call = match ask.is_empty() {
-        true => {
-            let stages = args.stages.map(NonZeroU32::get);
-            AdminCall::Deploy { name: name.clone(), source, stages, precision, replicas }
-        }
-        false => AdminCall::DeployMesh { name: name.clone(), source, precision, replicas, ask },
+    let asked = Asked {
+        stages: args.stages,
+        precision: args.precision,
+        kv: args.kv,
+        replicas: args.replicas.get(),
+        mesh: MeshAsk::from(args.mesh),
     };
-    match client.call(call).await? {
+    match client.call(asked.call(name.clone(), source)).await? {
         AdminReply::Accepted => eprintln!("{name}: accepted"),
         other => return Err(unexpected(&other)),
     }
@@ -160,6 +177,24 @@ mod tests {
         let path = model.canonicalize().unwrap().to_str().unwrap().to_owned();
         assert_eq!(source, ModelSource::Folder { path });
         assert_eq!(name.as_str(), "tiny-1.5");
+    }
+
+    #[test]
+    fn what_every_build_knows_is_asked_in_words_that_every_build_knows() {
+        let asked = |kv, stages: u32| {
+            let (precision, mesh) = (None, MeshAsk::default());
+            let asked = Asked { stages: NonZeroU32::new(stages), precision, kv, replicas: 1, mesh };
+            asked.call(default_name("m").unwrap(), source_of(None).unwrap().0)
+        };
+        for kv in [None, Some(KvPrecision::F32)] {
+            assert!(matches!(asked(kv, 2), AdminCall::Deploy { stages: Some(2), .. }), "{kv:?}");
+        }
+        for (stages, words) in [(0, "KV bf16"), (2, "mesh 2x1, KV bf16")] {
+            let AdminCall::DeployMesh { ask, .. } = asked(Some(KvPrecision::Bf16), stages) else {
+                panic!("the old words have no room for it")
+            };
+            assert_eq!(ask.to_string(), words);
+        }
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::fmt::Write;
 
 use shoal_protocol::model::Family;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 
 use crate::args::models::ModelsArgs;
 use crate::failure::Failure;
 
-/// In which types weights can be held.
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
+/// What is read; docs/FORMATS.md says more.
+const FILES: &str = "safetensors (f32, bf16, f16, fp8, gptq and awq of 4 bits, mxfp4 of gpt-oss), PyTorch \
+                     state dicts, GGUF (llama, qwen2, qwen3)";
 
 /// Prints the families and precisions.
 pub fn run(args: &ModelsArgs) -> Result<(), Failure> {
@@ -25,8 +26,11 @@ pub fn run(args: &ModelsArgs) -> Result<(), Failure> {
             })
         })
         .collect();
-    let precisions = PRECISIONS.map(Precision::as_str);
-    super::print_json(&serde_json::json!({ "families": families, "precisions": precisions }))
+    let precisions = Precision::ALL.map(Precision::as_str);
+    let kv = KvPrecision::ALL.map(KvPrecision::as_str);
+    super::print_json(&serde_json::json!({
+        "families": families, "precisions": precisions, "kv_precisions": kv,
+    }))
 }
 
 fn page() -> String {
@@ -37,8 +41,11 @@ fn page() -> String {
         // Writing to a text cannot fail.
         let _ = writeln!(page, "{architecture:width$}  {kind}");
     }
-    let precisions = PRECISIONS.map(Precision::as_str).join(", ");
-    let _ = writeln!(page, "\nprecisions: {precisions}; stored as any of them in safetensors");
+    let precisions = Precision::ALL.map(Precision::as_str).join(", ");
+    let kv = KvPrecision::ALL.map(KvPrecision::as_str).join(", ");
+    let _ = writeln!(page, "\nweights held as (--precision): {precisions}");
+    let _ = writeln!(page, "keys and values held as (--kv): {kv}");
+    let _ = writeln!(page, "read from: {FILES}");
     page
 }
 
@@ -53,8 +60,9 @@ mod tests {
             let line = |line: &&str| line.starts_with(family.architecture());
             assert_eq!(page.lines().filter(line).count(), 1, "{page}");
         }
-        assert!(
-            page.ends_with("precisions: f32, bf16, f16; stored as any of them in safetensors\n")
-        );
+        for word in Precision::ALL.map(Precision::as_str) {
+            assert!(page.contains(word), "{word} is not in {page}");
+        }
+        assert!(page.contains("(--kv): f32, bf16, q8_0\n"), "{page}");
     }
 }

@@ -168,9 +168,9 @@ fn deployments(view: &ClusterView) -> Table {
 
 /// The contract, and what it does not promise.
 fn numerics(replica: &ReplicaPlan) -> String {
-    match replica.numerics.resumes_exactly() {
-        true => replica.numerics.to_string(),
-        false => format!("{}, resume not exact", replica.numerics),
+    match replica.numerics.sums() {
+        false => replica.numerics.to_string(),
+        true => format!("{}, resume not exact", replica.numerics),
     }
 }
 

@@ -200,6 +200,7 @@ impl AdminServer {
                 let scale = DeploymentCommand::Scale { name: name.clone(), replicas, stages };
                 self.scale(operator, &name, scale, dry_run).await
             }
+            AdminCall::ScaleMesh { ask, .. } if ask.kv.is_some() => Err(kv_stays()),
             AdminCall::ScaleMesh { name, replicas, ask, dry_run } => {
                 let scale = DeploymentCommand::ScaleMesh { name: name.clone(), replicas, ask };
                 self.scale(operator, &name, scale, dry_run).await
@@ -372,4 +373,11 @@ impl AdminServer {
         }
         Ok(AdminReply::Plan(Box::new(view)))
     }
+}
+
+/// Another cache is another contract, under which no stream of the old one could go on.
+fn kv_stays() -> WireError {
+    let words = "how keys and values are held is chosen with `shoal deploy --kv`, and stays: deploy the model \
+                 under another name, let its clients move, and undeploy this one";
+    WireError::new(ErrorCode::InvalidRequest, words)
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::model::{
     Family, ModelSpec, Options, Part, RopeScaling, TensorRole, TensorSpec,
 };
-use shoal_protocol::plan::{Precision, PretendSpec, ReplicaLimits, ShardMemory};
+use shoal_protocol::plan::{KvPrecision, Precision, PretendSpec, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 /// The shape of a model, of either kind.
@@ -166,6 +166,23 @@ impl ModelShape {
         match self {
             ModelShape::Checkpoint(spec) => spec.shard_memory(layers, precision, limits),
             ModelShape::Pretend(spec) => spec.shard_memory(layers, limits),
+        }
+    }
+
+    /// The keys and values of a shard, held so. A pretend model's are hashes, which nobody rounds.
+    pub fn kv_bytes(
+        &self,
+        layers: LayerRange,
+        part: Option<&Part>,
+        blocks: u32,
+        held: KvPrecision,
+    ) -> Bytes {
+        match (self, part) {
+            (ModelShape::Checkpoint(spec), None) => spec.kv_bytes_held(layers, blocks, held),
+            (ModelShape::Checkpoint(spec), Some(part)) => {
+                part.widths(spec).kv_bytes_held(layers, blocks, held)
+            }
+            (ModelShape::Pretend(spec), _) => spec.kv_bytes(layers, blocks),
         }
     }
 

@@ -245,6 +245,11 @@ impl Checkpoint {
         // What is dequantised is held in the type that config.json names, unless asked.
         match scheme {
             None => spec.stored = widest(&matrices),
+            // Experts alone are quantised: the other matrices say as what they are all held.
+            Some(Scheme::Mxfp4) => {
+                matrices.remove(&StoredType::Mxfp4);
+                spec.stored = widest(&matrices);
+            }
             Some(scheme) => spec.stored = scheme.held().unwrap_or(spec.stored),
         }
         let fingerprint = *hasher.finalize().as_bytes();
@@ -337,7 +342,12 @@ impl TensorLocation {
     /// be is not worked out.
     pub(super) fn check_excerpt(&self, wanted: &TensorSpec) -> Result<(), CheckpointError> {
         let is_plain = self.dtype.is_plain() && self.scales.is_none();
+        let is_turned = wanted.excerpt.as_ref().is_some_and(|excerpt| excerpt.columns.is_some());
+        let is_mx = matches!(self.scales.as_deref(), Some(StoredScales::Exponents { .. }));
         if wanted.excerpt.is_none() || (is_plain && self.order == RowOrder::AsIs) {
+            return Ok(());
+        }
+        if is_mx && is_turned {
             return Ok(());
         }
         Err(CheckpointError::Quantised {

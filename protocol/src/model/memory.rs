@@ -265,6 +265,8 @@ mod tests {
         assert_eq!(held([17, 64], Precision::Q8_0), 32 * 2 * 34);
         assert_eq!(held([16, 65], Precision::Q4_0), 16 * 3 * 18);
         assert_eq!(held([16, 257], Precision::Q4K), 16 * 2 * 148);
+        assert_eq!(held([16, 256], Precision::Q5K), 16 * 180);
+        assert_eq!(held([16, 256], Precision::Q6K), 16 * 210);
     }
 
     #[test]

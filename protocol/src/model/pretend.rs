@@ -41,13 +41,18 @@ impl PretendSpec {
         *hasher.finalize().as_bytes()
     }
 
+    /// What its cache takes.
+    pub fn kv_bytes(&self, layers: LayerRange, blocks: u32) -> Bytes {
+        let positions = u64::from(blocks) * u64::from(BLOCK_TOKENS);
+        Bytes(positions * u64::from(layers.len()) * KV_BYTES)
+    }
+
     /// What a stage takes; the weights are modelled, the rest is real.
     pub fn shard_memory(&self, layers: LayerRange, limits: &ReplicaLimits) -> ShardMemory {
         let count = u64::from(layers.len());
-        let positions = u64::from(limits.kv_blocks) * u64::from(BLOCK_TOKENS);
         ShardMemory {
             weights: Bytes(self.layer_weight_bytes.saturating_mul(count)),
-            kv: Bytes(positions * count * KV_BYTES),
+            kv: self.kv_bytes(layers, limits.kv_blocks),
             activations: limits.buffer_bytes(self.hidden, self.vocab, layers.end == self.layers),
         }
     }

@@ -1,4 +1,4 @@
-//! How `config.json` says that weights are quantised: FP8, GPTQ and AWQ.
+//! How `config.json` says that weights are quantised: FP8, GPTQ, AWQ and MXFP4.
 //!
 //! Such a matrix is several tensors, which [`Scheme::locate`] finds together. A scheme that is not read
 //! is refused by name.
@@ -19,7 +19,7 @@ use crate::plan::Precision;
 const IN_WORD: u64 = 8;
 /// What is read, in the words of a refusal.
 const SUPPORTED: &str = "`fp8` (e4m3), `compressed-tensors` with float-quantized weights of 8 bits, \
-                         `gptq` and `awq` (gemm) with 4 bits; or weights stored as f32, bf16 or f16 \
+                         `gptq` and `awq` (gemm) with 4 bits, `mxfp4` as GPT-OSS has it; or weights stored as f32, bf16 or f16 \
                          without `quantization_config`";
 
 /// How matrices are quantised.
@@ -29,6 +29,8 @@ pub(super) enum Scheme {
     Fp8 { block: (u64, u64) },
     /// Four bits each; 0: one group for all columns.
     FourBits { packing: FourBitPacking, group: u64, zero_offset: u8 },
+    /// Experts alone: four bits each, an exponent for 32.
+    Mxfp4,
 }
 
 impl Scheme {
@@ -98,6 +100,7 @@ impl Scheme {
                 "" | "gemm" => four_bits(FourBitPacking::Awq, 0),
                 other => refuse(format!("`awq` with version `{other}`")),
             },
+            "mxfp4" => Ok(Self::Mxfp4),
             _ => refuse(format!("a quantisation with `{method}`")),
         }
     }
@@ -120,11 +123,15 @@ impl Scheme {
         files: &mut WeightFiles,
         wanted: &TensorSpec,
     ) -> Result<TensorLocation, CheckpointError> {
+        if *self == Self::Mxfp4 {
+            return locate_mxfp4(files, wanted);
+        }
         let [rows, columns] = *wanted.stored_shape() else {
             return files.locate(&wanted.name, wanted.stored_shape());
         };
         let base = wanted.name.strip_suffix("weight").unwrap_or(&wanted.name).to_owned();
         match self {
+            Self::Mxfp4 => locate_mxfp4(files, wanted),
             Self::Fp8 { block } => match files.take(&wanted.name) {
                 Some((file, found)) if found.dtype == "F8_E4M3" => {
                     expect_shape(&file, &found, wanted.stored_shape())?;
@@ -186,6 +193,43 @@ impl Scheme {
             }
         }
     }
+}
+
+/// Finds the blocks of an expert's matrix, `[experts, columns, rows / 32, 16]`, and their exponents.
+fn locate_mxfp4(
+    files: &mut WeightFiles,
+    wanted: &TensorSpec,
+) -> Result<TensorLocation, CheckpointError> {
+    let blocks_name = format!("{}_blocks", wanted.name);
+    let ([experts, rows, columns], Some((file, found))) =
+        (wanted.stored_shape(), files.take(&blocks_name))
+    else {
+        return files.locate(&wanted.name, wanted.stored_shape());
+    };
+    let (in_block, bytes) = StoredType::Mxfp4.block();
+    if !rows.is_multiple_of(in_block) {
+        return Err(CheckpointError::Quantised {
+            file: file.to_path_buf(),
+            tensor: blocks_name,
+            reason: format!("{rows} numbers are no whole blocks of {in_block}"),
+        });
+    }
+    let typed = |file: Arc<std::path::Path>, found: HeaderTensor, shape: &[u64], dtype| {
+        if found.dtype != "U8" {
+            return Err(unsupported(&file, found));
+        }
+        expect_shape(&file, &found, shape)?;
+        Ok(StoredPart::of(file, found, dtype))
+    };
+    let blocks = [*experts, *columns, rows / in_block, bytes];
+    let weight = typed(file, found, &blocks, StoredType::Mxfp4)?;
+    let name = format!("{}_scales", wanted.name);
+    let Some((file, found)) = files.take(&name) else {
+        return Err(files.missing(&name, &blocks[..3]));
+    };
+    let scales = typed(file, found, &blocks[..3], StoredType::U8)?;
+    let (shape, scales) = (wanted.stored_shape().to_vec(), StoredScales::Exponents { scales });
+    Ok(TensorLocation { shape, scales: Some(Box::new(scales)), ..weight.alone() })
 }
 
 fn block_size(size: &Value) -> Option<(u64, u64)> {

@@ -30,6 +30,7 @@ fn schemes_are_read_by_name() {
             r#"{"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}"#,
             four(FourBitPacking::Awq, 64, 0),
         ),
+        (r#"{"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}"#, Scheme::Mxfp4),
     ] {
         assert_eq!(scheme(json), Ok(expected), "{json}");
     }

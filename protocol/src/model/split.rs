@@ -86,10 +86,7 @@ pub enum Reduction {
 impl Reduction {
     /// What a contract asks for.
     pub fn of(numerics: Numerics) -> Self {
-        match numerics {
-            Numerics::N1 => Reduction::Exact,
-            Numerics::N1Sum => Reduction::Sum,
-        }
+        if numerics.sums() { Reduction::Sum } else { Reduction::Exact }
     }
 }
 

@@ -18,6 +18,11 @@ pub enum StoredType {
     F16,
     /// Eight bits: four of exponent, three of fraction, no infinities.
     F8E4M3,
+    /// Bytes.
+    U8,
+    /// 32 numbers of four bits (e2m1: one of fraction) in 16 bytes, the even ones in the low halves; the
+    /// exponent that they share lies elsewhere.
+    Mxfp4,
     /// Signed bytes of 32 bits, in which four-bit numbers are packed.
     I32,
     /// GGUF: 32 four-bit numbers, one scale.
@@ -44,7 +49,8 @@ impl StoredType {
         match self {
             StoredType::F32 | StoredType::I32 => (1, 4),
             StoredType::Bf16 | StoredType::F16 => (1, 2),
-            StoredType::F8E4M3 => (1, 1),
+            StoredType::F8E4M3 | StoredType::U8 => (1, 1),
+            StoredType::Mxfp4 => (32, 16),
             StoredType::Q4_0 => (32, 18),
             StoredType::Q4_1 => (32, 20),
             StoredType::Q5_0 => (32, 22),
@@ -75,6 +81,8 @@ impl StoredType {
             StoredType::Q8_0 => Some(Precision::Q8_0),
             StoredType::Q4_0 => Some(Precision::Q4_0),
             StoredType::Q4K => Some(Precision::Q4K),
+            StoredType::Q5K => Some(Precision::Q5K),
+            StoredType::Q6K => Some(Precision::Q6K),
             _ => None,
         }
     }
@@ -91,6 +99,8 @@ impl StoredType {
             StoredType::Bf16 => "BF16",
             StoredType::F16 => "F16",
             StoredType::F8E4M3 => "F8_E4M3",
+            StoredType::U8 => "U8",
+            StoredType::Mxfp4 => "MXFP4",
             StoredType::I32 => "I32",
             StoredType::Q4_0 => "Q4_0",
             StoredType::Q4_1 => "Q4_1",
@@ -162,6 +172,12 @@ pub enum StoredScales {
         /// Rows and columns of a block; 0: all there are.
         block: (u64, u64),
     },
+    /// MXFP4: the tensor lies turned, so that what its spec calls columns are rows of whole blocks, and a
+    /// value is its number times two to the power of its block's exponent.
+    Exponents {
+        /// A byte for each block, 127 more than the exponent: `[.., rows, columns / 32]`.
+        scales: StoredPart,
+    },
     /// Eight numbers of four bits in a word; a value is (number - zero) x scale of its group.
     FourBits {
         /// Which of the two layouts.
@@ -177,6 +193,20 @@ pub enum StoredScales {
         /// Added to each zero.
         zero_offset: u8,
     },
+}
+
+impl StoredScales {
+    /// The other tensors that are read with such a one.
+    pub fn parts(&self) -> Vec<&StoredPart> {
+        match self {
+            StoredScales::Blocks { scales, .. } | StoredScales::Exponents { scales } => {
+                vec![scales]
+            }
+            StoredScales::FourBits { zeros, scales, groups, .. } => {
+                [zeros, scales].into_iter().chain(groups).collect()
+            }
+        }
+    }
 }
 
 /// How words hold eight numbers of four bits.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shoal_protocol::blob::{BlobError, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::model::{
-    BuiltinModel, Checkpoint, CheckpointError, StoredPart, StoredScales, TensorLocation, TensorPart,
+    BuiltinModel, Checkpoint, CheckpointError, StoredScales, TensorLocation, TensorPart,
 };
 use shoal_protocol::plan::{Assignment, ModelSource, PretendSpec};
 use shoal_protocol::units::Bytes;
@@ -185,7 +185,7 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     };
     let wanted = |tensor: &TensorPart| {
         let location = checkpoint.locate(&tensor.spec.name)?;
-        let parts = location.scales.as_deref().map(parts_of).unwrap_or_default();
+        let parts = location.scales.as_deref().map(StoredScales::parts).unwrap_or_default();
         let parts = parts.into_iter().map(|part| (&part.file, part.offset..part.offset + part.len));
         let own = [(&location.file, bytes_of(tensor, location))];
         let all: Vec<_> =
@@ -213,16 +213,6 @@ fn bytes_of(tensor: &TensorPart, location: &TensorLocation) -> Range<u64> {
         }
         // Words across rows.
         _ => location.offset..location.offset + location.len,
-    }
-}
-
-/// What else is read with such a tensor.
-fn parts_of(scales: &StoredScales) -> Vec<&StoredPart> {
-    match scales {
-        StoredScales::Blocks { scales, .. } => vec![scales],
-        StoredScales::FourBits { zeros, scales, groups, .. } => {
-            [zeros, scales].into_iter().chain(groups).collect()
-        }
     }
 }
 

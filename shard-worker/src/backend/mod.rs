@@ -22,7 +22,7 @@ pub mod nccl;
 pub mod pool;
 
 use shoal_protocol::model::Activation;
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{KvPrecision, Precision};
 
 pub use family::{FamilyOps, HeadColumns, Router};
 
@@ -62,6 +62,17 @@ pub trait Ops: Send + Sized + 'static {
     /// Scratch of `rows_max x width`; also makes the device's own scratch large enough for a
     /// product with it.
     fn buffer(&mut self, rows_max: usize, width: usize) -> Result<Self::Buf, BackendError>;
+
+    /// How caches that are made from now on hold keys and values; f32 where nobody says so.
+    fn hold_kv(&mut self, held: KvPrecision) -> Result<(), BackendError> {
+        match held {
+            KvPrecision::F32 => Ok(()),
+            other => Err(BackendError::BadShape {
+                what: "KV cache",
+                why: format!("this device holds keys and values as f32, not as {other}"),
+            }),
+        }
+    }
 
     /// The KV cache of one layer. Blocks that were never written cost no memory where the device
     /// can help it.

@@ -1,7 +1,7 @@
 //! From a piece's bytes to packed rows: as they are where the device holds them so, by way of `f32`
 //! where it does not.
 
-use shoal_protocol::model::{RowOrder, StoredPart, StoredScales};
+use shoal_protocol::model::{RowOrder, StoredPart, StoredScales, StoredType};
 use shoal_protocol::plan::Precision;
 
 use super::{Matrix, Piece, Source, WeightsError};
@@ -32,6 +32,10 @@ impl<B: Ops> Matrix<'_, B> {
                 } else {
                     self.pack_scaled(piece, buffer, *block, &scales)
                 }
+            }
+            Some(StoredScales::Exponents { scales }) => {
+                let exponents = source.read_exponents(piece, scales)?;
+                self.pack_mxfp4(piece, buffer, &exponents)
             }
             Some(four_bits @ StoredScales::FourBits { .. }) => {
                 self.pack_four_bits(piece, buffer, four_bits)?
@@ -114,6 +118,30 @@ impl<B: Ops> Matrix<'_, B> {
             self.builder.pack_rows(self.held_row(row), Precision::Fp8, &blocks)?;
         }
         Ok(())
+    }
+
+    /// Packs rows of MXFP4 by way of their values, which bf16 holds exactly.
+    fn pack_mxfp4(
+        &self,
+        piece: &Piece,
+        bytes: &[u8],
+        exponents: &[u8],
+    ) -> Result<(), BackendError> {
+        let (read, part) = (self.source.columns_read(), &self.source.part);
+        let (weights, _) = StoredType::Mxfp4.block();
+        let width = (read.end - read.start) as usize;
+        let mut rows = bytes.chunks_exact(self.row_bytes() as usize);
+        let mut exponents = exponents.chunks_exact(width / weights as usize);
+        let mut wide = vec![0.0; width];
+        let first = (part.columns.start - read.start) as usize;
+        self.pack_each(piece, |_, values| {
+            stored::e2m1_row(rows.next().unwrap_or_default(), &mut wide);
+            let scales = exponents.next().unwrap_or_default();
+            for (block, scale) in wide.chunks_mut(weights as usize).zip(scales) {
+                block.iter_mut().for_each(|value| *value *= stored::power_of(*scale));
+            }
+            values.copy_from_slice(&wide[first..first + values.len()]);
+        })
     }
 
     /// Packs rows out of words of four-bit numbers, those of the whole matrix. What belongs to them is
@@ -204,6 +232,40 @@ fn check_numbers(bytes: &[u8]) -> Result<(), BackendError> {
 }
 
 impl Source<'_> {
+    /// The number of a row among those of a turned tensor's blocks, `[.., columns, rows / 32]`.
+    fn row_of_blocks(&self, row: u64) -> u64 {
+        let row = self.part.rows.start + row;
+        let Some(excerpt) = &self.part.spec.excerpt else { return row };
+        let Some(columns) = excerpt.columns else { return excerpt.first_row + row };
+        // As many rows of the stored tensor are an expert as it has columns here.
+        let expert = excerpt.first_row / self.part.columns_stored().max(1);
+        let width = excerpt.stored.last().copied().unwrap_or(1);
+        expert * width + columns.first + row * columns.step
+    }
+
+    /// Reads rows of whole blocks, `first` counted from the part's first one.
+    pub(super) fn read_blocks(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        let stored = self.bytes_of(self.part.columns_stored());
+        let skipped = self.bytes_of(self.columns_read().start);
+        let rows = buffer.chunks_exact_mut(self.row_bytes() as usize);
+        (first..)
+            .zip(rows)
+            .try_for_each(|(row, to)| self.read(self.row_of_blocks(row) * stored + skipped, to))
+    }
+
+    /// The exponents of a piece's blocks, row by row.
+    fn read_exponents(&self, piece: &Piece, scales: &StoredPart) -> Result<Vec<u8>, WeightsError> {
+        let (weights, _) = StoredType::Mxfp4.block();
+        let (stored, read) = (self.part.columns_stored() / weights, self.columns_read());
+        let own = ((read.end - read.start) / weights) as usize;
+        let mut exponents = vec![0; piece.rows as usize * own];
+        for (row, to) in (piece.first_row..).zip(exponents.chunks_exact_mut(own.max(1))) {
+            let at = self.row_of_blocks(row) * stored + read.start / weights;
+            self.read_at(&scales.file, scales.offset + at, to)?;
+        }
+        Ok(exponents)
+    }
+
     /// Reads a vector in the model's order.
     pub(super) fn read_vector(&self) -> Result<Vec<f32>, WeightsError> {
         let mut bytes = vec![0; (self.part.row_count() * self.row_bytes()) as usize];

@@ -279,6 +279,9 @@ impl Source<'_> {
     /// Reads rows of the part, `first` counted from its first one: at once where they are whole, else
     /// the part's columns of each.
     fn read_rows(&self, first: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        if let Some(StoredScales::Exponents { .. }) = self.location.scales.as_deref() {
+            return self.read_blocks(first, buffer);
+        }
         let stored = self.bytes_of(self.part.columns_stored());
         let first = self.part.rows.start + first;
         let first = match &self.part.spec.excerpt {

@@ -14,7 +14,7 @@ pub(crate) use blocks::half_at;
 pub use blocks::{Block, Encode, Fp8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, e4m3, to_e4m3};
 pub(crate) use k_quants::six_bits;
 pub use k_quants::{Q4K, Q5K, Q6K};
-pub use scaled::{FourBits, scale_row, scales_of_row};
+pub use scaled::{FourBits, e2m1_row, power_of, scale_row, scales_of_row};
 
 use half::{bf16, f16};
 use shoal_protocol::model::StoredType;
@@ -30,6 +30,8 @@ pub fn decode_row(stored: StoredType, bytes: &[u8], values: &mut [f32]) {
         StoredType::Bf16 => plain(bytes, values, |&b| bf16::from_le_bytes(b).to_f32()),
         StoredType::F16 => plain(bytes, values, |&b| f16::from_le_bytes(b).to_f32()),
         StoredType::I32 => plain(bytes, values, |&b| i32::from_le_bytes(b) as f32),
+        StoredType::U8 => plain(bytes, values, |&[b]: &[u8; 1]| f32::from(b)),
+        StoredType::Mxfp4 => e2m1_row(bytes, values),
         StoredType::F8E4M3 => plain(bytes, values, |&[b]: &[u8; 1]| e4m3(b)),
         StoredType::Q4_0 => decode::<Q4_0>(bytes, values),
         StoredType::Q4_1 => decode::<Q4_1>(bytes, values),

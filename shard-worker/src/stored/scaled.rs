@@ -1,4 +1,4 @@
-//! ○ Matrices whose scales are tensors of their own: FP8, GPTQ and AWQ.
+//! ○ Matrices whose scales are tensors of their own: FP8, GPTQ, AWQ and MXFP4.
 
 use shoal_protocol::model::FourBitPacking;
 
@@ -26,6 +26,28 @@ pub fn scales_of_row(columns: usize, row: usize, block: (u64, u64), scales: &[f3
     let in_row = columns.div_ceil(width);
     let first = if block.0 == 0 { 0 } else { row / block.0 as usize * in_row };
     &scales[first..]
+}
+
+/// What four bits of MXFP4 stand for, the sign apart: two of exponent and one of fraction.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// The numbers of a row of MXFP4, two a byte, the lower half first; its exponents are elsewhere.
+pub fn e2m1_row(bytes: &[u8], values: &mut [f32]) {
+    let number = |four: u8| {
+        let value = E2M1[usize::from(four & 7)];
+        if four & 8 == 0 { value } else { -value }
+    };
+    for (values, byte) in values.chunks_mut(2).zip(bytes) {
+        for (value, four) in values.iter_mut().zip([byte & 0xF, byte >> 4]) {
+            *value = number(four);
+        }
+    }
+}
+
+/// Two to the power of an exponent that is stored 127 more than it is.
+pub fn power_of(stored: u8) -> f32 {
+    // The least power is no normal number.
+    f32::from_bits(if stored == 0 { 1 << 22 } else { u32::from(stored) << 23 })
 }
 
 /// A matrix of numbers of four bits, whole.
@@ -111,6 +133,20 @@ mod tests {
         // Rows 2 and 3 are the second row of blocks, 2 columns wide.
         let blocks = [0.0, 0.0, 0.0, 1.0, 2.0, 3.0];
         assert_eq!(scaled(3, (2, 2), &blocks), [1.0, 2.0, 6.0, 8.0, 15.0]);
+    }
+
+    #[test]
+    fn numbers_of_mxfp4_are_those_of_its_definition() {
+        let mut values = [f32::NAN; 16];
+        e2m1_row(&[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], &mut values);
+        let positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        assert_eq!(values[..8], positive);
+        assert_eq!(values[8..], positive.map(|value: f32| -value));
+        for (stored, power) in [(127, 1.0), (130, 8.0), (120, 0.007_812_5), (1, 2.0_f32.powi(-126))]
+        {
+            assert_eq!(power_of(stored), power);
+        }
+        assert_eq!(power_of(0) * 2.0, power_of(1));
     }
 
     /// Packs by the words' definition, and reads back.

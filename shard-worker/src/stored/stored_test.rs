@@ -68,16 +68,21 @@ fn square_error(found: &[f32], expected: &[f32]) -> f64 {
 
 #[test]
 fn blocks_of_256_are_rounded_no_worse_than_candle_rounds_them() {
-    let values = weights(11, LEN);
-    let (_, candles) = candle(GgmlDType::Q4K, &values);
-    let mut found = vec![f32::NAN; LEN];
-    for (values, found) in values.chunks(256).zip(found.chunks_mut(256)) {
-        let mut block = [0xAA; Q4K::BYTES];
-        Q4K::encode(values, &mut block);
-        Q4K::decode(&block, found);
+    fn check<B: Encode>(dtype: GgmlDType) {
+        let values = weights(11, LEN);
+        let (_, candles) = candle(dtype, &values);
+        let mut found = vec![f32::NAN; LEN];
+        for (values, found) in values.chunks(256).zip(found.chunks_mut(256)) {
+            let mut block = vec![0xAA; B::BYTES];
+            B::encode(values, &mut block);
+            B::decode(&block, found);
+        }
+        let (ours, theirs) = (square_error(&found, &values), square_error(&candles, &values));
+        assert!(ours < 1.05 * theirs, "{dtype:?}: {ours:e} and {theirs:e}");
     }
-    let (ours, theirs) = (square_error(&found, &values), square_error(&candles, &values));
-    assert!(ours < 1.05 * theirs, "{ours:e} and {theirs:e}");
+    check::<Q4K>(GgmlDType::Q4K);
+    check::<Q5K>(GgmlDType::Q5K);
+    check::<Q6K>(GgmlDType::Q6K);
 }
 
 #[test]
@@ -96,6 +101,8 @@ fn a_block_that_is_not_full_counts_what_it_has() {
     check::<Q8_0>(0.06 / 127.0);
     check::<Q4_0>(0.06 / 7.0);
     check::<Q4K>(0.12 / 15.0);
+    check::<Q5K>(0.12 / 31.0);
+    check::<Q6K>(0.06 / 31.0);
 }
 
 #[test]

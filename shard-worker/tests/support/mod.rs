@@ -9,8 +9,8 @@ use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::model::{Checkpoint, ModelSpec, Part, Reduction, Split};
 use shoal_protocol::plan::{
-    Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
-    StagePlan,
+    Assignment, KvPrecision, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
+    ReplicaPlan, ShardPlan, StagePlan,
 };
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
@@ -77,6 +77,33 @@ impl Case {
     pub fn checkpoint(&self) -> Checkpoint {
         Checkpoint::open(&fixtures().join("models").join(&self.name)).unwrap()
     }
+}
+
+/// The cuts into stages in which every case is compared with itself uncut; docs/MODELS.md says the same.
+pub fn cuts_of(layers: u32) -> Vec<Vec<u32>> {
+    let mut cuts = vec![
+        vec![0, layers / 2, layers],
+        vec![0, 1, layers],
+        vec![0, layers - 1, layers],
+        vec![0, layers / 3, 2 * layers / 3, layers],
+        vec![0, 1, layers - 1, layers],
+        (0..=layers).collect(),
+    ];
+    cuts.retain(|cuts| cuts.windows(2).all(|cut| cut[0] < cut[1]));
+    cuts.sort();
+    cuts.dedup();
+    cuts
+}
+
+/// In how few bits weights and cache of one case of each family are held, to be compared over cuts, ranks
+/// and company.
+pub const FEW_BITS: (Precision, KvPrecision) = (Precision::Q4K, KvPrecision::Q8_0);
+
+/// Whether a case is the first of its family, by name.
+pub fn stands_for_family(case: &Case, all: &[Case]) -> bool {
+    let family = case.checkpoint().spec().family;
+    let first = all.iter().find(|other| other.checkpoint().spec().family == family);
+    first.is_some_and(|first| first.name == case.name)
 }
 
 /// How a model is cut and computed.

@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use shoal_protocol::admin::{AdminCall, AdminReply};
 use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::model::Checkpoint;
 use shoal_protocol::plan::ModelSource;
 use tokio::time::timeout;
@@ -35,7 +36,7 @@ use super::lock;
 use super::stop::Stop;
 use crate::args::UpArgs;
 use crate::client::{AdminClient, unexpected};
-use crate::commands::deploy::source_of;
+use crate::commands::deploy::{Asked, source_of};
 use crate::failure::Failure;
 use crate::output::json;
 use crate::registry::{Entry, Registry};
@@ -241,14 +242,14 @@ async fn deploy(
             others.join(", ")
         );
     }
-    let call = AdminCall::Deploy {
-        name: name.clone(),
-        source,
-        stages: args.stages.map(NonZeroU32::get),
+    let asked = Asked {
+        stages: args.stages,
         precision: args.precision,
+        kv: args.kv,
         replicas: 1,
+        mesh: MeshAsk::default(),
     };
-    accepted(client, call).await
+    accepted(client, asked.call(name.clone(), source)).await
 }
 
 async fn accepted(client: &AdminClient, call: AdminCall) -> Result<(), Failure> {

@@ -2,7 +2,7 @@
 
 use shoal_protocol::mesh::Reduction;
 use shoal_protocol::plan::{
-    BLOCK_TOKENS, Numerics, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+    BLOCK_TOKENS, KvPrecision, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
 };
 use shoal_protocol::units::Bytes;
 
@@ -16,10 +16,7 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     let costs = Costs::new(shape, plan.precision);
     let limits = &plan.limits;
     let most = plan.stages.iter().map(|stage| stage.shards.len()).max().unwrap_or(1);
-    let reduction = match plan.numerics {
-        Numerics::N1 => Reduction::Exact,
-        Numerics::N1Sum => Reduction::Sum,
-    };
+    let reduction = if plan.numerics.sums() { Reduction::Sum } else { Reduction::Exact };
     let slices = Slices::new(shape, most as u32, reduction);
     let mut lines = vec![format!(
         "{} {} {}: {} layers in {}, mesh {}, numerics {}",
@@ -67,8 +64,9 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         None => "as it was planned".to_owned(),
     };
     lines.push(format!(
-        "KV: {} blocks of {BLOCK_TOKENS} tokens = {tokens} tokens at once ({bound}); sequences of up to {} tokens, the model allows {}",
+        "KV: {} blocks of {BLOCK_TOKENS} tokens{} = {tokens} tokens at once ({bound}); sequences of up to {} tokens, the model allows {}",
         limits.kv_blocks,
+        held_as(plan.numerics.kv()),
         limits.context_max,
         shape.context_max(),
     ));
@@ -78,6 +76,14 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         limits.step_rows_max, limits.sequences_max, limits.steps_in_flight_max,
     ));
     lines
+}
+
+/// How keys and values are held, where that is not as they are computed.
+fn held_as(kv: KvPrecision) -> String {
+    match kv {
+        KvPrecision::F32 => String::new(),
+        kv => format!(", held as {kv}"),
+    }
 }
 
 /// ` rank 1` where there are several.

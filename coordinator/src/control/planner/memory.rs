@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! stage = weights of its layers            (the first has the embedding too, the last norm and head)
-//!       + kv_blocks x 16 tokens x its layers x (keys + values of one token as f32)
+//!       + kv_blocks x 16 tokens x its layers x (keys + values of one token, as `--kv` holds them)
 //!       + activations of steps of at most step_rows_max rows
 //! ```
 //!
@@ -16,7 +16,7 @@
 //! would be 400 MiB: refused.
 
 use shoal_protocol::model::Part;
-use shoal_protocol::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
+use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::placement::Cut;
@@ -49,6 +49,7 @@ pub(super) struct Costs<'a> {
     /// What of it a tensor rank has; `None`: all.
     part: Option<&'a Part>,
     precision: Precision,
+    kv: KvPrecision,
     /// Weight bytes of the layers before each one, with embedding and head as if untied.
     weights_before: Vec<u64>,
     /// Bytes that a step reads in the layers before each one.
@@ -60,15 +61,28 @@ pub(super) struct Costs<'a> {
 impl<'a> Costs<'a> {
     /// Of the whole model.
     pub fn new(shape: &'a ModelShape, precision: Precision) -> Self {
-        Self::with(shape, None, precision)
+        Self::with(shape, None, precision, KvPrecision::F32)
+    }
+
+    /// The same with keys and values held so.
+    pub fn holding_kv(self, kv: KvPrecision) -> Self {
+        if kv == self.kv {
+            return self;
+        }
+        Self::with(self.shape, self.part, self.precision, kv)
     }
 
     /// Of one rank.
     pub fn of_rank(slice: &'a Slice, precision: Precision) -> Self {
-        Self::with(&slice.shape, slice.part.as_ref(), precision)
+        Self::with(&slice.shape, slice.part.as_ref(), precision, KvPrecision::F32)
     }
 
-    fn with(shape: &'a ModelShape, part: Option<&'a Part>, precision: Precision) -> Self {
+    fn with(
+        shape: &'a ModelShape,
+        part: Option<&'a Part>,
+        precision: Precision,
+        kv: KvPrecision,
+    ) -> Self {
         let one_block = ReplicaLimits {
             kv_blocks: 1,
             context_max: 1,
@@ -84,12 +98,12 @@ impl<'a> Costs<'a> {
         };
         for layer in 0..shape.layers() {
             let range = LayerRange::new(layer, layer + 1);
-            let one = memory_of(shape, part, (range, precision), &one_block);
+            let one = memory_of(shape, part, (range, precision, kv), &one_block);
             push(&mut weights_before, one.weights.0);
             push(&mut kv_before, one.kv.0);
             push(&mut step_before, shape.step_bytes_of(layer, part, precision).0);
         }
-        Self { shape, part, precision, weights_before, step_before, kv_before }
+        Self { shape, part, precision, kv, weights_before, step_before, kv_before }
     }
 
     pub fn shape(&self) -> &'a ModelShape {
@@ -98,6 +112,10 @@ impl<'a> Costs<'a> {
 
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    pub fn kv(&self) -> KvPrecision {
+        self.kv
     }
 
     pub fn layers(&self) -> u32 {
@@ -121,7 +139,7 @@ impl<'a> Costs<'a> {
 
     /// What a shard takes, as the worker will count it.
     pub fn memory(&self, range: LayerRange, limits: &ReplicaLimits) -> ShardMemory {
-        memory_of(self.shape, self.part, (range, self.precision), limits)
+        memory_of(self.shape, self.part, (range, self.precision, self.kv), limits)
     }
 
     /// What a stage needs in all. Ranges differ only in weights and KV; the rest follows from whether
@@ -150,12 +168,16 @@ impl<'a> Costs<'a> {
 fn memory_of(
     shape: &ModelShape,
     part: Option<&Part>,
-    (layers, precision): (LayerRange, Precision),
+    (layers, precision, kv): (LayerRange, Precision, KvPrecision),
     limits: &ReplicaLimits,
 ) -> ShardMemory {
-    match (shape, part) {
+    let memory = match (shape, part) {
         (ModelShape::Checkpoint(spec), Some(part)) => part.memory(spec, layers, precision, limits),
         _ => shape.memory(layers, precision, limits),
+    };
+    match kv {
+        KvPrecision::F32 => memory,
+        kv => ShardMemory { kv: shape.kv_bytes(layers, part, limits.kv_blocks, kv), ..memory },
     }
 }
 
@@ -199,9 +221,7 @@ pub(super) fn largest_limits(
 ) -> ReplicaLimits {
     let need = |cut: &Cut| {
         let layers = cut.layers;
-        move |limits: &ReplicaLimits| {
-            costs.shape().memory(layers, costs.precision(), limits).total()
-        }
+        move |limits: &ReplicaLimits| costs.memory(layers, limits).total()
     };
     let seats: Vec<_> =
         cuts.iter().zip(workers).map(|(cut, worker)| (need(cut), worker.free())).collect();

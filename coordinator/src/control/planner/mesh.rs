@@ -68,12 +68,13 @@ pub(super) fn plan(
         }
     }
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
+    let kv = job.ask.kv.unwrap_or_default();
     let most = wanted.ranks.iter().copied().max().unwrap_or(1);
     let slices = Slices::new(job.shape, most as u32, wanted.reduction);
     let of = |ranks: usize| -> Vec<Costs<'_>> {
         let needed = ranks == 1 || wanted.ranks.contains(&ranks);
         let shapes = slices.of(ranks).iter().filter(|_| needed);
-        shapes.map(|slice| Costs::of_rank(slice, precision)).collect()
+        shapes.map(|slice| Costs::of_rank(slice, precision).holding_kv(kv)).collect()
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
     let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
@@ -331,7 +332,8 @@ impl<'w> Search<'_, 'w> {
             numerics: match self.wanted.reduction {
                 Reduction::Sum if split => Numerics::N1Sum,
                 _ => Numerics::N1,
-            },
+            }
+            .with_kv(whole.kv()),
             stages: stages.collect(),
             limits,
         }

@@ -289,7 +289,7 @@ fn no_layout_is_better_than_the_one_that_is_chosen() {
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let asked = [None, Some("auto"), Some("2x1"), Some("1x2"), Some("2x2")][case_number % 5];
         let mesh = asked.map(|mesh| mesh.parse().unwrap());
-        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
         let (found, best) = compare(&inventory, &shape, ask, false);
         assert_eq!(found, best, "case {case_number}: {ask} of {shape:?} on {inventory:?}");
         if best.is_some() { fit += 1 } else { not += 1 }
@@ -310,7 +310,7 @@ fn ten_workers_that_all_differ_are_searched_in_every_order() {
         }
         for objective in [Objective::Latency, Objective::Throughput] {
             let mesh = Some(format!("{layers}x1").parse().unwrap());
-            let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+            let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
             let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, false);
             assert!(best.is_some());
             assert_eq!(found, best, "{layers} layers, {objective}");
@@ -329,7 +329,7 @@ fn a_chain_of_ten_is_cut_as_well_as_can_be() {
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let mesh = [Some("auto"), Some("3x1"), Some("2x2")][case_number % 3];
         let mesh = mesh.map(|mesh| mesh.parse().unwrap());
-        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None };
+        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
         let mut asked = ask;
         if case_number % 3 == 0 {
             // Powers of two are all that a chain tries where ranks are left open.

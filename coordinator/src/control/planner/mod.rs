@@ -25,7 +25,8 @@ mod zones;
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
 use shoal_protocol::mesh::{MeshAsk, ZoneName};
 use shoal_protocol::plan::{
-    DeploymentSpec, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
+    DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
+    StagePlan,
 };
 use shoal_protocol::units::Bytes;
 
@@ -154,7 +155,7 @@ fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<Replica
     let layers = job.shape.layers();
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
     let (most, least) = stages_range(job.spec.stages, layers, workers.len())?;
-    let costs = Costs::new(job.shape, precision);
+    let costs = Costs::new(job.shape, precision).holding_kv(job.ask.kv.unwrap_or_default());
     // As many as its share, else fewer; more only where it does not fit otherwise.
     let share = share.clamp(least, most);
     let mut to_try = (least..=share).rev().chain(share + 1..=most);
@@ -170,7 +171,7 @@ fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<Replica
             rank: RankIndex(0),
             node: worker.node,
             device: worker.device.clone(),
-            memory: job.shape.memory(cut.layers, precision, &limits),
+            memory: costs.memory(cut.layers, &limits),
         }],
     });
     Ok(ReplicaPlan {
@@ -179,7 +180,7 @@ fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<Replica
         generation: job.generation,
         model: job.spec.model.clone(),
         precision,
-        numerics,
+        numerics: numerics.with_kv(costs.kv()),
         stages: stages.collect(),
         limits,
     })
@@ -230,14 +231,14 @@ fn layout(
 /// Whether there is any layout at all: what `refusal` asks of clusters that are not there.
 fn fits(
     shape: &ModelShape,
-    precision: Precision,
+    (precision, kv): (Precision, KvPrecision),
     workers: &[&Candidate],
     asked: Option<u32>,
 ) -> bool {
     let Ok((most, least)) = stages_range(asked, shape.layers(), workers.len()) else {
         return false;
     };
-    let costs = Costs::new(shape, precision);
+    let costs = Costs::new(shape, precision).holding_kv(kv);
     (least..=most).rev().any(|stages| layout(&costs, workers, stages).is_some())
 }
 

@@ -1,6 +1,7 @@
 //! The planner against brute force on small cases, and its refusals word by word.
 
 use shoal_protocol::id::DeploymentName;
+use shoal_protocol::mesh::MeshAsked;
 use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{ModelRef, ModelSource, PretendSpec};
 use shoal_protocol::units::LayerRange;
@@ -407,4 +408,30 @@ fn a_smaller_precision_is_advised_where_it_fits() {
     assert!(
         refusal.to_string().ends_with(", or with --precision bf16, or with more memory a worker.")
     );
+}
+
+#[test]
+fn a_cache_of_fewer_bits_holds_more_tokens_in_the_same_memory() {
+    let shape = dense(8192);
+    let spec = spec(&shape, Some(1));
+    let costs = Costs::new(&shape, Precision::F32);
+    let inventory = inventory(&[costs.weights(LayerRange::new(0, 4)).0 * 11 / 10]);
+    let planned = |kv: KvPrecision, mesh: Option<MeshAsked>| {
+        let ask = MeshAsk { kv: Some(kv), mesh, ..MeshAsk::default() };
+        let (replica, generation, replicas) = (ReplicaId(1), Generation(1), 1);
+        let (spec, shape, previous) = (&spec, &shape, None);
+        plan(&inventory, &Job { replica, generation, spec, shape, previous, replicas, ask })
+    };
+    let auto = Some(MeshAsked::Auto);
+    for (kv, mesh) in KvPrecision::ALL.into_iter().flat_map(|kv| [(kv, None), (kv, auto)]) {
+        let plan = planned(kv, mesh).unwrap();
+        assert_eq!(plan.numerics, Numerics::N1.with_kv(kv));
+        let (memory, blocks) = (plan.stages[0].shards[0].memory, plan.limits.kv_blocks);
+        assert_eq!(memory.kv, shape.kv_bytes(LayerRange::new(0, 4), None, blocks, kv));
+        assert!(memory.total() <= inventory.workers[0].budget);
+        let whole = planned(KvPrecision::F32, mesh).unwrap().limits.kv_blocks;
+        let times = [1.0, 2.0, 3.7][kv as usize];
+        let most = f64::from(KV_TOKENS_MAX / 16);
+        assert!(f64::from(blocks) >= (times * 0.95 * f64::from(whole)).min(most), "{kv}: {blocks}");
+    }
 }

@@ -2,7 +2,7 @@
 //! and what the planner has chosen by.
 
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::plan::{Numerics, ReplicaPlan, StagePlan};
+use shoal_protocol::plan::{ReplicaPlan, StagePlan};
 
 use super::cost::{Link, Slices, Times, row_bytes};
 use super::memory::Costs;
@@ -61,10 +61,7 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         (Some(a), Some(b)) => inventory.link(a, b),
         _ => Link::NEAR,
     };
-    let reduction = match plan.numerics {
-        Numerics::N1 => Reduction::Exact,
-        Numerics::N1Sum => Reduction::Sum,
-    };
+    let reduction = if plan.numerics.sums() { Reduction::Sum } else { Reduction::Exact };
     let slices = Slices::new(shape, most as u32, reduction);
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {

@@ -10,7 +10,7 @@ use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::memory::{self, Costs};
 use super::split::RankSums;
-use super::{Candidate, Job, ModelShape, fits, placement};
+use super::{Candidate, Job, fits, placement};
 
 /// The most workers that are tried as an addition: a refusal that asks for more helps nobody.
 const MORE_WORKERS_MAX: usize = 256;
@@ -262,8 +262,8 @@ pub(super) fn does_not_fit(
         precision: costs.precision(),
         stages: needs(costs, stages),
         workers: workers.iter().map(|w| (w.node, w.free(), w.budget)).collect(),
-        more_workers: more_workers(job.shape, costs.precision(), workers, job.spec.stages),
-        smaller: smaller(job, costs.precision(), workers),
+        more_workers: more_workers(costs, workers, job.spec.stages),
+        smaller: smaller(job, costs, workers),
     }))
 }
 
@@ -286,19 +286,15 @@ fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
     let endless: Vec<_> = endless.iter().collect();
     let Some(least) = memory::limits_to_try(costs, stages).pop() else { return Vec::new() };
     let cuts = placement::cut(costs, &least, &endless, stages).unwrap_or_default();
-    let memory = |layers| costs.shape().memory(layers, costs.precision(), &least);
+    let memory = |layers| costs.memory(layers, &least);
     cuts.iter().map(|cut| StageNeed { layers: cut.layers, memory: memory(cut.layers) }).collect()
 }
 
 /// The least number of workers like the roomiest one, with nothing else on them, that would do; the
 /// number of stages is then left open. More workers never make a model fit worse, so the number is
 /// found by halving.
-fn more_workers(
-    shape: &ModelShape,
-    precision: Precision,
-    workers: &[&Candidate],
-    asked: Option<u32>,
-) -> Option<usize> {
+fn more_workers(costs: &Costs<'_>, workers: &[&Candidate], asked: Option<u32>) -> Option<usize> {
+    let (shape, held) = (costs.shape(), (costs.precision(), costs.kv()));
     let model = workers.iter().max_by_key(|worker| worker.budget)?;
     let extra = Candidate { used: Bytes(0), ..(*model).clone() };
     let most = (shape.layers() as usize).min(MORE_WORKERS_MAX);
@@ -306,7 +302,7 @@ fn more_workers(
         let mut workers = workers.to_vec();
         workers.extend(std::iter::repeat_n(&extra, n));
         // Where the number of stages was asked for, roomier workers may do; else leave it open.
-        fits(shape, precision, &workers, asked) || fits(shape, precision, &workers, None)
+        fits(shape, held, &workers, asked) || fits(shape, held, &workers, None)
     };
     if !fits_with(most) {
         return None;
@@ -324,12 +320,13 @@ fn more_workers(
 }
 
 /// The largest smaller precision that fits these workers; of two of the same size the stored one.
-fn smaller(job: &Job<'_>, precision: Precision, workers: &[&Candidate]) -> Option<Precision> {
+fn smaller(job: &Job<'_>, costs: &Costs<'_>, workers: &[&Candidate]) -> Option<Precision> {
     let half = match job.shape.stored() {
         Precision::F16 => Precision::F16,
         _ => Precision::Bf16,
     };
     [half, Precision::Q8_0, Precision::Q4K].into_iter().find(|choice| {
-        choice.is_smaller_than(precision) && fits(job.shape, *choice, workers, job.spec.stages)
+        choice.is_smaller_than(costs.precision())
+            && fits(job.shape, (*choice, costs.kv()), workers, job.spec.stages)
     })
 }

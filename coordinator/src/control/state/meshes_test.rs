@@ -2,7 +2,7 @@
 
 use shoal_protocol::id::{Incarnation, NodeId, Role};
 use shoal_protocol::mesh::{Mesh, Objective};
-use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
+use shoal_protocol::plan::{DeploymentSpec, KvPrecision, ModelRef, ModelSource};
 
 use super::*;
 use crate::control::shape::{ModelShape, small_pretend};
@@ -73,7 +73,7 @@ fn scale(ask: MeshAsk) -> Change {
 
 fn two_by_two() -> MeshAsk {
     let mesh = Some(MeshAsked::Exactly(Mesh { stages: 2, ranks: 2 }));
-    MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None }
+    MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None, kv: None }
 }
 
 #[test]
@@ -86,6 +86,21 @@ fn a_mesh_waits_until_all_coordinators_know_of_meshes() {
     cluster.apply(create(two_by_two())).unwrap();
     assert_eq!(cluster.ask(), "mesh 2x2, objective throughput");
     assert_eq!(cluster.state.versions.workers(), 1, "older workers may stay: they get no rank");
+}
+
+#[test]
+fn a_cache_of_fewer_bits_waits_until_workers_know_of_it_too_and_stays() {
+    let mut cluster = Cluster::new();
+    cluster.raise(2);
+    let small = MeshAsk { kv: Some(KvPrecision::Q8_0), ..MeshAsk::default() };
+    let held = Err(Refusal::HeldBack { needs: 3, by: vec![C1], more: 0 });
+    assert_eq!(cluster.apply(create(small)), held);
+    cluster.raise(3);
+    cluster.apply(create(small)).unwrap();
+    assert_eq!(cluster.state.versions.workers(), 3, "an older worker that comes now is refused");
+    cluster.apply(scale(two_by_two())).unwrap();
+    cluster.apply(scale(MeshAsk { kv: Some(KvPrecision::F32), ..MeshAsk::default() })).unwrap();
+    assert_eq!(cluster.ask(), "mesh 2x2, objective throughput, KV q8_0");
 }
 
 #[test]

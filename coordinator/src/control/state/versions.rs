@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
-use shoal_protocol::plan::{ModelSource, Numerics, Precision};
-use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_MESHES};
+use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, Precision};
+use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_MESHES};
 
 use super::super::shape::ModelShape;
 use super::{
@@ -131,17 +131,19 @@ pub fn needs(change: &Change) -> Needs {
         Change::Deployment(DeploymentCommand::ScaleMesh { .. }) => {
             Needs::coordinators(KNOWS_MESHES)
         }
-        Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, .. }) => {
+        Change::Deployment(DeploymentCommand::CreateMesh { spec, shape, ask, .. }) => {
             needs_of_model(&spec.model.source, shape)
                 .and(needs_of_weights(spec.precision, shape.stored()))
+                .and(needs_of_kv(ask.kv.unwrap_or_default()))
                 .and(Needs::coordinators(KNOWS_MESHES))
         }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
-            let numerics = match plan.numerics {
+            let numerics = match plan.numerics.with_kv(KvPrecision::F32) {
                 Numerics::N1 => Needs::NOTHING,
-                Numerics::N1Sum => Needs::coordinators(KNOWS_MESHES),
+                _ => Needs::coordinators(KNOWS_MESHES),
             };
-            numerics.and(needs_of_weights(None, plan.precision))
+            let kv = needs_of_kv(plan.numerics.kv());
+            numerics.and(kv).and(needs_of_weights(None, plan.precision))
         }
         Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
             needs_of_model(&spec.model.source, shape)
@@ -185,6 +187,15 @@ fn needs_of_weights(asked: Option<Precision>, stored: Precision) -> Needs {
     match asked.is_some_and(Precision::is_quantised) || stored.is_quantised() {
         true => Needs::everybody(KNOWS_FORMATS),
         false => Needs::NOTHING,
+    }
+}
+
+/// What it takes to be told of keys and values that are held so: a worker of an older build cannot read
+/// the contract.
+fn needs_of_kv(kv: KvPrecision) -> Needs {
+    match kv {
+        KvPrecision::F32 => Needs::NOTHING,
+        KvPrecision::Bf16 | KvPrecision::Q8_0 => Needs::everybody(KNOWS_KV),
     }
 }
 

@@ -186,4 +186,7 @@ fn weights_in_blocks_wait_until_all_know_them() {
     assert_eq!(needs(&create(None)), Needs::NOTHING);
     assert_eq!(needs(&create(Some(Precision::Bf16))), Needs::NOTHING);
     assert_eq!(needs(&create(Some(Precision::Q8_0))), Needs::everybody(KNOWS_FORMATS));
+    // So is a cache of fewer bits: its contract stands in what workers are told.
+    assert_eq!(needs_of_kv(KvPrecision::F32), Needs::NOTHING);
+    assert_eq!(needs_of_kv(KvPrecision::Q8_0), Needs::everybody(KNOWS_KV));
 }

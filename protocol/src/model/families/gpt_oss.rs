@@ -1,5 +1,5 @@
 //! GPT-OSS: sinks in the softmax, every other layer sees a window, experts with biases and a clamped
-//! gate. Weights in bf16 as transformers writes them; the published MXFP4 files are refused.
+//! gate. Experts in bf16 as transformers writes them, or in MXFP4 as they are published (`scheme`).
 
 use crate::model::config::{Common, window, windowed, windowed_layers};
 use crate::model::families::Definition;

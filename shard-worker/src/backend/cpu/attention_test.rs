@@ -106,7 +106,8 @@ fn check_attention_over(held: KvPrecision, heads: Heads, lengths: [usize; 2], ch
     });
     let shape = KvShape { blocks: 64, kv_heads: kv as u32, head_dim: dim as u32 };
     for ops in devices() {
-        let mut ops = ops.holding_kv(held);
+        let mut ops = ops;
+        ops.hold_kv(held).unwrap();
         let what = format!(
             "{query}/{kv} heads of {dim} in {held}, chunks of {chunk}, {} x {}",
             ops.isa(),

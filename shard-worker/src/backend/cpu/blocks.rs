@@ -4,6 +4,7 @@
 //! q8_0, 32 columns:    [16 scales][32 x (16 bytes: a column)]
 //! q4_0, 32 columns:    [16 scales][16 x (16 bytes: column j low, column j + 16 high)]
 //! q4_k, 256 columns:   [16 scales][16 least scales] 8 x [16 numbers][16 least numbers][as q4_0]
+//! q5_k, q6_k:          `long_blocks`
 //! fp8, 128 columns:    [16 scales of four bytes][128 x (16 bytes: a column)]
 //! ```
 //!
@@ -19,10 +20,10 @@ use super::simd::Simd;
 use crate::stored::{self, Block, Encode};
 
 /// Bytes of 16 scales of two bytes.
-const SCALES: usize = 2 * PANEL;
+pub(super) const SCALES: usize = 2 * PANEL;
 
 /// The low half of each byte, the high half of each byte.
-const LOW: u8 = 0x0F;
+pub(super) const LOW: u8 = 0x0F;
 const HIGH: u8 = 0xF0;
 
 /// A [`Format`] of blocks.
@@ -40,14 +41,14 @@ pub trait Blocks: Format {
 
 /// Writes the scale that stands at `at` in a stored block.
 #[inline(always)]
-unsafe fn place_scale(to: *mut u8, lane: usize, stored: &[u8], at: usize) {
+pub(super) unsafe fn place_scale(to: *mut u8, lane: usize, stored: &[u8], at: usize) {
     // SAFETY: the caller's: 16 scales begin at `to`, which is aligned to two bytes.
     unsafe { to.cast::<u16>().add(lane).write(u16::from_le_bytes([stored[at], stored[at + 1]])) }
 }
 
 /// The value of scale `lane`.
 #[inline(always)]
-unsafe fn scale_at(from: *const u8, lane: usize) -> f32 {
+pub(super) unsafe fn scale_at(from: *const u8, lane: usize) -> f32 {
     // SAFETY: the caller's: 16 scales begin at `from`, which is aligned to two bytes.
     f16::from_bits(unsafe { *from.cast::<u16>().add(lane) }).to_f32()
 }
@@ -142,7 +143,7 @@ pub struct Q4_0;
 /// Bytes of a block of a panel.
 const Q4_0_BYTES: usize = PANEL * stored::Q4_0::BYTES;
 /// Columns that are halves of the same side.
-const SIDE: usize = 16;
+pub(super) const SIDE: usize = 16;
 
 // SAFETY: as above.
 unsafe impl Format for Q4_0 {
@@ -178,7 +179,7 @@ unsafe impl Format for Q4_0 {
 
 /// The number of column `k` of 32.
 #[inline(always)]
-unsafe fn half_byte(numbers: *const u8, k: usize, lane: usize) -> f32 {
+pub(super) unsafe fn half_byte(numbers: *const u8, k: usize, lane: usize) -> f32 {
     // SAFETY: the caller's: 16 times 16 bytes begin at `numbers`.
     let byte = unsafe { *numbers.add(k % SIDE * PANEL + lane) };
     f32::from(if k < SIDE { byte & LOW } else { byte >> 4 })
@@ -203,7 +204,7 @@ impl Blocks for Q4_0 {
 pub struct Q4K;
 
 /// Columns of a part.
-const PART: usize = 32;
+pub(super) const PART: usize = 32;
 /// Bytes of a part of a panel: two numbers a row, and the weights.
 const PART_BYTES: usize = 2 * PANEL + SIDE * PANEL;
 /// Bytes of a block of a panel.

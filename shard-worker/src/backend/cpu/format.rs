@@ -173,6 +173,14 @@ macro_rules! with_format {
                 type $format = $crate::backend::cpu::blocks::Fp8;
                 $body
             }
+            shoal_protocol::plan::Precision::Q5K => {
+                type $format = $crate::backend::cpu::long_blocks::Q5K;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q6K => {
+                type $format = $crate::backend::cpu::long_blocks::Q6K;
+                $body
+            }
         }
     };
 }

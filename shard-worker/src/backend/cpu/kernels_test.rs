@@ -65,6 +65,8 @@ pub(super) fn rounded(held: Precision, cols: usize, values: &[f32]) -> Vec<f32> 
         Precision::Q4_0 => blocks::<stored::Q4_0>(cols, values),
         Precision::Q4K => blocks::<stored::Q4K>(cols, values),
         Precision::Fp8 => blocks::<stored::Fp8>(cols, values),
+        Precision::Q5K => blocks::<stored::Q5K>(cols, values),
+        Precision::Q6K => blocks::<stored::Q6K>(cols, values),
     }
 }
 
@@ -171,6 +173,8 @@ fn rows_of_blocks_are_held_as_they_are_stored() {
     check::<stored::Q4_0>(Precision::Q4_0);
     check::<stored::Q4K>(Precision::Q4K);
     check::<stored::Fp8>(Precision::Fp8);
+    check::<stored::Q5K>(Precision::Q5K);
+    check::<stored::Q6K>(Precision::Q6K);
 }
 
 #[test]

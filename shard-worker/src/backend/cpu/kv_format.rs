@@ -184,3 +184,18 @@ pub(crate) use with_kv;
 pub(super) fn part_bytes(held: KvPrecision, dim: usize) -> usize {
     with_kv!(held, K => 2 * K::half_bytes(dim))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_takes_what_the_planner_counts() {
+        for held in KvPrecision::ALL {
+            for dim in [1, 31, 32, 64, 80, 96, 128, 576] {
+                let counted = 2 * SLOTS as u64 * held.vector_bytes(dim as u64);
+                assert_eq!(part_bytes(held, dim) as u64, counted, "{held}, {dim} dimensions");
+            }
+        }
+    }
+}

@@ -22,6 +22,7 @@ mod isa;
 mod kv;
 mod kv_format;
 mod linear;
+mod long_blocks;
 mod math;
 mod memory;
 mod packed;
@@ -108,11 +109,6 @@ impl CpuOps {
             stamps: 0,
             kv_held: KvPrecision::F32,
         })
-    }
-
-    /// The same with caches whose keys and values are held so.
-    pub fn holding_kv(self, held: KvPrecision) -> Self {
-        Self { kv_held: held, ..self }
     }
 
     /// The instructions in use.
@@ -237,6 +233,11 @@ impl Ops for CpuOps {
             self.tiles_hold = (Stamp(0), 0);
         }
         Ok(CpuBuf { floats: Floats::zeros(len)?, width, contents: self.stamp() })
+    }
+
+    fn hold_kv(&mut self, held: KvPrecision) -> Result<(), BackendError> {
+        self.kv_held = held;
+        Ok(())
     }
 
     fn kv(&mut self, shape: KvShape) -> Result<PagedKv, BackendError> {

@@ -20,6 +20,7 @@ use shoal_protocol::plan::Precision;
 
 use super::blocks::{self, Blocks};
 use super::format::{Format, Plain, with_format, with_plain};
+use super::long_blocks;
 use super::memory::Mapped;
 use super::simd::LANES;
 use crate::backend::{BackendError, WeightBuilder};
@@ -45,6 +46,14 @@ macro_rules! with_blocks {
             }
             Precision::Fp8 => {
                 type $format = blocks::Fp8;
+                $body
+            }
+            Precision::Q5K => {
+                type $format = long_blocks::Q5K;
+                $body
+            }
+            Precision::Q6K => {
+                type $format = long_blocks::Q6K;
                 $body
             }
         }

@@ -45,13 +45,14 @@ pub enum LoadError {
 ///
 /// `ops` is the device, made for this shard alone.
 pub fn load_shard<B: FamilyOps>(
-    ops: B,
+    mut ops: B,
     checkpoint: &Checkpoint,
     assignment: &Assignment,
     options: &LoadOptions<'_>,
 ) -> Result<Box<dyn ShardModel>, LoadError> {
     let (layers, part) = check(checkpoint, assignment)?;
     let replica = &assignment.replica;
+    ops.hold_kv(replica.numerics.kv())?;
     let tensors = part.tensors(checkpoint.spec(), layers);
     let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
     let bounds = (&replica.limits, &part);
