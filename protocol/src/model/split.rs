@@ -162,10 +162,19 @@ impl ModelSpec {
         if split.ranks > possible {
             return Err(SplitError { ranks: split.ranks, what, units: possible, possible });
         }
+        Ok(self.cut(split, reduction))
+    }
+
+    /// All of a stage.
+    pub fn whole(&self) -> Part {
+        self.cut(Split::WHOLE, Reduction::Exact)
+    }
+
+    fn cut(&self, split: Split, reduction: Reduction) -> Part {
         let kv_heads = split.share(self.kv_heads);
         let group = self.heads / self.kv_heads.max(1);
         let panel = PANEL_OUTPUTS as u32;
-        Ok(Part {
+        Part {
             split,
             reduction,
             heads: kv_heads.start * group..kv_heads.end * group,
@@ -173,7 +182,7 @@ impl ModelSpec {
             intermediate: split.share_in(self.intermediate, panel),
             vocab: split.vocab(self.vocab),
             hidden: split.share_in(self.hidden, panel),
-        })
+        }
     }
 }
 
@@ -222,7 +231,7 @@ impl Part {
     }
 
     /// What this rank holds of a tensor; `None`: nothing.
-    fn of(&self, spec: TensorSpec, model: &ModelSpec) -> Option<TensorPart> {
+    pub(super) fn of(&self, spec: TensorSpec, model: &ModelSpec) -> Option<TensorPart> {
         use TensorRole::*;
         let scaled = |range: &Range<u32>, by: u32| {
             u64::from(range.start) * u64::from(by)..u64::from(range.end) * u64::from(by)
@@ -294,7 +303,7 @@ impl Part {
 
     /// Scratch of the exact reduction, for attention and for the MLP: the gathered input and this
     /// rank's outputs, and what the device's copy of an input, laid out for a product, grows by.
-    fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
+    pub(super) fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
         if self.split.is_whole() || self.reduction == Reduction::Sum {
             return Bytes(0);
         }
