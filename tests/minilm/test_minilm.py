@@ -68,9 +68,13 @@ class MiniLm(unittest.TestCase):
             self.assertEqual((answer.usage.prompt_tokens, answer.usage.total_tokens), (tokens, tokens))
             self.assertEqual((answer.object, answer.model), ("list", model))
             vectors.append([item.embedding for item in answer.data])
-        # Where the model is cut changes no bit.
-        for other in vectors[1:]:
-            self.assertEqual(other, vectors[0])
+        # Where the model is cut changes no bit, unless ranks add partial sums.
+        for model, other in zip(MODELS[1:], vectors[1:]):
+            if not model.endswith("-sum"):
+                self.assertEqual(other, vectors[0], model)
+                continue
+            for found, expected in zip(other, vectors[0]):
+                self.assertLess(max(abs(x - y) for x, y in zip(found, expected)), 1e-4, model)
         # Nor does what it is asked together with.
         for case, vector in zip(WHOLE, vectors[0]):
             self.assertEqual(self.embed(case["text"], encoding_format="float").data[0].embedding, vector)
@@ -154,11 +158,12 @@ class MiniLm(unittest.TestCase):
 
     def test_zz_a_killed_worker_is_a_pause(self):
         texts = [f"{i} {WHOLE[4]['text']}" for i in range(800)]
-        before = self.embed(texts, MODELS[-1], encoding_format="float")
+        killed = "minilm-3x1"
+        before = self.embed(texts, killed, encoding_format="float")
         answers = []
 
         def ask():
-            answers.append(self.embed(texts, MODELS[-1], encoding_format="float"))
+            answers.append(self.embed(texts, killed, encoding_format="float"))
 
         asking = threading.Thread(target=ask)
         asking.start()

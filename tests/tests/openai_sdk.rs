@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use shoal_protocol::admin::DeploymentPhase;
+use shoal_protocol::mesh::{MeshAsk, Reduction};
 use shoal_protocol::plan::ModelSource;
 use shoal_tests::proc::cluster::START_TIMEOUT;
 use shoal_tests::proc::{Cluster, Process, Up, UpOptions};
@@ -61,16 +62,29 @@ fn a_stream_survives_the_kill_of_each_role_in_turn() -> Result<()> {
     Ok(())
 }
 
-/// A trained encoder: the same embeddings as sentence-transformers', however it is cut, through a kill.
+/// A trained encoder: the same embeddings as sentence-transformers' over each mesh, through a kill.
 #[test]
 fn the_sdks_embeddings_are_those_of_sentence_transformers() -> Result<()> {
     let Some(python) = sdk_or_skip()? else { return Ok(()) };
     let folder = minilm(&python)?;
-    let up = Up::start(&UpOptions::default())?;
+    let up = Up::start(&UpOptions::flags("--workers 4"))?;
     let admin = up.admin()?;
     let source = |folder: &Path| ModelSource::Folder { path: folder.display().to_string() };
-    for (name, stages) in [("minilm-1x1", 1), ("minilm-3x1", 3)] {
-        admin.deploy(name, source(&folder), stages)?;
+    let mut names = Vec::new();
+    for (mesh, reduction) in [
+        ("1x1", None),
+        ("3x1", None),
+        ("1x2", Some(Reduction::Exact)),
+        ("2x2", Some(Reduction::Exact)),
+        ("1x2", Some(Reduction::Sum)),
+        ("2x2", Some(Reduction::Sum)),
+    ] {
+        let how = reduction.map_or(String::new(), |reduction| format!("-{reduction}"));
+        let name = format!("minilm-{mesh}{how}");
+        let mesh = mesh.parse().map_err(anyhow::Error::msg)?;
+        let ask = MeshAsk { mesh: Some(mesh), reduction, ..MeshAsk::default() };
+        admin.deploy_mesh(&name, source(&folder), ask)?;
+        names.push(name);
     }
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").canonicalize()?;
     let view = admin.deploy("ranker", source(&fixtures.join("encoders/bert-rank")), 2)?;
@@ -78,7 +92,7 @@ fn the_sdks_embeddings_are_those_of_sentence_transformers() -> Result<()> {
     tests
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("minilm/test_minilm.py"))
         .env("SHOAL_URL", format!("{}/v1", up.url()))
-        .env("SHOAL_MODELS", "minilm-1x1,minilm-3x1")
+        .env("SHOAL_MODELS", names.join(","))
         .env("SHOAL_RANDOM_RANKER", "ranker")
         .env("SHOAL_CASES", fixtures.join("minilm.json"))
         .env("SHOAL_VICTIM", holder(&view, "minilm-3x1", 1)?.to_string())

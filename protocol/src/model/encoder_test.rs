@@ -115,8 +115,23 @@ fn stages_have_their_layers_and_the_ends_their_own() {
     let modern = read(&modern(json!({})));
     let layer =
         ["attn_norm", "attn.Wqkv", "attn.Wo", "mlp_norm", "mlp.Wi", "mlp.Wo"].map(str::to_owned);
-    let of = |i: u32| names(&modern, i, i + 1);
+    let of = |i: u32| {
+        let mut names = names(&modern, i, i + 1);
+        // Query, key and value are parts of one, as are gate and up.
+        names.dedup();
+        names
+    };
     assert_eq!(of(1), layer.map(|name| format!("layers.1.{name}.weight")));
+    let rows = |role| {
+        let tensors = modern.tensors(LayerRange::new(1, 2));
+        let tensor = tensors.into_iter().find(|tensor| tensor.role == role).expect("it is there");
+        let excerpt = tensor.excerpt.expect("it is a part");
+        (tensor.shape, excerpt.stored, excerpt.first_row)
+    };
+    use crate::model::TensorRole::{Gate, Up, Value};
+    assert_eq!(rows(Value), (vec![24, 24], vec![72, 24], 48));
+    assert_eq!(rows(Gate), (vec![40, 24], vec![80, 24], 0));
+    assert_eq!(rows(Up), (vec![40, 24], vec![80, 24], 40));
     assert!(!of(0).iter().any(|name| name.contains("attn_norm")), "{:?}", of(0));
     assert_eq!(of(3).last().map(String::as_str), Some("final_norm.weight"));
 }
