@@ -135,3 +135,34 @@ fn stages_have_their_layers_and_the_ends_their_own() {
     assert!(!of(0).iter().any(|name| name.contains("attn_norm")), "{:?}", of(0));
     assert_eq!(of(3).last().map(String::as_str), Some("final_norm.weight"));
 }
+
+#[test]
+fn ranks_take_their_share_of_memory_and_all_of_what_is_small() {
+    use crate::model::{Reduction, Split};
+    use crate::plan::{Precision, ReplicaLimits};
+
+    let limits = ReplicaLimits {
+        kv_blocks: 64,
+        context_max: 64,
+        step_rows_max: 64,
+        sequences_max: 4,
+        steps_in_flight_max: 2,
+    };
+    let spec = read(&bert(json!({"hidden_size": 64, "num_attention_heads": 4,
+                                 "intermediate_size": 128, "vocab_size": 4096})));
+    let layers = LayerRange::new(0, spec.layers);
+    let whole = spec.shard_memory(layers, Precision::F32, &limits);
+    for reduction in [Reduction::Sum, Reduction::Exact] {
+        let mut weights = 0;
+        for rank in 0..2 {
+            let part = spec.part(Split { rank, ranks: 2 }, reduction).expect("it can be cut");
+            let own = spec.part_memory(&part, layers, Precision::F32, &limits);
+            assert!(own.weights.0 < whole.weights.0 * 6 / 10, "{own:?} of {whole:?}");
+            assert_eq!(own.kv.0, 0);
+            weights += own.weights.0;
+        }
+        assert!(weights >= whole.weights.0, "{weights} of {whole:?}");
+    }
+    let error = spec.part(Split { rank: 0, ranks: 5 }, Reduction::Sum).expect_err("too many ranks");
+    assert!(error.to_string().contains("4 key/value heads"), "{error}");
+}
