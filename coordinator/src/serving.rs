@@ -25,6 +25,37 @@ pub struct ServingTable {
     pub protocol: u16,
 }
 
+/// What a deployment makes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ServedKind {
+    /// Text, token by token.
+    #[default]
+    Generate,
+    /// An embedding.
+    Embed {
+        /// How many numbers.
+        width: u32,
+        /// Whether the model brings it to length 1.
+        normalize: bool,
+    },
+    /// How well a document answers a query.
+    Rank {
+        /// How many scores its head gives; one is a ranking's.
+        labels: u32,
+    },
+}
+
+impl ServedKind {
+    /// The word for it in `/v1/models` and in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            ServedKind::Generate => "generate",
+            ServedKind::Embed { .. } => "embed",
+            ServedKind::Rank { .. } => "rank",
+        }
+    }
+}
+
 /// One deployment as the request plane sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServedDeployment {
@@ -39,6 +70,8 @@ pub struct ServedDeployment {
     pub vocab: u32,
     /// The longest context, prompt and answer together, in tokens.
     pub context_max: u32,
+    /// What it makes of a request.
+    pub kind: ServedKind,
     /// Its replicas; none while there is no plan.
     pub replicas: Vec<ServedReplica>,
     /// Why it is not ready, where it is not.

@@ -257,6 +257,15 @@ impl RequestMetrics {
         t.request_prefill_time.with_label_values(&model).observe(seconds(prefill_us));
     }
 
+    /// An encoder has answered: what the head says it waited and computed, in microseconds.
+    pub fn encoded(&self, prompt: usize, queue_us: u32, encode_us: u32) {
+        let (t, model) = (&self.telemetry, [self.model.as_str()]);
+        let seconds = |us: u32| f64::from(us) / 1e6;
+        t.prompt_tokens.with_label_values(&model).inc_by(prompt as u64);
+        t.request_queue_time.with_label_values(&model).observe(seconds(queue_us));
+        t.request_prefill_time.with_label_values(&model).observe(seconds(encode_us));
+    }
+
     /// Another token came, so long after the one before it.
     pub fn next_token(&self, after: Duration) {
         let (t, model) = (&self.telemetry, [self.model.as_str()]);

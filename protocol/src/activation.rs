@@ -10,17 +10,20 @@
 //!               StepHeader.grants  x BlockGrant  (16 B)
 //!               hidden states: rows x hidden f32, little-endian; the width follows from the plan
 //! Open body:    SamplingRecord (40 B), StepHeader.tokens x u32
-//! Samples body: samples x SampleRecord (24 B), candidates x CandidateRecord (8 B)
+//! Samples body: samples x SampleRecord (24 B), candidates x CandidateRecord (8 B),
+//!               samples x SamplesHeader.width f32, little-endian: what an encoder made of each
 //! rank r  ◄─► LinkHello, then Partial ◄─► rank q of the same stage
 //! ```
 //!
 //! Rows of one sequence are adjacent and in order of position. A grant names the sequence's next
 //! block; grants stand in the order in which the blocks are used.
 
-use crate::frame::{Flat, FrameError, append_tokens, expect_end, flat, read_tokens};
+use crate::frame::{
+    Flat, FrameError, append_floats, append_tokens, expect_end, flat, read_floats, read_tokens,
+};
 use crate::id::{Attempt, Generation, RankIndex, RequestId, SequenceId, TokenId};
 use crate::plan::ReplicaLimits;
-use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX};
+use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX, VECTOR_MAX};
 
 flat! {
     /// Says which link a stream is. The receiver compares it with its assignment and with the
@@ -325,8 +328,9 @@ flat! {
         pub samples: u32,
         /// How many candidate records follow, in the order of the samples.
         pub candidates: u32,
-        /// 0; for later versions.
-        pub reserved: u64,
+        /// Numbers of each sample's vector: 0 for what draws tokens, and from peers that know no
+        /// encoders.
+        pub width: u64,
     }
 }
 
@@ -376,6 +380,9 @@ pub struct Samples {
     pub step: crate::id::StepId,
     /// What was drawn, in row order.
     pub samples: Vec<Sample>,
+    /// What an encoder made of each sampled row's sequence, in row order and all equally long; their
+    /// samples' tokens mean nothing then. Empty where tokens are drawn.
+    pub vectors: Vec<Vec<f32>>,
 }
 
 impl Samples {
@@ -387,10 +394,12 @@ impl Samples {
             step: self.step.0,
             samples: self.samples.len() as u32,
             candidates: candidates as u32,
-            reserved: 0,
+            width: self.vectors.first().map_or(0, Vec::len) as u64,
         };
         let mut body = Vec::with_capacity(
-            self.samples.len() * SampleRecord::LEN + candidates * CandidateRecord::LEN,
+            self.samples.len() * SampleRecord::LEN
+                + candidates * CandidateRecord::LEN
+                + vectors_len(&header),
         );
         for sample in &self.samples {
             SampleRecord {
@@ -403,13 +412,17 @@ impl Samples {
             .append_to(&mut body);
         }
         self.samples.iter().flat_map(|s| &s.candidates).for_each(|c| c.append_to(&mut body));
+        self.vectors.iter().for_each(|vector| append_floats(vector, &mut body));
         (header, body)
     }
 
-    /// The longest body that a step under these limits can have.
-    pub fn body_len_max(limits: &ReplicaLimits) -> usize {
+    /// The longest body that a step under these limits can have behind this header.
+    pub fn body_len_max(header: &SamplesHeader, limits: &ReplicaLimits) -> usize {
+        let samples = limits.step_rows_max.min(header.samples);
+        let vectors = SamplesHeader { samples, ..*header };
         limits.step_rows_max as usize
             * (SampleRecord::LEN + TOP_LOGPROBS_MAX as usize * CandidateRecord::LEN)
+            + vectors_len(&vectors)
     }
 
     /// Checks every length and every number against the plan's bounds.
@@ -424,6 +437,14 @@ impl Samples {
         }
         let (records, rest) = SampleRecord::read_many(body, header.samples as usize)?;
         let (candidates, rest) = CandidateRecord::read_many(rest, header.candidates as usize)?;
+        if header.width > VECTOR_MAX as u64 {
+            return Err(FrameError::TooLong {
+                what: "vectors",
+                len: usize::try_from(header.width).unwrap_or(usize::MAX),
+                max: VECTOR_MAX,
+            });
+        }
+        let (vectors, rest) = read_vectors(rest, &header)?;
         expect_end(rest, "Samples")?;
         let mut candidates = candidates.into_iter();
         let mut samples = Vec::with_capacity(records.len());
@@ -453,6 +474,25 @@ impl Samples {
             generation: Generation(header.generation),
             step: crate::id::StepId(header.step),
             samples,
+            vectors,
         })
     }
+}
+
+/// Bytes of the vectors behind a header.
+fn vectors_len(header: &SamplesHeader) -> usize {
+    let width = header.width.min(VECTOR_MAX as u64) as usize;
+    header.samples as usize * width * size_of::<f32>()
+}
+
+/// The vectors that this header counts, and what is left behind them.
+fn read_vectors<'a>(
+    bytes: &'a [u8],
+    header: &SamplesHeader,
+) -> Result<(Vec<Vec<f32>>, &'a [u8]), FrameError> {
+    if header.width == 0 {
+        return Ok((Vec::new(), bytes));
+    }
+    let (all, rest) = read_floats(bytes, vectors_len(header) / size_of::<f32>())?;
+    Ok((all.chunks_exact(header.width as usize).map(<[f32]>::to_vec).collect(), rest))
 }

@@ -51,6 +51,9 @@ pub enum FrameKind {
     Done = 18,
     /// A head has failed: `request::FailedHeader`, a message.
     Failed = 19,
+    /// The head of an encoder answers with its one vector: `request::VectorHeader`, floats. Sent by
+    /// encoders alone, which are deployed where every member speaks `version::KNOWS_ENCODERS`.
+    Vector = 20,
     /// A bounded postcard message (control, admin, join): no header, the message is the body.
     Message = 32,
 }
@@ -70,6 +73,7 @@ impl FrameKind {
         FrameKind::Message,
         FrameKind::Trace,
         FrameKind::Partial,
+        FrameKind::Vector,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -279,6 +283,20 @@ pub fn read_tokens(bytes: &[u8], count: usize) -> Result<(Vec<u32>, &[u8]), Fram
     let (tokens, rest) = bytes.split_at(len);
     let tokens = tokens.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
     Ok((tokens, rest))
+}
+
+/// Appends floats, little-endian.
+pub fn append_floats(floats: &[f32], out: &mut Vec<u8>) {
+    out.reserve(floats.len() * 4);
+    for float in floats {
+        out.extend_from_slice(&float.to_le_bytes());
+    }
+}
+
+/// Reads `count` floats from the front of `bytes`; the rest is returned behind them.
+pub fn read_floats(bytes: &[u8], count: usize) -> Result<(Vec<f32>, &[u8]), FrameError> {
+    let (bits, rest) = read_tokens(bytes, count)?;
+    Ok((bits.into_iter().map(f32::from_bits).collect(), rest))
 }
 
 /// Checks that nothing is left of a body.

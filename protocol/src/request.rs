@@ -7,11 +7,16 @@
 //! head        ──► Token{…} Token{…} … then Done{…} or Failed{…}, and finishes its half
 //! ```
 //!
+//! An encoder's head is asked with a `Generate` whose `max_tokens` is 0 and whose ids may carry
+//! [`SECOND_TEXT`]; it answers with one `Vector`, or with `Failed`.
+//!
 //! Tokens that were generated before (`Resume`) follow the prompt in the same list: `prompt_len`
 //! tells them apart, so penalties, limits and the random stream go on as if nothing had happened.
 
 use crate::error::ErrorCode;
-use crate::frame::{Flat, FrameError, append_tokens, expect_end, flat, read_tokens};
+use crate::frame::{
+    Flat, FrameError, append_floats, append_tokens, expect_end, flat, read_floats, read_tokens,
+};
 use crate::id::{Attempt, ReplicaId, RequestId, TokenId};
 
 /// The most stop token ids of one request.
@@ -22,6 +27,13 @@ pub const TOP_LOGPROBS_MAX: u32 = 20;
 
 /// The most tokens in one `Generate`; the model's context is checked besides.
 pub const TOKENS_MAX: usize = 1 << 21;
+
+/// The most numbers of an encoder's vector: twice the width of the widest published encoder.
+pub const VECTOR_MAX: usize = 1 << 14;
+
+/// Marks an id of an encoder's input as one of the second text of a pair (BERT's token type 1). No
+/// vocabulary reaches so far.
+pub const SECOND_TEXT: TokenId = 1 << 31;
 
 /// `logprobs` where none are asked for.
 pub const NO_LOGPROBS: u32 = u32::MAX;
@@ -272,6 +284,26 @@ flat! {
 }
 
 flat! {
+    /// What an encoder made of an input: the whole answer. The body is `width` floats.
+    pub struct VectorHeader = 32 {
+        /// The client's request.
+        pub request: u64,
+        /// Which try this is.
+        pub attempt: u32,
+        /// The input, counted over the request.
+        pub choice: u32,
+        /// How many numbers follow.
+        pub width: u32,
+        /// Microseconds that the input waited before its step.
+        pub queue_us: u32,
+        /// Microseconds that its step took.
+        pub encode_us: u32,
+        /// 0; for later versions.
+        pub reserved: u32,
+    }
+}
+
+flat! {
     /// The failure of an answer; the body is a message of at most 4 KiB of UTF-8.
     pub struct FailedHeader = 24 {
         /// The client's request.
@@ -323,9 +355,31 @@ pub enum HeadEvent {
         /// Words for a person.
         message: String,
     },
+    /// An encoder's answer, which is complete with it.
+    Vector {
+        /// Its fixed part.
+        header: VectorHeader,
+        /// The numbers.
+        values: Vec<f32>,
+    },
 }
 
 impl HeadEvent {
+    /// Whether nothing of its answer comes behind it.
+    pub fn is_last(&self) -> bool {
+        !matches!(self, HeadEvent::Token { .. })
+    }
+
+    /// Whose it is: the request, the attempt and the choice.
+    pub fn names(&self) -> (u64, u32, u32) {
+        match self {
+            HeadEvent::Token { header, .. } => (header.request, header.attempt, header.choice),
+            HeadEvent::Done { header, .. } => (header.request, header.attempt, header.choice),
+            HeadEvent::Failed { header, .. } => (header.request, header.attempt, header.choice),
+            HeadEvent::Vector { header, .. } => (header.request, header.attempt, header.choice),
+        }
+    }
+
     /// The kind, the header's bytes and the body of the frame.
     pub fn encode(&self) -> (crate::frame::FrameKind, Vec<u8>, Vec<u8>) {
         use crate::frame::FrameKind;
@@ -345,6 +399,11 @@ impl HeadEvent {
                 header.append_to(&mut head);
                 body.extend_from_slice(message.as_bytes());
                 FrameKind::Failed
+            }
+            HeadEvent::Vector { header, values } => {
+                header.append_to(&mut head);
+                append_floats(values, &mut body);
+                FrameKind::Vector
             }
         };
         (kind, head, body)
@@ -404,7 +463,20 @@ impl HeadEvent {
                     message: String::from_utf8_lossy(body).into_owned(),
                 })
             }
-            found => Err(FrameError::UnexpectedKind { found, expected: "Token, Done or Failed" }),
+            FrameKind::Vector => {
+                let header = VectorHeader::read_from(header)?;
+                let (max, len) = (VECTOR_MAX, header.width as usize);
+                if len > max {
+                    return Err(FrameError::TooLong { what: "vector", len, max });
+                }
+                let (values, rest) = read_floats(body, len)?;
+                expect_end(rest, "Vector")?;
+                Ok(HeadEvent::Vector { header, values })
+            }
+            found => {
+                let expected = "Token, Done, Failed or Vector";
+                Err(FrameError::UnexpectedKind { found, expected })
+            }
         }
     }
 }

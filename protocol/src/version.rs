@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K` |
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
+/// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.
@@ -53,6 +54,8 @@ pub const KNOWS_KV: u16 = 3;
 
 /// From here on nodes know families beside Llama, Qwen2 and Qwen3.
 pub const KNOWS_FAMILIES: u16 = 3;
+/// From here on nodes can serve encoders. One is deployed only where every member can.
+pub const KNOWS_ENCODERS: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

@@ -34,7 +34,7 @@ use shoal_protocol::plan::{
 };
 use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, GenerateHeader, HeadEvent,
-    SamplingRecord, TokenHeader,
+    SamplingRecord, TokenHeader, VectorHeader,
 };
 use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
 use shoal_protocol::trust::Trust;
@@ -111,6 +111,7 @@ fn samples() -> Samples {
             logprob: -0.25,
             candidates: vec![candidate(42, -0.25), candidate(7, -2.5)],
         }],
+        vectors: vec![],
     }
 }
 
@@ -129,7 +130,7 @@ fn generate() -> Generate {
     }
 }
 
-fn head_events() -> [(&'static str, HeadEvent); 3] {
+fn head_events() -> [(&'static str, HeadEvent); 4] {
     let token = TokenHeader {
         request: 0xfeed,
         attempt: 1,
@@ -150,6 +151,15 @@ fn head_events() -> [(&'static str, HeadEvent); 3] {
         preemptions: 0,
         stop_token: 2,
     };
+    let vector = VectorHeader {
+        request: 0xfeed,
+        attempt: 1,
+        choice: 2,
+        width: 3,
+        queue_us: 120,
+        encode_us: 3400,
+        reserved: 0,
+    };
     let code = ErrorCode::WorkerLost;
     let failed = FailedHeader {
         request: 0xfeed,
@@ -168,6 +178,7 @@ fn head_events() -> [(&'static str, HeadEvent); 3] {
         ),
         ("Done", HeadEvent::Done { header: done, reason: FinishReason::Stop }),
         ("Failed", HeadEvent::Failed { header: failed, code, message: "w2 was lost".to_owned() }),
+        ("Vector", HeadEvent::Vector { header: vector, values: vec![0.5, -1.0, 0.25] }),
     ]
 }
 
@@ -424,6 +435,12 @@ fn hot_frames_have_golden_bytes() {
     let header = check_flat(header);
     assert_eq!(Samples::decode(&header, &body, &LIMITS).unwrap(), samples());
     check_golden("Samples", &framed(FrameKind::Samples, &header, &body));
+
+    let of_encoder = Samples { vectors: vec![vec![0.5, -1.0]], ..samples() };
+    let (header, body) = of_encoder.encode();
+    let header = check_flat(header);
+    assert_eq!(Samples::decode(&header, &body, &LIMITS).unwrap(), of_encoder);
+    check_golden("Vectors", &framed(FrameKind::Samples, &header, &body));
 
     let (header, body) = generate().encode();
     let header = check_flat(header);

@@ -175,7 +175,8 @@ fn changed(generation: u64, change: impl FnOnce(&mut Step)) -> Step {
 /// What a neighbour of this generation may send, and words of what the shard says to it.
 fn nonsense(g: u64) -> Vec<(&'static str, Vec<Raw>)> {
     let opened = |then: Raw| vec![raw_open(&open(g, 3)), then];
-    let none = Samples { generation: Generation(g), step: StepId(0), samples: vec![] };
+    let first = StepId(0);
+    let none = Samples { generation: Generation(g), step: first, samples: vec![], vectors: vec![] };
     let close = CloseHeader { generation: g, sequence: 1 };
     let mark = TraceMark { trace: TraceId(1), span: SpanId(2) };
     let of = |generation, sequence| {

@@ -104,3 +104,41 @@ fn a_shard_takes_what_the_plan_says_and_no_more_while_it_loads() {
     let (_shard, peak) = load(&checkpoint, &assignment, 16);
     assert!(peak <= most(16), "peak {peak} of at most {}: {planned:?}", most(16));
 }
+
+#[test]
+fn an_encoders_shard_takes_what_the_plan_says() {
+    let config = r#"{
+        "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 1024,
+        "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 3,
+        "vocab_size": 4001, "max_position_embeddings": 512, "type_vocab_size": 2
+    }"#;
+    let (_folder, checkpoint) = random_model(config);
+    let setup = Setup { cuts: vec![0, 1, 3], ..Setup::plain(checkpoint.spec()) };
+    let spec = checkpoint.encoder().unwrap();
+    let planned = spec.shard_memory(LayerRange::new(1, 3), setup.held, &LIMITS);
+    let assignment = assignment(&checkpoint, &setup, 1);
+    assert_eq!(planned.kv.0, 0, "nothing is kept");
+
+    let before = anonymous();
+    let (mut shard, _) = load(&checkpoint, &assignment, 1);
+    // A full step, its last blocks partly empty.
+    let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
+    let rows = LIMITS.step_rows_max as usize;
+    let each = rows / LIMITS.sequences_max as usize;
+    let span = |i: usize| {
+        let (first_row, rows) = (i * each, each);
+        Span { first_row, rows, first_position: 0, blocks: &blocks }
+    };
+    let spans: Vec<_> = (0..LIMITS.sequences_max as usize).map(span).collect();
+    let sample_rows: Vec<_> = spans.iter().map(|span| span.first_row + span.rows - 1).collect();
+    let batch = Batch { spans: &spans, rows, sample_rows: &sample_rows };
+    let mut hidden = vec![0.5; rows * 1024];
+    let mut vectors = vec![0.0; spans.len() * 1024];
+    shard.forward(&batch, None, &mut hidden, Some(&mut vectors), &mut Alone).unwrap();
+    let (used, total) = (anonymous() - before, planned.total().0);
+    // What the thread allocated to load may be kept; a cache whose blocks are not all used is smaller.
+    let slack = PIECE + (2 << 20);
+    assert!(used <= total + slack, "used {used}: {planned:?}");
+    assert!(used + slack >= total, "used {used}: {planned:?}");
+    println!("planned {total}, used {used}");
+}

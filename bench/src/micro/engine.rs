@@ -109,6 +109,7 @@ impl Rig {
                     generation: Generation(1),
                     step: StepId(step.header.step),
                     samples: drawn.collect(),
+                    vectors: vec![],
                 });
             }
         }

@@ -207,6 +207,7 @@ fn busy(policy: Policy, replicas: u32) -> Result<(Router, ServedDeployment)> {
         folder: None,
         vocab: 1,
         context_max: 1 << 20,
+        kind: shoal_coordinator::serving::ServedKind::Generate,
         replicas: (0..replicas).map(replica).collect(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,
         reason: String::new(),

@@ -257,7 +257,7 @@ impl Direct {
             loop {
                 match answer.next().await? {
                     AnswerEvent::Token(_) => {}
-                    AnswerEvent::Done { .. } => return anyhow::Ok(()),
+                    AnswerEvent::Done { .. } | AnswerEvent::Vector(_) => return anyhow::Ok(()),
                 }
             }
         })?;

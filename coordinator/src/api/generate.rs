@@ -26,7 +26,7 @@ use crate::dispatch::Sequence;
 use crate::recovery::{LastingAnswer, RecoveryError};
 use crate::router::prefix::block_hashes;
 use crate::router::{self, RouteRequest};
-use crate::serving::{ServedDeployment, ServingTable};
+use crate::serving::{ServedDeployment, ServedKind, ServingTable};
 use crate::telemetry::Part;
 use crate::trace::RequestTrace;
 
@@ -79,7 +79,7 @@ async fn respond(
     Ok(response)
 }
 
-fn not_draining(context: &ApiContext) -> Result<(), ApiError> {
+pub(super) fn not_draining(context: &ApiContext) -> Result<(), ApiError> {
     if !*context.draining.borrow() {
         return Ok(());
     }
@@ -88,8 +88,27 @@ fn not_draining(context: &ApiContext) -> Result<(), ApiError> {
     Err(ApiError { retry_after, ..ApiError::new(ErrorCode::Draining, why) })
 }
 
+/// Why what is under way when the coordinator ends is not complete.
+pub(super) fn stopping() -> ApiError {
+    let why = "the cluster is stopping, and this answer was not complete in time; ask again when it \
+               is back";
+    let retry_after = Some(Duration::from_secs(1));
+    ApiError { retry_after, ..ApiError::new(ErrorCode::Draining, why) }
+}
+
+/// Encoders write no text.
+fn check_kind(deployment: &ServedDeployment) -> Result<(), ApiError> {
+    let ask = match deployment.kind {
+        ServedKind::Generate => return Ok(()),
+        ServedKind::Embed { .. } => "makes embeddings and writes no text; ask /v1/embeddings",
+        ServedKind::Rank { .. } => "scores pairs of texts and writes no text; ask /v1/rerank",
+    };
+    let why = format!("`{}` {ask}", deployment.name);
+    Err(ApiError::new(ErrorCode::InvalidRequest, why).about("model"))
+}
+
 /// The whole body, within the bounds of size and time.
-async fn read(context: &ApiContext, body: Body) -> Result<Bytes, ApiError> {
+pub(super) async fn read(context: &ApiContext, body: Body) -> Result<Bytes, ApiError> {
     let limits = &context.limits;
     let read = axum::body::to_bytes(body, limits.body_len_max);
     match tokio::time::timeout(limits.body_timeout, read).await {
@@ -124,6 +143,7 @@ async fn begin(
     let table = table_that_serves(context, &request.model).await;
     let checked = Instant::now();
     let deployment = router::find(&table, &request.model)?;
+    check_kind(deployment)?;
     let model = model_facts(context, &table, deployment).await?;
     let text = model.text.clone();
     // What clients made up stays out of it: this name is a deployment's.
@@ -178,7 +198,7 @@ async fn begin(
 
 /// The table as soon as somebody serves the model; the last one seen where that does not come soon, or
 /// where there is nothing to wait for. It says why.
-async fn table_that_serves(context: &ApiContext, model: &str) -> Arc<ServingTable> {
+pub(super) async fn table_that_serves(context: &ApiContext, model: &str) -> Arc<ServingTable> {
     let mut table = context.table.clone();
     let known = |table: &Arc<ServingTable>| {
         router::find(table, model).map_or(true, |deployment| {
@@ -193,7 +213,7 @@ async fn table_that_serves(context: &ApiContext, model: &str) -> Arc<ServingTabl
     }
 }
 
-async fn model_facts(
+pub(super) async fn model_facts(
     context: &ApiContext,
     table: &ServingTable,
     deployment: &ServedDeployment,
@@ -305,7 +325,7 @@ async fn answer<S: Shape>(
 }
 
 /// 64 bits from the system.
-fn random() -> Result<u64, ApiError> {
+pub(super) fn random() -> Result<u64, ApiError> {
     getrandom::u64().map_err(|error| {
         tracing::error!(%error, "the system gives no random numbers");
         ApiError::new(ErrorCode::Internal, "the system gives no random numbers")

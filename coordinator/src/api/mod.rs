@@ -6,6 +6,7 @@
 //! ```
 
 pub mod auth;
+mod encode;
 pub mod error;
 mod fields;
 mod gate;
@@ -70,6 +71,10 @@ fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
         .route("/v1/models/{*name}", get(model))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/rerank", post(rerank))
+        .route("/v1/rerank", post(rerank))
+        .route("/v2/rerank", post(rerank))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
@@ -233,6 +238,22 @@ async fn chat(State(context): State<Arc<ApiContext>>, headers: HeaderMap, body: 
     generate::generate(context, Endpoint::Chat, &headers, body).await
 }
 
+async fn embeddings(
+    State(context): State<Arc<ApiContext>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    encode::embeddings(context, &headers, body).await
+}
+
+async fn rerank(
+    State(context): State<Arc<ApiContext>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    encode::rerank(context, &headers, body).await
+}
+
 async fn models(State(context): State<Arc<ApiContext>>) -> Response {
     let table = context.table.borrow().clone();
     json(openai::models::list(&table))
@@ -260,7 +281,10 @@ async fn not_found(uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::http(
         StatusCode::NOT_FOUND,
-        format!("there is no {path}; the API is under /v1 (models, completions, chat/completions)"),
+        format!(
+            "there is no {path}; the API is under /v1 (models, completions, chat/completions, \
+             embeddings, rerank)"
+        ),
     )
 }
 
@@ -276,6 +300,8 @@ async fn count(State(context): State<Arc<ApiContext>>, request: Request, next: N
         path if path.starts_with("/v1/models/") => "/v1/models/{name}",
         "/v1/completions" => "/v1/completions",
         "/v1/chat/completions" => "/v1/chat/completions",
+        "/v1/embeddings" => "/v1/embeddings",
+        "/rerank" | "/v1/rerank" | "/v2/rerank" => "/rerank",
         "/health" => "/health",
         "/ready" => "/ready",
         "/metrics" => "/metrics",

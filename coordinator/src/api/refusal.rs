@@ -86,6 +86,21 @@ pub enum Refusal {
         /// Tokens that were asked for.
         answer: u64,
     },
+    /// An input that is longer than an encoder takes.
+    #[error(
+        "input {index} has {tokens} tokens, and this model takes {max} at most; shorten it, or send \
+         `truncate`: true to have it cut"
+    )]
+    InputTooLong {
+        /// Where the inputs stand.
+        param: &'static str,
+        /// Which of them, from 0.
+        index: usize,
+        /// Its tokens.
+        tokens: usize,
+        /// The model's bound.
+        max: usize,
+    },
     /// Text for a model that takes and gives token ids alone.
     #[error("this model has no tokenizer: {advice}")]
     NoText {
@@ -114,6 +129,7 @@ impl Refusal {
             | Refusal::EmptyPrompt { param }
             | Refusal::NotInVocabulary { param, .. }
             | Refusal::ContextTooLong { param, .. }
+            | Refusal::InputTooLong { param, .. }
             | Refusal::NoText { param, .. }
             | Refusal::NotEncoded { param, .. } => Some(param),
             Refusal::Unknown(param)
@@ -127,7 +143,9 @@ impl Refusal {
     pub fn code(&self) -> ErrorCode {
         match self {
             Refusal::Unsupported { .. } => ErrorCode::Unsupported,
-            Refusal::ContextTooLong { .. } => ErrorCode::ContextTooLong,
+            Refusal::ContextTooLong { .. } | Refusal::InputTooLong { .. } => {
+                ErrorCode::ContextTooLong
+            }
             _ => ErrorCode::InvalidRequest,
         }
     }

@@ -295,6 +295,11 @@ impl Choice {
                 update.tokens.push(TokenOut { id, logprobs });
                 self.add(&mut update, delta);
             }
+            // Only an encoder's head says it, and those are asked by `encode`.
+            AnswerEvent::Vector(_) => {
+                let reason = FinishReason::Length;
+                update.finish = Some(Finish { reason, stop: None });
+            }
             AnswerEvent::Done { reason, stop_token } => {
                 let delta = model.map_or_else(Delta::default, |model| self.text.finish(model));
                 // The token that ended the answer counts, but is no part of its text.

@@ -152,6 +152,11 @@ impl ModelText {
         }
     }
 
+    /// The tokenizer itself, for those who put texts together in other ways.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// The tokens of a text prompt.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, EncodeError> {
         let encoding = self

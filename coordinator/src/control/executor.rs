@@ -328,6 +328,7 @@ impl Executor {
                 folder,
                 vocab: deployment.shape.vocab(),
                 context_max: context_max.unwrap_or(deployment.shape.context_max()),
+                kind: deployment.shape.kind(),
                 replicas: plans.iter().filter_map(|plan| served(plan, stands, seen)).collect(),
                 reason,
                 phase,
@@ -440,6 +441,7 @@ fn view(
     });
     let deployments = state.deployments.iter().filter_map(|(name, deployment)| {
         let Phase { phase, reason } = stands.deployments.get(name).cloned()?;
+        let reason = deployment.shape.or_kind(reason);
         let source = deployment.spec.model.source.clone();
         let replicas = deployment.replicas.iter().filter_map(|id| {
             let Stand { phase, reason, settled } = stands.replicas.get(id).cloned()?;

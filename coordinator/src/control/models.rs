@@ -74,7 +74,11 @@ impl Models {
                 // Read whole and let go: a tokenizer or a chat template that does not work is refused
                 // now, not at the first request.
                 ModelText::load(&folder).map_err(|error| bad(&error))?;
-                (checkpoint.fingerprint(), ModelShape::Checkpoint(checkpoint.spec().clone()))
+                let shape = match checkpoint.encoder() {
+                    Some(encoder) => ModelShape::Encoder(encoder.clone()),
+                    None => ModelShape::Checkpoint(checkpoint.spec().clone()),
+                };
+                (checkpoint.fingerprint(), shape)
             }
             (source, None) => return Err(bad(&format!("{source} has no folder"))),
         };

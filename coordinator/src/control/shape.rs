@@ -2,10 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::model::{
-    Family, ModelSpec, Options, Part, RopeScaling, TensorRole, TensorSpec,
+    EncoderOutput, EncoderSpec, Family, ModelSpec, Options, Part, RopeScaling, TensorRole,
+    TensorSpec,
 };
 use shoal_protocol::plan::{KvPrecision, Precision, PretendSpec, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
+
+use crate::serving::ServedKind;
 
 /// The shape of a model, of either kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +19,8 @@ pub enum ModelShape {
     Checkpoint(ModelSpec),
     /// A pretend model's: its weights are a number.
     Pretend(PretendSpec),
+    /// An encoder's. Nodes know it from protocol version `version::KNOWS_ENCODERS` on.
+    Encoder(EncoderSpec),
 }
 
 /// As it stands in the log and in snapshots, where nothing ever changes its form: what the first build
@@ -27,6 +32,8 @@ enum Written {
     Pretend(PretendSpec),
     /// Of everybody who reads it version `KNOWS_FAMILIES` is asked.
     Family(ModelSpec),
+    /// Of everybody who reads it version `KNOWS_ENCODERS` is asked.
+    Encoder(EncoderSpec),
 }
 
 /// [`ModelSpec`] as it was before families had options of their own.
@@ -57,6 +64,7 @@ impl From<ModelShape> for Written {
         let is_new = shape.is_new();
         match shape {
             ModelShape::Pretend(spec) => Written::Pretend(spec),
+            ModelShape::Encoder(spec) => Written::Encoder(spec),
             ModelShape::Checkpoint(spec) if is_new => Written::Family(spec),
             ModelShape::Checkpoint(spec) => Written::Checkpoint(FirstSpec {
                 family: spec.family,
@@ -87,6 +95,7 @@ impl From<Written> for ModelShape {
         match written {
             Written::Pretend(spec) => ModelShape::Pretend(spec),
             Written::Family(spec) => ModelShape::Checkpoint(spec),
+            Written::Encoder(spec) => ModelShape::Encoder(spec),
             Written::Checkpoint(first) => ModelShape::Checkpoint(ModelSpec {
                 family: first.family,
                 layers: first.layers,
@@ -115,7 +124,11 @@ impl From<Written> for ModelShape {
 impl ModelShape {
     /// Whether the first build has no words for it.
     pub fn is_new(&self) -> bool {
-        let ModelShape::Checkpoint(spec) = self else { return false };
+        let spec = match self {
+            ModelShape::Checkpoint(spec) => spec,
+            ModelShape::Pretend(_) => return false,
+            ModelShape::Encoder(_) => return true,
+        };
         let first = matches!(spec.family, Family::Llama | Family::Qwen2 | Family::Qwen3)
             && !matches!(
                 spec.rope_scaling,
@@ -124,11 +137,36 @@ impl ModelShape {
         !first || spec.options != Options::default()
     }
 
+    /// What a deployment of it makes of requests.
+    pub fn kind(&self) -> ServedKind {
+        match self {
+            ModelShape::Checkpoint(_) | ModelShape::Pretend(_) => ServedKind::Generate,
+            ModelShape::Encoder(spec) => match spec.output {
+                EncoderOutput::Embedding { normalize, .. } => {
+                    ServedKind::Embed { width: spec.hidden, normalize }
+                }
+                EncoderOutput::Scores { labels, .. } => ServedKind::Rank { labels },
+            },
+        }
+    }
+
+    /// What `shoal status` says of a deployment: what keeps it from serving, and where nothing does, what
+    /// an encoder is there for.
+    pub fn or_kind(&self, reason: String) -> String {
+        match self.kind() {
+            _ if !reason.is_empty() => reason,
+            ServedKind::Generate => reason,
+            ServedKind::Embed { width, .. } => format!("an encoder: embeddings of {width} numbers"),
+            ServedKind::Rank { labels } => format!("an encoder: scores pairs by {labels} labels"),
+        }
+    }
+
     /// The number of layers to split; at least 1.
     pub fn layers(&self) -> u32 {
         match self {
             ModelShape::Checkpoint(spec) => spec.layers,
             ModelShape::Pretend(spec) => spec.layers,
+            ModelShape::Encoder(spec) => spec.layers,
         }
     }
 
@@ -137,6 +175,7 @@ impl ModelShape {
         match self {
             ModelShape::Checkpoint(spec) => spec.vocab,
             ModelShape::Pretend(spec) => spec.vocab,
+            ModelShape::Encoder(spec) => spec.vocab,
         }
     }
 
@@ -145,6 +184,7 @@ impl ModelShape {
         match self {
             ModelShape::Checkpoint(spec) => spec.context_max,
             ModelShape::Pretend(spec) => spec.max_context,
+            ModelShape::Encoder(spec) => spec.context_max,
         }
     }
 
@@ -153,6 +193,7 @@ impl ModelShape {
         match self {
             ModelShape::Checkpoint(spec) => spec.stored,
             ModelShape::Pretend(_) => Precision::F32,
+            ModelShape::Encoder(spec) => spec.stored,
         }
     }
 
@@ -166,6 +207,7 @@ impl ModelShape {
         match self {
             ModelShape::Checkpoint(spec) => spec.shard_memory(layers, precision, limits),
             ModelShape::Pretend(spec) => spec.shard_memory(layers, limits),
+            ModelShape::Encoder(spec) => spec.shard_memory(layers, precision, limits),
         }
     }
 
@@ -207,11 +249,21 @@ impl ModelShape {
             let read = tensors.iter().filter(|tensor| is_read(spec, &tensor.spec));
             return read.map(|tensor| tensor.held_bytes(precision)).sum();
         }
+        let is_table = |role| {
+            use TensorRole::{Embedding, PositionEmbedding, TypeEmbedding};
+            matches!(role, Embedding | PositionEmbedding | TypeEmbedding)
+        };
         match self {
             ModelShape::Pretend(spec) => {
                 // Modelled time is all there is of a pretend model, and it is the same per layer.
                 Bytes(spec.layer_weight_bytes.max(1))
             }
+            ModelShape::Encoder(spec) => spec
+                .part_tensors(part.unwrap_or(&spec.sizes().whole()), range)
+                .iter()
+                .filter(|tensor| !is_table(tensor.spec.role))
+                .map(|tensor| tensor.held_bytes(precision))
+                .sum(),
             ModelShape::Checkpoint(spec) => spec
                 .tensors(range)
                 .iter()

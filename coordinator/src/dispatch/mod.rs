@@ -18,7 +18,7 @@ use tokio::time::Instant;
 pub use pool::CONNECT_DEADLINE;
 use pool::Pool;
 pub use request::{Answer, AnswerEvent, DispatchError};
-pub use sequence::{Sequence, Taken, Token};
+pub use sequence::{Sequence, Taken, Token, Vector};
 
 /// The hand that sends requests to heads. Cheap to clone.
 #[derive(Clone, Debug)]

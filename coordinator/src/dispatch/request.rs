@@ -7,15 +7,20 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameError};
 use shoal_protocol::id::{NodeId, TokenId};
 use shoal_protocol::quic::{ConnectError, FrameReceiver, FrameSender, RecvError, close_code};
-use shoal_protocol::request::{CandidateRecord, FinishReason, HeadEvent, TOP_LOGPROBS_MAX};
+use shoal_protocol::request::{
+    CandidateRecord, FinishReason, HeadEvent, TOP_LOGPROBS_MAX, VECTOR_MAX,
+};
 use tokio::time::Instant;
 
-use super::sequence::{Sequence, Taken, Token};
+use super::sequence::{Sequence, Taken, Token, Vector};
 
-/// The longest body that a head may send: a full list of candidates, or an error's message.
+/// The longest body that a head may send: an encoder's widest vector. A full list of candidates and an
+/// error's message are shorter.
 const BODY_LEN_MAX: usize = {
-    let candidates = TOP_LOGPROBS_MAX as usize * CandidateRecord::LEN;
-    if candidates > WireError::MESSAGE_LEN_MAX { candidates } else { WireError::MESSAGE_LEN_MAX }
+    let vector = VECTOR_MAX * size_of::<f32>();
+    assert!(TOP_LOGPROBS_MAX as usize * CandidateRecord::LEN <= vector);
+    assert!(WireError::MESSAGE_LEN_MAX <= vector);
+    vector
 };
 
 /// An answer that is under way. Dropping it cancels the sequence at the head.
@@ -43,6 +48,8 @@ pub enum AnswerEvent {
         /// The stop token that ended it.
         stop_token: Option<TokenId>,
     },
+    /// An encoder's answer, complete.
+    Vector(Vector),
 }
 
 /// Why an answer cannot begin or go on.
@@ -124,7 +131,7 @@ impl Answer {
         // A failure that the head reported ends its side; on others it must be told.
         self.over |= matches!(
             next,
-            Ok(AnswerEvent::Done { .. })
+            Ok(AnswerEvent::Done { .. } | AnswerEvent::Vector(_))
                 | Err(DispatchError::Failed { .. } | DispatchError::Lost { .. })
         );
         next
@@ -136,6 +143,7 @@ impl Answer {
             let event = self.next_event().await?;
             match self.sequence.take(event) {
                 Taken::Token(token) => return Ok(AnswerEvent::Token(token)),
+                Taken::Vector(vector) => return Ok(AnswerEvent::Vector(vector)),
                 Taken::Done { reason, stop_token } => {
                     return Ok(AnswerEvent::Done { reason, stop_token });
                 }

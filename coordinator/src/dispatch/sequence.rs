@@ -27,8 +27,19 @@ pub struct Sequence {
     pub sampling: SamplingRecord,
     /// A sampled one of these ends the answer.
     pub stop_tokens: Arc<[TokenId]>,
-    /// How many tokens the answer may have.
+    /// How many tokens the answer may have; 0: an encoder's input, of which a vector is the answer.
     pub max_tokens: u32,
+}
+
+/// What an encoder made of an input.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vector {
+    /// The numbers.
+    pub values: Vec<f32>,
+    /// Microseconds that it waited.
+    pub queue_us: u32,
+    /// Microseconds that it took.
+    pub encode_us: u32,
 }
 
 /// One token of an answer.
@@ -63,6 +74,8 @@ pub enum Taken {
         /// Words for a person.
         message: String,
     },
+    /// The whole answer of an encoder.
+    Vector(Vector),
     /// An event of another attempt, or a token that is here already: to be counted and dropped.
     Stale,
     /// Tokens are missing: the head broke the protocol.
@@ -103,12 +116,7 @@ impl Sequence {
 
     /// Takes an event: only the current attempt's, and of its tokens only the next.
     pub fn take(&mut self, event: HeadEvent) -> Taken {
-        let (request, attempt, choice) = match &event {
-            HeadEvent::Token { header, .. } => (header.request, header.attempt, header.choice),
-            HeadEvent::Done { header, .. } => (header.request, header.attempt, header.choice),
-            HeadEvent::Failed { header, .. } => (header.request, header.attempt, header.choice),
-        };
-        if (request, attempt, choice) != (self.request.0, self.attempt.0, self.choice) {
+        if event.names() != (self.request.0, self.attempt.0, self.choice) {
             return Taken::Stale;
         }
         match event {
@@ -137,6 +145,11 @@ impl Sequence {
                 Taken::Done { reason, stop_token }
             }
             HeadEvent::Failed { code, message, .. } => Taken::Failed { code, message },
+            HeadEvent::Vector { header, values } => Taken::Vector(Vector {
+                values,
+                queue_us: header.queue_us,
+                encode_us: header.encode_us,
+            }),
         }
     }
 }

@@ -145,6 +145,11 @@ impl LastingAnswer {
                                 running.pace.token(now_since(self.origin));
                                 running.place.token(token.first.map(|(_, prefill)| prefill));
                             }
+                            AnswerEvent::Vector(vector) => {
+                                running.place.token(Some(vector.encode_us));
+                                running.place.complete();
+                                running.trace.complete();
+                            }
                             AnswerEvent::Done { .. } => {
                                 running.place.complete();
                                 running.trace.complete();

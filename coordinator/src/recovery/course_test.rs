@@ -25,6 +25,7 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
         folder: None,
         vocab: 10,
         context_max: 100,
+        kind: crate::serving::ServedKind::Generate,
         replicas,
         reason: "w2 is missing".to_owned(),
         phase: DeploymentPhase::Loading,

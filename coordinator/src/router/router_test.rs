@@ -33,6 +33,7 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
         folder: None,
         vocab: 10,
         context_max: 100,
+        kind: crate::serving::ServedKind::Generate,
         replicas,
         reason: String::new(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,

@@ -106,6 +106,12 @@ fn heads(table: &ServingTable, out: &mut Vec<MetricFamily>) -> Result<(), promet
         }
         out.extend(vec.collect());
     }
+    let kind = "1: what a deployment makes of requests (generate, embed, rank).";
+    let kind = GaugeVec::new(Opts::new("shoal_deployment_kind", kind), &["model_name", "kind"])?;
+    for deployment in table.deployments.values() {
+        kind.with_label_values(&[deployment.name.as_str(), deployment.kind.label()]).set(1.0);
+    }
+    out.extend(kind.collect());
     Ok(())
 }
 
@@ -213,6 +219,7 @@ mod tests {
             folder: None,
             vocab: 1,
             context_max: 1,
+            kind: crate::serving::ServedKind::Generate,
             replicas: vec![replica(4, 1), replica(5, 6)],
             reason: String::new(),
             phase: shoal_protocol::admin::DeploymentPhase::Ready,

@@ -48,6 +48,7 @@ fn deployment(name: &str, folder: Option<PathBuf>, head: SocketAddr) -> ServedDe
         folder,
         vocab: 512,
         context_max: CONTEXT,
+        kind: shoal_coordinator::serving::ServedKind::Generate,
         replicas: vec![ServedReplica {
             id,
             generation: Generation(1),

@@ -10,11 +10,13 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::model::encoder::EncoderSpec;
 use crate::model::files::WeightFiles;
 use crate::model::gguf;
 use crate::model::safetensors::HeaderTensor;
 use crate::model::scheme::Scheme;
 use crate::model::spec::{ModelSpec, SpecError};
+use crate::model::split::{Part, TensorPart};
 use crate::model::stored::{RowOrder, StoredPart, StoredScales, StoredType};
 use crate::model::tensors::TensorSpec;
 use crate::plan::Precision;
@@ -35,6 +37,7 @@ pub struct Checkpoint {
     /// The GGUF file, where it is one.
     gguf: Option<PathBuf>,
     spec: ModelSpec,
+    encoder: Option<EncoderSpec>,
     tensors: HashMap<String, TensorLocation>,
     fingerprint: [u8; 32],
 }
@@ -215,15 +218,26 @@ impl Checkpoint {
         let spec_error = |source| CheckpointError::Spec { folder: folder.to_owned(), source };
         let text = std::str::from_utf8(&config)
             .map_err(|error| spec_error(SpecError::NotJson { reason: error.to_string() }))?;
-        let mut spec = ModelSpec::from_config_json(text).map_err(spec_error)?;
+        let mut encoder = EncoderSpec::from_config_json(text).map_err(spec_error)?;
+        let mut spec = match &encoder {
+            Some(encoder) => encoder.sizes(),
+            None => ModelSpec::from_config_json(text).map_err(spec_error)?,
+        };
         let scheme = Scheme::of_config(text).map_err(spec_error)?;
 
         let mut hasher = blake3::Hasher::new();
         hash_part(&mut hasher, &config);
         let mut files = WeightFiles::open(folder, &mut hasher)?;
+        if let Some(encoder) = &mut encoder {
+            hash_part(&mut hasher, &super::sentence::read(folder, encoder)?);
+            encoder.prefixed = !files.has(encoder.plain_name());
+            spec = encoder.sizes();
+        }
+        let all = LayerRange::new(0, spec.layers);
+        let all = encoder.as_ref().map_or_else(|| spec.tensors(all), |e| e.tensors(all));
         let mut tensors: HashMap<String, TensorLocation> = HashMap::new();
         let mut matrices = BTreeSet::new();
-        for wanted in spec.tensors(LayerRange::new(0, spec.layers)) {
+        for wanted in all {
             if let Some(known) = tensors.get(&wanted.name) {
                 // Another part of a tensor that was found already.
                 known.check_excerpt(&wanted)?;
@@ -252,8 +266,11 @@ impl Checkpoint {
             }
             Some(scheme) => spec.stored = scheme.held().unwrap_or(spec.stored),
         }
+        if let Some(encoder) = &mut encoder {
+            encoder.stored = spec.stored;
+        }
         let fingerprint = *hasher.finalize().as_bytes();
-        Ok(Self { folder: folder.to_owned(), gguf: None, spec, tensors, fingerprint })
+        Ok(Self { folder: folder.to_owned(), gguf: None, spec, encoder, tensors, fingerprint })
     }
 
     fn open_gguf(folder: &Path, file: PathBuf) -> Result<Self, CheckpointError> {
@@ -269,6 +286,7 @@ impl Checkpoint {
             folder: folder.to_owned(),
             gguf: Some(file),
             spec,
+            encoder: None,
             tensors: tensors.collect(),
             fingerprint: *hasher.finalize().as_bytes(),
         })
@@ -284,9 +302,31 @@ impl Checkpoint {
         &self.folder
     }
 
-    /// The model's shape; `stored` says what the matrices in the files are.
+    /// The model's shape; `stored` says what the matrices in the files are. Of an encoder
+    /// its layers: see [`EncoderSpec::sizes`].
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// The shape of an encoder, where it is one.
+    pub fn encoder(&self) -> Option<&EncoderSpec> {
+        self.encoder.as_ref()
+    }
+
+    /// The tensors of a stage, whatever the model is.
+    pub fn tensors(&self, layers: LayerRange) -> Vec<TensorSpec> {
+        match &self.encoder {
+            Some(encoder) => encoder.tensors(layers),
+            None => self.spec.tensors(layers),
+        }
+    }
+
+    /// What a rank holds of them.
+    pub fn part_tensors(&self, part: &Part, layers: LayerRange) -> Vec<TensorPart> {
+        match &self.encoder {
+            Some(encoder) => encoder.part_tensors(part, layers),
+            None => part.tensors(&self.spec, layers),
+        }
     }
 
     /// BLAKE3 over `config.json` and over the name, length and header of each weights file: equal

@@ -18,20 +18,20 @@ use crate::model::spec::{Family, ModelSpec, SpecError};
 use crate::plan::Precision;
 
 /// More layers than any published model.
-const LAYERS_MAX: u64 = 1 << 10;
+pub(super) const LAYERS_MAX: u64 = 1 << 10;
 /// Tensors of all layers: three times those of the widest published mixture (61 layers of 384 experts). A
 /// list of them is made before the first is looked up, so a kilobyte of JSON must not mean gigabytes.
 const TENSORS_MAX: u64 = 1 << 18;
 /// Width of the residual stream; 8 times that of the widest published dense model.
 pub(super) const HIDDEN_MAX: u64 = 1 << 17;
 /// Attention heads.
-const HEADS_MAX: u64 = 1 << 10;
+pub(super) const HEADS_MAX: u64 = 1 << 10;
 /// Width of one head.
 pub(super) const HEAD_DIM_MAX: u64 = 1 << 10;
 /// Width of the MLP.
 pub(super) const INTERMEDIATE_MAX: u64 = 1 << 20;
 /// Tokens in the vocabulary.
-const VOCAB_MAX: u64 = 1 << 22;
+pub(super) const VOCAB_MAX: u64 = 1 << 22;
 /// Tokens of context.
 pub(super) const CONTEXT_MAX: u64 = 1 << 24;
 
@@ -295,7 +295,7 @@ pub(super) fn windowed(
     (0..layers).map(|layer| LayerOptions { window: window(layer), ..LayerOptions::PLAIN }).collect()
 }
 
-fn stored(config: Fields<'_>) -> Result<Precision, SpecError> {
+pub(super) fn stored(config: Fields<'_>) -> Result<Precision, SpecError> {
     let (field, value) = match (config.get("dtype"), config.get("torch_dtype")) {
         (Some(value), _) => ("dtype", value),
         (None, Some(value)) => ("torch_dtype", value),

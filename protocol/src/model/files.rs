@@ -78,6 +78,11 @@ impl WeightFiles {
         Ok(Self { folder: folder.to_owned(), index, files })
     }
 
+    /// Whether one of them has a tensor of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.files.values().any(|(_, tensors)| tensors.contains_key(name))
+    }
+
     /// The file where a tensor should be, by the index; where it is in fact, without one.
     fn file_of(&self, tensor: &str) -> Option<&str> {
         match &self.index {

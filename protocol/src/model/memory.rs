@@ -59,8 +59,10 @@ pub struct ScratchWidths {
     pub value: u32,
     /// What attention leaves.
     pub attended: u32,
-    /// The widest MLP or expert; there are two of these, gate and up.
+    /// The widest MLP or expert.
     pub intermediate: u32,
+    /// The same of its gate.
+    pub gate: u32,
     /// Cosines and sines; one buffer a rotation.
     pub angles: u32,
     /// How many rotations there are.
@@ -88,7 +90,8 @@ impl ScratchWidths {
             (self.key, 1),
             (self.value, 1),
             (self.attended, 1),
-            (self.intermediate, 2),
+            (self.intermediate, 1),
+            (self.gate, 1),
             (self.angles, self.ropes),
             (self.router, 1),
             (self.routes, 1),
@@ -153,6 +156,7 @@ impl ModelSpec {
             value: if mla.is_some() { 0 } else { key },
             attended,
             intermediate: dense.max(experts),
+            gate: if self.options.gated { dense.max(experts) } else { 0 },
             angles: self.rotary_dim(),
             ropes: self.ropes().len() as u32,
             router: moe.map_or(0, |moe| moe.experts),

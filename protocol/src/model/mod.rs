@@ -6,6 +6,8 @@
 pub mod builtin;
 pub mod checkpoint;
 mod config;
+pub mod encoder;
+mod encoder_tensors;
 mod families;
 mod fields;
 mod files;
@@ -18,6 +20,7 @@ mod pretend;
 mod rope;
 pub(crate) mod safetensors;
 mod scheme;
+mod sentence;
 pub mod spec;
 pub mod split;
 mod stored;
@@ -27,6 +30,7 @@ mod torch;
 
 pub use builtin::BuiltinModel;
 pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation, gguf_of};
+pub use encoder::{EncoderFamily, EncoderOutput, EncoderSpec, Pooling};
 pub use memory::{PANEL_OUTPUTS, ScratchWidths};
 pub use moe::{Groups, Mla, Moe, Scoring};
 pub use options::{Activation, LayerOptions, LayerRope, NormKind, Options, Placement, RopeFactors};

@@ -41,6 +41,8 @@ pub enum Activation {
     GeluTanh,
     /// GPT-OSS: `gate` and `up` clamped to 7, `gate / (1 + e^(-1.702 gate)) * (up + 1)`.
     ClampedSwiglu,
+    /// GELU by the error function.
+    Gelu,
 }
 
 /// Which rotation the heads of a layer get.

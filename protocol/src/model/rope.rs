@@ -213,7 +213,7 @@ fn numbers(rope: Fields<'_>, field: &'static str) -> Result<Vec<f32>, SpecError>
 }
 
 /// The rotary base, out of whichever place gave it.
-fn theta(value: Option<&Value>, default: f32) -> Result<f32, SpecError> {
+pub(super) fn theta(value: Option<&Value>, default: f32) -> Result<f32, SpecError> {
     let Some(value) = value else { return Ok(default) };
     match value.as_f64().filter(|n| *n > 1.0 && *n <= THETA_MAX) {
         Some(theta) => Ok(theta as f32),

@@ -47,6 +47,9 @@ pub enum Family {
     DeepSeek2,
     /// `DeepseekV3ForCausalLM`: V3 and R1.
     DeepSeek3,
+    /// None of these but an encoder: its own shape is an [`EncoderSpec`](super::EncoderSpec), whose
+    /// layers are said in a [`ModelSpec`]'s words. It never crosses a wire as one.
+    Encoder,
 }
 
 impl Family {
@@ -227,5 +230,13 @@ pub enum SpecError {
         value: String,
         /// What this build can do.
         supported: String,
+    },
+    /// A file of sentence-transformers beside it asks for what is not there or cannot be done.
+    #[error("{file}: {why}")]
+    Sentence {
+        /// The file.
+        file: String,
+        /// What is wrong and what could stand there.
+        why: String,
     },
 }

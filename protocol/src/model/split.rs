@@ -167,10 +167,19 @@ impl ModelSpec {
         if split.ranks > possible {
             return Err(SplitError { ranks: split.ranks, what, units: possible, possible });
         }
+        Ok(self.cut(split, reduction))
+    }
+
+    /// All of a stage.
+    pub fn whole(&self) -> Part {
+        self.cut(Split::WHOLE, Reduction::Exact)
+    }
+
+    fn cut(&self, split: Split, reduction: Reduction) -> Part {
         let kv_heads = split.share(self.kv_heads);
         let group = self.heads / self.kv_heads.max(1);
         let panel = PANEL_OUTPUTS as u32;
-        Ok(Part {
+        Part {
             split,
             reduction,
             heads: kv_heads.start * group..kv_heads.end * group,
@@ -180,7 +189,7 @@ impl ModelSpec {
             shared: split.share_in(self.options.moe.and_then(|moe| moe.shared).unwrap_or(0), panel),
             vocab: split.vocab(self.vocab),
             hidden: split.share_in(self.hidden, panel),
-        })
+        }
     }
 }
 
@@ -229,7 +238,7 @@ impl Part {
     }
 
     /// What this rank holds of a tensor; `None`: nothing.
-    fn of(&self, spec: TensorSpec, model: &ModelSpec) -> Option<TensorPart> {
+    pub(super) fn of(&self, spec: TensorSpec, model: &ModelSpec) -> Option<TensorPart> {
         use TensorRole::*;
         let scaled = |range: &Range<u32>, by: u32| {
             u64::from(range.start) * u64::from(by)..u64::from(range.end) * u64::from(by)
@@ -359,7 +368,7 @@ impl Part {
 
     /// Scratch of what ranks put together, what the device's copy of an input, laid out for a product,
     /// grows by, and the results of experts, which travel one by one where the sum is exact.
-    fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
+    pub(super) fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
         let joint = self.joint_widths(model);
         let narrow = self.widths(model).scratch_widths().widest();
         let laid_out = joint.widest().saturating_sub(narrow);

@@ -101,6 +101,26 @@ pub enum TensorRole {
     KeyUp,
     /// Takes a head's compressed value out `[value, kv rank]`. Split: whole heads.
     ValueUp,
+    /// Encoders: table of positions `[positions, hidden]`. Split: whole.
+    PositionEmbedding,
+    /// Encoders: table of token types `[types, hidden]`. Split: whole.
+    TypeEmbedding,
+    /// Encoders: norm behind the embeddings `[hidden]`. Split: whole.
+    EmbeddingNorm,
+    /// Its bias.
+    EmbeddingNormBias,
+    /// Encoders: dense layer over the pooled row `[hidden, hidden]`. Split: whole.
+    PoolDense,
+    /// Its bias.
+    PoolDenseBias,
+    /// Norm behind it `[hidden]`. Split: whole.
+    PoolNorm,
+    /// Its bias.
+    PoolNormBias,
+    /// Encoders: head for classification `[labels, hidden]`. Split: whole.
+    Classifier,
+    /// Its bias.
+    ClassifierBias,
 }
 
 impl TensorRole {

@@ -178,7 +178,8 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     let split = stage.map(|stage| stage.split(assignment.rank));
     let part = split.and_then(|split| spec.part(split, replica.reduction()).ok());
     // What cannot be cut so is refused where it is loaded.
-    let tensors = part.map(|part| part.tensors(spec, assignment.layers())).unwrap_or_default();
+    let of = |part| checkpoint.part_tensors(&part, assignment.layers());
+    let tensors = part.map(of).unwrap_or_default();
     let in_file = |file: &Path, bytes: Range<u64>| {
         let file = file.strip_prefix(checkpoint.folder()).ok()?;
         Some(Wanted { file: file.to_str()?.to_owned(), bytes })

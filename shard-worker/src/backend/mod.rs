@@ -16,6 +16,7 @@
 //! bits depend on its own sequence alone.
 
 pub mod cpu;
+mod encode;
 mod family;
 #[cfg(feature = "cuda")]
 pub mod nccl;
@@ -24,6 +25,7 @@ pub mod pool;
 use shoal_protocol::model::Activation;
 use shoal_protocol::plan::{KvPrecision, Precision};
 
+pub use encode::{EncodeOps, Pool};
 pub use family::{FamilyOps, HeadColumns, Router};
 
 use crate::model::{ComputeError, Span};
@@ -189,7 +191,8 @@ pub trait Ops: Send + Sized + 'static {
         kv: &mut Self::Kv,
     ) -> Result<(), ComputeError>;
 
-    /// Causal attention of each row over its sequence's cache, its own position included. `query`
+    /// Attention of each row over its sequence's cache: up to its own position and so many ahead of it as
+    /// `how` says; those are in the cache where their rows are of the same span. `query`
     /// and `out` are `rows x (heads x head_dim)`; `heads` is a multiple of the cache's `kv_heads`.
     fn attend(
         &mut self,
@@ -228,6 +231,8 @@ pub struct Attend<'a, B: Ops> {
     pub softcap: Option<f32>,
     /// How many positions a query sees, its own included.
     pub window: Option<u32>,
+    /// How many positions behind its own it sees: 0 in decoders.
+    pub ahead: u32,
     /// A score for each head that takes part in the softmax and adds nothing.
     pub sinks: Option<&'a B::Vector>,
 }
@@ -235,7 +240,7 @@ pub struct Attend<'a, B: Ops> {
 impl<B: Ops> Attend<'_, B> {
     /// Plain attention.
     pub fn plain(scale: f32) -> Self {
-        Self { scale, softcap: None, window: None, sinks: None }
+        Self { scale, softcap: None, window: None, ahead: 0, sinks: None }
     }
 }
 

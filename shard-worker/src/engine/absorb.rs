@@ -28,19 +28,22 @@ impl Engine {
                 return;
             }
         };
-        if !answers(&samples.samples, &flight.parts) {
+        let vectors = if self.config.encodes { samples.samples.len() } else { 0 };
+        if !answers(&samples.samples, &flight.parts) || samples.vectors.len() != vectors {
             let text = format!("the samples of {step} are not of the rows that were asked for");
             self.find_fault(text);
             return;
         }
         let mut drawn = samples.samples.iter();
+        let mut vectors = samples.vectors.iter();
         for part in flight.parts {
             let sample = if part.sample { drawn.next() } else { None };
-            self.absorb_part(part, sample);
+            let vector = if part.sample { vectors.next() } else { None };
+            self.absorb_part(part, sample, vector);
         }
     }
 
-    fn absorb_part(&mut self, part: Part, sample: Option<&Sample>) {
+    fn absorb_part(&mut self, part: Part, sample: Option<&Sample>, vector: Option<&Vec<f32>>) {
         let Some(sequence) = self.sequences.get_mut(&part.arrival) else { return };
         if sequence.run().is_none_or(|run| run.id != part.sequence) {
             return;
@@ -48,9 +51,24 @@ impl Engine {
         sequence.absorbed();
         let prompt_left = sequence.prompt_len().saturating_sub(part.first_position);
         self.counters.prompt_tokens += u64::from(prompt_left.min(part.rows));
-        if let Some(sample) = sample {
-            self.take_token(part.arrival, sample);
+        match (sample, vector) {
+            (Some(_), Some(vector)) => self.take_vector(part.arrival, vector),
+            (Some(sample), None) => self.take_token(part.arrival, sample),
+            (None, _) => {}
         }
+    }
+
+    /// An encoder's answer.
+    fn take_vector(&mut self, arrival: Arrival, vector: &[f32]) {
+        let Some(sequence) = self.sequences.get(&arrival) else { return };
+        let ending = if vector.iter().all(|x| x.is_finite()) {
+            Ending::Vector { values: vector.to_vec(), times: sequence.times(self.now) }
+        } else {
+            let text = "the model computed numbers that are not finite for this input; its weights \
+                        may be damaged, or the precision may be too low for it";
+            Ending::Failed(WireError::new(ErrorCode::ComputeFailed, text))
+        };
+        self.end(arrival, Some(ending));
     }
 
     fn take_token(&mut self, arrival: Arrival, sample: &Sample) {

@@ -48,6 +48,8 @@ pub struct EngineConfig {
     pub prefill_rows_min: u32,
     /// See `SPLIT_ROWS_MIN`.
     pub split_rows_min: u32,
+    /// Whether the model is an encoder: an input goes through in one step, and its vector is the answer.
+    pub encodes: bool,
 }
 
 /// A setting with which an engine cannot work.
@@ -87,13 +89,24 @@ impl EngineConfig {
             prefill_steps_per_stage: PREFILL_STEPS_PER_STAGE,
             prefill_rows_min: PREFILL_ROWS_MIN,
             split_rows_min: SPLIT_ROWS_MIN,
+            encodes: false,
         }
     }
 
     /// The longest sequence: what the plan allows, and no more than all blocks together hold, so
     /// that a sequence that runs alone never lacks a block.
     pub fn context(&self) -> u32 {
-        self.limits.context_max.min(self.limits.kv_blocks.saturating_mul(BLOCK_TOKENS))
+        let blocks = self.limits.kv_blocks.saturating_mul(BLOCK_TOKENS);
+        if self.encodes {
+            // A whole input, and one position more for the answer that takes none.
+            return self.input_max().saturating_add(1).min(blocks);
+        }
+        self.limits.context_max.min(blocks)
+    }
+
+    /// The longest input of an encoder: all of it goes into one step.
+    pub fn input_max(&self) -> u32 {
+        self.limits.context_max.min(self.limits.step_rows_max)
     }
 
     /// Checks that something can be served at all.

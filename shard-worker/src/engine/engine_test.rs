@@ -80,6 +80,7 @@ pub(super) fn words(action: &Action) -> String {
                 format!("c{} {reason:?} after {}", key.0, header.tokens)
             }
             HeadEvent::Failed { code, .. } => format!("c{} failed {code}", key.0),
+            HeadEvent::Vector { values, .. } => format!("c{} vector {values:?}", key.0),
         },
     }
 }
@@ -94,7 +95,7 @@ pub(super) fn samples(step: u64, drawn: &[(u64, u32, u32)]) -> Samples {
         candidates: vec![],
     };
     let samples = drawn.iter().map(sample).collect();
-    Samples { generation: Generation(2), step: StepId(step), samples }
+    Samples { generation: Generation(2), step: StepId(step), samples, vectors: vec![] }
 }
 
 pub(super) fn absorb(engine: &mut Engine, step: u64, drawn: &[(u64, u32, u32)]) -> Vec<String> {

@@ -2,14 +2,14 @@
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::plan::BLOCK_TOKENS;
-use shoal_protocol::request::{FinishReason, Generate};
+use shoal_protocol::request::{FinishReason, Generate, SECOND_TEXT};
 
 use super::sequence::Sequence;
 use super::{Action, Arrival, ClientKey, Ending, Engine, failed};
 
 impl Engine {
     /// A request comes in: it waits for its turn, or is answered at once.
-    pub(super) fn submit(&mut self, key: ClientKey, request: Generate) {
+    pub(super) fn submit(&mut self, key: ClientKey, mut request: Generate) {
         let refusal = match &self.fault {
             Some(reason) => Some(WireError::new(
                 ErrorCode::WorkerLost,
@@ -21,6 +21,10 @@ impl Engine {
             let event = failed(&error, request.request.0, request.attempt.0, request.choice);
             self.actions.push_back(Action::Emit { key, event });
             return;
+        }
+        if self.config.encodes {
+            // Its vector stands for the one token of an answer.
+            request.max_tokens = 1;
         }
         let arrival = Arrival(self.next_arrival);
         self.next_arrival += 1;
@@ -61,8 +65,14 @@ impl Engine {
         if let Err(error) = request.sampling.check() {
             return refuse(ErrorCode::InvalidRequest, error.to_string());
         }
-        let vocab = self.config.vocab;
-        if let Some(token) = request.tokens.iter().find(|&&token| token >= vocab) {
+        let encodes = self.config.encodes;
+        if encodes && (request.max_tokens > 0 || tokens > prompt) {
+            let text = "this model is an encoder: it makes a vector of its input and writes no text; \
+                        ask for embeddings or a ranking";
+            return refuse(ErrorCode::InvalidRequest, text.to_owned());
+        }
+        let (vocab, second) = (self.config.vocab, if encodes { SECOND_TEXT } else { 0 });
+        if let Some(token) = request.tokens.iter().find(|&&token| token & !second >= vocab) {
             let text = format!("token id {token} is not below the vocabulary's size, {vocab}");
             return refuse(ErrorCode::InvalidRequest, text);
         }
@@ -85,6 +95,16 @@ impl Engine {
 
     fn too_long_text(&self, request: &Generate) -> String {
         let limits = &self.config.limits;
+        if self.config.encodes {
+            return format!(
+                "the input has {} tokens, but the replica takes {} at most: the smaller of its \
+                 context of {} and a step's {} rows; shorten it, or have it cut with `truncate`",
+                request.tokens.len(),
+                self.config.context().saturating_sub(1),
+                limits.context_max,
+                limits.step_rows_max,
+            );
+        }
         let (prompt, answer) =
             (request.prompt_len as usize, request.tokens.len() - request.prompt_len as usize);
         format!(

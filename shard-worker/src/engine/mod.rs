@@ -36,7 +36,7 @@ use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::TokenId;
 use shoal_protocol::request::{
-    DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_STOP_TOKEN,
+    DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_STOP_TOKEN, VectorHeader,
 };
 use shoal_protocol::units::Instant;
 
@@ -44,7 +44,7 @@ pub use self::blocks::BlockPool;
 pub use self::config::{BadEngineConfig, EngineConfig};
 
 use self::pipeline::Pipeline;
-use self::sequence::Sequence;
+use self::sequence::{FirstToken, Sequence};
 
 /// The shell's name for one stream to a client. The shell never uses one twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -281,8 +281,16 @@ impl Engine {
 /// The last thing that a client is told.
 #[derive(Clone, Debug, PartialEq)]
 enum Ending {
-    Done { reason: FinishReason, stop_token: Option<TokenId> },
+    Done {
+        reason: FinishReason,
+        stop_token: Option<TokenId>,
+    },
     Failed(WireError),
+    /// An encoder's.
+    Vector {
+        values: Vec<f32>,
+        times: FirstToken,
+    },
 }
 
 impl Ending {
@@ -302,6 +310,18 @@ impl Ending {
                 reason,
             },
             Ending::Failed(error) => failed(&error, request.0, attempt.0, choice),
+            Ending::Vector { values, times } => HeadEvent::Vector {
+                header: VectorHeader {
+                    request: request.0,
+                    attempt: attempt.0,
+                    choice,
+                    width: values.len() as u32,
+                    queue_us: times.queue_us,
+                    encode_us: times.prefill_us,
+                    reserved: 0,
+                },
+                values,
+            },
         }
     }
 }
@@ -314,6 +334,8 @@ fn failed(error: &WireError, request: u64, attempt: u32, choice: u32) -> HeadEve
     HeadEvent::Failed { header, code, message: error.message.clone() }
 }
 
+#[cfg(test)]
+mod encode_test;
 #[cfg(test)]
 mod ends_test;
 #[cfg(test)]

@@ -220,6 +220,7 @@ impl World {
                 let stopped = header.stop_token != NO_STOP_TOKEN;
                 assert_eq!(stopped, reason == FinishReason::Stop);
             }
+            HeadEvent::Vector { .. } => panic!("a vector from a model that draws"),
             HeadEvent::Failed { code, message, .. } => {
                 assert_eq!(code, ErrorCode::DeadlineExceeded, "{message}");
                 assert_eq!(client.deadline, Some(self.now), "a deadline is kept to the tick");

@@ -17,6 +17,8 @@
 //! one prompt go back to back. With one stage there is nothing to fill and a step takes all the rows it
 //! can.
 //!
+//! An encoder's inputs are prompts that are not cut; several travel in one step.
+//!
 //! **Blocks.** A sequence is admitted when there are blocks for all of its tokens and one more, beside
 //! what the running ones need next and a small reserve. A decode row without a block takes a free one;
 //! where there is none the youngest running sequence is preempted: its blocks are freed, it waits as
@@ -176,12 +178,17 @@ impl Engine {
             })
             .collect();
         for (arrival, rows) in prefilling {
-            let rows = rows.min(left);
+            let rows = match self.config.encodes {
+                // An input is not cut: the first of a step goes whatever its share is.
+                true if rows <= left || (batch.rows() == 0 && rows <= room) => rows,
+                true => 0,
+                false => rows.min(left),
+            };
             if rows == 0 {
                 return;
             }
             self.add_rows(batch, arrival, rows);
-            left -= rows;
+            left = left.saturating_sub(rows);
         }
     }
 

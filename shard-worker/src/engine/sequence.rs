@@ -225,6 +225,15 @@ impl Sequence {
         }
     }
 
+    /// How long it waited and was prefilled, where that has just come to its end.
+    pub fn times(&self, now: Instant) -> FirstToken {
+        let began = self.first_step.unwrap_or(now);
+        FirstToken {
+            queue_us: micros(began.since(self.submitted)),
+            prefill_us: micros(now.since(began)),
+        }
+    }
+
     /// Takes the token that was drawn.
     pub fn push(&mut self, token: TokenId, context: u32, now: Instant) -> Pushed {
         if self.request.stop_tokens.contains(&token) {
@@ -232,14 +241,9 @@ impl Sequence {
             return Pushed::Stop(Ending::Done { reason, stop_token: Some(token) });
         }
         let index = self.generated();
-        let first = if index == self.generated_before {
-            let began = self.first_step.unwrap_or(now);
-            FirstToken {
-                queue_us: micros(began.since(self.submitted)),
-                prefill_us: micros(now.since(began)),
-            }
-        } else {
-            FirstToken::default()
+        let first = match index == self.generated_before {
+            true => self.times(now),
+            false => FirstToken::default(),
         };
         self.request.tokens.push(token);
         let reason = FinishReason::Length;

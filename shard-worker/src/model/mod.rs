@@ -39,6 +39,16 @@ pub struct Batch<'a> {
     pub sample_rows: &'a [usize],
 }
 
+/// What stands in the rows of the last stage's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Logits, from which tokens are drawn.
+    Logits,
+    /// An encoder's vectors: each is an answer. Such a model takes a whole input in one step, from
+    /// position 0 on, and keeps nothing of it.
+    Vectors,
+}
+
 /// One shard's weights, KV cache and arithmetic.
 pub trait ShardModel: Send {
     /// The width of the residual stream.
@@ -51,6 +61,11 @@ pub trait ShardModel: Send {
     /// The longest message of a round of [`Collective`] in a step of this shard; of a draw see
     /// `sample::ranks`.
     fn round_bytes_max(&self) -> usize;
+
+    /// What the rows of `logits` are; the same on all stages.
+    fn output(&self) -> Output {
+        Output::Logits
+    }
 
     /// Takes the rows through this shard's layers, in place.
     ///

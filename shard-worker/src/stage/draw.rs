@@ -112,7 +112,8 @@ impl StageTable {
             };
             samples.push(sample);
         }
-        Ok(Samples { generation: self.generation, step: StepId(step.header.step), samples })
+        let (generation, step) = (self.generation, StepId(step.header.step));
+        Ok(Samples { generation, step, samples, vectors: Vec::new() })
     }
 
     /// By rank and by row: what it knows.

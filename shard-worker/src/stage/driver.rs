@@ -28,7 +28,7 @@ use super::table::{SpanBuffer, StageFault, StageTable};
 use super::wire::{LinkFrame, StageInput, StepData};
 use super::work::WorkShare;
 use crate::collective::{Collective, CollectiveError};
-use crate::model::{Batch, ComputeError, ShardModel};
+use crate::model::{Batch, ComputeError, Output, ShardModel};
 use crate::trace::{StageTraces, StepTimes};
 
 /// Where a shard's results go.
@@ -355,8 +355,13 @@ impl Stage {
     fn draw(&mut self, step: &Step) -> Result<Option<Samples>, StageError> {
         let index = self.index;
         let own = self.model.vocab();
-        if self.peers.split().is_whole() {
-            let drawn = self.table.draw(step, &self.logits, own.len());
+        let (whole, output) = (self.peers.split().is_whole(), self.model.output());
+        if whole || output == Output::Vectors {
+            let drawn = match output {
+                Output::Logits => self.table.draw(step, &self.logits, own.len()),
+                // Each rank has them whole.
+                Output::Vectors => self.table.give_vectors(step, &self.logits, own.len()),
+            };
             return drawn.map(Some).map_err(|fault| StageError::Fault(index, fault));
         }
         let (first, width) = (own.start as u32, own.len());

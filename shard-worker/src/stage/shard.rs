@@ -31,7 +31,7 @@ use super::wire::{Inlet, StageInput, Takes};
 use super::wiring::Wiring;
 use crate::engine::{BadEngineConfig, EngineConfig};
 use crate::head::{Head, HeadClient, HeadParts};
-use crate::model::ShardModel;
+use crate::model::{Output, ShardModel};
 use crate::trace::StageTraces;
 
 /// How long a compute thread may take to end the step that it is in: far more than the largest step.
@@ -142,7 +142,8 @@ impl Shard {
             Wiring::of(assignment, ring.as_ref(), &loaded, (frames_max, &drawn));
         let (fault_to, fault) = mpsc::channel(1);
         let (head, inlet) = if assignment.has_head() {
-            let config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
+            let mut config = EngineConfig::of_plan(&assignment.replica, loaded.vocab);
+            config.encodes = loaded.model.output() == Output::Vectors;
             let tracer = links.tracer().clone();
             let parts = HeadParts { config, stage: input, samples, fault: fault_to, tracer };
             (Some(Head::start(parts, links.runtime())?), Inlet::Head { to: drawn })

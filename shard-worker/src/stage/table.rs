@@ -261,7 +261,32 @@ impl StageTable {
         for (row, logits) in sampled.zip(logits.chunks_exact(vocab)) {
             samples.push(self.draw_row(row, logits)?);
         }
-        Ok(Samples { generation: self.generation, step: StepId(step.header.step), samples })
+        let (generation, step) = (self.generation, StepId(step.header.step));
+        Ok(Samples { generation, step, samples, vectors: Vec::new() })
+    }
+
+    /// An encoder's vectors, one of `width` numbers for each row of the step that samples.
+    pub fn give_vectors(
+        &self,
+        step: &Step,
+        vectors: &[f32],
+        width: usize,
+    ) -> Result<Samples, StageFault> {
+        let rows = step.header.samples as usize;
+        if width == 0 || vectors.len() != rows * width {
+            return Err(StageFault::WrongLogits { found: vectors.len(), rows, vocab: width });
+        }
+        let sample = |row: &RowRecord| Sample {
+            sequence: SequenceId(row.sequence),
+            position: row.position,
+            token: 0,
+            logprob: f32::NAN,
+            candidates: Vec::new(),
+        };
+        let samples = step.rows.iter().filter(|row| row.samples()).map(sample).collect();
+        let vectors = vectors.chunks_exact(width).map(<[f32]>::to_vec).collect();
+        let (generation, step) = (self.generation, StepId(step.header.step));
+        Ok(Samples { generation, step, samples, vectors })
     }
 
     pub(super) fn draw_row(

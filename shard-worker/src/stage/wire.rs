@@ -244,8 +244,8 @@ async fn receive_samples(
     if head.kind != FrameKind::Samples {
         return Err(FrameError::UnexpectedKind { found: head.kind, expected: "Samples" }.into());
     }
-    SamplesHeader::read_from(head.header())?;
-    let body = receiver.body(head, Samples::body_len_max(&plan.limits)).await?;
+    let header = SamplesHeader::read_from(head.header())?;
+    let body = receiver.body(head, Samples::body_len_max(&header, &plan.limits)).await?;
     let samples = Samples::decode(head.header(), &body, &plan.limits)?;
     check_generation(samples.generation.0, plan)?;
     Ok(samples)

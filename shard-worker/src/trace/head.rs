@@ -195,7 +195,7 @@ impl HeadTraces {
                     }
                 }
             }
-            HeadEvent::Done { .. } => self.end(key, "done", None),
+            HeadEvent::Done { .. } | HeadEvent::Vector { .. } => self.end(key, "done", None),
             HeadEvent::Failed { code, .. } => self.end(key, "failed", Some(code.label())),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
-use shoal_protocol::model::{Checkpoint, ModelSpec, Part, Reduction, Split};
+use shoal_protocol::model::{Checkpoint, EncoderSpec, ModelSpec, Part, Reduction, Split};
 use shoal_protocol::plan::{
     Assignment, KvPrecision, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
     ReplicaPlan, ShardPlan, StagePlan,
@@ -365,9 +365,15 @@ pub fn random_model(config: &str) -> (tempfile::TempDir, Checkpoint) {
 }
 
 fn write_model(folder: &Path, config: &str) {
-    let spec = ModelSpec::from_config_json(config).unwrap();
     std::fs::write(folder.join("config.json"), config).unwrap();
-    let tensors = spec.tensors(LayerRange::new(0, spec.layers));
+    let value = serde_json::from_str(config).unwrap();
+    let (tensors, stored) = if EncoderSpec::is_encoder(&value) {
+        let spec = EncoderSpec::from_config(&value).unwrap();
+        (spec.tensors(LayerRange::new(0, spec.layers)), spec.stored)
+    } else {
+        let spec = ModelSpec::from_config_json(config).unwrap();
+        (spec.tensors(LayerRange::new(0, spec.layers)), spec.stored)
+    };
     let mut header = serde_json::Map::new();
     let (mut data, mut dice) = (Vec::new(), Dice(1));
     for tensor in tensors {
@@ -381,7 +387,7 @@ fn write_model(folder: &Path, config: &str) {
         let period: Vec<u8> = (0..8191)
             .flat_map(|_| {
                 let value = (dice.below(2001) as f32 / 1000.0 - 1.0) * scale;
-                match spec.stored {
+                match stored {
                     Precision::F32 => value.to_le_bytes().to_vec(),
                     Precision::Bf16 => half::bf16::from_f32(value).to_le_bytes().to_vec(),
                     Precision::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
@@ -390,12 +396,12 @@ fn write_model(folder: &Path, config: &str) {
             })
             .collect();
         let elements: u64 = tensor.stored_shape().iter().product();
-        let end = start + spec.stored.row_bytes(elements) as usize;
+        let end = start + stored.row_bytes(elements) as usize;
         while data.len() < end {
             data.extend_from_slice(&period[..period.len().min(end - data.len())]);
         }
         let info = serde_json::json!({
-            "dtype": spec.stored.as_str().to_uppercase(),
+            "dtype": stored.as_str().to_uppercase(),
             "shape": tensor.stored_shape(),
             "data_offsets": [start, end],
         });

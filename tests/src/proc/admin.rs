@@ -9,6 +9,7 @@ use shoal_protocol::admin::{
     AdminCall, AdminReply, AdminRequest, ClusterView, DeploymentPhase, MESSAGE_LEN_MAX,
 };
 use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::plan::ModelSource;
 use shoal_protocol::quic::{AdminContext, Alpn, Connection, Endpoint, Expect};
 use shoal_protocol::version::VersionRange;
@@ -68,6 +69,24 @@ impl Admin {
         let call = AdminCall::Deploy { name, source, stages, precision: None, replicas: 1 };
         self.call(call)?;
         self.wait_for_phase(&phase_of, DeploymentPhase::Ready, CALL_TIMEOUT)
+    }
+
+    /// Deploys a model over a mesh and waits until it serves.
+    pub fn deploy_mesh(
+        &self,
+        name: &str,
+        source: ModelSource,
+        ask: MeshAsk,
+    ) -> Result<ClusterView> {
+        let call = AdminCall::DeployMesh {
+            name: DeploymentName::new(name)?,
+            source,
+            precision: None,
+            replicas: 1,
+            ask,
+        };
+        self.call(call)?;
+        self.wait_for_phase(name, DeploymentPhase::Ready, CALL_TIMEOUT)
     }
 
     /// Waits until the cluster's view is as wanted, and returns that view.

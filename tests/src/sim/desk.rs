@@ -185,11 +185,8 @@ impl World {
 
     /// A head has said something.
     pub fn head_event(&mut self, id: NodeId, process: &mut Process, event: HeadEvent) {
-        let request = match &event {
-            HeadEvent::Token { header, .. } => (header.request, header.choice),
-            HeadEvent::Done { header, .. } => (header.request, header.choice),
-            HeadEvent::Failed { header, .. } => (header.request, header.choice),
-        };
+        let (request, _, choice) = event.names();
+        let request = (request, choice);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         if answer.running.is_none() {
             return;
@@ -207,6 +204,8 @@ impl World {
                 self.progress(process, request, token.first.map(|(_, prefill)| prefill));
                 self.deliver(process, request, token.id);
             }
+            // No model of the simulator is an encoder.
+            Taken::Vector(_) => {}
             Taken::Stale => {
                 self.checks.stale += 1;
                 if let Some(token) = again.filter(|_| self.bug == Some(Bug::StaleDelivered)) {
@@ -431,5 +430,6 @@ fn rename(event: &mut HeadEvent, attempt: Attempt) {
         HeadEvent::Token { header, .. } => header.attempt = attempt.0,
         HeadEvent::Done { header, .. } => header.attempt = attempt.0,
         HeadEvent::Failed { header, .. } => header.attempt = attempt.0,
+        HeadEvent::Vector { header, .. } => header.attempt = attempt.0,
     }
 }

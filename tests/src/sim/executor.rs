@@ -276,6 +276,7 @@ impl World {
                 folder: None,
                 vocab: deployment.shape.vocab(),
                 context_max: deployment.shape.context_max(),
+                kind: shoal_coordinator::serving::ServedKind::Generate,
                 replicas: replicas.collect(),
                 reason: phase.reason.clone(),
                 phase: phase.phase,

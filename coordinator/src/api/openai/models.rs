@@ -20,6 +20,8 @@ struct Model<'a> {
     root: &'a str,
     parent: Option<()>,
     max_model_len: u32,
+    /// `generate`, `embed` or `rank`.
+    kind: &'static str,
     ready: bool,
 }
 
@@ -32,6 +34,7 @@ fn model(deployment: &ServedDeployment) -> Model<'_> {
         root: deployment.name.as_str(),
         parent: None,
         max_model_len: deployment.context_max,
+        kind: deployment.kind.label(),
         ready: is_ready(deployment),
     }
 }

@@ -116,6 +116,7 @@ fn told(shape: &ModelShape, ranks: u64, reduction: Reduction) -> (u64, u64) {
     let others = ranks.saturating_sub(1);
     let (hidden, query, intermediate) = match shape {
         ModelShape::Checkpoint(m) => (m.hidden, m.query_width(), m.intermediate),
+        ModelShape::Encoder(m) => (m.hidden, m.hidden, m.intermediate),
         ModelShape::Pretend(m) => (m.hidden, m.hidden, m.hidden),
     };
     let (hidden, query, intermediate) =
@@ -135,6 +136,7 @@ fn told(shape: &ModelShape, ranks: u64, reduction: Reduction) -> (u64, u64) {
 pub(super) fn row_bytes(shape: &ModelShape) -> u64 {
     let hidden = match shape {
         ModelShape::Checkpoint(m) => m.hidden,
+        ModelShape::Encoder(m) => m.hidden,
         ModelShape::Pretend(m) => m.hidden,
     };
     u64::from(hidden) * F32

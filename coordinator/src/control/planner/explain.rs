@@ -63,13 +63,17 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         Some((left, node)) => format!("{node} has the least left: {left}"),
         None => "as it was planned".to_owned(),
     };
-    lines.push(format!(
+    if let ModelShape::Encoder(spec) = shape {
+        lines.push(super::encoders::explain(spec, limits));
+    } else {
+        lines.push(format!(
         "KV: {} blocks of {BLOCK_TOKENS} tokens{} = {tokens} tokens at once ({bound}); sequences of up to {} tokens, the model allows {}",
         limits.kv_blocks,
         held_as(plan.numerics.kv()),
         limits.context_max,
         shape.context_max(),
-    ));
+        ));
+    }
     lines.extend(times(plan, shape, inventory));
     lines.push(format!(
         "limits: {} rows a step, {} sequences at once, {} steps in flight",

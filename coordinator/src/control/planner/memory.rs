@@ -21,7 +21,7 @@ use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::placement::Cut;
 use super::split::Slice;
-use super::{Candidate, ModelShape};
+use super::{Candidate, ModelShape, encoders};
 
 /// The most tokens that the KV cache of a replica holds: 256 conversations of 256 tokens. More would
 /// take memory for sequences that `SEQUENCES_MAX` does not let in unless they are long, and memory
@@ -173,6 +173,9 @@ fn memory_of(
 ) -> ShardMemory {
     let memory = match (shape, part) {
         (ModelShape::Checkpoint(spec), Some(part)) => part.memory(spec, layers, precision, limits),
+        (ModelShape::Encoder(spec), Some(part)) => {
+            spec.part_memory(part, layers, precision, limits)
+        }
         _ => shape.memory(layers, precision, limits),
     };
     match kv {
@@ -195,6 +198,9 @@ fn between(sums: &[u64], range: LayerRange) -> u64 {
 /// The limits to try, the most generous first: comfortable contexts with ever smaller steps, then
 /// the least context.
 pub(super) fn limits_to_try(costs: &Costs<'_>, stages: usize) -> Vec<ReplicaLimits> {
+    if let ModelShape::Encoder(spec) = costs.shape() {
+        return encoders::limits(spec, stages);
+    }
     let context = costs.shape().context_max().max(1);
     let mut goals = vec![KV_TOKENS_COMFORTABLE.min(context), KV_TOKENS_MIN.min(context)];
     goals.dedup();
@@ -219,6 +225,10 @@ pub(super) fn largest_limits(
     cuts: &[Cut],
     workers: &[&Candidate],
 ) -> ReplicaLimits {
+    if matches!(costs.shape(), ModelShape::Encoder(_)) {
+        // Its blocks are numbers without memory, and are all there.
+        return least;
+    }
     let need = |cut: &Cut| {
         let layers = cut.layers;
         move |limits: &ReplicaLimits| costs.memory(layers, limits).total()

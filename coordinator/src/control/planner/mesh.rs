@@ -22,7 +22,7 @@ use super::memory::{self, Costs, Fixed};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
 use super::split::{RankSums, ranks_max};
-use super::{Candidate, Inventory, Job, PlanRefusal, candidates, refusal};
+use super::{Candidate, Inventory, Job, ModelShape, PlanRefusal, candidates, refusal};
 
 /// The numbers of ranks that are tried where it is left open. Beyond the last one the ranks tell each other
 /// more than they save, on any network that we know; each costs some milliseconds of planning.
@@ -305,7 +305,11 @@ impl<'w> Search<'_, 'w> {
                 seats.push((need, worker.free()));
             }
         }
-        let limits = memory::largest(limits, &seats);
+        let limits = match self.job.shape {
+            // Its blocks are numbers without memory, and are all there.
+            ModelShape::Encoder(_) => limits,
+            _ => memory::largest(limits, &seats),
+        };
         let split = stages.iter().any(|(_, crew)| crew.len() > 1);
         let job = self.job;
         let whole = &self.costs[0][0];

@@ -12,6 +12,7 @@ mod apart;
 mod chain;
 mod change;
 mod cost;
+mod encoders;
 mod explain;
 mod memory;
 mod mesh;

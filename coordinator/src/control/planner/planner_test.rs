@@ -26,7 +26,9 @@ fn pretend(layers: u32, layer_bytes: u64) -> ModelShape {
 fn spec(shape: &ModelShape, stages: Option<u32>) -> DeploymentSpec {
     let source = match shape {
         ModelShape::Pretend(spec) => ModelSource::Pretend(spec.clone()),
-        ModelShape::Checkpoint(_) => ModelSource::Folder { path: "/models/m".into() },
+        ModelShape::Checkpoint(_) | ModelShape::Encoder(_) => {
+            ModelSource::Folder { path: "/models/m".into() }
+        }
     };
     DeploymentSpec {
         name: DeploymentName::new("m").unwrap(),

@@ -22,6 +22,10 @@ pub fn ranks_max(shape: &ModelShape) -> (u32, &'static str) {
             let (most, what) = spec.ranks_max();
             (most.max(1), what)
         }
+        ModelShape::Encoder(spec) => {
+            let (most, what) = spec.sizes().ranks_max();
+            (most.max(1), what)
+        }
         ModelShape::Pretend(_) => (PRETEND_RANKS_MAX, "ranks that anybody has tried"),
     }
 }
@@ -42,6 +46,10 @@ pub(super) fn slice(shape: &ModelShape, split: Split, reduction: Reduction) -> S
     }
     match shape {
         ModelShape::Checkpoint(spec) => {
+            let part = spec.part(split, reduction.into()).ok();
+            Slice { shape: shape.clone(), part }
+        }
+        ModelShape::Encoder(spec) => {
             let part = spec.part(split, reduction.into()).ok();
             Slice { shape: shape.clone(), part }
         }

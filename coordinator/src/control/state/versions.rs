@@ -23,7 +23,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, Precision};
-use shoal_protocol::version::{KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_MESHES};
+use shoal_protocol::version::{
+    KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_MESHES,
+};
 
 use super::super::shape::ModelShape;
 use super::{
@@ -168,7 +170,11 @@ pub fn needs(change: &Change) -> Needs {
 
 /// What it takes to be told of a model of such a shape.
 fn needs_of_model(source: &ModelSource, shape: &ModelShape) -> Needs {
-    let of_shape = if shape.is_new() { Needs::everybody(KNOWS_FAMILIES) } else { Needs::NOTHING };
+    let of_shape = match shape {
+        ModelShape::Encoder(_) => Needs::everybody(KNOWS_ENCODERS),
+        _ if shape.is_new() => Needs::everybody(KNOWS_FAMILIES),
+        _ => Needs::NOTHING,
+    };
     needs_of(source).and(of_shape)
 }
 

@@ -1,6 +1,8 @@
 //! What may be proposed while builds are mixed, and what a state looks like on the disk before and after.
 
-use shoal_protocol::id::Role;
+use shoal_protocol::id::{DeploymentName, Role};
+use shoal_protocol::model::EncoderSpec;
+use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
 
 use super::*;
 use crate::control::state::{Command, KeyFingerprint, Timestamp, snapshot};
@@ -171,8 +173,6 @@ fn a_part_that_this_build_does_not_know_is_refused_by_name() {
 #[test]
 fn weights_in_blocks_wait_until_all_know_them() {
     use crate::control::shape::{ModelShape, small_pretend};
-    use shoal_protocol::id::DeploymentName;
-    use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
 
     let create = |precision| {
         let pretend = small_pretend(2, 100);
@@ -189,4 +189,33 @@ fn weights_in_blocks_wait_until_all_know_them() {
     // So is a cache of fewer bits: its contract stands in what workers are told.
     assert_eq!(needs_of_kv(KvPrecision::F32), Needs::NOTHING);
     assert_eq!(needs_of_kv(KvPrecision::Q8_0), Needs::everybody(KNOWS_KV));
+}
+
+fn encoder() -> Change {
+    let config = serde_json::json!({
+        "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 8, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 9, "max_position_embeddings": 16,
+        "type_vocab_size": 2,
+    });
+    let shape = ModelShape::Encoder(EncoderSpec::from_config(&config).unwrap());
+    let source = ModelSource::Folder { path: "/models/m".into() };
+    let spec = DeploymentSpec {
+        name: DeploymentName::new("m").unwrap(),
+        model: ModelRef { source, fingerprint: [1; 32] },
+        stages: None,
+        precision: None,
+    };
+    Change::Deployment(DeploymentCommand::Create { spec, shape, replicas: 1 })
+}
+
+#[test]
+fn an_encoder_waits_for_everybody_and_whoever_comes_later_must_know_it() {
+    let mut cluster = Cluster::of_version_1();
+    let held = |by: &[NodeId]| Err(Refusal::HeldBack { needs: 3, by: by.to_vec(), more: 0 });
+    assert_eq!(cluster.apply(encoder()), held(&[C1, C2, W1]));
+    cluster.raise(3, &[(C1, 11), (C2, 12)]).unwrap();
+    assert_eq!(cluster.apply(encoder()), held(&[W1]));
+    cluster.apply(speaks(1, 3)).unwrap();
+    cluster.apply(encoder()).unwrap();
+    assert_eq!(cluster.apply(speaks(2, 2)), held(&[W1]), "it would be told of what it cannot read");
 }

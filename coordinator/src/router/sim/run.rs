@@ -130,6 +130,7 @@ fn deployment(replicas: usize) -> ServedDeployment {
         folder: None,
         vocab: 1,
         context_max: u32::MAX,
+        kind: crate::serving::ServedKind::Generate,
         replicas: (0..replicas).map(replica).collect(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,
         reason: String::new(),

@@ -7,6 +7,7 @@ mod cohere;
 mod cohere2;
 mod deepseek2;
 mod deepseek3;
+mod encoder;
 mod experts;
 mod gemma2;
 mod gemma3;
@@ -63,6 +64,7 @@ impl Family {
             Family::GptOss => &gpt_oss::DEFINITION,
             Family::DeepSeek2 => &deepseek2::DEFINITION,
             Family::DeepSeek3 => &deepseek3::DEFINITION,
+            Family::Encoder => &encoder::DEFINITION,
         }
     }
 }

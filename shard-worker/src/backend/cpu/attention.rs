@@ -1,10 +1,10 @@
-//! Causal attention over paged keys and values.
+//! Attention over paged keys and values: causal, or over positions ahead too.
 //!
 //! Contract n1, for each query by itself, block after block from position 0:
 //!
 //! ```text
 //! score  = (one chain of fused multiply-adds over the head's dimensions, from zero) * scale
-//! m'     = max(m, fold_max of the block's scores)        positions after the query's count nothing
+//! m'     = max(m, fold_max of the block's scores)        positions after the last that it sees count nothing
 //! p      = exp(score - m')          c = exp(m - m')
 //! sum    = fma(sum, c, fold_add of p)
 //! out    = fma(p, value, …) over the block's positions in order, from out * c
@@ -47,6 +47,8 @@ pub struct How<'a> {
     pub scale: f32,
     pub softcap: Option<f32>,
     pub window: Option<u32>,
+    /// How many positions behind its own a query sees, of those that the span has.
+    pub ahead: u32,
     /// One for each query head.
     pub sinks: Option<&'a [f32]>,
 }
@@ -142,7 +144,7 @@ impl<K: KvFormat> Kernel for Attend<'_, K> {
                 *state = Softmax { max: sinks[self.head(query)], sum: 1.0 };
             }
         }
-        let last = self.position(self.queries.end - 1);
+        let last = self.end(self.queries.end - 1) - 1;
         // Each pass reads a few blocks for all queries, so that they come from the nearest cache.
         let begin = self.first_block(self.queries.start) / BLOCKS * BLOCKS;
         for block in (begin..=last / SLOTS).step_by(BLOCKS) {
@@ -195,6 +197,18 @@ impl<K: KvFormat> Attend<'_, K> {
         self.how.window.map_or(0, window)
     }
 
+    /// One past the last position that the query sees.
+    fn end(&self, query: usize) -> usize {
+        let end = self.position(query) + 1;
+        match self.how.ahead {
+            0 => end,
+            ahead => {
+                let all = self.span.first_position as usize + self.span.rows;
+                end.saturating_add(ahead as usize).min(all)
+            }
+        }
+    }
+
     /// The first block that the query sees.
     fn first_block(&self, query: usize) -> usize {
         self.start(query) / SLOTS
@@ -202,7 +216,7 @@ impl<K: KvFormat> Attend<'_, K> {
 
     /// Which of the [`BLOCKS`] blocks from `first` on the query sees: the first of them, and how many.
     fn blocks_from(&self, query: usize, first: usize) -> (usize, usize) {
-        let end = (self.position(query) / SLOTS + 1).min(first + BLOCKS);
+        let end = self.end(query).div_ceil(SLOTS).min(first + BLOCKS);
         let first = first.max(self.first_block(query));
         (first, end.saturating_sub(first))
     }
@@ -210,11 +224,15 @@ impl<K: KvFormat> Attend<'_, K> {
     /// Whether a query and the next see the same positions of the blocks from `first` on, and begin
     /// at the same block.
     fn pair(&self, query: usize, first: usize) -> bool {
-        let (this, next) = (self.position(query), self.position(query + 1));
-        this == next
-            || (this + 1 >= (first + BLOCKS) * SLOTS
-                && self.start(query + 1) <= first * SLOTS
-                && self.first_block(query) == self.first_block(query + 1))
+        if self.position(query) == self.position(query + 1) {
+            return true;
+        }
+        let (begin, end) = (first * SLOTS, (first + BLOCKS) * SLOTS);
+        let until = |query| self.end(query).min(end);
+        let from = |query| self.start(query).max(begin);
+        until(query) == until(query + 1)
+            && from(query) == from(query + 1)
+            && self.first_block(query) == self.first_block(query + 1)
     }
 
     /// Takes `blocks` blocks into the states and sums of `Q` queries that see the same of them.
@@ -262,7 +280,7 @@ impl<K: KvFormat> Attend<'_, K> {
         for n in 0..N {
             let block = (first + n) * SLOTS;
             part.from[n] = self.start(query).saturating_sub(block);
-            part.slots[n] = SLOTS.min(self.position(query) + 1 - block);
+            part.slots[n] = SLOTS.min(self.end(query) - block);
         }
         // SAFETY: a head's keys are `dim x 16`, its query `dim` long; the caller's for the rest.
         unsafe {

@@ -5,7 +5,7 @@ use shoal_protocol::model::Activation;
 use super::experts::{RouteRow, chosen};
 use super::isa::Kernel;
 use super::linear::{SharedMut, one_row};
-use super::math::{gelu_tanh, silu, softcap, tanh};
+use super::math::{gelu, gelu_tanh, silu, softcap, tanh};
 use super::rows::{NormRow, by_lanes};
 use super::simd::{LANES, Simd};
 use super::{
@@ -52,6 +52,7 @@ enum Each {
     Scale(f32),
     Silu,
     GeluTanh,
+    Gelu,
     /// A factor, then a cap.
     Cap(f32, f32),
 }
@@ -76,6 +77,7 @@ impl Kernel for Change<'_> {
                     Each::Scale(factor) => S::mul(value, S::splat(factor)),
                     Each::Silu => silu::<S>(value),
                     Each::GeluTanh => gelu_tanh::<S>(value),
+                    Each::Gelu => gelu::<S>(value),
                     Each::Cap(factor, cap) => softcap::<S>(S::mul(value, S::splat(factor)), cap),
                 };
                 S::store_first(to, value, lanes);
@@ -161,6 +163,7 @@ impl FamilyOps for CpuOps {
         match act {
             Activation::Silu => self.change_buf(x, rows, Each::Silu),
             Activation::GeluTanh => self.change_buf(x, rows, Each::GeluTanh),
+            Activation::Gelu => self.change_buf(x, rows, Each::Gelu),
             Activation::ClampedSwiglu => Err(bad(format!("{act:?} without a gate"))),
         }
     }

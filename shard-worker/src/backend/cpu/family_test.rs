@@ -149,13 +149,19 @@ fn parts_of_heads_and_adjacent_pairs_turn_as_scalar_code_says() {
 #[derive(Clone, Copy)]
 struct Kind {
     window: Option<u32>,
+    /// How many positions behind its own a query sees.
+    ahead: usize,
     softcap: Option<f32>,
     sink: Option<f32>,
 }
 
-/// The last query of a sequence over all its keys and values.
-fn attend_by_hand(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kind: Kind) -> Vec<f32> {
-    let start = kind.window.map_or(0, |window| keys.len().saturating_sub(window as usize));
+/// A query over all these keys and values from `start` on.
+fn attend_by_hand(
+    q: &[f32],
+    start: usize,
+    (keys, values): (&[Vec<f32>], &[Vec<f32>]),
+    kind: Kind,
+) -> Vec<f32> {
     let (mut max, mut sum) = match kind.sink {
         Some(sink) => (sink, 1.0),
         None => (f32::NEG_INFINITY, 0.0_f32),
@@ -197,23 +203,29 @@ fn check_attention((query, kv, dim): (usize, usize, usize), length: usize, kind:
         for head in 0..query {
             let of = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
                 let own = head / (query / kv) * dim;
-                rows[..=position].iter().map(|row| row[own..own + dim].to_vec()).collect()
+                let end = (position + 1 + kind.ahead).min(length);
+                rows[..end].iter().map(|row| row[own..own + dim].to_vec()).collect()
             };
             let kind = Kind { sink: kind.sink.map(|_| sinks[head]), ..kind };
             let q = &q[position][head * dim..][..dim];
-            expected.extend(attend_by_hand(q, &of(&k), &of(&v), kind));
+            let window = |window: u32| (position + 1).saturating_sub(window as usize);
+            let start = kind.window.map_or(0, window);
+            expected.extend(attend_by_hand(q, start, (&of(&k), &of(&v)), kind));
         }
     }
     let blocks: Vec<u32> = (0..length.div_ceil(16) as u32).rev().collect();
     let shape = KvShape { blocks: 16, kv_heads: kv as u32, head_dim: dim as u32 };
     for mut ops in devices() {
         let sinks = ops.vector(&sinks).unwrap();
-        for chunk in [length, 7, 1] {
+        // What lies ahead is in the cache where it is of the same chunk.
+        let chunks = if kind.ahead > 0 { vec![length] } else { vec![length, 7, 1] };
+        for chunk in chunks {
             let mut cache = ops.kv(shape).unwrap();
             let how = Attend {
                 scale: 0.25,
                 softcap: kind.softcap,
                 window: kind.window,
+                ahead: kind.ahead as u32,
                 sinks: kind.sink.map(|_| &sinks),
             };
             let mut got = Vec::new();
@@ -241,14 +253,24 @@ fn check_attention((query, kv, dim): (usize, usize, usize), length: usize, kind:
 
 #[test]
 fn windows_caps_and_sinks_have_the_bits_of_scalar_code() {
-    let plain = Kind { window: None, softcap: None, sink: None };
+    let plain = Kind { window: None, ahead: 0, softcap: None, sink: None };
     for window in [1, 5, 16, 17, 33, 64, 200] {
         check_attention((4, 2, 12), 150, Kind { window: Some(window), ..plain });
     }
     check_attention((3, 1, 20), 70, Kind { softcap: Some(3.0), ..plain });
     check_attention((2, 2, 16), 90, Kind { sink: Some(0.5), ..plain });
-    let all = Kind { window: Some(40), softcap: Some(2.0), sink: Some(-1.0) };
+    let all = Kind { window: Some(40), softcap: Some(2.0), sink: Some(-1.0), ..plain };
     check_attention((6, 2, 34), 135, all);
+}
+
+#[test]
+fn positions_ahead_have_the_bits_of_scalar_code() {
+    let plain = Kind { window: None, ahead: 0, softcap: None, sink: None };
+    for (length, ahead) in [(1, 3), (17, 1000), (150, 1000), (150, 16), (70, 1)] {
+        check_attention((3, 3, 12), length, Kind { ahead, ..plain });
+        check_attention((2, 2, 20), length, Kind { ahead, window: Some(9), ..plain });
+        check_attention((2, 1, 32), length, Kind { ahead, window: Some(65), ..plain });
+    }
 }
 
 fn moe(experts: u32, top_k: u32) -> Moe {

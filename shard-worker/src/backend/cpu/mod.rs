@@ -15,6 +15,7 @@
 mod attention;
 mod blocks;
 mod check;
+mod encode;
 mod experts;
 mod family;
 mod format;
@@ -490,8 +491,8 @@ impl Ops for CpuOps {
         let query = (query.floats.as_slice(), heads);
         let sinks = how.sinks.map(|sinks| &sinks.floats.as_slice()[..sinks.len]);
         expect("the sinks of attention", sinks.map_or(heads, <[f32]>::len), heads)?;
-        let how =
-            attention::How { scale: how.scale, softcap: how.softcap, window: how.window, sinks };
+        let Attend { scale, softcap, window, ahead, .. } = *how;
+        let how = attention::How { scale, softcap, window, ahead, sinks };
         attention::attend(with, spans, query, (kv, how), out.floats.as_mut_slice())
     }
 }

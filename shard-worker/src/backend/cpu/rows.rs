@@ -5,7 +5,7 @@
 use shoal_protocol::model::Activation;
 
 use super::isa::Kernel;
-use super::math::{gelu_tanh, silu, swish};
+use super::math::{gelu, gelu_tanh, silu, swish};
 use super::simd::{LANES, Simd};
 use crate::backend::Turn;
 
@@ -114,6 +114,7 @@ impl Kernel for Gate<'_> {
                 let gated = match self.act {
                     Activation::Silu => S::mul(silu::<S>(gate), up),
                     Activation::GeluTanh => S::mul(gelu_tanh::<S>(gate), up),
+                    Activation::Gelu => S::mul(gelu::<S>(gate), up),
                     Activation::ClampedSwiglu => clamped_swiglu::<S>(gate, up),
                 };
                 S::store_first(to, gated, lanes);

@@ -117,7 +117,8 @@ pub(super) fn final_norm<B: FamilyOps>(
     norm_of(spec, weights, (TensorRole::FinalNorm, TensorRole::FinalNormBias), None)
 }
 
-fn norm_of<B: FamilyOps>(
+/// A norm of the kind that the spec says.
+pub(super) fn norm_of<B: FamilyOps>(
     spec: &ModelSpec,
     weights: &mut Weights<B>,
     (role, bias): (TensorRole, TensorRole),
@@ -193,11 +194,12 @@ impl<B: FamilyOps> Parts<'_, B> {
             scale: self.spec.attention_scale(),
             softcap: self.spec.options.attention_softcap,
             window: self.spec.layer(self.layer).window,
+            ahead: 0,
             sinks: self.weights.vector(TensorRole::Sinks, Some(self.layer)),
         }
     }
 
-    fn attention(&mut self) -> Result<Attention<B>, WeightsError> {
+    pub(super) fn attention(&mut self) -> Result<Attention<B>, WeightsError> {
         use TensorRole::*;
         let (spec, layer) = (self.spec, self.layer);
         let mut head_norm = |role| -> Result<_, WeightsError> {
@@ -259,7 +261,7 @@ impl<B: FamilyOps> Parts<'_, B> {
         })
     }
 
-    fn mlp(&mut self) -> Result<Mlp<B>, WeightsError> {
+    pub(super) fn mlp(&mut self) -> Result<Mlp<B>, WeightsError> {
         use TensorRole::*;
         let layer = self.layer;
         let gate = if self.spec.options.gated {

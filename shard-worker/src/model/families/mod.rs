@@ -2,20 +2,23 @@
 //!
 //! A family is a file in `shoal_protocol::model::families`: how its config is read and what its tensors
 //! are called. All of them are one assembly here, the [`decoder`] of [layers](layer): what tells them
-//! apart is in the spec's options and in which tensors their tables give it.
+//! apart is in the spec's options and in which tensors their tables give it. Encoders put the same layers
+//! together otherwise: [`encoder`].
 
 mod decoder;
+mod encoder;
 mod layer;
 
 use shoal_protocol::model::{Checkpoint, Part};
 use shoal_protocol::plan::{Assignment, ModelSource};
 use shoal_protocol::units::LayerRange;
 
-use crate::backend::{BackendError, FamilyOps};
+use crate::backend::{BackendError, EncodeOps};
 use crate::model::ShardModel;
 use crate::model::weights::{LoadOptions, Weights, WeightsError};
 
 use decoder::Decoder;
+use encoder::Encoder;
 
 /// Why a shard was not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +47,7 @@ pub enum LoadError {
 /// scratch by the replica's limits. Blocks; `options` tells how to watch and how to stop it.
 ///
 /// `ops` is the device, made for this shard alone.
-pub fn load_shard<B: FamilyOps>(
+pub fn load_shard<B: EncodeOps>(
     mut ops: B,
     checkpoint: &Checkpoint,
     assignment: &Assignment,
@@ -53,9 +56,12 @@ pub fn load_shard<B: FamilyOps>(
     let (layers, part) = check(checkpoint, assignment)?;
     let replica = &assignment.replica;
     ops.hold_kv(replica.numerics.kv())?;
-    let tensors = part.tensors(checkpoint.spec(), layers);
+    let tensors = checkpoint.part_tensors(&part, layers);
     let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
     let bounds = (&replica.limits, &part);
+    if let Some(spec) = checkpoint.encoder() {
+        return Ok(Box::new(Encoder::assemble(ops, spec, layers, weights, bounds)?));
+    }
     let decoder = Decoder::assemble(ops, checkpoint.spec(), layers, weights, bounds)?;
     Ok(Box::new(decoder))
 }

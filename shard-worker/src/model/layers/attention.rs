@@ -1,4 +1,4 @@
-//! Causal self-attention with grouped heads over a paged cache.
+//! Self-attention with grouped heads over a paged cache.
 
 use crate::backend::{Attend, FamilyOps, Linear, Turn};
 use crate::collective::Collective;
@@ -35,6 +35,8 @@ pub struct Scores<B: FamilyOps> {
     pub softcap: Option<f32>,
     /// How many positions a query sees.
     pub window: Option<u32>,
+    /// How many positions behind its own it sees: 0 in decoders.
+    pub ahead: u32,
     /// One for each head.
     pub sinks: Option<B::Vector>,
 }
@@ -42,12 +44,12 @@ pub struct Scores<B: FamilyOps> {
 impl<B: FamilyOps> Scores<B> {
     /// Nothing but a scale.
     pub fn plain(scale: f32) -> Self {
-        Self { scale, softcap: None, window: None, sinks: None }
+        Self { scale, softcap: None, window: None, ahead: 0, sinks: None }
     }
 
     pub(super) fn attend(&self) -> Attend<'_, B> {
-        let Self { scale, softcap, window, sinks } = self;
-        Attend { scale: *scale, softcap: *softcap, window: *window, sinks: sinks.as_ref() }
+        let Self { scale, softcap, window, ahead, .. } = *self;
+        Attend { scale, softcap, window, ahead, sinks: self.sinks.as_ref() }
     }
 }
 

@@ -57,7 +57,7 @@ pub struct Scratch<B: Ops> {
     value: B::Buf,
     /// `heads x head_dim` wide.
     attended: B::Buf,
-    /// As wide as the widest MLP or expert.
+    /// As wide as the widest MLP or expert, where that has a gate.
     gate: B::Buf,
     /// As wide.
     up: B::Buf,
@@ -127,7 +127,7 @@ impl<B: Ops> Scratch<B> {
             key: buffer(width.key)?,
             value: buffer(width.value)?,
             attended: buffer(width.attended)?,
-            gate: buffer(width.intermediate)?,
+            gate: buffer(width.gate)?,
             up: buffer(width.intermediate)?,
             angles: (0..width.ropes).map(|_| buffer(width.angles)).collect::<Result<_, _>>()?,
             router: buffer(width.router)?,
