@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check fix bench bench-control bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check fix bench bench-control bench-mesh bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -51,6 +51,10 @@ bench: setup-build ## measure, and write bench/RESULTS.md
 bench-control: setup-build ## the same for the control plane, in 25 minutes, into bench/CONTROL.md (TRIALS=30 faults of each kind)
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench control --trials $${TRIALS:-30} --out bench/CONTROL.md
+
+bench-mesh: setup-build ## meshes: the planner's predictions and choices against what is measured, into bench/MESH.md (PAIRS=7)
+	cargo build --release --locked --package shoal --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench mesh --pairs $${PAIRS:-7} --out bench/MESH.md
 
 bench-evictions: setup-build ## streams while every core compiles: nobody may be given up (MINUTES=10)
 	SHOAL_MINUTES=$${MINUTES:-10} cargo test --locked --workspace --test detect -- --ignored --nocapture nobody

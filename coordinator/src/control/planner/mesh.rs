@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Of layouts with the least predicted time per token (or whose slowest stage is the fastest) it takes one
-//! that reads the fewest bytes anew. Who asked for nothing gets a stage for each worker and layers spread
+//! that reads the fewest bytes anew, and of those the most even one. Who asked for nothing gets a stage for each worker and layers spread
 //! evenly, as `placement` makes them: no measurement moves a layer there.
 
 use std::collections::BTreeMap;
@@ -16,8 +16,8 @@ use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
-use super::chain::{Crew, Goal, Problem, Reach, Score, Way, Weights};
-use super::cost::{Link, Slices, Times, row_bytes, seats};
+use super::chain::{Crew, Problem, Reach, Score, Way, Weights};
+use super::cost::{Link, Slices, Times, row_bytes, seats, shared};
 use super::memory::{self, Costs, Fixed};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
@@ -255,14 +255,7 @@ impl<'w> Search<'_, 'w> {
             weights: &weights,
             bound,
         };
-        let (score, way) = match self.wanted.objective {
-            Objective::Latency => problem.search(Goal::Sum)?,
-            Objective::Throughput => {
-                let ((slowest, ..), _) = problem.search(Goal::Slowest)?;
-                let ((moved, time, _), way) = problem.search(Goal::Within(slowest))?;
-                ((slowest, moved, time), way)
-            }
-        };
+        let (score, way) = problem.search(self.wanted.objective)?;
         Some((score, self.name(&way, space, members)))
     }
 
@@ -287,7 +280,7 @@ impl<'w> Search<'_, 'w> {
             }
             // Among equals whoever had a rank keeps it.
             here.sort_by_key(|m| members[*m].held.map_or(u32::MAX, |held| held.rank));
-            let rates: Vec<u64> = here.iter().map(|m| members[*m].rate).collect();
+            let rates = rates_of(members, &here);
             let seats = seats(&self.costs[here.len() - 1], &rates);
             stages.push((*layers, seats.iter().map(|seat| members[here[*seat]].worker).collect()));
         }
@@ -393,7 +386,7 @@ impl Tables {
         let ranks = crew.len();
         let costs = &search.costs[ranks - 1];
         let place = members[crew[0]].place;
-        let rates: Vec<u64> = crew.iter().map(|m| members[*m].rate).collect();
+        let rates = rates_of(members, crew);
         let mut by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
         by_rank.truncate(ranks);
         let times = *self.times_of.entry((by_rank.clone(), place)).or_insert_with(|| {
@@ -412,6 +405,12 @@ impl Tables {
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
         Crew { members: crew.to_vec(), place, times, reach, held }
     }
+}
+
+/// What the members of a crew read in a second while all of them compute.
+fn rates_of(members: &[Member<'_>], crew: &[usize]) -> Vec<u64> {
+    let crew: Vec<_> = crew.iter().map(|m| (members[*m].worker, members[*m].rate)).collect();
+    shared(&crew)
 }
 
 /// What the ranks of a stage hold.

@@ -4,7 +4,7 @@
 use shoal_protocol::mesh::Reduction;
 use shoal_protocol::plan::{Numerics, ReplicaPlan, StagePlan};
 
-use super::cost::{Link, Slices, Times, row_bytes};
+use super::cost::{Link, Slices, Times, row_bytes, shared};
 use super::memory::Costs;
 use super::{Candidate, Inventory, ModelShape, Rate};
 
@@ -66,6 +66,7 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         Numerics::N1Sum => Reduction::Sum,
     };
     let slices = Slices::new(shape, most as u32, reduction);
+    let with_rate = |worker| (worker, Candidate::rate(worker).bytes_per_s);
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
         let costs: Vec<Costs<'_>> = slices
@@ -73,8 +74,11 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
             .iter()
             .map(|slice| Costs::of_rank(slice, plan.precision))
             .collect();
-        let rate = |worker: &Option<&Candidate>| worker.map_or(Rate::ASSUMED, Candidate::rate);
-        let rates: Vec<u64> = crew.iter().map(|worker| rate(worker).bytes_per_s).collect();
+        let present: Vec<_> = crew.iter().flatten().copied().map(with_rate).collect();
+        let mut known = shared(&present).into_iter();
+        let rate = |worker: &Option<&Candidate>| worker.and_then(|_| known.next());
+        let assumed = Rate::ASSUMED.bytes_per_s;
+        let rates: Vec<u64> = crew.iter().map(rate).map(|rate| rate.unwrap_or(assumed)).collect();
         let pairs = crew.iter().flat_map(|a| crew.iter().map(move |b| (*a, *b)));
         let link = pairs.map(|(a, b)| way(a, b)).fold(Link::NEAR, Link::worse);
         let compute_ns = Times::compute_only(shape, &costs, &rates).of(stage.layers);
