@@ -113,7 +113,7 @@ fn measure(
     let latency = MeshAsk { mesh, ..MeshAsk::default() };
     let throughput = MeshAsk { objective: Some(Objective::Throughput), ..latency };
     let pure = MeshAsk {
-        mesh: Some(format!("{workers}x1").parse().map_err(|e| anyhow!("{e}"))?),
+        mesh: Some(format!("{workers}x1").parse::<MeshAsked>().map_err(|e| anyhow!(e))?),
         ..latency
     };
     let asks = [

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView, PlanView};
 use shoal_protocol::id::DeploymentName;
-use shoal_protocol::mesh::{MeshAsk, Objective};
+use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective};
 use shoal_protocol::plan::{ModelSource, Precision, StagePlan};
 
 use crate::admin::{Admin, is_ready};
@@ -67,7 +67,7 @@ impl Bed {
                 AdminCall::Deploy { name: deployment, source, stages, precision, replicas: 1 }
             }
             None => {
-                let mesh = mesh.parse().map_err(anyhow::Error::msg)?;
+                let mesh = mesh.parse::<MeshAsked>().map_err(anyhow::Error::msg)?;
                 let ask = MeshAsk { mesh: Some(mesh), objective: Some(objective), reduction: None };
                 AdminCall::DeployMesh { name: deployment, source, precision, replicas: 1, ask }
             }

@@ -206,8 +206,9 @@ impl<'w> Search<'_, 'w> {
             stages: self.wanted.stages,
             willing: !self.wanted.explicit,
         };
+        let mut tables = Tables::default();
         if let Some(space) = Space::of_kinds(members, bounds) {
-            let (score, stages) = self.in_space(limits, members, &space, bound)?;
+            let (score, stages) = self.in_space(limits, members, (&space, &mut tables), bound)?;
             return Some(Found { score, limits: limits.clone(), stages });
         }
         let mut best: Option<Found<'w>> = None;
@@ -216,7 +217,7 @@ impl<'w> Search<'_, 'w> {
             let space = Space::of_chain(members, &order, bounds);
             // What is worse than an order before is not looked at.
             let bound = best.as_ref().map_or(bound, |best| best.score.0);
-            let found = self.in_space(limits, members, &space, bound);
+            let found = self.in_space(limits, members, (&space, &mut tables), bound);
             let Some((score, stages)) = found else { continue };
             if best.as_ref().is_none_or(|best| score < best.score) {
                 best = Some(Found { score, limits: limits.clone(), stages });
@@ -229,11 +230,10 @@ impl<'w> Search<'_, 'w> {
         &self,
         limits: &ReplicaLimits,
         members: &[Member<'w>],
-        space: &Space,
+        (space, tables): (&Space, &mut Tables),
         bound: u64,
     ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
         let links = space::links(self.inventory, members);
-        let mut tables = Tables::default();
         let crews = space.crews.iter();
         let crews: Vec<Crew> =
             crews.map(|crew| tables.crew(self, crew, members, limits, &links)).collect();
@@ -363,15 +363,15 @@ impl<'w> Search<'_, 'w> {
     }
 }
 
-/// Tables that crews share.
+/// Tables that crews share, of any space under the same limits.
 #[derive(Default)]
 struct Tables {
     times: Vec<Times>,
     reaches: Vec<Reach>,
     times_of: BTreeMap<(Vec<u64>, usize), usize>,
     reach_of: BTreeMap<(usize, Bytes), usize>,
-    /// By number of ranks, then by rank.
-    fixed: BTreeMap<usize, Vec<Fixed>>,
+    /// By number of ranks: those of which none needs what another one needs.
+    needs: BTreeMap<usize, Vec<(usize, Fixed)>>,
 }
 
 impl Tables {
@@ -396,10 +396,10 @@ impl Tables {
         });
         // The least room of a crew counts for all of it: its ranks need about the same.
         let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
-        let fixed = || costs.iter().map(|costs| costs.fixed(limits)).collect();
-        let fixed = self.fixed.entry(ranks).or_insert_with(fixed);
+        let needs = self.needs.entry(ranks).or_insert_with(|| unlike(costs, limits));
         let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
-            self.reaches.push(reach(costs, fixed, limits, room));
+            let needs: Vec<_> = needs.iter().map(|(rank, fixed)| (&costs[*rank], fixed)).collect();
+            self.reaches.push(reach(&needs, limits, room));
             self.reaches.len() - 1
         });
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
@@ -421,12 +421,24 @@ fn weights(costs: &[Costs<'_>]) -> Weights {
     Weights { all, by_rank }
 }
 
+/// Of ranks that need the same of memory the first.
+fn unlike(costs: &[Costs<'_>], limits: &ReplicaLimits) -> Vec<(usize, Fixed)> {
+    let mut unlike: Vec<(usize, Fixed)> = Vec::new();
+    for (rank, own) in costs.iter().enumerate() {
+        let fixed = own.fixed(limits);
+        if !unlike.iter().any(|(other, theirs)| *theirs == fixed && own.needs_as(&costs[*other])) {
+            unlike.push((rank, fixed));
+        }
+    }
+    unlike
+}
+
 /// Which layers fit in so much room on each rank.
-fn reach(costs: &[Costs<'_>], fixed: &[Fixed], limits: &ReplicaLimits, room: Bytes) -> Reach {
-    let layers = costs[0].layers();
+fn reach(ranks: &[(&Costs<'_>, &Fixed)], limits: &ReplicaLimits, room: Bytes) -> Reach {
+    let layers = ranks[0].0.layers();
     let fits = |start: u32, end: u32| {
         let range = LayerRange::new(start, end);
-        costs.iter().zip(fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
+        ranks.iter().all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
     };
     let mut middle = Vec::with_capacity(layers as usize);
     let mut end = 0;

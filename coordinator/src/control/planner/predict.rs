@@ -66,7 +66,6 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         Numerics::N1Sum => Reduction::Sum,
     };
     let slices = Slices::new(shape, most as u32, reduction);
-    let with_rate = |worker| (worker, Candidate::rate(worker).bytes_per_s);
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
         let costs: Vec<Costs<'_>> = slices
@@ -74,7 +73,8 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
             .iter()
             .map(|slice| Costs::of_rank(slice, plan.precision))
             .collect();
-        let present: Vec<_> = crew.iter().flatten().copied().map(with_rate).collect();
+        let present: Vec<_> =
+            crew.iter().flatten().map(|worker| (*worker, worker.rate().bytes_per_s)).collect();
         let mut known = shared(&present).into_iter();
         let rate = |worker: &Option<&Candidate>| worker.and_then(|_| known.next());
         let assumed = Rate::ASSUMED.bytes_per_s;

@@ -26,11 +26,11 @@ const ALIKE: u64 = 10;
 const ALIKE_HERE: u64 = 3;
 
 /// The most columns, crews, and steps over them (columns x crews x layers x stages, where these are given) of
-/// a space of kinds: a step takes some nanoseconds, so this is some milliseconds. Ten workers that all differ
+/// a space of kinds: a step takes some ten nanoseconds, so this is some milliseconds. Ten workers that all differ
 /// have 640 crews of up to eight ranks.
 const COLUMNS_MAX: usize = 4096;
 const CREWS_MAX: usize = 640;
-const WORK_MAX: u64 = 600_000;
+const WORK_MAX: u64 = 300_000;
 const CELLS_MAX: usize = 200_000;
 
 /// A worker as the search sees it.
