@@ -7,7 +7,7 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FILE]
+usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small] [--out FILE]
   all       micro and split; the default
   micro     frames, a hop, beats, the engine, the planner
   split     real clusters on loopback: split against unsplit, loading
@@ -16,12 +16,15 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FI
   election  the same without processes: three voters in this one, whose messages are lost
   detect    kill -9 and SIGSTOP of workers: until they are given up
   gray      a replica four times slower on real processes, under two policies
+  mesh      predicted against measured, ranks, unlike workers, slow ways: some minutes
+  planner   how long a plan takes
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
   size      1.04 billion parameters over meshes of workers none of which has room for all
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
+  --small   mesh with a small model: whether it works
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
 
@@ -29,7 +32,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--out FI
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 3] = ["route", "election", "quality"];
+const WITHIN: [&str; 5] = ["mesh", "route", "election", "quality", "planner"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -38,8 +41,12 @@ fn main() -> Result<()> {
         pairs: 7,
         trials: 30,
         models: std::env::temp_dir().join("shoal-bench-models"),
+        small: false,
     };
     let mut args = std::env::args().skip(1).peekable();
+    if args.peek().is_some_and(|arg| arg == scenarios::mesh::relay::RELAY) {
+        return scenarios::mesh::relay::run(&args.skip(1).collect::<Vec<_>>());
+    }
     if args.peek().is_some_and(|arg| arg == "--help" || arg == "-h") {
         println!("{USAGE}");
         return Ok(());
@@ -51,6 +58,7 @@ fn main() -> Result<()> {
             "--trials" => settings.trials = value()?.parse().context("--trials takes a number")?,
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
+            "--small" => settings.small = true,
             "--out" => out = Some(value()?.into()),
             _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
@@ -75,6 +83,12 @@ fn main() -> Result<()> {
     if what == "election" || what == "control" {
         micro::election::run(&mut report)?;
     }
+    if what == "mesh" {
+        scenarios::mesh::run(&settings, &mut report)?;
+    }
+    if what == "planner" {
+        report.sections.push(micro::planner::run()?);
+    }
     if what == "quality" {
         report.sections.push(micro::quality::run()?);
     }
@@ -85,6 +99,7 @@ fn main() -> Result<()> {
         "all" => "make bench".to_owned(),
         "control" => "make bench-control".to_owned(),
         "quality" => "make bench-quality".to_owned(),
+        "mesh" => "make bench-mesh".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
     let text = report.markdown(&by);

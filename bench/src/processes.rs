@@ -37,6 +37,27 @@ pub struct Plan {
     pub coordinators: Vec<Vec<&'static str>>,
     /// More environment of each worker.
     pub workers: Vec<Vec<(&'static str, &'static str)>>,
+    /// Workers that compute, behind those.
+    pub hosts: Vec<Host>,
+    /// Where coordinators take the cluster's conversations; `None`: on loopback.
+    pub address: Option<String>,
+}
+
+/// What a worker runs on.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// What is put before its command, such as `ip netns exec x`.
+    pub prefix: Vec<String>,
+    /// Its budget.
+    pub memory: String,
+    /// Its compute threads.
+    pub threads: usize,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { prefix: Vec::new(), memory: "4GiB".to_owned(), threads: 1 }
+    }
 }
 
 #[derive(Debug)]
@@ -46,6 +67,7 @@ struct Node {
     data: PathBuf,
     flags: Vec<&'static str>,
     environment: Vec<(&'static str, &'static str)>,
+    host: Host,
     /// A coordinator's addresses, which stay over restarts.
     api: String,
     cluster: String,
@@ -55,12 +77,20 @@ impl Node {
     fn new(folder: &Path, name: String) -> Self {
         let (api, data) = ("127.0.0.1:0".to_owned(), folder.join(&name));
         let (flags, environment) = (Vec::new(), Vec::new());
-        Self { name, child: None, data, flags, environment, api, cluster: String::new() }
+        let host = Host { memory: "256MiB".to_owned(), ..Host::default() };
+        Self { name, child: None, data, flags, environment, host, api, cluster: String::new() }
     }
 
     /// Starts it, with its standard flags behind these, and waits for its announcement.
     fn start(&mut self, news: &Arc<News>, args: &[&str], token: Option<&str>) -> Result<Value> {
-        let mut command = Command::new(shoal_binary()?);
+        let mut command = match self.host.prefix.split_first() {
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(shoal_binary()?);
+                command
+            }
+            None => Command::new(shoal_binary()?),
+        };
         command.args(args).arg("--data").arg(&self.data).arg("--announce").args(&self.flags);
         command.env_remove("SHOAL_CONTEXT").env_remove("SHOAL_TOKEN").env_remove("SHOAL_LOG");
         command.envs(self.environment.iter().copied());
@@ -111,7 +141,8 @@ impl Processes {
         for (index, flags) in plan.coordinators.iter().enumerate() {
             let mut node = Node::new(all.folder.path(), format!("c{}", index + 1));
             // A port that is free now; it stays this coordinator's over restarts.
-            node.cluster = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.to_string();
+            let address = plan.address.as_deref().unwrap_or("127.0.0.1");
+            node.cluster = UdpSocket::bind((address, 0))?.local_addr()?.to_string();
             node.flags.clone_from(flags);
             all.coordinators.push(node);
             all.start_coordinator(index, token.as_deref())?;
@@ -123,10 +154,16 @@ impl Processes {
             let add = (2..=u32::try_from(count)?).map(NodeId::coordinator).collect();
             all.admin(0)?.call(AdminCall::ChangeVoters { add, remove: Vec::new() })?;
         }
-        let token = all.admin(0)?.token(Role::Worker, plan.workers.len())?;
-        for (index, environment) in plan.workers.iter().enumerate() {
+        let workers = plan.workers.len() + plan.hosts.len();
+        let token = all.admin(0)?.token(Role::Worker, workers)?;
+        for index in 0..workers {
             let mut node = Node::new(all.folder.path(), format!("w{}", index + 1));
-            node.environment.clone_from(environment);
+            if let Some(environment) = plan.workers.get(index) {
+                node.environment.clone_from(environment);
+            }
+            if let Some(host) = plan.hosts.get(index.wrapping_sub(plan.workers.len())) {
+                node.host.clone_from(host);
+            }
             all.workers.push(node);
             all.start_worker(index, Some(&token))?;
         }
@@ -152,8 +189,15 @@ impl Processes {
     fn start_worker(&mut self, index: usize, token: Option<&str>) -> Result<()> {
         let join: Vec<_> = self.coordinators.iter().map(|c| c.cluster.as_str()).collect();
         let join = join.join(",");
-        let args = ["worker", "--join", &join, "--memory", "256MiB", "--threads", "1"];
-        self.workers[index].start(&self.news, &args, token).map(drop)
+        let node = &mut self.workers[index];
+        let (memory, threads) = (node.host.memory.clone(), node.host.threads.to_string());
+        let args = ["worker", "--join", &join, "--memory", &memory, "--threads", &threads];
+        node.start(&self.news, &args, token).map(drop)
+    }
+
+    /// The processes of the workers, in their order.
+    pub fn worker_pids(&self) -> Vec<u32> {
+        self.workers.iter().filter_map(|worker| Some(worker.child.as_ref()?.id())).collect()
     }
 
     /// Waits until all workers are connected to a coordinator.

@@ -14,6 +14,10 @@ use crate::numerics::KvPrecision;
 /// each of a few hundred peers.
 pub const FACTS_MAX: usize = 1024;
 
+/// The device of a [`Fact::Rate`] that tells what all processors of a worker's machine read together: what its
+/// workers share.
+pub const MACHINE: &str = "machine";
+
 /// The most stages or ranks of a mesh that is written out: a typing error, rather than a cluster.
 const SIDE_MAX: u32 = 4096;
 

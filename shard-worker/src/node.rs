@@ -33,7 +33,7 @@ use crate::blob::{Blobs, BlobsError};
 use crate::config::WorkerConfig;
 use crate::head::Heads;
 use crate::head::intake::Intake;
-use crate::stage::{Links, LinksError};
+use crate::stage::{Links, LinksError, Ways};
 
 /// How long a join may take.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -158,11 +158,14 @@ impl Worker {
             }
         };
         let links = Links::start(activations, Arc::clone(&identity))?;
-        let links = Arc::new(links.tracing(config.tracer));
         let cache = ModelCache::new(&config.data, BlobSettings::from_environment());
         let any_port = SocketAddr::new(activations.ip(), 0);
         let at = (addresses.blobs.unwrap_or(any_port), addresses.advertise_blobs);
         let blobs = Blobs::start(at, Arc::clone(&identity), cache.clone())?;
+        let threads = std::num::NonZeroUsize::new(device.threads as usize);
+        let (facts, ways) = facts(config.zone, threads, device.memory);
+        let links = Arc::new(links.tracing(config.tracer).measuring(ways.clone()));
+        let blobs = blobs.measuring(ways);
         let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
             versions: VersionRange::OURS,
@@ -176,10 +179,9 @@ impl Worker {
             numerics: vec![Numerics::N1],
         };
         let (heads, lease) = (Heads::default(), Arc::new(SharedLease::default()));
-        let threads = std::num::NonZeroUsize::new(device.threads as usize);
         let (agent, handle) = Agent::start(AgentParts {
             register,
-            facts: facts(config.zone, threads, device.memory),
+            facts,
             seeds: config.join,
             kept,
             endpoint: endpoint.clone(),
@@ -227,26 +229,31 @@ impl Worker {
     }
 }
 
-/// What the worker says of itself besides its registration: at once what it knows, and soon how fast it is.
+/// What the worker says of itself besides its registration: at once what it knows, soon how fast it is, and
+/// later what its links tell of the ways.
 fn facts(
     zone: Option<ZoneName>,
     threads: Option<std::num::NonZeroUsize>,
     memory: Bytes,
-) -> watch::Receiver<Vec<Fact>> {
+) -> (watch::Receiver<Vec<Fact>>, Ways) {
     let mut known = vec![Fact::Ranks { most: RANKS_MOST }];
     known.extend(zone.map(Fact::Zone));
     let (say, facts) = watch::channel(known);
+    let say = Arc::new(say);
+    let ways = Ways::telling(Arc::clone(&say));
     let threads = threads.unwrap_or(std::num::NonZeroUsize::MIN);
     // It computes for a moment, beside the first words with the coordinators.
-    let measure = move || match calibration::rate(threads, memory) {
-        Some(rate) => say.send_modify(|known| known.push(rate)),
-        None => tracing::warn!("its compute rate could not be measured; it counts as any other"),
+    let measure = move || match calibration::rates(threads, memory) {
+        rates if rates.is_empty() => {
+            tracing::warn!("its compute rate could not be measured; it counts as any other");
+        }
+        rates => say.send_modify(|known| known.extend(rates)),
     };
     let started = std::thread::Builder::new().name("calibrate".to_owned()).spawn(measure);
     if let Err(error) = started {
         tracing::warn!("its compute rate is not measured: {error}");
     }
-    facts
+    (facts, ways)
 }
 
 /// Lets coordinators in until the endpoint is closed.

@@ -7,15 +7,19 @@ mod support;
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, PoisonError};
 
 use shoal_protocol::model::Checkpoint;
-use shoal_protocol::plan::Assignment;
+use shoal_protocol::plan::{Assignment, Numerics};
 use shoal_protocol::units::LayerRange;
-use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
+use shoal_shard_worker::backend::cpu::{CpuOps, Isa, held_bytes};
 use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
 
-use support::{LIMITS, Setup, assignment, random_model};
+use support::{Case, Chain, LIMITS, Rows, Setup, assignment, cases, random_model};
+
+/// Both tests look at the whole process.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// The piece that each thread that loads holds.
 const PIECE: u64 = 4 << 20;
@@ -59,6 +63,7 @@ fn load(
 
 #[test]
 fn a_shard_takes_what_the_plan_says_and_no_more_while_it_loads() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let config = r#"{
         "architectures": ["LlamaForCausalLM"], "hidden_size": 1536, "intermediate_size": 2051,
         "num_attention_heads": 12, "num_key_value_heads": 6, "num_hidden_layers": 3,
@@ -107,6 +112,7 @@ fn a_shard_takes_what_the_plan_says_and_no_more_while_it_loads() {
 
 #[test]
 fn an_encoders_shard_takes_what_the_plan_says() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let config = r#"{
         "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 1024,
         "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 3,
@@ -141,4 +147,85 @@ fn an_encoders_shard_takes_what_the_plan_says() {
     assert!(used <= total + slack, "used {used}: {planned:?}");
     assert!(used + slack >= total, "used {used}: {planned:?}");
     println!("planned {total}, used {used}");
+}
+
+/// Fills a whole step, so that all that is made late is there too.
+fn full_step(chain: &mut Chain) {
+    let blocks: Vec<u32> = (0..LIMITS.step_rows_max / 16).collect();
+    let tokens: Vec<u32> = (1..17).collect();
+    let rows = |block: &u32| Rows {
+        tokens: &tokens,
+        first_position: 0,
+        blocks: &blocks[*block as usize..=*block as usize],
+        sample_from: 15,
+    };
+    chain.step(&blocks.iter().map(rows).collect::<Vec<_>>());
+}
+
+/// Every shard of a model in this mesh: what it gives back when it goes, against its plan. How many shards.
+fn check_mesh(case: &Case, checkpoint: &Checkpoint, setup: &Setup) -> usize {
+    let spec = checkpoint.spec();
+    let mut chain = Chain::load(checkpoint, setup);
+    full_step(&mut chain);
+    let mut shards = 0;
+    for (stage, cut) in setup.cuts.windows(2).enumerate() {
+        let layers = LayerRange::new(cut[0], cut[1]);
+        let ranks: Vec<_> = chain.0[stage].drain(..).collect();
+        for (rank, shard) in (0..).zip(ranks) {
+            let part = setup.part(spec, stage, rank);
+            // The hidden states of steps in flight and the logits are the stage's, not the shard's.
+            let vocab = part.widths(spec).vocab;
+            let stages_own = LIMITS.buffer_bytes(spec.hidden, vocab, layers.end == spec.layers);
+            let planned = part.memory(spec, layers, setup.held, &LIMITS).total().0 - stages_own.0;
+            let before = held_bytes();
+            drop(shard);
+            let held = before - held_bytes();
+            assert!(
+                held.abs_diff(planned) * 50 <= planned,
+                "{} {:?} {:?}: stage {stage} rank {rank} holds {held} of {planned}",
+                case.name,
+                setup.ranks,
+                setup.numerics,
+            );
+            shards += 1;
+        }
+    }
+    shards
+}
+
+/// To two percent, of every kind of model that there is a reference of: dense, with experts, with compressed
+/// caches.
+#[test]
+fn every_shard_of_every_mesh_holds_what_the_plan_says() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let (mut shards, mut split) = (0, [0; 3]);
+    for case in cases() {
+        let checkpoint = case.checkpoint();
+        let spec = checkpoint.spec();
+        let plain = Setup::plain(spec);
+        let half = vec![0, spec.layers / 2, spec.layers];
+        let kind = match (spec.options.mla, spec.options.moe) {
+            (Some(_), _) => 2,
+            (None, Some(_)) => 1,
+            (None, None) => 0,
+        };
+        shards += check_mesh(&case, &checkpoint, &plain);
+        if spec.layers > 1 {
+            let cut = Setup { cuts: half.clone(), ..plain.clone() };
+            shards += check_mesh(&case, &checkpoint, &cut);
+        }
+        let (most, _) = spec.ranks_max();
+        if most < 2 || spec.layers < 2 {
+            continue;
+        }
+        for numerics in [Numerics::N1, Numerics::N1Sum] {
+            let ranks = vec![2, 1];
+            let mesh = Setup { cuts: half.clone(), ranks, numerics, ..plain.clone() };
+            shards += check_mesh(&case, &checkpoint, &mesh);
+            let mesh = Setup { ranks: vec![2, 2], ..mesh };
+            shards += check_mesh(&case, &checkpoint, &mesh);
+        }
+        split[kind] += 1;
+    }
+    assert!(shards > 200 && split[0] > 5, "{shards} shards; split dense, experts, MLA: {split:?}");
 }

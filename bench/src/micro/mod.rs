@@ -11,7 +11,7 @@ pub mod election;
 mod engine;
 mod frames;
 mod hop;
-mod planner;
+pub mod planner;
 pub mod quality;
 pub mod route;
 

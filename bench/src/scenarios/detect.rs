@@ -89,7 +89,11 @@ pub fn run(settings: &Settings) -> Result<Section> {
             settings.trials
         ),
     );
-    let plan = Plan { coordinators: vec![Vec::new()], workers: vec![Vec::new(); 2 * DEPLOYMENTS] };
+    let plan = Plan {
+        coordinators: vec![Vec::new()],
+        workers: vec![Vec::new(); 2 * DEPLOYMENTS],
+        ..Plan::default()
+    };
     let mut cluster = Processes::start(&plan)?;
     for deployment in 0..DEPLOYMENTS {
         cluster.admin(0)?.deploy(&name(deployment), MODEL, 2, 1)?;

@@ -84,7 +84,7 @@ pub fn run(_: &Settings) -> Result<Section> {
     let mut coordinators = POLICIES.map(|policy| vec!["--policy", policy]).to_vec();
     // Two cannot vote; this one is asked nothing.
     coordinators.push(Vec::new());
-    let cluster = Processes::start(&Plan { coordinators, workers })?;
+    let cluster = Processes::start(&Plan { coordinators, workers, ..Plan::default() })?;
     cluster.admin(0)?.deploy("gray", MODEL, 1, REPLICAS as u32)?;
     let mut all = POLICIES.map(|_| Figures::default());
     let mut p99 = POLICIES.map(|_| Series::default());

@@ -73,7 +73,11 @@ pub fn run(settings: &Settings) -> Result<Section> {
             STREAMS * (COORDINATORS - 1),
         ),
     );
-    let plan = Plan { coordinators: vec![Vec::new(); COORDINATORS], workers: vec![Vec::new(); 2] };
+    let plan = Plan {
+        coordinators: vec![Vec::new(); COORDINATORS],
+        workers: vec![Vec::new(); 2],
+        ..Plan::default()
+    };
     let mut cluster = Processes::start(&plan)?;
     cluster.admin(0)?.deploy("leader", MODEL, 2, 1)?;
     let mut seen = Seen::default();

@@ -6,12 +6,14 @@ use anyhow::Result;
 
 use crate::measure::Report;
 use crate::measure::report::Section;
+use crate::workload::model::Shape;
 
 mod decode;
 mod detect;
 mod gray;
 mod leader;
 mod load;
+pub mod mesh;
 mod pipeline;
 mod serve;
 mod size;
@@ -25,6 +27,15 @@ pub struct Settings {
     pub trials: usize,
     /// Where random models are written and kept.
     pub models: PathBuf,
+    /// Meshes of a small model: whether it works, not how fast.
+    pub small: bool,
+}
+
+impl Settings {
+    /// This model, or the small one.
+    fn shape(&self, shape: Shape) -> Shape {
+        if self.small { Shape::SMALL } else { shape }
+    }
 }
 
 /// All of them, in order.

@@ -67,7 +67,8 @@ pub fn run(_: &Settings) -> Result<Section> {
              What choosing takes of it is under `Routing: picks`."
         ),
     );
-    let plan = Plan { coordinators: vec![Vec::new()], workers: vec![Vec::new()] };
+    let plan =
+        Plan { coordinators: vec![Vec::new()], workers: vec![Vec::new()], ..Plan::default() };
     let cluster = Processes::start(&plan)?;
     let view = cluster.admin(0)?.deploy("quick", QUICK, 1, 1)?;
     let replica = view.plan.replicas.first().context("it has a layout")?;

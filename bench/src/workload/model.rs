@@ -32,6 +32,17 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Some 13 M parameters, for looking whether a bench works.
+    pub const SMALL: Self = Self {
+        layers: 8,
+        hidden: 384,
+        intermediate: 1024,
+        heads: 6,
+        kv_heads: 6,
+        vocab: 1003,
+        files: 1,
+    };
+
     /// About 300 M parameters: 20 to 30 ms a token with one thread in bf16. The vocabulary is small
     /// so that the output head weighs less than one layer and two stages can be even.
     pub const MEDIUM: Self = Self {

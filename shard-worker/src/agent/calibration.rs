@@ -1,8 +1,9 @@
 //! ● What this worker's kernels read of weights in a second: the planner's measure of a worker.
 //!
 //! ```text
-//! pack matrices (30 ms at most) ─► products of one row with all of them (50 ms at most) ─► fastest round
-//!                                                       x the share of its processors that a group gets
+//! whoever else measures here is done ─► pack matrices (30 ms at most) ─► products of one row with all of them
+//! (50 ms at most) ─► fastest round x the share of its processors that a group gets
+//!                                      ─► the same with all processors: what the workers of a machine share
 //! ```
 //!
 //! The kernels are the real ones, with the worker's threads; the matrices are larger than caches where
@@ -10,11 +11,12 @@
 //! whatever else runs for a moment says nothing about the worker. What always holds it back, a quota of its
 //! control group, is read and counted.
 
+use std::fs::{File, TryLockError};
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use shoal_protocol::mesh::Fact;
+use shoal_protocol::mesh::{Fact, MACHINE};
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
 
@@ -37,16 +39,49 @@ const MATRICES_MAX: usize = 64;
 /// Of a worker's memory, one part of so many may be taken for the matrices, for as long as it takes.
 const MEMORY_SHARE: u64 = 8;
 
-/// The rate of the CPU with so many threads; nothing where it cannot be measured.
-pub(crate) fn rate(threads: NonZeroUsize, memory: Bytes) -> Option<Fact> {
-    let measured = stream(threads.get(), memory)?;
+/// How long workers of one machine wait for each other's measurements: those of twenty.
+const TURN_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How often it is looked whether it is one's turn.
+const TURN_LOOK: Duration = Duration::from_millis(5);
+
+/// Whoever has this file locked is measuring.
+const TURN_FILE: &str = "shoal-calibration.lock";
+
+/// The rate of the CPU with so many threads, and of all processors of the machine where these are more; nothing
+/// where it cannot be measured.
+pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
+    // Held until both are measured; without it workers that start together would measure each other.
+    let _turn = turn();
     let share = share_of(&|path| std::fs::read_to_string(path).ok(), threads.get());
-    let bytes_per_s = (measured * share) as u64;
-    (bytes_per_s > 0).then(|| Fact::Rate {
-        device: CPU.to_owned(),
-        threads: threads.get() as u32,
-        bytes_per_s,
-    })
+    let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let own = (CPU, threads.get(), share);
+    let machine =
+        (processors > threads.get() && share >= 1.0).then_some((MACHINE, processors, 1.0));
+    let fact = |(device, threads, share): (&str, usize, f64)| {
+        let bytes_per_s = (stream(threads, memory)? * share) as u64;
+        let (device, threads) = (device.to_owned(), threads as u32);
+        (bytes_per_s > 0).then_some(Fact::Rate { device, threads, bytes_per_s })
+    };
+    [Some(own), machine].into_iter().flatten().filter_map(fact).collect()
+}
+
+/// Waits for whoever measures on this machine; for as long as this is there, others wait. Nothing where that
+/// cannot be: then it is measured beside them.
+fn turn() -> Option<File> {
+    let path = std::env::temp_dir().join(TURN_FILE);
+    let file = File::options().create(true).append(true).open(path).ok()?;
+    let until = Instant::now() + TURN_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Some(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                // The system can wait for a lock, but not until a deadline.
+                std::thread::sleep(TURN_LOOK);
+            }
+            Err(_) => return None,
+        }
+    }
 }
 
 /// Bytes of weights in a second, in the fastest round over all matrices.
@@ -85,26 +120,44 @@ fn stream(threads: usize, memory: Bytes) -> Option<f64> {
 /// Reads a file; nothing where there is none.
 type Read<'a> = &'a dyn Fn(&Path) -> Option<String>;
 
-/// Which part of so many threads' time the control group lets this process have (version 2: `cpu.max`).
+/// Which part of so many threads' time the control groups let this process have: `cpu.max` of version 2,
+/// `cpu.cfs_quota_us` of version 1.
 fn share_of(read: Read<'_>, threads: usize) -> f64 {
-    const MOUNT: &str = "/sys/fs/cgroup";
     let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
-    let own = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
-    let mut folder = PathBuf::from(MOUNT);
-    for part in Path::new(own).components() {
+    let number = |text: &str| text.trim().parse::<f64>().ok().filter(|number| *number > 0.0);
+    let quotas = groups.lines().flat_map(|line| {
+        let (mount, own) = match line.splitn(3, ':').collect::<Vec<_>>()[..] {
+            ["0", "", own] => ("/sys/fs/cgroup", own),
+            [_, controllers, own] if controllers.split(',').any(|name| name == "cpu") => {
+                ("/sys/fs/cgroup/cpu", own)
+            }
+            _ => return Vec::new(),
+        };
+        let of = |folder: &PathBuf| {
+            if let Some(text) = read(&folder.join("cpu.max")) {
+                let (quota, period) = text.trim().split_once(' ')?;
+                return Some(number(quota)? / number(period)?);
+            }
+            let quota = number(&read(&folder.join("cpu.cfs_quota_us"))?)?;
+            Some(quota / number(&read(&folder.join("cpu.cfs_period_us"))?)?)
+        };
+        folders(mount, own).iter().filter_map(of).collect()
+    });
+    quotas.map(|processors| processors / threads as f64).fold(1.0, f64::min)
+}
+
+/// The folder of a group and of each above it; none where it is outside of what this process sees.
+fn folders(mount: &str, group: &str) -> Vec<PathBuf> {
+    let mut folder = PathBuf::from(mount);
+    for part in Path::new(group).components() {
         match part {
             Component::Normal(name) => folder.push(name),
-            Component::ParentDir => return 1.0,
+            Component::ParentDir => return Vec::new(),
             _ => {}
         }
     }
-    let above = folder.ancestors().take_while(|folder| folder.starts_with(MOUNT));
-    let quotas = above.filter_map(|folder| {
-        let text = read(&folder.join("cpu.max"))?;
-        let (quota, period) = text.trim().split_once(' ')?;
-        Some(quota.parse::<f64>().ok()? / period.parse::<f64>().ok().filter(|p| *p > 0.0)?)
-    });
-    quotas.map(|processors| processors / threads as f64).fold(1.0, f64::min)
+    let above = folder.ancestors().take_while(|folder| folder.starts_with(mount));
+    above.map(Path::to_path_buf).collect()
 }
 
 #[cfg(test)]
@@ -114,9 +167,15 @@ mod tests {
     #[test]
     fn a_worker_measures_itself_in_a_moment() {
         let start = Instant::now();
-        let fact = rate(NonZeroUsize::MIN, Bytes::mib(64)).unwrap();
-        let Fact::Rate { threads: 1, bytes_per_s, .. } = fact else { panic!("{fact:?}") };
+        let facts = rates(NonZeroUsize::MIN, Bytes::mib(64));
+        let Fact::Rate { threads: 1, bytes_per_s, .. } = facts[0] else { panic!("{facts:?}") };
         assert!(bytes_per_s > 1 << 20, "{bytes_per_s}");
+        let processors = std::thread::available_parallelism().unwrap().get();
+        let more = facts.get(1).is_none_or(|fact| {
+            matches!(fact, Fact::Rate { device, threads, .. }
+                if device == MACHINE && *threads as usize == processors)
+        });
+        assert!(more && facts.len() <= 2, "{facts:?}");
         // Without optimisation a round alone takes longer than the calibration should.
         assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     }
@@ -138,6 +197,12 @@ mod tests {
         assert_eq!(share(&[own, half, two], 1), 0.5);
         assert_eq!(share(&[own, two], 4), 0.5);
         assert_eq!(share(&[own, two], 1), 1.0);
+        let old = ("/proc/self/cgroup", "9:name=systemd:/x\n3:cpuacct,cpu:/a\n0::/\n");
+        let quota = ("/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "50000\n");
+        let period = ("/sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n");
+        assert_eq!(share(&[old, quota, period], 1), 0.5);
+        let none = ("/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n");
+        assert_eq!(share(&[old, none, period], 1), 1.0);
         assert_eq!(share(&[("/proc/self/cgroup", "0::/../x\n"), half], 1), 1.0);
     }
 }

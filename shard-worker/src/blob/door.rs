@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use shoal_protocol::blob::ModelCache;
 use shoal_protocol::frame::FrameKind;
@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::{BlobsError, Vouched};
+use crate::stage::Ways;
 
 /// How long another worker may take to let us in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,6 +47,7 @@ pub(super) struct Door {
     /// Whom this worker could not reach when it last tried: each is told of once.
     unreached: Mutex<BTreeSet<NodeId>>,
     given: Arc<AtomicU64>,
+    ways: OnceLock<Ways>,
     stop: watch::Sender<bool>,
 }
 
@@ -74,8 +76,8 @@ impl Door {
         std::thread::Builder::new()
             .name("shoal-blob".to_owned())
             .spawn(move || runtime.block_on(serve))?;
-        let (connections, unreached) = Default::default();
-        Ok(Self { endpoint, runtime: handle, connections, unreached, given, stop })
+        let (connections, unreached, ways) = (Mutex::default(), Mutex::default(), OnceLock::new());
+        Ok(Self { endpoint, runtime: handle, connections, unreached, given, ways, stop })
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -90,6 +92,11 @@ impl Door {
         self.endpoint.renew(identity)
     }
 
+    /// Notes there what chunks tell of the ways; once.
+    pub fn measure(&self, ways: Ways) {
+        let _ = self.ways.set(ways);
+    }
+
     /// Gets a chunk of exactly so many bytes. Blocks; not for a thread of a runtime.
     pub fn fetch(
         &self,
@@ -100,7 +107,12 @@ impl Door {
     ) -> Result<Vec<u8>, String> {
         let fetch = async {
             let connection = self.connection(node, address).await?;
+            let begun = Instant::now();
             let fetched = tokio::time::timeout(FETCH_TIMEOUT, fetch(&connection, ask, len)).await;
+            if let (Some(ways), Ok(Ok(chunk))) = (self.ways.get(), &fetched) {
+                // With the way of the question, and whatever else comes from there at the same time.
+                ways.transferred(node, chunk.len(), begun.elapsed());
+            }
             let result = fetched.unwrap_or_else(|_| {
                 Err(format!("it did not give a chunk of {len} bytes within {FETCH_TIMEOUT:?}"))
             });

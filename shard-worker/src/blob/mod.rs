@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use self::door::Door;
 pub use self::news::{Cursor, NewsLog, Telling, more};
 use self::swarming::Swarming;
+use crate::stage::Ways;
 
 /// The most models of which others are listened to: as many as a worker could hold shards of.
 const MODELS_MAX: usize = 1024;
@@ -74,6 +75,12 @@ impl Blobs {
         let door = Door::open(address, identity, (cache.clone(), vouched.subscribe()))?;
         let (door, (news, swarms)) = (Arc::new(door), Default::default());
         Ok(Self(Arc::new(Inner { me, cache, door, advertise, news, swarms, vouched })))
+    }
+
+    /// The same; what transfers tell of the ways is noted there.
+    pub fn measuring(self, ways: Ways) -> Self {
+        self.0.door.measure(ways);
+        self
     }
 
     /// Where others find it.

@@ -35,6 +35,7 @@ use tokio::task::JoinHandle;
 use super::counters::Counters;
 use super::door::{Expected, HELLO_TIMEOUT, Port, Waiting, accept_all, read_hello, send_hello};
 use super::ring::{LinkPlan, Neighbour};
+use super::ways::{Meter, Ways};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame, RankEnd};
 use super::work::Work;
 
@@ -103,6 +104,7 @@ pub struct Links {
     suspicions: Arc<watch::Sender<u64>>,
     work: Work,
     tracer: Tracer,
+    ways: Option<Ways>,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -137,13 +139,30 @@ impl Links {
             .spawn(move || runtime.block_on(serve))?;
         let suspicions = Arc::new(watch::Sender::new(0));
         let thread = Some(thread);
-        let (runtime, work, tracer) = (handle, Work::default(), Tracer::off());
-        Ok(Self { endpoint, runtime, waiting, refused, suspicions, work, tracer, stop, thread })
+        let (runtime, work, tracer, ways) = (handle, Work::default(), Tracer::off(), None);
+        Ok(Self {
+            endpoint,
+            runtime,
+            waiting,
+            refused,
+            suspicions,
+            work,
+            tracer,
+            ways,
+            stop,
+            thread,
+        })
     }
 
     /// The same; the shards that are attached tell what they do for requests that are traced.
     pub fn tracing(mut self, tracer: Tracer) -> Self {
         self.tracer = tracer;
+        self
+    }
+
+    /// The same; what links tell of their ways is noted there.
+    pub fn measuring(mut self, ways: Ways) -> Self {
+        self.ways = Some(ways);
         self
     }
 
@@ -195,6 +214,7 @@ impl Links {
             events: ends.events.clone(),
             counters: Arc::clone(&ends.counters),
             work: ends.work.clone(),
+            ways: self.ways.clone(),
             open: Mutex::default(),
         };
         Attached { leave: Some(leave), task: self.runtime.spawn(shard.run(ends, pulses, left)) }
@@ -255,6 +275,7 @@ struct LinkedShard {
     events: mpsc::Sender<LinkEvent>,
     counters: Arc<Counters>,
     work: watch::Receiver<usize>,
+    ways: Option<Ways>,
     /// What is to be closed with words. Held for a push, never over an await.
     open: Mutex<Vec<Connection>>,
 }
@@ -303,8 +324,9 @@ impl LinkedShard {
         let (connection, mut sender, receiver) = self.accepted(from, false).await;
         sender.finish();
         self.up(&connection).await;
+        let meter = self.meter(&from, &connection);
         let end = tokio::select! {
-            end = wire::receive(receiver, inlet, &self.plan, pulse) => end,
+            end = wire::receive(receiver, inlet, &self.plan, pulse, meter) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
         from.ended(end, &connection).await
@@ -321,8 +343,9 @@ impl LinkedShard {
             self.counters.linked(connection.clone());
         }
         self.up(&connection).await;
+        let watch = (pulse, self.meter(&to, &connection));
         let end = tokio::select! {
-            end = wire::send(sender, &connection, outlet, &self.counters, pulse) => end,
+            end = wire::send(sender, &connection, outlet, &self.counters, watch) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
         to.ended(end, &connection).await
@@ -336,8 +359,9 @@ impl LinkedShard {
         };
         self.up(&connection).await;
         let streams = (sender, receiver);
+        let meters = [self.meter(&with, &connection), self.meter(&with, &connection)];
         let end = tokio::select! {
-            end = wire::exchange(streams, &connection, end, &self.plan, pulse) => end,
+            end = wire::exchange(streams, &connection, end, &self.plan, (pulse, meters)) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
         with.ended(end, &connection).await
@@ -363,6 +387,10 @@ impl LinkedShard {
             // The sender is dropped only together with this shard's registration.
             Err(_) => std::future::pending().await,
         }
+    }
+
+    fn meter(&self, with: &Neighbour, connection: &Connection) -> Meter {
+        Meter::new(self.ways.clone(), with.node, connection.clone())
     }
 
     async fn up(&self, connection: &Connection) {

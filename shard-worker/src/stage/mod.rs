@@ -14,6 +14,7 @@ mod ranks;
 mod ring;
 mod shard;
 pub mod table;
+mod ways;
 mod wire;
 mod wiring;
 mod work;
@@ -25,5 +26,6 @@ pub use link::{Attached, LinkEnds, LinkEvent, LinkLost, Links, LinksError, link_
 pub use ranks::Ranks;
 pub use ring::{BadRing, LinkPlan, Neighbour};
 pub use shard::{DRAIN_TIMEOUT, LoadedModel, Shard, ShardEvent, ShardNews, ShardStop, StartError};
+pub use ways::Ways;
 pub use wire::{Inlet, LinkFrame, RankEnd, StageInput, StepData, Takes};
 pub use work::{Work, WorkShare};

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
 use super::ring::LinkPlan;
+use super::ways::Meter;
 
 /// Bytes of one number on the wire.
 const FLOAT_LEN: usize = size_of::<f32>();
@@ -157,13 +158,17 @@ pub(super) async fn receive(
     inlet: &Inlet,
     plan: &LinkPlan,
     pulse: &Pulse,
+    meter: Meter,
 ) -> Result<(), LinkEnd> {
     loop {
+        let asked = Instant::now();
         let head = receiver.next().await?.ok_or_else(finished)?;
+        let begun = Instant::now();
         pulse.heard();
         let taken = match inlet {
             Inlet::Stage { takes, to } => {
                 let input = receive_input(&mut receiver, &head, takes, plan).await?;
+                meter.received(head.body_len, begun - asked, begun);
                 to.send(input).await.is_ok()
             }
             Inlet::Head { to } => {
@@ -273,7 +278,7 @@ pub(super) async fn send(
     connection: &Connection,
     mut outlet: mpsc::Receiver<LinkFrame>,
     counters: &Counters,
-    pulse: &Pulse,
+    (pulse, mut meter): (&Pulse, Meter),
 ) -> Result<(), LinkEnd> {
     loop {
         let frame = tokio::select! {
@@ -284,6 +289,7 @@ pub(super) async fn send(
         let Some(frame) = frame else { return Ok(()) };
         send_frame(&mut sender, frame, counters).await?;
         pulse.sent();
+        meter.sent();
     }
 }
 
@@ -336,7 +342,7 @@ pub(super) async fn exchange(
     connection: &Connection,
     end: RankEnd,
     plan: &LinkPlan,
-    pulse: &Pulse,
+    (pulse, [mut sent, got]): (&Pulse, [Meter; 2]),
 ) -> Result<(), LinkEnd> {
     let RankEnd { mut told, heard, bytes_max } = end;
     let generation = plan.generation.0;
@@ -350,12 +356,15 @@ pub(super) async fn exchange(
             let header = Partial { generation, round };
             sender.send(FrameKind::Partial, &header, message, Bytes::new()).await?;
             pulse.sent();
+            sent.sent();
         }
         Ok(())
     };
     let hear = async {
         for round in 0.. {
+            let asked = Instant::now();
             let head = receiver.next().await?.ok_or_else(finished)?;
+            let begun = Instant::now();
             pulse.heard();
             if head.kind != FrameKind::Partial {
                 let (found, expected) = (head.kind, "Partial");
@@ -368,6 +377,7 @@ pub(super) async fn exchange(
                 return Err(LinkEnd::Violation(format!("round {found} where {round} comes next")));
             }
             let body = receiver.body(&head, bytes_max).await?;
+            got.received(body.len(), begun - asked, begun);
             if heard.send(body.into()).await.is_err() {
                 return Ok(());
             }

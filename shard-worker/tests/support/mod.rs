@@ -207,7 +207,7 @@ pub fn load(
 }
 
 /// All stages of a model; of each all ranks.
-pub struct Chain(Vec<Vec<(Box<dyn ShardModel>, Local)>>);
+pub struct Chain(pub Vec<Vec<(Box<dyn ShardModel>, Local)>>);
 
 /// Rows of one sequence in a step.
 pub struct Rows<'a> {

@@ -26,6 +26,9 @@ const F32: u64 = 4;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
+/// The longest that a layer is thought to take, a day: sums of any number of layers stay numbers.
+const LAYER_NS_MAX: u64 = 24 * 3600 * SECOND_NS;
+
 /// The way between two workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -84,6 +87,18 @@ impl Candidate {
     pub fn rate(&self) -> Rate {
         self.rate.unwrap_or(Rate::ASSUMED)
     }
+}
+
+/// What the ranks of a stage read in a second, by rank or in any order: those of one machine compute at the
+/// same time and share what it reads.
+pub(super) fn shared(crew: &[(&Candidate, u64)]) -> Vec<u64> {
+    let of = |(worker, rate): &(&Candidate, u64)| {
+        let Some((machine, Some(together))) = worker.machine else { return *rate };
+        let here = |other: &&(&Candidate, u64)| other.0.machine.is_some_and(|m| m.0 == machine);
+        let ranks = crew.iter().filter(here).count().max(1) as u64;
+        (*rate).min((together / ranks).max(1))
+    };
+    crew.iter().map(of).collect()
 }
 
 fn ns(bytes: u64, bytes_per_s: u64) -> u64 {
@@ -179,7 +194,8 @@ impl Times {
             let range = LayerRange::new(layer, layer + 1);
             let of = |(costs, rate): (&Costs<'_>, &u64)| ns(costs.step(range), *rate);
             let slowest = costs.iter().zip(rates).map(of).max().unwrap_or(0);
-            sum = sum.saturating_add(modelled(shape, costs.len()).unwrap_or(slowest));
+            let layer = modelled(shape, costs.len()).unwrap_or(slowest);
+            sum = sum.saturating_add(layer.min(LAYER_NS_MAX));
             before.push(sum);
         }
         Self { before }
@@ -192,6 +208,11 @@ impl Times {
         }
         let (times, bytes) = told(shape, ranks, reduction);
         (times * link.latency_ns + link.occupied(bytes), link.time(row_bytes(shape)))
+    }
+
+    /// The sums, from 0 on.
+    pub fn before(&self) -> &[u64] {
+        &self.before
     }
 
     pub fn of(&self, range: LayerRange) -> u64 {

@@ -9,6 +9,7 @@ use shoal_protocol::units::Bytes;
 use super::cost::Slices;
 use super::memory::{Costs, KV_TOKENS_MAX};
 use super::predict::predict;
+use super::ways;
 use super::{Inventory, ModelShape};
 
 /// The arithmetic of a layout, a line each.
@@ -75,6 +76,7 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         ));
     }
     lines.extend(times(plan, shape, inventory));
+    lines.extend(ways::lines(plan, inventory));
     lines.push(format!(
         "limits: {} rows a step, {} sequences at once, {} steps in flight",
         limits.step_rows_max, limits.sequences_max, limits.steps_in_flight_max,

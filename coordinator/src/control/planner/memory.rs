@@ -152,6 +152,11 @@ impl<'a> Costs<'a> {
         weights + Bytes(kv) + fixed.activations[usize::from(first)][usize::from(last)]
     }
 
+    /// Whether both need the same under any limits, apart from what is fixed.
+    pub fn needs_as(&self, other: &Self) -> bool {
+        self.weights_before == other.weights_before && self.kv_before == other.kv_before
+    }
+
     /// What depends on the limits and on the kind of stage alone.
     pub fn fixed(&self, limits: &ReplicaLimits) -> Fixed {
         let layers = self.layers();
@@ -185,6 +190,7 @@ fn memory_of(
 }
 
 /// See `Costs::fixed`.
+#[derive(PartialEq, Eq)]
 pub(super) struct Fixed {
     whole: Bytes,
     /// By `[is first][is last]`.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Of layouts with the least predicted time per token (or whose slowest stage is the fastest) it takes one
-//! that reads the fewest bytes anew. Who asked for nothing gets a stage for each worker and layers spread
+//! that reads the fewest bytes anew, and of those the most even one. Who asked for nothing gets a stage for each worker and layers spread
 //! evenly, as `placement` makes them: no measurement moves a layer there.
 
 use std::collections::BTreeMap;
@@ -16,8 +16,8 @@ use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
-use super::chain::{Crew, Goal, Problem, Reach, Score, Way, Weights};
-use super::cost::{Link, Slices, Times, row_bytes, seats};
+use super::chain::{Crew, Problem, Reach, Score, Way, Weights};
+use super::cost::{Link, Slices, Times, row_bytes, seats, shared};
 use super::memory::{self, Costs, Fixed};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
@@ -207,8 +207,9 @@ impl<'w> Search<'_, 'w> {
             stages: self.wanted.stages,
             willing: !self.wanted.explicit,
         };
+        let mut tables = Tables::default();
         if let Some(space) = Space::of_kinds(members, bounds) {
-            let (score, stages) = self.in_space(limits, members, &space, bound)?;
+            let (score, stages) = self.in_space(limits, members, (&space, &mut tables), bound)?;
             return Some(Found { score, limits: limits.clone(), stages });
         }
         let mut best: Option<Found<'w>> = None;
@@ -217,7 +218,7 @@ impl<'w> Search<'_, 'w> {
             let space = Space::of_chain(members, &order, bounds);
             // What is worse than an order before is not looked at.
             let bound = best.as_ref().map_or(bound, |best| best.score.0);
-            let found = self.in_space(limits, members, &space, bound);
+            let found = self.in_space(limits, members, (&space, &mut tables), bound);
             let Some((score, stages)) = found else { continue };
             if best.as_ref().is_none_or(|best| score < best.score) {
                 best = Some(Found { score, limits: limits.clone(), stages });
@@ -230,11 +231,10 @@ impl<'w> Search<'_, 'w> {
         &self,
         limits: &ReplicaLimits,
         members: &[Member<'w>],
-        space: &Space,
+        (space, tables): (&Space, &mut Tables),
         bound: u64,
     ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
         let links = space::links(self.inventory, members);
-        let mut tables = Tables::default();
         let crews = space.crews.iter();
         let crews: Vec<Crew> =
             crews.map(|crew| tables.crew(self, crew, members, limits, &links)).collect();
@@ -256,14 +256,7 @@ impl<'w> Search<'_, 'w> {
             weights: &weights,
             bound,
         };
-        let (score, way) = match self.wanted.objective {
-            Objective::Latency => problem.search(Goal::Sum)?,
-            Objective::Throughput => {
-                let ((slowest, ..), _) = problem.search(Goal::Slowest)?;
-                let ((moved, time, _), way) = problem.search(Goal::Within(slowest))?;
-                ((slowest, moved, time), way)
-            }
-        };
+        let (score, way) = problem.search(self.wanted.objective)?;
         Some((score, self.name(&way, space, members)))
     }
 
@@ -288,7 +281,7 @@ impl<'w> Search<'_, 'w> {
             }
             // Among equals whoever had a rank keeps it.
             here.sort_by_key(|m| members[*m].held.map_or(u32::MAX, |held| held.rank));
-            let rates: Vec<u64> = here.iter().map(|m| members[*m].rate).collect();
+            let rates = rates_of(members, &here);
             let seats = seats(&self.costs[here.len() - 1], &rates);
             stages.push((*layers, seats.iter().map(|seat| members[here[*seat]].worker).collect()));
         }
@@ -376,15 +369,15 @@ impl<'w> Search<'_, 'w> {
     }
 }
 
-/// Tables that crews share.
+/// Tables that crews share, of any space under the same limits.
 #[derive(Default)]
 struct Tables {
     times: Vec<Times>,
     reaches: Vec<Reach>,
     times_of: BTreeMap<(Vec<u64>, usize), usize>,
     reach_of: BTreeMap<(usize, Bytes), usize>,
-    /// By number of ranks, then by rank.
-    fixed: BTreeMap<usize, Vec<Fixed>>,
+    /// By number of ranks: those of which none needs what another one needs.
+    needs: BTreeMap<usize, Vec<(usize, Fixed)>>,
 }
 
 impl Tables {
@@ -399,7 +392,7 @@ impl Tables {
         let ranks = crew.len();
         let costs = &search.costs[ranks - 1];
         let place = members[crew[0]].place;
-        let rates: Vec<u64> = crew.iter().map(|m| members[*m].rate).collect();
+        let rates = rates_of(members, crew);
         let mut by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
         by_rank.truncate(ranks);
         let times = *self.times_of.entry((by_rank.clone(), place)).or_insert_with(|| {
@@ -409,15 +402,21 @@ impl Tables {
         });
         // The least room of a crew counts for all of it: its ranks need about the same.
         let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
-        let fixed = || costs.iter().map(|costs| costs.fixed(limits)).collect();
-        let fixed = self.fixed.entry(ranks).or_insert_with(fixed);
+        let needs = self.needs.entry(ranks).or_insert_with(|| unlike(costs, limits));
         let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
-            self.reaches.push(reach(costs, fixed, limits, room));
+            let needs: Vec<_> = needs.iter().map(|(rank, fixed)| (&costs[*rank], fixed)).collect();
+            self.reaches.push(reach(&needs, limits, room));
             self.reaches.len() - 1
         });
         let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
         Crew { members: crew.to_vec(), place, times, reach, held }
     }
+}
+
+/// What the members of a crew read in a second while all of them compute.
+fn rates_of(members: &[Member<'_>], crew: &[usize]) -> Vec<u64> {
+    let crew: Vec<_> = crew.iter().map(|m| (members[*m].worker, members[*m].rate)).collect();
+    shared(&crew)
 }
 
 /// What the ranks of a stage hold.
@@ -428,12 +427,24 @@ fn weights(costs: &[Costs<'_>]) -> Weights {
     Weights { all, by_rank }
 }
 
+/// Of ranks that need the same of memory the first.
+fn unlike(costs: &[Costs<'_>], limits: &ReplicaLimits) -> Vec<(usize, Fixed)> {
+    let mut unlike: Vec<(usize, Fixed)> = Vec::new();
+    for (rank, own) in costs.iter().enumerate() {
+        let fixed = own.fixed(limits);
+        if !unlike.iter().any(|(other, theirs)| *theirs == fixed && own.needs_as(&costs[*other])) {
+            unlike.push((rank, fixed));
+        }
+    }
+    unlike
+}
+
 /// Which layers fit in so much room on each rank.
-fn reach(costs: &[Costs<'_>], fixed: &[Fixed], limits: &ReplicaLimits, room: Bytes) -> Reach {
-    let layers = costs[0].layers();
+fn reach(ranks: &[(&Costs<'_>, &Fixed)], limits: &ReplicaLimits, room: Bytes) -> Reach {
+    let layers = ranks[0].0.layers();
     let fits = |start: u32, end: u32| {
         let range = LayerRange::new(start, end);
-        costs.iter().zip(fixed).all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
+        ranks.iter().all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
     };
     let mut middle = Vec::with_capacity(layers as usize);
     let mut end = 0;

@@ -6,11 +6,12 @@ use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision, PretendSpec};
 
 use super::super::tests::Numbers;
-use super::super::{ModelShape, Prediction, Rate, is_torn, pair, plan as plan_job, predict};
+use super::super::{ModelShape, Rate, is_torn, pair, plan as plan_job, predict};
 use super::*;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const HERE: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
 fn pretend(layers: u32, layer_bytes: u64) -> ModelShape {
     ModelShape::Pretend(PretendSpec {
@@ -62,6 +63,7 @@ fn worker(number: u32, memory: u64, rate: u64, zone: Option<&str>) -> Candidate 
         zone: zone.map(|zone| ZoneName::new(zone).unwrap()),
         speaks_ranks: true,
         ranks_most: 8,
+        machine: None,
     }
 }
 
@@ -117,22 +119,27 @@ struct BruteForce<'a> {
     /// With its limits and numerics, and no stages.
     empty: &'a ReplicaPlan,
     wanted: &'a Wanted,
+    /// What is there already.
+    previous: Option<&'a ReplicaPlan>,
     /// Only these neighbours, in this order.
     chain: bool,
     looked_at: u64,
 }
 
+/// What is least, the bytes that are read anew, and what is least of equals: the slowest stage, or the time.
+type Goodness = (u64, u64, u64);
+
 impl BruteForce<'_> {
-    fn best(&mut self, stages: &mut Vec<StagePlan>, used: &mut Vec<usize>) -> Option<u64> {
+    fn best(&mut self, stages: &mut Vec<StagePlan>, used: &mut Vec<usize>) -> Option<Goodness> {
         let start = stages.last().map_or(0, |stage| stage.layers.end);
         if start == self.shape.layers() {
             self.looked_at += 1;
             let plan = ReplicaPlan { stages: stages.clone(), ..self.empty.clone() };
             let right =
                 self.wanted.stages.is_none_or(|stages| stages as usize == plan.stages.len());
-            return right.then(|| self.time(&predict(&plan, self.shape, self.inventory)));
+            return right.then(|| self.goodness(&plan));
         }
-        let mut best: Option<u64> = None;
+        let mut best: Option<Goodness> = None;
         for end in start + 1..=self.shape.layers() {
             for ranks in self.wanted.ranks.clone() {
                 for crew in self.crews(ranks, used) {
@@ -151,11 +158,36 @@ impl BruteForce<'_> {
         best
     }
 
-    fn time(&self, prediction: &Prediction) -> u64 {
+    fn goodness(&self, plan: &ReplicaPlan) -> Goodness {
+        let prediction = predict(plan, self.shape, self.inventory);
+        let (token, slowest) = (prediction.token_ns(), prediction.slowest_ns());
+        let moved = plan.stages.iter().map(|stage| self.moved(stage)).sum();
         match self.wanted.objective {
-            Objective::Latency => prediction.token_ns(),
-            Objective::Throughput => prediction.slowest_ns(),
+            Objective::Latency => (token, moved, slowest),
+            Objective::Throughput => (slowest, moved, token),
         }
+    }
+
+    /// Weight bytes that nobody of the stage has as one of as many ranks.
+    fn moved(&self, stage: &StagePlan) -> u64 {
+        let slices = Slices::new(self.shape, stage.shards.len() as u32, self.wanted.reduction);
+        let costs: Vec<_> = slices
+            .of(stage.shards.len())
+            .iter()
+            .map(|s| Costs::of_rank(s, self.empty.precision))
+            .collect();
+        let all: u64 = costs.iter().map(|costs| costs.weights(stage.layers).0).sum();
+        let kept = |shard: &ShardPlan| {
+            let had = self.previous?.stages.iter().find(|had| {
+                had.shards.len() == stage.shards.len()
+                    && had.shards.iter().any(|s| s.node == shard.node)
+            })?;
+            let rank = had.shards.iter().position(|s| s.node == shard.node)?;
+            let (start, end) =
+                (had.layers.start.max(stage.layers.start), had.layers.end.min(stage.layers.end));
+            (start < end).then(|| costs[rank].weights(LayerRange::new(start, end)).0)
+        };
+        all - stage.shards.iter().filter_map(kept).sum::<u64>()
     }
 
     /// All sets of so many workers of one place that are not used; in a chain those side by side.
@@ -228,7 +260,8 @@ fn compare(
     shape: &ModelShape,
     ask: MeshAsk,
     chain: bool,
-) -> (Option<u64>, Option<u64>) {
+    previous: Option<&ReplicaPlan>,
+) -> (Option<Goodness>, Option<Goodness>) {
     let spec = DeploymentSpec {
         name: DeploymentName::new("m").unwrap(),
         model: ModelRef { source: ModelSource::Builtin { name: "m".into() }, fingerprint: [0; 32] },
@@ -236,7 +269,7 @@ fn compare(
         precision: None,
     };
     let (replica, generation) = (ReplicaId(1), Generation(1));
-    let job = Job { replica, generation, spec: &spec, shape, previous: None, replicas: 1, ask };
+    let job = Job { replica, generation, spec: &spec, shape, previous, replicas: 1, ask };
     let workers = candidates(inventory, Numerics::N1).unwrap();
     let Ok(wanted) = wanted(&job, workers.len()) else { return (None, None) };
     let most = wanted.ranks.iter().copied().max().unwrap();
@@ -247,7 +280,7 @@ fn compare(
     let search = Search { inventory, job: &job, wanted: &wanted, costs: &costs, workers: &workers };
     let limits = memory::limits_to_try(&costs[0][0], 2).remove(0);
     let places = space::places(inventory, &workers);
-    let mut members = space::members(inventory, &workers, None, &places);
+    let mut members = space::members(inventory, &workers, previous, &places);
     let bounds = Bounds {
         ranks: &wanted.ranks,
         workers: workers.len(),
@@ -259,10 +292,10 @@ fn compare(
         members.sort_by_key(|m| m.worker.node);
         let order: Vec<usize> = (0..members.len()).collect();
         let space = Space::of_chain(&members, &order, bounds);
-        search.in_space(&limits, &members, &space, u64::MAX)
+        search.in_space(&limits, &members, (&space, &mut Tables::default()), u64::MAX)
     } else {
         let space = Space::of_kinds(&members, bounds).expect("few workers");
-        search.in_space(&limits, &members, &space, u64::MAX)
+        search.in_space(&limits, &members, (&space, &mut Tables::default()), u64::MAX)
     };
     let empty = ReplicaPlan {
         id: replica,
@@ -274,10 +307,17 @@ fn compare(
         stages: Vec::new(),
         limits,
     };
-    let mut brute =
-        BruteForce { inventory, shape, empty: &empty, wanted: &wanted, chain, looked_at: 0 };
+    let mut brute = BruteForce {
+        inventory,
+        shape,
+        empty: &empty,
+        wanted: &wanted,
+        previous,
+        chain,
+        looked_at: 0,
+    };
     let best = brute.best(&mut Vec::new(), &mut Vec::new());
-    (found.map(|((time, ..), _)| time), best)
+    (found.map(|((first, second, third, _), _)| (first, second, third)), best)
 }
 
 #[test]
@@ -288,9 +328,12 @@ fn no_layout_is_better_than_the_one_that_is_chosen() {
         let (inventory, shape) = case(&mut numbers, 4, 4);
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let asked = [None, Some("auto"), Some("2x1"), Some("1x2"), Some("2x2")][case_number % 5];
-        let mesh = asked.map(|mesh| mesh.parse().unwrap());
-        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
-        let (found, best) = compare(&inventory, &shape, ask, false);
+        let asked = asked.map(|mesh| mesh.parse().unwrap());
+        let ask = MeshAsk { mesh: asked, objective: Some(objective), reduction: None, kv: None };
+        // Every other one of a layout that is there already.
+        let had = (case_number % 4 > 1).then(|| planned(&inventory, &shape, mesh("auto"), None));
+        let had = had.and_then(Result::ok);
+        let (found, best) = compare(&inventory, &shape, ask, false, had.as_ref());
         assert_eq!(found, best, "case {case_number}: {ask} of {shape:?} on {inventory:?}");
         if best.is_some() { fit += 1 } else { not += 1 }
     }
@@ -311,9 +354,27 @@ fn ten_workers_that_all_differ_are_searched_in_every_order() {
         for objective in [Objective::Latency, Objective::Throughput] {
             let mesh = Some(format!("{layers}x1").parse().unwrap());
             let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
-            let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, false);
+            let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, false, None);
             assert!(best.is_some());
             assert_eq!(found, best, "{layers} layers, {objective}");
+        }
+    }
+}
+
+#[test]
+fn ten_workers_with_ranks_left_open_are_searched_in_every_order() {
+    let rates = std::iter::successors(Some(GIB), |rate| Some(rate / 5 * 6));
+    let rates: Vec<u64> = rates.take(10).collect();
+    for (number, memory) in [(0, 45 * MIB), (1, 150 * MIB)] {
+        let mut all = inventory(&rates);
+        for (index, worker) in (0..).zip(&mut all.workers) {
+            worker.budget = Bytes(memory + index % 3 * 20 * MIB);
+        }
+        for objective in [Objective::Latency, Objective::Throughput] {
+            let ask = MeshAsk { objective: Some(objective), ..mesh("auto") };
+            let (found, best) = compare(&all, &pretend(2, 60 * MIB), ask, false, None);
+            assert!(best.is_some());
+            assert_eq!(found, best, "memory {number}, {objective}");
         }
     }
 }
@@ -335,7 +396,7 @@ fn a_chain_of_ten_is_cut_as_well_as_can_be() {
             // Powers of two are all that a chain tries where ranks are left open.
             asked.mesh = Some(MeshAsked::Exactly(Mesh { stages: 4, ranks: 1 }));
         }
-        let (found, best) = compare(&inventory, &pretend(6, 40 * MIB), asked, true);
+        let (found, best) = compare(&inventory, &pretend(6, 40 * MIB), asked, true, None);
         assert_eq!(found, best, "case {case_number}");
     }
 }
@@ -408,6 +469,74 @@ fn of_equally_fast_layouts_it_takes_the_one_that_moves_least() {
     }
     let after = planned(&all, &shape, mesh("2x2"), Some(&before)).unwrap();
     assert_eq!(words(&after), words(&before));
+}
+
+/// The numbers of layers, by stage.
+fn lengths(plan: &ReplicaPlan) -> Vec<u32> {
+    plan.stages.iter().map(|stage| stage.layers.len()).collect()
+}
+
+#[test]
+fn of_equally_fast_layouts_the_even_one_is_made() {
+    // Under `latency` every cut of a uniform model over equal workers takes as long.
+    for (rates, ask, expected) in [
+        (vec![80; 4], "2x2", vec![6, 6]),
+        (vec![80; 2], "2x1", vec![6, 6]),
+        (vec![80; 3], "3x1", vec![4, 4, 4]),
+        (vec![80; 5], "5x1", vec![2, 3, 2, 3, 2]),
+        // Within what two measurements of one machine differ by.
+        (vec![80, 85, 81, 87], "2x2", vec![6, 6]),
+        // More workers than every order is tried of.
+        (vec![80; 64], "4x16", vec![3, 3, 3, 3]),
+    ] {
+        let rates: Vec<u64> = rates.iter().map(|tenths| tenths * GIB / 10).collect();
+        for shape in [pretend(12, 100 * MIB), pretend(12, 1 << 10), dense(12, 16)] {
+            let plan = planned(&inventory(&rates), &shape, mesh(ask), None).unwrap();
+            let sorted = |mut lengths: Vec<u32>| {
+                lengths.sort_unstable();
+                lengths
+            };
+            assert_eq!(sorted(lengths(&plan)), sorted(expected.clone()), "{}", words(&plan));
+        }
+    }
+}
+
+/// Two ranks on one machine do not read twice what one reads, where its memory gives less.
+#[test]
+fn ranks_of_one_machine_share_what_it_reads() {
+    let shape = pretend(12, 400 * MIB);
+    let mut all = inventory(&[8 * GIB; 2]);
+    let time = |all: &Inventory, ask| {
+        let plan = planned(all, &shape, mesh(ask), None).unwrap();
+        predict(&plan, &shape, all).stages[0].compute_ns
+    };
+    let (one, two) = (time(&all, "1x1"), time(&all, "1x2"));
+    assert_eq!(one / 1000, 2 * two / 1000);
+    all.workers.iter_mut().for_each(|w| w.machine = Some((HERE, Some(12 * GIB))));
+    assert_eq!(time(&all, "1x1"), one);
+    assert_eq!(time(&all, "1x2") / 1000, two / 3 * 4 / 1000);
+    all.workers.iter_mut().for_each(|w| w.machine = Some((HERE, Some(8 * GIB))));
+    assert_eq!(
+        planned(&all, &shape, mesh("auto"), None).unwrap().mesh(),
+        "1x1",
+        "nothing is gained"
+    );
+    all.workers[1].machine = Some(([10, 0, 0, 2].into(), Some(8 * GIB)));
+    assert_eq!(planned(&all, &shape, mesh("auto"), None).unwrap().mesh(), "1x2");
+}
+
+#[test]
+fn workers_of_one_machine_are_alike_unless_one_is_held_back() {
+    let shape = pretend(12, 100 * MIB);
+    let of = |rates: [u64; 4]| {
+        let mut all = inventory(&rates.map(|tenths| tenths * GIB / 10));
+        all.workers.iter_mut().for_each(|w| w.machine = Some((HERE, None)));
+        lengths(&planned(&all, &shape, mesh("2x2"), None).unwrap())
+    };
+    assert_eq!(of([80, 90, 70, 85]), [6, 6], "they were measured side by side");
+    let mut uneven = of([80, 80, 40, 40]);
+    uneven.sort_unstable();
+    assert_eq!(uneven, [1, 11], "two have half of it, and latency is asked for");
 }
 
 #[test]

@@ -21,7 +21,11 @@ mod predict;
 mod refusal;
 mod space;
 mod split;
+mod ways;
+mod window;
 mod zones;
+
+use std::net::IpAddr;
 
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
 use shoal_protocol::mesh::{MeshAsk, ZoneName};
@@ -40,6 +44,7 @@ pub use memory::{KV_TOKENS_COMFORTABLE, KV_TOKENS_MAX, KV_TOKENS_MIN};
 pub use predict::{Prediction, StageTime, predict};
 pub use refusal::{MeshFit, PlanRefusal, StageNeed};
 pub use split::{RankSums, ranks_max};
+pub use ways::{Seen, SeenWays, Source};
 
 use memory::Costs;
 use placement::Cut;
@@ -53,6 +58,8 @@ pub struct Inventory {
     pub apart: Apart,
     /// Ways between them that are known to be longer than others.
     pub links: Links,
+    /// What was measured of any ways, for people.
+    pub seen: SeenWays,
 }
 
 /// One worker with one device.
@@ -79,6 +86,8 @@ pub struct Candidate {
     pub speaks_ranks: bool,
     /// Of how many ranks of a stage it says that it computes one; 0 where it has not said.
     pub ranks_most: u32,
+    /// Its machine, and what all processors of that read together, where that is known.
+    pub machine: Option<(IpAddr, Option<u64>)>,
 }
 
 impl Candidate {

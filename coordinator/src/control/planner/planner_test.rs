@@ -50,6 +50,7 @@ fn inventory(budgets: &[u64]) -> Inventory {
         zone: None,
         speaks_ranks: true,
         ranks_most: 0,
+        machine: None,
     };
     let workers = budgets.iter().enumerate().map(worker).collect();
     Inventory { workers, ..Inventory::default() }

@@ -4,7 +4,7 @@
 use shoal_protocol::mesh::Reduction;
 use shoal_protocol::plan::{ReplicaPlan, StagePlan};
 
-use super::cost::{Link, Slices, Times, row_bytes};
+use super::cost::{Link, Slices, Times, row_bytes, shared};
 use super::memory::Costs;
 use super::{Candidate, Inventory, ModelShape, Rate};
 
@@ -70,8 +70,12 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
             .iter()
             .map(|slice| Costs::of_rank(slice, plan.precision))
             .collect();
-        let rate = |worker: &Option<&Candidate>| worker.map_or(Rate::ASSUMED, Candidate::rate);
-        let rates: Vec<u64> = crew.iter().map(|worker| rate(worker).bytes_per_s).collect();
+        let present: Vec<_> =
+            crew.iter().flatten().map(|worker| (*worker, worker.rate().bytes_per_s)).collect();
+        let mut known = shared(&present).into_iter();
+        let rate = |worker: &Option<&Candidate>| worker.and_then(|_| known.next());
+        let assumed = Rate::ASSUMED.bytes_per_s;
+        let rates: Vec<u64> = crew.iter().map(rate).map(|rate| rate.unwrap_or(assumed)).collect();
         let pairs = crew.iter().flat_map(|a| crew.iter().map(move |b| (*a, *b)));
         let link = pairs.map(|(a, b)| way(a, b)).fold(Link::NEAR, Link::worse);
         let compute_ns = Times::compute_only(shape, &costs, &rates).of(stage.layers);

@@ -281,6 +281,7 @@ fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
             zone: None,
             speaks_ranks: false,
             ranks_most: 0,
+            machine: None,
         })
         .collect();
     let endless: Vec<_> = endless.iter().collect();

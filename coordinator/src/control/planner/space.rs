@@ -9,9 +9,11 @@
 //! taken makes no difference. The first space is used where it is small enough to be searched in some
 //! milliseconds: up to some ten workers that all differ, or hundreds of few kinds.
 
+use std::net::IpAddr;
+
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ReplicaPlan;
-use shoal_protocol::units::{Bytes, LayerRange};
+use shoal_protocol::units::LayerRange;
 
 use super::{Candidate, Inventory, Link};
 
@@ -19,11 +21,16 @@ use super::{Candidate, Inventory, Link};
 /// of one machine differ by as much.
 const ALIKE: u64 = 10;
 
-/// The most columns, crews, and steps over them (columns x crews x layers² / 2) of a space of kinds: a step
-/// takes a nanosecond or two, so this is some milliseconds.
+/// The same for workers of one machine, which measure themselves at the same time and take each other's
+/// memory. Who is held back has half or less.
+const ALIKE_HERE: u64 = 3;
+
+/// The most columns, crews, and steps over them (columns x crews x layers x stages, where these are given) of
+/// a space of kinds: a step takes some ten nanoseconds, so this is some milliseconds. Ten workers that all differ
+/// have 640 crews of up to eight ranks.
 const COLUMNS_MAX: usize = 4096;
-const CREWS_MAX: usize = 600;
-const WORK_MAX: u64 = 3_000_000;
+const CREWS_MAX: usize = 640;
+const WORK_MAX: u64 = 300_000;
 const CELLS_MAX: usize = 200_000;
 
 /// A worker as the search sees it.
@@ -35,6 +42,8 @@ pub(super) struct Member<'w> {
     pub place: usize,
     /// The layers and the rank that it has now, where as many ranks are asked for.
     pub held: Option<Held>,
+    /// Its machine, where it shares that with another one.
+    pub shares: Option<IpAddr>,
 }
 
 /// A shard that a worker has.
@@ -69,6 +78,10 @@ pub(super) fn members<'w>(
             rate,
             place: *place,
             held: held(worker.node),
+            shares: worker.machine.map(|machine| machine.0).filter(|_| {
+                let beside = |other: &&&Candidate| is_one_machine(worker, other);
+                workers.iter().filter(beside).nth(1).is_some()
+            }),
         })
         .collect();
     members.sort_by_key(|m| {
@@ -87,17 +100,36 @@ fn rates(inventory: &Inventory, workers: &[&Candidate]) -> Vec<u64> {
         let rate = worker.rate.map(|rate| rate.bytes_per_s);
         rate.or(slowest).unwrap_or(worker.rate().bytes_per_s).max(1)
     };
-    let rates: Vec<u64> = workers.iter().map(of).collect();
-    let mut sorted = rates.clone();
-    sorted.sort_unstable();
-    let mut classes: Vec<u64> = Vec::new();
-    for rate in sorted {
-        if classes.last().is_none_or(|class| rate > class.saturating_add(class / ALIKE)) {
-            classes.push(rate);
+    let mut rates: Vec<u64> = workers.iter().map(of).collect();
+    let mut done = vec![false; workers.len()];
+    for first in 0..workers.len() {
+        let here =
+            |other: &usize| first == *other || is_one_machine(workers[first], workers[*other]);
+        if !done[first] {
+            let here: Vec<usize> = (first..workers.len()).filter(here).collect();
+            here.iter().for_each(|worker| done[*worker] = true);
+            level(&mut rates, here, ALIKE_HERE);
         }
     }
-    let class = |rate: &u64| classes.iter().rev().find(|class| *class <= rate).copied();
-    rates.iter().map(|rate| class(rate).unwrap_or(*rate)).collect()
+    level(&mut rates, (0..workers.len()).collect(), ALIKE);
+    rates
+}
+
+fn is_one_machine(a: &Candidate, b: &Candidate) -> bool {
+    a.machine.zip(b.machine).is_some_and(|(a, b)| a.0 == b.0)
+}
+
+/// Of these workers, gives those whose rates are within one part of so many of each other that of the
+/// slowest of them.
+fn level(rates: &mut [u64], mut workers: Vec<usize>, part: u64) {
+    workers.sort_unstable_by_key(|worker| rates[*worker]);
+    let mut class = 0_u64;
+    for worker in workers {
+        if rates[worker] > class.saturating_add(class / part) {
+            class = rates[worker];
+        }
+        rates[worker] = class;
+    }
 }
 
 /// The place of each worker: those between whom no way is longer than in a zone are in one.
@@ -196,7 +228,7 @@ impl Space {
                 return None;
             }
         }
-        let square = u64::from(bounds.layers) * (u64::from(bounds.layers) + 1) / 2;
+        let a_move = u64::from(bounds.layers) * counts as u64;
         let mut work = 0_u64;
         let mut moves = Vec::with_capacity(columns);
         for column in 0..columns {
@@ -211,7 +243,7 @@ impl Space {
                     out.push((column + step, Some(index)));
                 }
             }
-            work = work.saturating_add(out.len() as u64 * square);
+            work = work.saturating_add(out.len() as u64 * a_move);
             if work > WORK_MAX {
                 return None;
             }
@@ -245,8 +277,8 @@ impl Space {
 /// Members that are alike, each list in the order of preference.
 pub(super) fn kinds(members: &[Member<'_>]) -> Vec<Vec<usize>> {
     let mut kinds: Vec<Vec<usize>> = Vec::new();
-    let like = |m: &Member<'_>| -> (usize, u64, Bytes, u32, bool) {
-        (m.place, m.rate, m.worker.free(), m.worker.ranks_most, m.held.is_some())
+    let like = |m: &Member<'_>| {
+        (m.place, m.rate, m.worker.free(), m.worker.ranks_most, m.held.is_some(), m.shares)
     };
     for (index, member) in members.iter().enumerate() {
         let same = |kind: &&mut Vec<usize>| {

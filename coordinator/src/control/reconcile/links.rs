@@ -3,68 +3,96 @@
 //!
 //! | known from | what |
 //! |---|---|
-//! | `Fact::Link` | what a worker says itself |
-//! | a shard's link to the next stage | its smoothed round trip, halved, once it has sent something |
 //! | the control links of two workers | one cannot be nearer to the other than their round trips to this coordinator differ |
+//! | a shard's link to the next stage | its smoothed round trip, halved, once it has sent something |
+//! | `Fact::Link` | what a worker says of its links: the least round trip of the last few, and the bytes in a second of the fastest of the last few large transfers |
 //!
-//! Workers with one address are on one machine: near, whatever was measured while it was busy. What none of
-//! these says is left to the planner: near, or far between two zones.
+//! The last one that says anything counts, and of several that say the same kind of thing the least: a busy
+//! machine only makes a way seem longer. Workers with one address are on one machine: near, whatever was
+//! measured while it was busy. What none of these says is left to the planner: near, or far between two zones.
 
 use std::time::Duration;
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::ReplicaPlan;
 
-use super::super::planner::{Candidate, Link, Links, pair};
+use super::super::planner::{Candidate, Link, Links, Seen, SeenWays, Source, pair};
 use super::super::state::ClusterState;
 use super::Observed;
 
 /// The longest way that is believed: beyond it a number is a mistake, or a link that is being lost.
 const LATENCY_MAX: Duration = Duration::from_secs(10);
 
-/// All ways that are known to be longer than inside a place.
-pub(super) fn links(target: &ClusterState, observed: &Observed, workers: &[Candidate]) -> Links {
-    let mut links = Links::new();
-    // On one machine a long round trip says that it is busy.
-    let host = |node| observed.workers.get(&node).map(|w| w.register.activations.ip());
-    let mut note = |a: NodeId, b: NodeId, latency: Duration, bytes_per_s: Option<u64>| {
-        let known = |node| workers.iter().find(|worker| worker.node == node);
-        let (Some(one), Some(other)) = (known(a), known(b)) else { return };
-        if host(a).is_some() && host(a) == host(b) {
-            return;
-        }
-        let latency_ns = rounded(latency);
-        // What is said of a bandwidth counts; else it follows from the zones.
+/// All ways that are known to be longer than inside a place, and what was measured of any.
+pub(super) fn links(
+    target: &ClusterState,
+    observed: &Observed,
+    workers: &[Candidate],
+) -> (Links, SeenWays) {
+    let seen = seen(target, observed, workers);
+    let links = seen.iter().filter_map(|(pair, seen)| {
+        let find = |node| workers.iter().find(|worker| worker.node == node);
+        // On one machine a long round trip says that it is busy.
+        let (Some(one), Some(other), false) = (find(pair.0), find(pair.1), seen.one_machine) else {
+            return None;
+        };
+        // What is known of a latency or a bandwidth counts; else it follows from the zones.
         let usual = match (&one.zone, &other.zone) {
             (Some(one), Some(other)) if one != other => Link::FAR,
             _ => Link::NEAR,
         };
-        let bytes_per_s = bytes_per_s.unwrap_or(usual.bytes_per_s);
-        if a == b || (latency_ns <= usual.latency_ns && bytes_per_s >= usual.bytes_per_s) {
-            return;
-        }
+        let (_, ns) = seen.latency?;
+        let latency_ns = rounded(ns);
+        let bytes_per_s = seen.bytes_per_s.map_or(usual.bytes_per_s, power_of_two);
+        let as_usual = latency_ns <= usual.latency_ns && bytes_per_s >= usual.bytes_per_s;
         let link = Link { latency_ns: latency_ns.max(Link::NEAR.latency_ns), bytes_per_s };
-        links.insert(pair(a, b), link);
+        (!as_usual).then_some((*pair, link))
+    });
+    (links.collect(), seen)
+}
+
+/// What was measured of the ways between these workers, and by whom.
+fn seen(target: &ClusterState, observed: &Observed, workers: &[Candidate]) -> SeenWays {
+    let mut ways = SeenWays::new();
+    let known = |node| workers.iter().any(|worker| worker.node == node);
+    let host = |node| observed.workers.get(&node).map(|w| w.register.activations.ip());
+    let mut note = |a: NodeId, b: NodeId, note: &dyn Fn(&mut Seen)| {
+        if a != b && known(a) && known(b) {
+            let seen = ways.entry(pair(a, b)).or_insert_with(|| Seen {
+                one_machine: host(a).is_some() && host(a) == host(b),
+                ..Seen::default()
+            });
+            note(seen);
+        }
     };
     for (index, a) in workers.iter().enumerate() {
         for b in &workers[..index] {
             let rtt = |node| observed.workers.get(&node).and_then(|worker| worker.rtt);
             if let (Some(one), Some(other)) = (rtt(a.node), rtt(b.node)) {
-                note(a.node, b.node, one.abs_diff(other) / 2, None);
+                let least = ns(one.abs_diff(other) / 2);
+                note(a.node, b.node, &|seen| seen.latency(Source::Control, least));
             }
         }
     }
     for plan in target.plans.iter() {
         for (from, to, rtt) in hops(plan, observed) {
-            note(from, to, rtt / 2, None);
+            note(from, to, &|seen| seen.latency(Source::Shard, ns(rtt / 2)));
         }
     }
     for (node, worker) in &observed.workers {
         for (to, (latency_us, bytes_per_s)) in &worker.facts.links {
-            note(*node, *to, Duration::from_micros(u64::from(*latency_us)), *bytes_per_s);
+            note(*node, *to, &|seen| {
+                let latency = Duration::from_micros(u64::from(*latency_us));
+                seen.latency(Source::Worker, ns(latency));
+                bytes_per_s.iter().for_each(|bytes| seen.bandwidth(*bytes));
+            });
         }
     }
-    links
+    ways
+}
+
+fn ns(duration: Duration) -> u64 {
+    duration.min(LATENCY_MAX).as_nanos() as u64
 }
 
 /// The round trips that the shards of a layout report, from each stage to the next.
@@ -85,12 +113,15 @@ fn hops(plan: &ReplicaPlan, observed: &Observed) -> Vec<(NodeId, NodeId, Duratio
 
 /// A power of two of microseconds, or 0 for what is near: so fine is no way known, and so the planner is
 /// not asked again for a microsecond.
-fn rounded(latency: Duration) -> u64 {
-    let us = latency.min(LATENCY_MAX).as_micros() as u64;
-    let ns = us.max(1).next_power_of_two().saturating_mul(1000);
-    // 3/4 of a power of two and more are rounded up, less is rounded down.
-    let ns = if us.saturating_mul(4) >= (ns / 1000).saturating_mul(3) { ns } else { ns / 2 };
+fn rounded(latency_ns: u64) -> u64 {
+    let ns = power_of_two((latency_ns / 1000).max(1)).saturating_mul(1000);
     if ns <= Link::NEAR_MAX_NS { 0 } else { ns }
+}
+
+/// The nearest one: 3/4 of the next one and more are rounded up, less is rounded down.
+fn power_of_two(value: u64) -> u64 {
+    let above = value.max(1).checked_next_power_of_two().unwrap_or(1 << 63);
+    if value / 3 >= above / 4 || value == above { above } else { above / 2 }
 }
 
 #[cfg(test)]
@@ -100,7 +131,8 @@ mod tests {
     #[test]
     fn what_is_near_is_near_and_the_rest_is_rounded() {
         let check = |us: u64, expected_us: u64| {
-            assert_eq!(rounded(Duration::from_micros(us)), expected_us * 1000, "{us} µs");
+            let ns = ns(Duration::from_micros(us));
+            assert_eq!(rounded(ns), expected_us * 1000, "{us} µs");
         };
         for us in [0, 1, 50, 128, 170, 300] {
             check(us, 0);

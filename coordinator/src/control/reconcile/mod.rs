@@ -29,7 +29,7 @@ use std::time::Duration;
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::{DeviceInfo, Register, Report};
 use shoal_protocol::id::{DeploymentName, Generation, Incarnation, NodeId, ReplicaId};
-use shoal_protocol::mesh::{Facts, MeshAsk};
+use shoal_protocol::mesh::{Facts, MACHINE, MeshAsk};
 use shoal_protocol::plan::{Assignment, DeploymentSpec, ReplicaPlan};
 use shoal_protocol::units::{Bytes, Instant};
 use shoal_protocol::version::KNOWS_MESHES;
@@ -361,8 +361,8 @@ fn inventory_of(
     workers: Vec<Candidate>,
     apart: Apart,
 ) -> Inventory {
-    let links = links::links(target, observed, &workers);
-    Inventory { workers, apart, links }
+    let (links, seen) = links::links(target, observed, &workers);
+    Inventory { workers, apart, links, seen }
 }
 
 /// The pairs that any replica has found not to reach each other.
@@ -407,6 +407,10 @@ fn workers_for(
             zone: worker.facts.zone.clone(),
             speaks_ranks: worker.register.versions.max >= KNOWS_MESHES,
             ranks_most: worker.facts.ranks_most,
+            machine: Some((
+                worker.register.activations.ip(),
+                worker.facts.rates.get(MACHINE).copied(),
+            )),
         })
     });
     candidates.collect()

@@ -1,5 +1,7 @@
 //! Memory for matrices, caches and scratch: zeroed, aligned to a cache line.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 #[cfg(all(target_os = "linux", not(miri)))]
 use memmap2::Advice;
 use memmap2::{MmapMut, MmapRaw};
@@ -10,6 +12,31 @@ use crate::backend::cpu::simd::LANES;
 /// A huge page of the machines that have them.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// What all matrices, caches and scratch of this process hold.
+static HELD: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes that the weights, caches and scratch of all shards in this process were made with: what a plan
+/// promises, apart from what travels between stages.
+pub fn held_bytes() -> u64 {
+    HELD.load(Ordering::Relaxed)
+}
+
+/// Bytes that count for as long as this is there.
+struct Held(u64);
+
+impl Held {
+    fn new(bytes: usize) -> Self {
+        HELD.fetch_add(bytes as u64, Ordering::Relaxed);
+        Self(bytes as u64)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
 /// Anonymous memory of the system: zero, and free until a page is touched.
 ///
 /// The mapping is raw, so that it can be written through a shared reference: no Rust reference to
@@ -19,12 +46,13 @@ pub struct Mapped {
     map: MmapRaw,
     /// Where in the mapping the first byte is.
     start: usize,
+    _held: Held,
 }
 
 impl Mapped {
     /// At least `bytes`, page-aligned.
     pub fn new(what: &'static str, bytes: usize) -> Result<Self, BackendError> {
-        Ok(Self { map: map(what, bytes)?, start: 0 })
+        Ok(Self { map: map(what, bytes)?, start: 0, _held: Held::new(bytes) })
     }
 
     /// The same on huge pages, as far as it fills them: what is streamed from end to end needs
@@ -42,7 +70,7 @@ impl Mapped {
         // Where the kernel has none, small pages do.
         #[cfg(all(target_os = "linux", not(miri)))]
         let _ = map.advise_range(Advice::HugePage, start, huge);
-        Ok(Self { map, start })
+        Ok(Self { map, start, _held: Held::new(bytes) })
     }
 
     /// The first byte.
@@ -74,6 +102,7 @@ struct Line([f32; LANES]);
 /// A fixed number of `f32`, from the start of a cache line to the end of one.
 pub struct Floats {
     lines: Vec<Line>,
+    _held: Held,
 }
 
 impl Floats {
@@ -87,7 +116,7 @@ impl Floats {
             why: error.to_string(),
         })?;
         lines.resize(count, Line([0.0; LANES]));
-        Ok(Self { lines })
+        Ok(Self { lines, _held: Held::new(count * size_of::<Line>()) })
     }
 
     /// A copy of `values`, zeros after it.

@@ -42,6 +42,7 @@ mod kernels_test;
 pub use format::widen;
 pub use isa::{ISA_VARIABLE, InstructionSet, Isa};
 pub use kv::PagedKv;
+pub use memory::held_bytes;
 pub use packed::{Packed, PackedBuilder};
 
 use shoal_protocol::model::Activation;

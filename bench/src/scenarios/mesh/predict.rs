@@ -1,0 +1,108 @@
+//! What `shoal plan --explain` says of a token's time, and what it takes; what a plan says of memory, and what
+//! the processes take.
+
+use anyhow::Result;
+use shoal_protocol::mesh::Objective;
+
+use super::bed::{Bed, Served, Wanted, line, predicted_ms, words};
+use crate::cluster::process_memory;
+use crate::measure::Series;
+use crate::measure::report::Section;
+use crate::measure::stats::significant;
+use crate::processes::Host;
+use crate::scenarios::Settings;
+use crate::workload::model::Shape;
+
+const TOKENS: u32 = 32;
+
+/// By how much a prediction may be wrong.
+const ERROR_MAX: f64 = 0.10;
+
+/// By how much a shard's weights may take more or less than the plan says.
+const MEMORY_ERROR_MAX: f64 = 0.02;
+
+const MESHES: [&str; 4] = ["1x1", "2x1", "1x2", "2x2"];
+
+/// Runs it.
+pub fn run(settings: &Settings) -> Result<Section> {
+    let shape = settings.shape(Shape::LARGE);
+    let model = shape.write(&settings.models, 2)?;
+    let mut section = Section::new(
+        "Predicted against measured",
+        format!(
+            "{} M parameters in bf16; four workers with one thread each on this machine, which also runs the coordinator and \
+             the client. Predicted is what `shoal plan --explain` says of a token of one stream before any was made; measured is \
+             the mean distance of {TOKENS} tokens, the median of {} streams. Memory: the anonymous memory of each worker's \
+             process, once the mesh is there and before it serves, beyond what it was without, against the weights of its plan.",
+            shape.parameters() / 1_000_000,
+            settings.pairs,
+        ),
+    );
+    let bed = Bed::start((0..4).map(|_| Host::default()).collect(), None)?;
+    for mesh in MESHES {
+        let wanted = Wanted {
+            model: &model,
+            vocab: shape.vocab,
+            precision: None,
+            mesh,
+            objective: Objective::Latency,
+        };
+        let before: Vec<u64> = memory(&bed)?;
+        let served = bed.serve("predicted", wanted)?;
+        weights(&bed, &served, &before, (mesh, &mut section))?;
+        let plan = bed.explain(&served)?;
+        let predicted = predicted_ms(&plan)?;
+        // The first stream warms up: pages of weights are there, caches are made.
+        bed.token_ms(&served, TOKENS)?;
+        let measured: Series = bed.tokens_ms(&served, settings.pairs, TOKENS)?;
+        let error = (predicted - measured.median()).abs() / measured.median();
+        section.at_most(
+            format!("{mesh} ({}): error of the predicted ms a token", words(&plan)),
+            error,
+            format!(
+                "{} (predicted {}, measured {measured})",
+                significant(error),
+                significant(predicted)
+            ),
+            ERROR_MAX,
+        );
+        let parts = plan.explanation.iter().filter(|line| line.contains(": predicted "));
+        parts.for_each(|part| eprintln!("    {part}"));
+        eprintln!("    {}", line(&bed.explain(&served)?, "r").unwrap_or_default());
+        bed.remove(served)?;
+    }
+    Ok(section)
+}
+
+/// The anonymous memory of each worker.
+fn memory(bed: &Bed) -> Result<Vec<u64>> {
+    bed.cluster.worker_pids().into_iter().map(|pid| process_memory(pid, "RssAnon")).collect()
+}
+
+fn weights(
+    bed: &Bed,
+    served: &Served,
+    before: &[u64],
+    (mesh, section): (&str, &mut Section),
+) -> Result<()> {
+    let after = memory(bed)?;
+    let plan = bed.explain(served)?;
+    let mut worst: (f64, String) = (0.0, String::new());
+    for shard in plan.replicas.iter().flat_map(|r| &r.stages).flat_map(|stage| &stage.shards) {
+        let index = shard.node.number as usize - 1;
+        let grown = after[index].saturating_sub(before[index]) as f64;
+        let planned = shard.memory.weights.0 as f64;
+        let error = (grown - planned).abs() / planned;
+        if error >= worst.0 {
+            let mib = |bytes: f64| (bytes / f64::from(1 << 20)).round();
+            worst = (error, format!("{}: {} MiB of {} MiB", shard.node, mib(grown), mib(planned)));
+        }
+    }
+    section.at_most(
+        format!("{mesh}: weights in memory against the plan, the worst shard"),
+        worst.0,
+        format!("{} ({})", significant(worst.0), worst.1),
+        MEMORY_ERROR_MAX,
+    );
+    Ok(())
+}
