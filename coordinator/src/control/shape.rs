@@ -225,6 +225,7 @@ impl ModelShape {
                 part.widths(spec).kv_bytes_held(layers, blocks, held)
             }
             (ModelShape::Pretend(spec), _) => spec.kv_bytes(layers, blocks),
+            (ModelShape::Encoder(_), _) => Bytes(0),
         }
     }
 

@@ -416,7 +416,7 @@ impl StoredPart {
 }
 
 /// The tensor is of a type that is not read there.
-fn unsupported(file: &Path, found: HeaderTensor) -> CheckpointError {
+pub(super) fn unsupported(file: &Path, found: HeaderTensor) -> CheckpointError {
     CheckpointError::UnsupportedType {
         file: file.to_path_buf(),
         tensor: found.name,

@@ -83,7 +83,7 @@ pub struct ScratchWidths {
 
 impl ScratchWidths {
     /// The buffers: how wide, and how many of each.
-    fn buffers(&self) -> [(u32, u32); 13] {
+    fn buffers(&self) -> [(u32, u32); 14] {
         [
             (self.hidden, 1),
             (self.query, 1),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::model::checkpoint::{CheckpointError, TensorLocation};
+use crate::model::checkpoint::{CheckpointError, TensorLocation, unsupported};
 use crate::model::files::WeightFiles;
 use crate::model::safetensors::HeaderTensor;
 use crate::model::spec::SpecError;

@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::WeightBuilder;
 use crate::stored::{self, Encode};
 
-const ALL_PRECISIONS: [Precision; 7] = Precision::ALL;
+const ALL_PRECISIONS: [Precision; 9] = Precision::ALL;
 
 /// Repeatable values in -1..1 with full mantissas.
 pub(super) struct Values(u64);
