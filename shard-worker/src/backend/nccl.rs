@@ -72,6 +72,8 @@ pub struct Nccl {
     stream: Arc<CudaStream>,
     /// Dropped, which aborts it, when a round fails: what is on its way then is of no use.
     comm: Option<Comm>,
+    /// How long rounds took since this was last asked.
+    waited: Duration,
 }
 
 /// Makes the name of a new group.
@@ -109,7 +111,7 @@ impl Nccl {
         let (rank, ranks) = (split.rank as usize, split.ranks as usize);
         let comm = Comm::from_rank(stream.clone(), rank, ranks, id)
             .map_err(|error| JoinError::Nccl { split, code: words(error) })?;
-        Ok(Self { split, stream, comm: Some(comm) })
+        Ok(Self { split, stream, comm: Some(comm), waited: Duration::ZERO })
     }
 
     /// Sends one piece to each other rank and takes one from each, `lengths` of them long.
@@ -221,6 +223,7 @@ impl Collective for Nccl {
     }
 
     fn exchange(&mut self, parts: &[Bytes]) -> Result<Vec<Bytes>, CollectiveError> {
+        let begun = Instant::now();
         let lengths: Vec<Bytes> = parts
             .iter()
             .map(|part| Bytes::copy_from_slice(&(part.len() as u64).to_le_bytes()))
@@ -230,10 +233,15 @@ impl Collective for Nccl {
             let lengths = lengths.iter().map(length_of).collect::<Result<Vec<_>, _>>()?;
             self.round(parts, &lengths)
         });
+        self.waited += begun.elapsed();
         if got.is_err() {
             self.comm = None;
         }
         Ok(got?)
+    }
+
+    fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
     }
 }
 
