@@ -77,8 +77,10 @@ async fn served(coordinator: &Coordinator, mesh: &str, generation: u64) -> Strin
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mesh_is_planned_by_what_workers_measured() {
+    let to = shoal_protocol::id::NodeId::worker(2);
+    let way = Fact::Link { to, latency_us: 70, bytes_per_s: Some(900_000_000) };
     let (coordinator, operator, _workers, _data) =
-        cluster(vec![facts("a", 8), facts("b", 4)]).await;
+        cluster(vec![[facts("a", 8), vec![way]].concat(), facts("b", 4)]).await;
     until(&coordinator, "zones", |view| {
         view.workers.len() == 2
             && view
@@ -97,9 +99,12 @@ async fn a_mesh_is_planned_by_what_workers_measured() {
         panic!("no plan")
     };
     let words = plan.explanation.join("\n");
-    for expected in
-        ["asked for mesh 2x1, objective throughput", "predicted: ", "rates as the workers"]
-    {
+    for expected in [
+        "asked for mesh 2x1, objective throughput",
+        "predicted: ",
+        "rates as the workers",
+        "way w1-w2: 0.070 ms one way (by round trips of the workers' links); 900 MB/s (by large transfers)",
+    ] {
         assert!(words.contains(expected), "{expected} is not in {words}");
     }
 }

@@ -75,7 +75,9 @@ impl Folders {
             self.searches.spawn(search(self.models.clone(), name.clone(), source.clone()));
         }
         if tokio::time::timeout(PATIENCE, self.have_ended(&begun)).await.is_err() {
-            tracing::warn!("the text side of a model is not here within {PATIENCE:?}: the disk is slow, or it is being fetched");
+            tracing::warn!(
+                "the text side of a model is not here within {PATIENCE:?}: the disk is slow, or it is being fetched"
+            );
         }
     }
 

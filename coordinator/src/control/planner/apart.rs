@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::neighbours;
-use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
+use shoal_protocol::plan::{Numerics, ReplicaPlan, ShardPlan};
 
 use super::Candidate;
 use super::placement::Cut;
@@ -90,8 +90,11 @@ pub(super) fn reseat(
 ) -> Option<ReplicaPlan> {
     let shards: Vec<&ShardPlan> = plan.stages.iter().flat_map(|stage| &stage.shards).collect();
     let joined = neighbours::joined(plan);
+    let split = plan.stages.iter().any(|stage| stage.shards.len() > 1);
     let fits = |shard: &ShardPlan, worker: &Candidate| {
-        worker.free() >= shard.memory.total() && worker.numerics.contains(&plan.numerics)
+        // Sums of ranks are made by whoever keeps the contract of one rank and understands a mesh.
+        let able = worker.numerics.contains(&Numerics::N1) && (!split || worker.speaks_ranks);
+        able && worker.free() >= shard.memory.total()
     };
     let choices: Vec<Vec<&Candidate>> = shards
         .iter()

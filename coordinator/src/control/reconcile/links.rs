@@ -126,7 +126,38 @@ fn power_of_two(value: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::id::DeploymentName;
+    use shoal_protocol::units::Bytes;
+
+    use super::super::inventory;
+    use super::super::world_test::World;
     use super::*;
+
+    #[test]
+    fn what_workers_measured_of_their_ways_is_planned_with() {
+        let mut world = World::empty(4, Bytes::mib(420));
+        // The first three are on machines of their own.
+        for number in 1..=4_u8 {
+            let host = number.min(3);
+            let address = ([10, 0, 0, host], 4000 + u16::from(number)).into();
+            world.worker(u32::from(number)).register.activations = address;
+        }
+        let w = NodeId::worker;
+        // Both ends say something: the least round trip and the fastest transfer count.
+        world.worker(1).facts.links.insert(w(2), (2100, Some(60_000_000)));
+        world.worker(2).facts.links.insert(w(1), (2900, Some(70_000_000)));
+        world.worker(1).facts.links.insert(w(3), (90, None));
+        world.worker(3).facts.links.insert(w(4), (5000, Some(1_000_000)));
+        let name = DeploymentName::new("m").unwrap();
+        let found = inventory(&world.state, &world.observed, &name);
+        let slow = Link { latency_ns: 2_048_000, bytes_per_s: 1 << 26 };
+        assert_eq!(found.links.into_iter().collect::<Vec<_>>(), [((w(1), w(2)), slow)]);
+        let seen = |a, b| found.seen[&(w(a), w(b))];
+        assert_eq!(seen(1, 2).latency, Some((Source::Worker, 2_100_000)));
+        assert_eq!(seen(1, 2).bytes_per_s, Some(70_000_000));
+        assert_eq!(seen(1, 3).latency, Some((Source::Worker, 90_000)));
+        assert!(seen(3, 4).one_machine, "near, whatever was measured while it was busy");
+    }
 
     #[test]
     fn what_is_near_is_near_and_the_rest_is_rounded() {
