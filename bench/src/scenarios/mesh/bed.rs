@@ -68,7 +68,12 @@ impl Bed {
             }
             None => {
                 let mesh = mesh.parse::<MeshAsked>().map_err(anyhow::Error::msg)?;
-                let ask = MeshAsk { mesh: Some(mesh), objective: Some(objective), reduction: None, kv: None };
+                let ask = MeshAsk {
+                    mesh: Some(mesh),
+                    objective: Some(objective),
+                    reduction: None,
+                    kv: None,
+                };
                 AdminCall::DeployMesh { name: deployment, source, precision, replicas: 1, ask }
             }
         };
