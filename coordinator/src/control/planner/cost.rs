@@ -80,12 +80,14 @@ impl Inventory {
             _ => Link::NEAR,
         })
     }
-}
 
-impl Candidate {
-    /// Its rate, or that of a worker of which nothing is known.
-    pub fn rate(&self) -> Rate {
-        self.rate.unwrap_or(Rate::ASSUMED)
+    /// What one of its workers reads in a second; of which nothing is known, as much as the slowest of those
+    /// of which something is.
+    pub fn rate(&self, worker: &Candidate) -> u64 {
+        let slowest =
+            || self.workers.iter().filter_map(|other| other.rate).map(|r| r.bytes_per_s).min();
+        let known = worker.rate.map(|rate| rate.bytes_per_s).or_else(slowest);
+        known.unwrap_or(Rate::ASSUMED.bytes_per_s).max(1)
     }
 }
 

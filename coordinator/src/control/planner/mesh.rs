@@ -282,7 +282,8 @@ impl<'w> Search<'_, 'w> {
             // Among equals whoever had a rank keeps it.
             here.sort_by_key(|m| members[*m].held.map_or(u32::MAX, |held| held.rank));
             let rates = rates_of(members, &here);
-            let seats = seats(&self.costs[here.len() - 1], &rates);
+            let mut seats = seats(&self.costs[here.len() - 1], &rates);
+            keep_ranks(&mut seats, &rates, |m| members[here[m]].held.map(|held| held.rank));
             stages.push((*layers, seats.iter().map(|seat| members[here[*seat]].worker).collect()));
         }
         stages

@@ -211,7 +211,7 @@ impl BruteForce<'_> {
         let costs: Vec<_> =
             slices.iter().map(|s| Costs::of_rank(s, self.empty.precision)).collect();
         let rates: Vec<_> =
-            crew.iter().map(|w| self.inventory.workers[*w].rate().bytes_per_s).collect();
+            crew.iter().map(|w| self.inventory.rate(&self.inventory.workers[*w])).collect();
         let mut shards = Vec::new();
         for (rank, seat) in seats(&costs, &rates).into_iter().enumerate() {
             let memory = costs[rank].memory(layers, &self.empty.limits);

@@ -148,12 +148,10 @@ pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRef
         .map_or(first, Ok)
 }
 
-/// Workers without a sibling come first, and of those the ones in zones without one.
+/// Away from the deployment's other replicas where that can be.
 fn plan_near(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRefusal> {
     let share = (inventory.workers.len() / job.replicas.max(1)).max(1);
-    let better = zones::without_siblings(inventory);
-    let found = better.iter().find_map(|fewer| zones::plan(fewer, job, share).ok());
-    found.map_or_else(|| zones::plan(inventory, job, share), Ok)
+    zones::apart_from_siblings(inventory, job, share)
 }
 
 fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<ReplicaPlan, PlanRefusal> {

@@ -71,7 +71,7 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
             .map(|slice| Costs::of_rank(slice, plan.precision))
             .collect();
         let present: Vec<_> =
-            crew.iter().flatten().map(|worker| (*worker, worker.rate().bytes_per_s)).collect();
+            crew.iter().flatten().map(|worker| (*worker, inventory.rate(worker))).collect();
         let mut known = shared(&present).into_iter();
         let rate = |worker: &Option<&Candidate>| worker.and_then(|_| known.next());
         let assumed = Rate::ASSUMED.bytes_per_s;

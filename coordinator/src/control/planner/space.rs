@@ -91,16 +91,9 @@ pub(super) fn members<'w>(
     members
 }
 
-/// What each worker reads in a second, as far as it is known. One of which nothing is known counts as the
-/// slowest of the others.
+/// What each worker reads in a second, where those that are alike count as equal.
 fn rates(inventory: &Inventory, workers: &[&Candidate]) -> Vec<u64> {
-    let known = inventory.workers.iter().filter_map(|worker| worker.rate);
-    let slowest = known.map(|rate| rate.bytes_per_s).min();
-    let of = |worker: &&Candidate| {
-        let rate = worker.rate.map(|rate| rate.bytes_per_s);
-        rate.or(slowest).unwrap_or(worker.rate().bytes_per_s).max(1)
-    };
-    let mut rates: Vec<u64> = workers.iter().map(of).collect();
+    let mut rates: Vec<u64> = workers.iter().map(|worker| inventory.rate(worker)).collect();
     let mut done = vec![false; workers.len()];
     for first in 0..workers.len() {
         let here =

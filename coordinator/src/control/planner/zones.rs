@@ -8,22 +8,32 @@ use shoal_protocol::plan::ReplicaPlan;
 
 use super::{Inventory, Job, PlanRefusal, plan_on};
 
-/// The workers that are preferred, the best choice first: those in zones where no other replica of the
-/// deployment is, then those that have none of it themselves.
-pub(super) fn without_siblings(inventory: &Inventory) -> Vec<Inventory> {
+/// A replica in zones where no other one of the deployment is, if that costs no context; else on workers that
+/// have none of it themselves; else anywhere.
+pub(super) fn apart_from_siblings(
+    inventory: &Inventory,
+    job: &Job<'_>,
+    share: usize,
+) -> Result<ReplicaPlan, PlanRefusal> {
     let taken: BTreeSet<&ZoneName> =
         inventory.workers.iter().filter(|w| w.sibling).filter_map(|w| w.zone.as_ref()).collect();
     let elsewhere =
         only(inventory, |w| !w.sibling && w.zone.as_ref().is_none_or(|zone| !taken.contains(zone)));
     let free = only(inventory, |w| !w.sibling);
-    let mut choices = Vec::new();
-    if elsewhere.workers.len() < free.workers.len() {
-        choices.push(elsewhere);
+    let free_workers = free.workers.len();
+    let free = if free.workers.len() < inventory.workers.len() {
+        plan(&free, job, share).or_else(|_| plan(inventory, job, share))
+    } else {
+        plan(inventory, job, share)
+    };
+    if elsewhere.workers.len() == free_workers {
+        return free;
     }
-    if free.workers.len() < inventory.workers.len() {
-        choices.push(free);
-    }
-    choices
+    // One small machine in another zone would make the contexts of the whole deployment short.
+    let as_good = |far: &ReplicaPlan| {
+        free.as_ref().map_or(true, |near| far.limits.context_max >= near.limits.context_max)
+    };
+    plan(&elsewhere, job, share).ok().filter(as_good).map_or(free, Ok)
 }
 
 /// The layout on these workers: inside one zone, where that makes no fewer stages and no shorter contexts.

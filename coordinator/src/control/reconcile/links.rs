@@ -41,12 +41,16 @@ pub(super) fn links(
             (Some(one), Some(other)) if one != other => Link::FAR,
             _ => Link::NEAR,
         };
-        let (_, ns) = seen.latency?;
-        let latency_ns = rounded(ns);
+        let (source, ns) = seen.latency?;
+        // The least that it can be says nothing of a way that is taken to be longer.
+        let usual_ns = usual.latency_ns;
+        let latency_ns = match source {
+            Source::Control => rounded(ns).max(usual_ns),
+            Source::Shard | Source::Worker => rounded(ns).max(Link::NEAR.latency_ns),
+        };
         let bytes_per_s = seen.bytes_per_s.map_or(usual.bytes_per_s, power_of_two);
-        let as_usual = latency_ns <= usual.latency_ns && bytes_per_s >= usual.bytes_per_s;
-        let link = Link { latency_ns: latency_ns.max(Link::NEAR.latency_ns), bytes_per_s };
-        (!as_usual).then_some((*pair, link))
+        let link = Link { latency_ns, bytes_per_s };
+        (link != usual).then_some((*pair, link))
     });
     (links.collect(), seen)
 }
