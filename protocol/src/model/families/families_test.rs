@@ -183,11 +183,11 @@ fn what_a_family_cannot_do_is_refused_by_name() {
         ),
         (
             Family::GptOss,
-            r#""quantization_config": {"quant_method": "mxfp4"}"#.to_owned(),
-            "config.json: `quantization_config` is a quantisation with `mxfp4`, which is not \
+            r#""quantization_config": {"quant_method": "quark"}"#.to_owned(),
+            "config.json: `quantization_config` is a quantisation with `quark`, which is not \
              supported; supported: `fp8` (e4m3), `compressed-tensors` with float-quantized weights \
-             of 8 bits, `gptq` and `awq` (gemm) with 4 bits; or weights stored as f32, bf16 or f16 \
-             without `quantization_config`",
+             of 8 bits, `gptq` and `awq` (gemm) with 4 bits, `mxfp4` as GPT-OSS has it; or weights \
+             stored as f32, bf16 or f16 without `quantization_config`",
         ),
     ] {
         let error = read(family, &fields).expect_err(&fields);
