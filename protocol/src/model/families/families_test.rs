@@ -52,7 +52,6 @@ fn windows_and_rotations_are_those_of_the_published_patterns() {
         (Family::Gemma2, r#""sliding_window": 8"#, "8g -g 8g -g"),
         (Family::Gemma3, r#""sliding_window": 8, "sliding_window_pattern": 3"#, "8l 8l -g 8l"),
         (Family::Cohere2, r#""sliding_window": 8"#, "8g 8g 8g --"),
-        (Family::StarCoder2, r#""sliding_window": 8"#, "8g 8g 8g 8g"),
     ] {
         assert_eq!(layers(&spec(family, fields)), expected, "{family:?} {fields}");
     }
@@ -84,10 +83,6 @@ fn options_are_those_of_the_family() {
     let olmo = spec(Family::Olmo2, "");
     assert!(olmo.qk_norm && olmo.options.qk_norm_whole);
     assert_eq!(olmo.options.placement, Placement::After);
-
-    let starcoder = spec(Family::StarCoder2, "");
-    assert!(starcoder.qkv_bias && starcoder.mlp_bias && !starcoder.options.gated);
-    assert!(starcoder.options.norm_bias && starcoder.tied_embeddings);
 }
 
 #[test]
@@ -183,11 +178,11 @@ fn what_a_family_cannot_do_is_refused_by_name() {
         ),
         (
             Family::GptOss,
-            r#""quantization_config": {"quant_method": "mxfp4"}"#.to_owned(),
-            "config.json: `quantization_config` is a quantisation with `mxfp4`, which is not \
+            r#""quantization_config": {"quant_method": "quark"}"#.to_owned(),
+            "config.json: `quantization_config` is a quantisation with `quark`, which is not \
              supported; supported: `fp8` (e4m3), `compressed-tensors` with float-quantized weights \
-             of 8 bits, `gptq` and `awq` (gemm) with 4 bits; or weights stored as f32, bf16 or f16 \
-             without `quantization_config`",
+             of 8 bits, `gptq` and `awq` (gemm) with 4 bits, `mxfp4` as GPT-OSS has it; or weights \
+             stored as f32, bf16 or f16 without `quantization_config`",
         ),
     ] {
         let error = read(family, &fields).expect_err(&fields);
