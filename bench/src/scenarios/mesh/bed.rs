@@ -87,7 +87,9 @@ impl Bed {
         self.admin.call(AdminCall::Undeploy { name: DeploymentName::new(&served.name)? })?;
         let gone = |view: &ClusterView| {
             let none = !view.deployments.iter().any(|d| d.name.as_str() == served.name);
-            none && view.workers.iter().all(|worker| worker.shards.is_empty())
+            // What others hold stays.
+            let empty = view.workers.iter().all(|worker| worker.shards.is_empty());
+            none && (empty || !view.deployments.is_empty())
         };
         self.admin.wait_until("without it", gone).map(drop)
     }

@@ -48,7 +48,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
             objective: Objective::Latency,
         };
         let before: Vec<u64> = memory(&bed)?;
-        let served = bed.serve("predicted", wanted)?;
+        let served = bed.serve("served", wanted)?;
         weights(&bed, &served, &before, (mesh, &mut section))?;
         let plan = bed.explain(&served)?;
         let predicted = predicted_ms(&plan)?;
