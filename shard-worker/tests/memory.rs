@@ -176,7 +176,10 @@ fn check_mesh(case: &Case, checkpoint: &Checkpoint, setup: &Setup) -> usize {
             // The hidden states of steps in flight and the logits are the stage's, not the shard's.
             let vocab = part.widths(spec).vocab;
             let stages_own = LIMITS.buffer_bytes(spec.hidden, vocab, layers.end == spec.layers);
-            let planned = part.memory(spec, layers, setup.held, &LIMITS).total().0 - stages_own.0;
+            // Nor are messages between ranks there any more.
+            let messages = part.travelling_bytes(spec, LIMITS.step_rows_max);
+            let total = part.memory(spec, layers, setup.held, &LIMITS).total().0;
+            let planned = total - stages_own.0 - messages.0;
             let before = held_bytes();
             drop(shard);
             let held = before - held_bytes();

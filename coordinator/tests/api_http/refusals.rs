@@ -78,8 +78,8 @@ async fn wrong_requests_are_refused_by_name() {
     }
     let broken = post_text(setup.http, completions, "{\"model\": }").await;
     refused(&broken, 400, "invalid_request", None, "line 1 column 11");
-    let missing = get(setup.http, "/v1/embeddings").await;
-    refused(&missing, 404, "invalid_request", None, "/v1/embeddings");
+    let missing = get(setup.http, "/v1/audio/speech").await;
+    refused(&missing, 404, "invalid_request", None, "/v1/audio/speech");
     refused(&get(setup.http, completions).await, 405, "invalid_request", None, "GET");
     let unknown = get(setup.http, "/v1/models/org/other").await;
     refused(&unknown, 404, "model_not_found", Some("model"), "org/other");

@@ -308,9 +308,14 @@ async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
     // The lost ones come back, both of them: a majority of what was.
     cluster.restart(0).await;
     cluster.restart(1).await;
+    // Whoever of them leads asks the one that went on; the other one does when that one has ended.
+    let mut ghosts = tokio::task::JoinSet::new();
     for index in 0..2 {
         let mut ghost = cluster.nodes[index].take().unwrap();
-        let why = within("the refusal", ghost.failed()).await;
+        ghosts.spawn(async move { (index, within("the refusal", ghost.failed()).await) });
+    }
+    while let Some(ended) = ghosts.join_next().await {
+        let (index, why) = ended.unwrap();
         let name = format!("c{} was removed from this cluster", index + 1);
         assert!(why.contains(&name) && why.contains("empty"), "{why}");
     }

@@ -218,8 +218,8 @@ fn what_is_not_supported_is_refused_by_name_with_what_is() {
             r#""quantization_config": {"quant_method": "gptq", "bits": 3}"#,
             "config.json: `quantization_config` is `gptq` with bits 3, which is not supported; \
              supported: `fp8` (e4m3), `compressed-tensors` with float-quantized weights of 8 bits, \
-             `gptq` and `awq` (gemm) with 4 bits; or weights stored as f32, bf16 or f16 without \
-             `quantization_config`",
+             `gptq` and `awq` (gemm) with 4 bits, `mxfp4` as GPT-OSS has it; or weights stored as f32, \
+             bf16 or f16 without `quantization_config`",
         ),
         (
             r#""torch_dtype": "float64""#,

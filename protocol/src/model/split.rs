@@ -372,13 +372,18 @@ impl Part {
         let joint = self.joint_widths(model);
         let narrow = self.widths(model).scratch_widths().widest();
         let laid_out = joint.widest().saturating_sub(narrow);
-        let travelling = match self.reduction {
-            Reduction::Exact if !self.split.is_whole() => {
-                u64::from(model.options.moe.map_or(0, |moe| moe.top_k)) * u64::from(model.hidden)
-            }
-            _ => 0,
-        };
-        let floats = joint.floats() + laid_out + travelling;
+        let floats = joint.floats() + laid_out;
+        Bytes(u64::from(rows) * floats * size_of::<f32>() as u64)
+            + self.travelling_bytes(model, rows)
+    }
+
+    /// Of these the part that is messages: it is there while a round is under way.
+    pub fn travelling_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
+        if self.split.is_whole() || self.reduction == Reduction::Sum {
+            return Bytes(0);
+        }
+        let experts = model.options.moe.map_or(0, |moe| moe.top_k);
+        let floats = u64::from(experts) * u64::from(model.hidden);
         Bytes(u64::from(rows) * floats * size_of::<f32>() as u64)
     }
 }

@@ -370,6 +370,17 @@ impl<'w> Search<'_, 'w> {
     }
 }
 
+/// Whoever had a rank sits there again where one as fast sits there: it need not read its weights anew.
+fn keep_ranks(seats: &mut [usize], rates: &[u64], held: impl Fn(usize) -> Option<u32>) {
+    for rank in 0..seats.len() {
+        let had = |member: &usize| held(*member) == Some(rank as u32);
+        let Some(at) = seats.iter().position(had) else { continue };
+        if !had(&seats[rank]) && rates[seats[at]] == rates[seats[rank]] {
+            seats.swap(at, rank);
+        }
+    }
+}
+
 /// Tables that crews share, of any space under the same limits.
 #[derive(Default)]
 struct Tables {

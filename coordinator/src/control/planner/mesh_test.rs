@@ -469,6 +469,12 @@ fn of_equally_fast_layouts_it_takes_the_one_that_moves_least() {
     }
     let after = planned(&all, &shape, mesh("2x2"), Some(&before)).unwrap();
     assert_eq!(words(&after), words(&before));
+    // Also those whose sibling of a lower rank is gone.
+    let mut less = all.clone();
+    less.workers.retain(|worker| worker.node != NodeId::worker(4));
+    less.workers.push(worker(9, 64 * GIB, 8 * GIB, None));
+    let after = planned(&less, &shape, mesh("2x2"), Some(&before)).unwrap();
+    assert_eq!(words(&after), words(&before).replace("w4", "w9"));
 }
 
 /// The numbers of layers, by stage.
