@@ -10,7 +10,7 @@
 # SHOAL_SKIP_OLDER=1 builds and prints nothing. How the commit is moved on: CONTRIBUTING.md, "An older build".
 set -euo pipefail
 
-commit=1b01e6dfdc7a60b5911e5dc0d6b81ac18d05251c
+commit=f403ba0031931334937d0c5c9449e4aeaaf27d13
 
 cd "$(dirname "$0")/.."
 target=$(scripts/target-dir)
