@@ -220,6 +220,12 @@ impl Swarm {
         };
         let ours = weight(self.me);
         let holders = self.holders.get(&chunk);
+        // Whoever has it may be busy with what it was asked for before: it will have time sooner than the
+        // origin need send it once more.
+        let is_asked = |node: &NodeId| self.members.get(node).is_some_and(|m| m.is_asked(now));
+        if holders.is_some_and(|holders| holders.iter().any(is_asked)) {
+            return false;
+        }
         !self.members.iter().any(|(node, member)| {
             let wants = member
                 .wants

@@ -138,6 +138,12 @@ fn a_worker_that_is_busy_is_not_asked_for_more() {
     }
     assert_eq!(asked, BTreeMap::from([(a, BUSY_MAX), (b, BUSY_MAX)]));
     assert_eq!(swarm.choose(&missing, CUT, now), Choice::Wait);
+    // Nor does the origin send once more what they have, whoever else wants it.
+    assert_eq!(swarm.choose(&missing, CUT, now + GATHER), Choice::Wait);
     swarm.ask(a, false);
     assert!(matches!(swarm.choose(&missing, CUT, now), Choice::Peer(node, ..) if node == a));
+    // Unless they do not give it.
+    swarm.rest(a, now);
+    swarm.rest(b, now);
+    assert!(matches!(swarm.choose(&missing, CUT, now + GATHER), Choice::Origin(_)));
 }

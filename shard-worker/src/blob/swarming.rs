@@ -68,6 +68,8 @@ impl Peers for Swarming {
             None => Err("it is not to be asked any more".to_owned()),
         };
         self.lock().ask(node, false);
+        // It has time for another chunk.
+        self.news.notify_all();
         fetched
     }
 
