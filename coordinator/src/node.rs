@@ -363,7 +363,8 @@ impl Servers {
                 }
             }
         };
-        self.membership.while_member(&connection, talk).await;
+        // A conversation with an operator is large, and there are few.
+        self.membership.while_member(&connection, Box::pin(talk)).await;
     }
 }
 

@@ -326,6 +326,7 @@ fn send_file(out: &mut TcpStream, shared: &Shared, file: &str, asked: &Asked) ->
     let mut said = first;
     match &fault {
         Some(Fault::Status(status, after)) => return send_status(out, *status, *after),
+        #[allow(clippy::disallowed_methods, reason = "a server that hangs")]
         Some(Fault::Hang(time)) => std::thread::sleep(*time),
         Some(Fault::Lie) => {
             if let Some(last) = body.last_mut() {

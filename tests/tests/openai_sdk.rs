@@ -28,7 +28,7 @@ fn the_openai_sdk_passes() -> Result<()> {
     let Some(python) = sdk_or_skip()? else { return Ok(()) };
     let up = Up::start(&UpOptions::default())?;
     let view = up.admin()?.deploy("slow", ModelSource::Pretend(SLOW), 3)?;
-    let mut tests = script(&python, &up.url());
+    let mut tests = script(&python, up.url());
     tests.env("SHOAL_VICTIM", holder(&view, "slow", 1)?.to_string());
     run(tests)?;
     up.stop(&[])?;

@@ -26,7 +26,7 @@ Each worker must be able to read the folder under the same path.";
 /// `shoal deploy`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DeployArgs {
-    /// A folder in the Hugging Face layout, org/name[@revision] of the hub, or s3://bucket/folder;
+    /// A folder in the Hugging Face layout, org/name or org/name@revision of the hub, or s3://bucket/folder;
     /// without one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// What clients will call it [default: the folder's name]

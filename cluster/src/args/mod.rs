@@ -178,7 +178,7 @@ Examples:
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UpArgs {
     /// A folder in the Hugging Face layout (config.json, weights, tokenizer.json …) or a .gguf file, a
-    /// model of the hub as org/name[@revision], or s3://bucket/folder; without one the built-in model
+    /// model of the hub as org/name or org/name@revision, or s3://bucket/folder; without one the built-in model
     /// `demo` is served
     pub model: Option<PathBuf>,
     /// How many workers to start

@@ -122,6 +122,7 @@ impl Peers for Alone {
 
     fn failed(&self, _node: NodeId) {}
 
+    #[allow(clippy::disallowed_methods, reason = "there is nobody whose news would end it sooner")]
     fn wait(&self, longest: Duration) {
         std::thread::sleep(longest);
     }
@@ -317,8 +318,8 @@ impl Fetcher<'_> {
                     self.peers.wait(LOOK);
                     Ok(())
                 }
-                Choice::Origin(run) => self.from_origin(&run, on_bytes),
-                Choice::Peer(node, chunk, hash) => self.from_peer(node, chunk, hash, on_bytes),
+                Choice::Origin(run) => self.ask_origin(&run, on_bytes),
+                Choice::Peer(node, chunk, hash) => self.ask_peer(node, chunk, hash, on_bytes),
             };
             if let Err(error) = result {
                 self.lock().failure.get_or_insert(error);
@@ -348,7 +349,7 @@ impl Fetcher<'_> {
         Some(choice)
     }
 
-    fn from_origin(&self, run: &[ChunkId], on_bytes: &dyn Fn(u64)) -> Result<(), BlobError> {
+    fn ask_origin(&self, run: &[ChunkId], on_bytes: &dyn Fn(u64)) -> Result<(), BlobError> {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return Ok(()) };
         let model = self.model;
         let (entry, cut) = (model.entry(*first), model.cut);
@@ -372,7 +373,7 @@ impl Fetcher<'_> {
         result
     }
 
-    fn from_peer(
+    fn ask_peer(
         &self,
         node: NodeId,
         chunk: ChunkId,

@@ -189,10 +189,13 @@ fn who_gives_up_is_let_go() {
     assert_eq!(bench.sent(), 0);
 }
 
+/// What somebody gives of a chunk, in turn.
+type Given = VecDeque<(NodeId, Vec<u8>)>;
+
 /// Peers that send what the test says.
 #[derive(Debug, Default)]
 struct Scripted {
-    has: Mutex<BTreeMap<ChunkId, VecDeque<(NodeId, Vec<u8>)>>>,
+    has: Mutex<BTreeMap<ChunkId, Given>>,
     said: BTreeMap<ChunkId, (NodeId, ChunkHash)>,
     avoided: Mutex<BTreeSet<NodeId>>,
 }

@@ -371,6 +371,7 @@ fn check_range(response: &Response<Body>, bytes: &Range<u64>, of: u64) -> Result
 }
 
 /// Waits, but not for somebody who has given up.
+#[allow(clippy::disallowed_methods, reason = "a pause that a server asked for has no event")]
 pub(super) fn wait_for(pause: Duration, cancel: &AtomicBool) -> Result<(), BlobError> {
     let until = Instant::now() + pause;
     loop {

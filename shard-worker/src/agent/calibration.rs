@@ -68,6 +68,10 @@ pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
 
 /// Waits for whoever measures on this machine; for as long as this is there, others wait. Nothing where that
 /// cannot be: then it is measured beside them.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the system waits for a lock, but not until a deadline"
+)]
 fn turn() -> Option<File> {
     let path = std::env::temp_dir().join(TURN_FILE);
     let file = File::options().create(true).append(true).open(path).ok()?;
@@ -76,7 +80,6 @@ fn turn() -> Option<File> {
         match file.try_lock() {
             Ok(()) => return Some(file),
             Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                // The system can wait for a lock, but not until a deadline.
                 std::thread::sleep(TURN_LOOK);
             }
             Err(_) => return None,

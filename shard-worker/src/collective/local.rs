@@ -1,18 +1,21 @@
 //! Ranks that are threads of one process: for tests, and to see what a mesh computes without workers.
 
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use shoal_protocol::model::Split;
 
 use super::{Collective, CollectiveError};
 
+/// Messages that wait for the other rank: it is at most one round behind.
+const ROUNDS_MAX: usize = 2;
+
 /// One rank's end of channels to all others.
 #[derive(Debug)]
 pub struct Local {
     split: Split,
     /// By rank; none to itself.
-    to: Vec<Option<Sender<Bytes>>>,
+    to: Vec<Option<SyncSender<Bytes>>>,
     from: Vec<Option<Receiver<Bytes>>>,
 }
 
@@ -28,7 +31,7 @@ impl Local {
             .collect();
         for a in 0..ranks as usize {
             for b in (0..ranks as usize).filter(|b| *b != a) {
-                let (to, from) = channel();
+                let (to, from) = sync_channel(ROUNDS_MAX);
                 ends[a].to[b] = Some(to);
                 ends[b].from[a] = Some(from);
             }

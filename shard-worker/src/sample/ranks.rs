@@ -250,7 +250,8 @@ impl SamplerState {
             let whole = folded(ranks.iter().flat_map(|rank| &rank.mass));
             let (max, total) = (whole.max, whole.sum);
             let proven = nucleus::cut(kept, scale, max, total, sampling.top_p);
-            if !proven && !(all_told && told.len() <= most) {
+            let all_here = all_told && told.len() <= most;
+            if !proven && !all_here {
                 return Ok(None);
             }
         } else if sampling.top_p < 1.0 {

@@ -15,7 +15,6 @@ fn sampling(temperature: f32, top_k: u32, top_p: f32) -> SamplingRecord {
         frequency_penalty: 0.0,
         logprobs: NO_LOGPROBS,
         stream: 3,
-        ..SamplingRecord::default()
     }
 }
 

@@ -39,12 +39,14 @@ pub(super) struct Wanted {
     pub reduction: Reduction,
 }
 
+/// By stage: its layers, and its workers in rank order.
+type Stages<'w> = Vec<(LayerRange, Vec<&'w Candidate>)>;
+
 /// A layout as the search found it.
 struct Found<'w> {
     score: Score,
     limits: ReplicaLimits,
-    /// By stage: its layers, and its workers in rank order.
-    stages: Vec<(LayerRange, Vec<&'w Candidate>)>,
+    stages: Stages<'w>,
 }
 
 /// The layout for a job that asks for more than stages.
@@ -189,7 +191,7 @@ impl<'w> Search<'_, 'w> {
         }
         let again = self.in_spaces(&limits, members, workers, found.score.0);
         let again = again
-            .filter(|again| again.stages.len() as u32 + 1 <= needed && again.score <= found.score);
+            .filter(|again| (again.stages.len() as u32) < needed && again.score <= found.score);
         Some(again.unwrap_or(Found { limits, ..found }))
     }
 
@@ -233,7 +235,7 @@ impl<'w> Search<'_, 'w> {
         members: &[Member<'w>],
         (space, tables): (&Space, &mut Tables),
         bound: u64,
-    ) -> Option<(Score, Vec<(LayerRange, Vec<&'w Candidate>)>)> {
+    ) -> Option<(Score, Stages<'w>)> {
         let links = space::links(self.inventory, members);
         let crews = space.crews.iter();
         let crews: Vec<Crew> =
@@ -261,12 +263,7 @@ impl<'w> Search<'_, 'w> {
     }
 
     /// The workers of a way: of each kind the first that are left, in rank order.
-    fn name(
-        &self,
-        way: &Way,
-        space: &Space,
-        members: &[Member<'w>],
-    ) -> Vec<(LayerRange, Vec<&'w Candidate>)> {
+    fn name(&self, way: &Way, space: &Space, members: &[Member<'w>]) -> Stages<'w> {
         let kinds = space::kinds(members);
         let mut taken = vec![false; members.len()];
         let mut stages = Vec::with_capacity(way.len());

@@ -87,6 +87,7 @@ pub struct Command {
 
 /// What is to change, by noun.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant, reason = "few are alive at once")]
 pub enum Change {
     /// Who belongs to the cluster.
     Node(NodeCommand),

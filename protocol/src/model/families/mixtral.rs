@@ -18,7 +18,7 @@ fn read(config: Fields<'_>) -> Result<ModelSpec, SpecError> {
     let common = Common { eps: Some(1e-5), ..Common::of(Family::Mixtral) };
     let mut spec = common.read(config)?;
     spec.options.layers = windowed(spec.layers, window(config, None)?, |_| true);
-    let experts = Experts { count: "num_local_experts", ..Experts::QWEN };
+    let experts = Experts { count: "num_local_experts" };
     let moe = experts.read(config, spec.intermediate)?;
     set_experts(&mut spec, Moe { normalise: true, ..moe }, |_| true);
     Ok(spec)

@@ -242,8 +242,8 @@ fn llama3(
         factors.len() as u64 * 2 == head_dim && (0..factors.len()).all(near)
     };
     // Contexts of training are powers of two.
-    let candidates = original.into_iter().chain((4..=20).map(|bits| 1 << bits));
-    let found = candidates.filter(|original| gives(*original)).next_back();
+    let mut candidates = original.into_iter().chain((4..=20).map(|bits| 1 << bits));
+    let found = candidates.rfind(|original| gives(*original));
     let original = found.ok_or_else(|| {
         format!(
             "the factors in `{ROPE_FACTORS}` are not those of llama 3's rotation: not supported"

@@ -123,8 +123,8 @@ fn parts_of_heads_and_adjacent_pairs_turn_as_scalar_code_says() {
         let mut expected = x.clone();
         for (row, position) in expected.chunks_exact_mut(heads * head_dim).zip(9_u32..) {
             for head in row.chunks_exact_mut(head_dim) {
-                for i in 0..half {
-                    let angle = f64::from(position as f32 * frequencies[i]);
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let angle = f64::from(position as f32 * frequency);
                     let cos = libm::cos(angle) as f32 * 1.25;
                     let sin = libm::sin(angle) as f32 * 1.25;
                     let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) };
