@@ -15,7 +15,7 @@
 //! NCCL's own all-reduce adds in an order of its own choice, whose bits no contract of ours could name.
 //! What NCCL carries between GPUs is neither authenticated nor encrypted: it stays inside one host.
 
-#![allow(unsafe_code)] // Asking whether a library is there.
+#![allow(unsafe_code)] // Asking whether a library is there; a handle that goes to another thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,10 +71,17 @@ pub struct Nccl {
     split: Split,
     stream: Arc<CudaStream>,
     /// Dropped, which aborts it, when a round fails: what is on its way then is of no use.
-    comm: Option<Comm>,
+    comm: Option<Handle>,
     /// How long rounds took since this was last asked.
     waited: Duration,
 }
+
+/// A communicator that goes to the compute thread of its shard.
+struct Handle(Comm);
+
+// SAFETY: NCCL lets any thread use a communicator, one at a time; this one is used through `&mut Nccl`
+// alone, and the stream in it is `Send` by itself.
+unsafe impl Send for Handle {}
 
 /// Makes the name of a new group.
 pub fn new_id() -> Result<[u8; ID_BYTES], JoinError> {
@@ -111,12 +118,12 @@ impl Nccl {
         let (rank, ranks) = (split.rank as usize, split.ranks as usize);
         let comm = Comm::from_rank(stream.clone(), rank, ranks, id)
             .map_err(|error| JoinError::Nccl { split, code: words(error) })?;
-        Ok(Self { split, stream, comm: Some(comm), waited: Duration::ZERO })
+        Ok(Self { split, stream, comm: Some(Handle(comm)), waited: Duration::ZERO })
     }
 
     /// Sends one piece to each other rank and takes one from each, `lengths` of them long.
     fn round(&mut self, parts: &[Bytes], lengths: &[usize]) -> Result<Vec<Bytes>, Failure> {
-        let Some(comm) = &self.comm else { return Err(Failure::Ended) };
+        let Some(Handle(comm)) = &self.comm else { return Err(Failure::Ended) };
         let me = self.split.rank as usize;
         let others = || (0..parts.len()).filter(move |rank| *rank != me);
         let mut sent: Vec<Option<CudaSlice<u8>>> = parts.iter().map(|_| None).collect();
