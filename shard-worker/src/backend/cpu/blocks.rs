@@ -200,6 +200,29 @@ impl Blocks for Q4_0 {
     }
 }
 
+/// Scale and offset of a part of 32 columns, of all rows: two small numbers by two scales of its block.
+#[inline(always)]
+pub(super) unsafe fn part_of<S: Simd>(block: *const u8, part: *const u8) -> (S::F, S::F) {
+    // SAFETY: the caller's: a block's two rows of scales, and a part's two rows of numbers, begin there.
+    unsafe {
+        let scale = S::mul(S::load_f16(block.cast()), S::load_u8(part, u8::MAX));
+        let least = S::load_f16(block.add(SCALES).cast());
+        let least = S::mul(least, S::load_u8(part.add(PANEL), u8::MAX));
+        (scale, S::sub(S::splat(0.0), least))
+    }
+}
+
+/// The same of one row.
+#[inline(always)]
+pub(super) unsafe fn part_at(block: *const u8, part: *const u8, lane: usize) -> (f32, f32) {
+    // SAFETY: as of `part_of`.
+    unsafe {
+        let scale = scale_at(block, lane) * f32::from(*part.add(lane));
+        let least = scale_at(block.add(SCALES), lane) * f32::from(*part.add(PANEL + lane));
+        (scale, 0.0 - least)
+    }
+}
+
 /// [`Precision::Q4K`](shoal_protocol::plan::Precision::Q4K).
 pub struct Q4K;
 
@@ -234,10 +257,7 @@ unsafe impl Format for Q4K {
         // SAFETY: the caller's.
         unsafe {
             let (block, part) = (panel.add(block), panel.add(part));
-            let scale = S::mul(S::load_f16(block.cast()), S::load_u8(part, u8::MAX));
-            let least = S::load_f16(block.add(SCALES).cast());
-            let least = S::mul(least, S::load_u8(part.add(PANEL), u8::MAX));
-            let offset = S::sub(S::splat(0.0), least);
+            let (scale, offset) = part_of::<S>(block, part);
             Halves::of(part.add(2 * PANEL), k % PART >= SIDE, scale, offset)
         }
     }
@@ -252,9 +272,8 @@ unsafe impl Format for Q4K {
         // SAFETY: the caller's.
         unsafe {
             let (block, part) = (panel.add(block), panel.add(part));
-            let scale = scale_at(block, lane) * f32::from(*part.add(lane));
-            let least = scale_at(block.add(SCALES), lane) * f32::from(*part.add(PANEL + lane));
-            half_byte(part.add(2 * PANEL), k % PART, lane).mul_add(scale, 0.0 - least)
+            let (scale, offset) = part_at(block, part, lane);
+            half_byte(part.add(2 * PANEL), k % PART, lane).mul_add(scale, offset)
         }
     }
 }

@@ -11,7 +11,9 @@
 //!
 //! Values are those of `blocks`: exact, or rounded once.
 
-use super::blocks::{Blocks, LOW, PART, SCALES, SIDE, half_byte, place_scale, scale_at};
+use super::blocks::{
+    Blocks, LOW, PART, SCALES, SIDE, half_byte, part_at, part_of, place_scale, scale_at,
+};
 use super::format::Format;
 use super::packed::PANEL;
 use super::simd::Simd;
@@ -143,10 +145,7 @@ unsafe impl Format for Q5K {
         // SAFETY: the caller's.
         unsafe {
             let (block, part) = (panel.add(block), panel.add(part));
-            let scale = S::mul(S::load_f16(block.cast()), S::load_u8(part, u8::MAX));
-            let least = S::load_f16(block.add(SCALES).cast());
-            let least = S::mul(least, S::load_u8(part.add(PANEL), u8::MAX));
-            let offset = S::sub(S::splat(0.0), least);
+            let (scale, offset) = part_of::<S>(block, part);
             Long::of(part.add(2 * PANEL), k % PART >= SIDE, scale, offset)
         }
     }
@@ -161,9 +160,8 @@ unsafe impl Format for Q5K {
         // SAFETY: the caller's.
         unsafe {
             let (block, part) = (panel.add(block), panel.add(part));
-            let scale = scale_at(block, lane) * f32::from(*part.add(lane));
-            let least = scale_at(block.add(SCALES), lane) * f32::from(*part.add(PANEL + lane));
-            long_number(part.add(2 * PANEL), 1, k % PART, lane).mul_add(scale, 0.0 - least)
+            let (scale, offset) = part_at(block, part, lane);
+            long_number(part.add(2 * PANEL), 1, k % PART, lane).mul_add(scale, offset)
         }
     }
 }
