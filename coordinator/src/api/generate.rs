@@ -69,8 +69,10 @@ async fn respond(
     let id = HeaderValue::from_str(&session.facts.id);
     let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
     let mut response = match endpoint {
-        Endpoint::Chat => answer(session, Chat { include_usage }, &request).await,
-        Endpoint::Completions => answer(session, Completions::new(include_usage), &request).await,
+        Endpoint::Chat => answer(&context, session, Chat { include_usage }, &request).await,
+        Endpoint::Completions => {
+            answer(&context, session, Completions::new(include_usage), &request).await
+        }
     }?;
     // OpenAI's clients report it; the log of the coordinator and of the heads has the same number.
     if let Ok(id) = id {
@@ -305,6 +307,7 @@ fn sequence(
 
 /// Streams, or waits for the end.
 async fn answer<S: Shape>(
+    context: &ApiContext,
     mut session: Session,
     shape: S,
     request: &ValidRequest,
@@ -313,7 +316,7 @@ async fn answer<S: Shape>(
         if let Ok(first) = tokio::time::timeout(FIRST_EVENT_PATIENCE, session.first()).await {
             first?;
         }
-        return Ok(sse::response(session, shape, stream.include_usage));
+        return Ok(sse::response(session, shape, stream.include_usage, &context.unread));
     }
     let mut answers = vec![Whole::default(); session.facts.prompts.len() * session.facts.n];
     while let Some(update) = session.next().await {

@@ -59,6 +59,7 @@ use gate::Door;
 pub use gate::Gate;
 use places::Places;
 pub use serve::serve;
+use sse::Unread;
 use surface::Endpoint;
 use tls::Tls;
 use tokenize::ModelTexts;
@@ -108,6 +109,7 @@ pub struct ApiContext {
     prefix_affinity: bool,
     resumer: Resumer,
     tracer: Tracer,
+    unread: Unread,
 }
 
 /// The bounds of the request plane. Each is there against a client that asks for more than it may.
@@ -188,6 +190,7 @@ impl ApiContext {
             prefix_affinity: false,
             resumer,
             tracer: Tracer::off(),
+            unread: Unread::none(),
         }
     }
 

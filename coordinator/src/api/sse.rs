@@ -23,8 +23,9 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures_util::stream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::openai::Shape;
 use super::session::{Facts, Session, Update};
@@ -39,19 +40,48 @@ const EVENTS_MAX: usize = 8192;
 /// is several times larger.
 const BYTES_MAX: usize = 4 << 20;
 
+/// Bytes of them that each stream may have whatever the others do: a few hundred events of one token, so
+/// that clients who read are not held up by those who do not.
+const BYTES_OWN: usize = 64 << 10;
+
+/// Bytes that all streams of a coordinator together may have beyond their own: 64 clients that stand still.
+/// With what 4096 connections have of their own no more than half a GiB waits for clients.
+const BYTES_OF_ALL: usize = 256 << 20;
+
+/// What all streams of a coordinator share.
+#[derive(Clone, Debug)]
+pub struct Unread(Arc<Semaphore>);
+
+impl Unread {
+    /// Nothing waits yet.
+    pub fn none() -> Self {
+        Self(Arc::new(Semaphore::new(BYTES_OF_ALL)))
+    }
+}
+
 /// How long a client that is so far behind may stand still. Its head's other answers wait as long.
 const STANDSTILL: Duration = Duration::from_secs(2);
+
+/// How long a client may stand still whose answer has ended and is more than its own room. Nobody waits for it,
+/// but what it has of the room of all.
+const ENDED_STANDSTILL: Duration = Duration::from_secs(30);
 
 /// How long the last event may wait for a slow client once the request's time is up.
 const LAST_EVENT_GRACE: Duration = Duration::from_secs(1);
 
 /// The response that streams this session.
-pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Response {
-    let (events, queue) = queue();
+pub fn response<S: Shape>(
+    session: Session,
+    shape: S,
+    include_usage: bool,
+    shared: &Unread,
+) -> Response {
+    let (events, queue) = queue(shared);
     let until = session.deadline + LAST_EVENT_GRACE;
     let request = session.facts.id.clone();
     // Until it is known whether it is cut off, its queue must not look as if it had ended.
     let open = events.events.clone();
+    let beyond = Arc::clone(&events.room.beyond);
     let write = write(session, shape, include_usage, events);
     let unread = queue.clone();
     let task = tokio::spawn(async move {
@@ -59,10 +89,10 @@ pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Re
             Ok(Ok(())) => {
                 drop(open);
                 // The body ends this task as soon as it has read all.
-                tokio::time::sleep_until(until).await;
+                stands_still(&beyond, until).await;
             }
-            Ok(Err(Unread::HungUp)) => return,
-            Ok(Err(Unread::StandsStill)) | Err(_) => unread.cut_off(),
+            Ok(Err(Stuck::HungUp)) => return,
+            Ok(Err(Stuck::StandsStill)) | Err(_) => unread.cut_off(),
         }
         // Nobody reads any more, so there is nobody else to tell.
         tracing::info!(%request, "its client does not read on: its answer is given up");
@@ -83,8 +113,60 @@ pub fn response<S: Shape>(session: Session, shape: S, include_usage: bool) -> Re
     response
 }
 
+/// Until a client that is behind reads nothing for a while, or its time is up.
+async fn stands_still(beyond: &Semaphore, until: Instant) {
+    let mut left = beyond.available_permits();
+    loop {
+        let look = (Instant::now() + ENDED_STANDSTILL).min(until);
+        tokio::time::sleep_until(look).await;
+        let before = std::mem::replace(&mut left, beyond.available_permits());
+        if look == until || (left == before && left < BYTES_MAX - BYTES_OWN) {
+            return;
+        }
+    }
+}
+
 /// An event, with its place among the bytes that may wait.
-type Waiting = (Bytes, OwnedSemaphorePermit);
+type Waiting = (Bytes, Place);
+
+/// Places of an event's bytes; they are free again when it is read.
+struct Place {
+    _own: OwnedSemaphorePermit,
+    _shared: Option<OwnedSemaphorePermit>,
+}
+
+/// A place for each byte that may wait for a client.
+struct Room {
+    own: Arc<Semaphore>,
+    beyond: Arc<Semaphore>,
+    of_all: Arc<Semaphore>,
+}
+
+impl Room {
+    fn new(shared: &Unread) -> Self {
+        let places = |bytes| Arc::new(Semaphore::new(bytes));
+        let (own, beyond) = (places(BYTES_OWN), places(BYTES_MAX - BYTES_OWN));
+        Self { own, beyond, of_all: Arc::clone(&shared.0) }
+    }
+
+    /// As soon as there is a place. Only who is behind already takes of what all share.
+    async fn place(&self, bytes: usize) -> Result<Place, AcquireError> {
+        // An event that is larger than all there is room for waits until it is alone.
+        let bytes = bytes.min(BYTES_MAX - BYTES_OWN) as u32;
+        let own = Arc::clone(&self.own).acquire_many_owned(bytes.min(BYTES_OWN as u32));
+        let behind = async {
+            let own = Arc::clone(&self.beyond).acquire_many_owned(bytes).await?;
+            let shared = Arc::clone(&self.of_all).acquire_many_owned(bytes).await?;
+            Ok(Place { _own: own, _shared: Some(shared) })
+        };
+        // Who reads on gets its own room back while it waits for what the others have.
+        tokio::select! {
+            biased;
+            own = own => Ok(Place { _own: own?, _shared: None }),
+            behind = behind => behind,
+        }
+    }
+}
 
 /// What waits for the client. The body reads it; the task empties it where the body does not.
 #[derive(Clone)]
@@ -96,9 +178,9 @@ struct Rest {
     cut_off: bool,
 }
 
-fn queue() -> (Writer, Queue) {
+fn queue(shared: &Unread) -> (Writer, Queue) {
     let (events, rest) = mpsc::channel(EVENTS_MAX);
-    let room = Arc::new(Semaphore::new(BYTES_MAX));
+    let room = Room::new(shared);
     let rest = Rest { events: rest, cut_off: false };
     (Writer { events, room }, Queue(Arc::new(Mutex::new(rest))))
 }
@@ -165,30 +247,26 @@ impl Drop for Owned {
 }
 
 /// Why an event could not be written.
-enum Unread {
+enum Stuck {
     HungUp,
     StandsStill,
 }
 
 struct Writer {
     events: mpsc::Sender<Waiting>,
-    /// A place for each byte that may wait.
-    room: Arc<Semaphore>,
+    room: Room,
 }
 
 impl Writer {
-    async fn send(&self, event: Bytes) -> Result<(), Unread> {
+    async fn send(&self, event: Bytes) -> Result<(), Stuck> {
         let push = async {
-            // An event that is larger than all there is room for waits until it is alone.
-            let bytes = u32::try_from(event.len().min(BYTES_MAX)).unwrap_or(u32::MAX);
-            let room = Arc::clone(&self.room).acquire_many_owned(bytes).await;
-            // The semaphore is never closed.
-            let room = room.map_err(|_| Unread::HungUp)?;
-            self.events.send((event, room)).await.map_err(|_| Unread::HungUp)
+            // The semaphores are never closed.
+            let place = self.room.place(event.len()).await.map_err(|_| Stuck::HungUp)?;
+            self.events.send((event, place)).await.map_err(|_| Stuck::HungUp)
         };
         match tokio::time::timeout(STANDSTILL, push).await {
             Ok(pushed) => pushed,
-            Err(_) => Err(Unread::StandsStill),
+            Err(_) => Err(Stuck::StandsStill),
         }
     }
 }
@@ -199,7 +277,7 @@ async fn write<S: Shape>(
     mut shape: S,
     include_usage: bool,
     events: Writer,
-) -> Result<(), Unread> {
+) -> Result<(), Stuck> {
     for chunk in shape.opening(&session.facts) {
         events.send(event(&chunk)).await?;
     }
@@ -230,48 +308,97 @@ fn event(json: &str) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use futures_util::FutureExt;
+    use tokio::task::unconstrained;
+    use tokio::time::timeout;
 
     use super::*;
 
-    const KIB: usize = 1 << 10;
+    const LARGE: usize = 32 << 10;
 
     fn large() -> Bytes {
-        Bytes::from(vec![b'x'; 64 * KIB])
+        Bytes::from_static(&[b'x'; LARGE])
     }
 
     /// As many as fit, of one who does not read.
     fn fill(events: &Writer) -> usize {
         let mut sent = 0;
-        while let Some(Ok(())) = events.send(large()).now_or_never() {
+        while let Some(Ok(())) = unconstrained(events.send(large())).now_or_never() {
             sent += 1;
         }
         sent
     }
 
+    fn free(room: &Room) -> usize {
+        room.own.available_permits() + room.beyond.available_permits()
+    }
+
     #[tokio::test]
     async fn bytes_that_wait_are_bounded_and_each_that_is_read_makes_room() {
-        let (events, queue) = queue();
-        assert_eq!(fill(&events), BYTES_MAX / (64 * KIB));
+        let (events, queue) = queue(&Unread::none());
+        assert_eq!(fill(&events), BYTES_MAX / LARGE);
         assert!(queue.next().await.unwrap().is_ok());
         assert_eq!(fill(&events), 1);
     }
 
     #[tokio::test]
-    async fn what_nobody_asks_for_is_thrown_away_in_the_end_and_its_client_is_cut_off() {
-        let (events, queue) = queue();
+    async fn who_reads_is_not_held_up_where_all_room_is_taken_by_those_who_do_not() {
+        let shared = Unread::none();
+        let behind: Vec<_> = std::iter::repeat_with(|| queue(&shared))
+            .take_while(|(events, _)| fill(events) > BYTES_OWN / LARGE)
+            .collect();
+        assert_eq!(behind.len(), BYTES_OF_ALL.div_ceil(BYTES_MAX - BYTES_OWN));
+        let (events, queue) = queue(&shared);
+        assert_eq!(fill(&events), BYTES_OWN / LARGE);
+        let mut next = pin!(unconstrained(events.send(large())));
+        assert!(next.as_mut().now_or_never().is_none(), "there is room where all is taken");
+        assert!(queue.next().await.unwrap().is_ok());
+        assert!(matches!(next.now_or_never(), Some(Ok(()))), "it waits for others to read");
+        drop(behind);
+        assert_eq!(fill(&events), (BYTES_MAX - BYTES_OWN) / LARGE, "who is given up keeps room");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_has_ended_keeps_the_room_of_all_only_while_it_is_read() {
+        let shared = Unread::none();
+        let (events, queue) = queue(&shared);
         fill(&events);
-        assert_eq!(events.room.available_permits(), 0);
+        let (begun, late) = (Instant::now(), Duration::from_secs(600));
+        let beyond = Arc::clone(&events.room.beyond);
+        let mut end = pin!(stands_still(&beyond, begun + late));
+        for _ in 0..3 {
+            assert!(timeout(ENDED_STANDSTILL / 2, end.as_mut()).await.is_err());
+            for _ in 0..4 {
+                assert!(queue.next().await.unwrap().is_ok());
+            }
+        }
+        end.await;
+        let waited = begun.elapsed();
+        assert!(waited >= ENDED_STANDSTILL && waited < late, "{waited:?}");
+        let small = Semaphore::new(BYTES_MAX - BYTES_OWN);
+        stands_still(&small, Instant::now() + late).await;
+        assert!(begun.elapsed() >= late, "one that is not behind is not hurried");
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asks_for_is_thrown_away_in_the_end_and_its_client_is_cut_off() {
+        let shared = Unread::none();
+        let (events, queue) = queue(&shared);
+        fill(&events);
+        assert_eq!(free(&events.room), 0);
         queue.throw_away();
-        assert_eq!(events.room.available_permits(), BYTES_MAX, "it keeps its memory");
-        assert!(matches!(events.send(large()).await, Err(Unread::HungUp)));
+        assert_eq!(free(&events.room), BYTES_MAX, "it keeps its memory");
+        assert_eq!(shared.0.available_permits(), BYTES_OF_ALL, "it keeps what all share");
+        assert!(matches!(events.send(large()).await, Err(Stuck::HungUp)));
         assert!(queue.next().await.unwrap().is_err(), "it looks like a whole answer");
         assert!(queue.next().await.is_none());
     }
 
     #[tokio::test]
     async fn an_answer_that_was_read_ends_as_it_should() {
-        let (events, queue) = queue();
+        let (events, queue) = queue(&Unread::none());
         events.send(large()).await.ok().unwrap();
         drop(events);
         assert!(queue.next().await.unwrap().is_ok());
