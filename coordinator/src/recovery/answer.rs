@@ -112,6 +112,11 @@ impl Resumer {
 }
 
 impl LastingAnswer {
+    /// The same, of a request others of whose answers are under way: it waits for room.
+    pub fn promised(self) -> Self {
+        Self { recovery: self.recovery.promised(), ..self }
+    }
+
     /// The same, as a part of this request's trace.
     pub fn traced(self, trace: &RequestTrace) -> Self {
         Self { trace: trace.clone(), ..self }

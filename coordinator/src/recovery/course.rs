@@ -119,6 +119,8 @@ pub struct Recovery {
     attempt: Attempt,
     /// Whether this attempt has brought an event.
     progressed: bool,
+    /// Whether its client was promised it before it has begun.
+    promised: bool,
     /// Since the last event.
     blame: u32,
     losses: u32,
@@ -197,6 +199,7 @@ impl Recovery {
             created,
             attempt: Attempt(0),
             progressed: false,
+            promised: false,
             blame: 0,
             losses: 0,
             lost_at_work: false,
@@ -206,6 +209,12 @@ impl Recovery {
             avoided: BTreeMap::new(),
             full: None,
         }
+    }
+
+    /// The same, of a request others of whose answers are under way: that a head has no room for this one is
+    /// no news for the client, who would lose those.
+    pub fn promised(self) -> Self {
+        Self { promised: true, ..self }
     }
 
     /// The attempt that runs or is to be made.
@@ -242,7 +251,8 @@ impl Recovery {
         at: (ReplicaId, Generation),
         loss: Loss,
     ) -> Result<(), GiveUp> {
-        let new = self.attempt == Attempt(0) && !self.progressed && self.stalled_since.is_none();
+        let begun = self.progressed || self.promised || self.stalled_since.is_some();
+        let new = self.attempt == Attempt(0) && !begun;
         match loss {
             Loss::Final => return Err(GiveUp::AsItIs),
             // Nothing was promised to a new request: its client hears of it while it can go elsewhere.

@@ -155,6 +155,8 @@ fn errors_are_told_apart_by_whose_fault_they_are() {
 fn a_head_that_is_full_turns_a_new_request_away_and_lets_an_old_one_wait() {
     let mut new = Recovery::new(7);
     assert_eq!(lost(&mut new, Loss::Crowded), Err(GiveUp::AsItIs));
+    let mut one_of_many = Recovery::new(7).promised();
+    lost(&mut one_of_many, Loss::Crowded).expect("the others of its request are under way");
     let mut old = Recovery::new(7);
     lost(&mut old, Loss::Unreachable).expect("another attempt");
     for waits in 1..40 {

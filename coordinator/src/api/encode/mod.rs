@@ -105,8 +105,12 @@ async fn embed(
         .await?;
     let tokens = inputs.iter().map(|input| input.len()).sum();
     let (id, mut vectors) = call.encode(inputs).await?;
-    vectors.iter_mut().for_each(|vector| shapes::shorten(vector, dimensions, normalize));
-    let body = shapes::embeddings(&model, &vectors, base64, tokens);
+    // Millions of numbers become text: not on a thread that has links to serve.
+    let body = move || {
+        vectors.iter_mut().for_each(|vector| shapes::shorten(vector, dimensions, normalize));
+        shapes::embeddings(&model, &vectors, base64, tokens)
+    };
+    let body = context.texts.compute(body).await?;
     Ok((format!("embd-{id:016x}"), body))
 }
 
@@ -165,14 +169,19 @@ async fn rank(
         .await?;
     let tokens = inputs.iter().map(|input| input.len()).sum();
     let (id, vectors) = call.encode(inputs).await?;
-    let scores: Vec<f64> = match (pairs, vectors.split_first()) {
-        (false, Some((query, documents))) => {
-            documents.iter().map(|document| shapes::cosine(query, document)).collect()
-        }
-        _ => vectors.iter().map(|score| score.first().copied().map_or(0.0, f64::from)).collect(),
-    };
     let id = format!("rerank-{id:016x}");
-    let body = shapes::ranking(&id, &asked, &scores, tokens);
+    let name = id.clone();
+    let body = move || {
+        let first = |score: &Vec<f32>| score.first().copied().map_or(0.0, f64::from);
+        let scores: Vec<f64> = match (pairs, vectors.split_first()) {
+            (false, Some((query, documents))) => {
+                documents.iter().map(|document| shapes::cosine(query, document)).collect()
+            }
+            _ => vectors.iter().map(first).collect(),
+        };
+        shapes::ranking(&name, &asked, &scores, tokens)
+    };
+    let body = context.texts.compute(body).await?;
     Ok((id, body))
 }
 
@@ -246,6 +255,7 @@ impl<'a> Call<'a> {
         let answer = |(index, input): (usize, &Arc<[TokenId]>)| {
             let sequence = sequence(RequestId(id), index as u32, input);
             let answer = self.context.resumer.answer(&deployment, sequence, deadline);
+            let answer = if index == 0 { answer } else { answer.promised() };
             vector_of(answer.traced(self.trace), place.take())
         };
         let answers: Vec<_> = inputs.iter().enumerate().map(answer).collect();

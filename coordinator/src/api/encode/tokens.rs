@@ -94,10 +94,12 @@ fn encode(
         let own =
             tokenizer.get_post_processor().map_or(0, |own| own.added_tokens(second.is_some()));
         let own = if special { own } else { 0 };
-        let params = TruncationParams {
-            max_length: keep.saturating_sub(own),
-            ..TruncationParams::default()
-        };
+        if keep <= own {
+            return Err(format!(
+                "it is to be cut to {keep} tokens, of which the tokenizer's own are {own}; ask for more"
+            ));
+        }
+        let params = TruncationParams { max_length: keep - own, ..TruncationParams::default() };
         (first, second) = tokenizers::utils::truncation::truncate_encodings(first, second, &params)
             .map_err(failed)?;
     }
@@ -139,6 +141,9 @@ mod tests {
         );
         let five = tokens(Source::One(&long), Cut::To(5)).expect("it is cut");
         assert_eq!((five.len(), five[4]), (5, short[3]));
+        let error =
+            tokens(Source::One(&long), Cut::To(2)).expect_err("nothing of the text is left");
+        assert!(error.to_string().contains("cut to 2 tokens"), "{error}");
         assert_eq!(tokens(Source::One(&Prompt::Tokens(vec![7; 20])), Cut::To(4)), Ok(vec![7; 4]));
     }
 
