@@ -45,7 +45,8 @@ pub struct Wanted {
 
 /// Who waits for it.
 pub struct Filling<'a> {
-    /// Called with the bytes that are here and those that are wanted; calls may overlap.
+    /// Called with the bytes that are here and those that are wanted, and with more of both where a whole file
+    /// is compared with its origin's sum; calls may overlap.
     pub on_progress: &'a (dyn Fn(u64, u64) + Sync),
     /// Set to give up: within a pause or a read.
     pub cancel: &'a AtomicBool,
@@ -167,7 +168,7 @@ impl Model {
     ) -> Result<(), BlobError> {
         let _turn = self.turn.take(filling.cancel)?;
         let wanted = self.chunks(wanted);
-        self.look_at_disk(&wanted, filling.cancel)?;
+        self.look_at_disk(&wanted, filling)?;
         let own: Vec<bool> = self.files.iter().map(|entry| entry.here.is_hollow()).collect();
         self.fetch(&wanted, peers, filling)?;
         self.check_sums(&wanted, &own, peers, filling)
@@ -201,6 +202,10 @@ impl Model {
         bytes.end - bytes.start
     }
 
+    pub fn bytes_of(&self, chunks: &BTreeSet<ChunkId>) -> u64 {
+        chunks.iter().map(|chunk| self.len_of(*chunk)).sum()
+    }
+
     fn is_here(&self, chunk: ChunkId) -> bool {
         matches!(self.entry(chunk).here.held(chunk.index), Some(Held::Verified(_)))
     }
@@ -209,16 +214,17 @@ impl Model {
     fn look_at_disk(
         &self,
         wanted: &BTreeSet<ChunkId>,
-        cancel: &AtomicBool,
+        filling: &Filling<'_>,
     ) -> Result<(), BlobError> {
         let claimed = |chunk: &ChunkId| {
             matches!(self.entry(*chunk).here.held(chunk.index), Some(Held::Claimed(_)))
         };
         let claimed: Vec<ChunkId> = wanted.iter().copied().filter(claimed).collect();
         let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
+        let (total, hashed) = (self.bytes_of(wanted), AtomicU64::new(0));
         let run = || {
             while let Some(chunk) = claimed.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let result = match cancel.load(Ordering::Relaxed) {
+                let result = match filling.cancel.load(Ordering::Relaxed) {
                     true => Err(BlobError::Cancelled),
                     false => self.entry(*chunk).here.verify(chunk.index),
                 };
@@ -226,6 +232,8 @@ impl Model {
                     failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     return;
                 }
+                let len = self.len_of(*chunk);
+                (filling.on_progress)(hashed.fetch_add(len, Ordering::Relaxed) + len, total);
             }
         };
         std::thread::scope(|scope| {
@@ -244,9 +252,6 @@ impl Model {
         peers: &dyn Peers,
         filling: &Filling<'_>,
     ) -> Result<(), BlobError> {
-        let bytes = |chunks: &mut dyn Iterator<Item = &ChunkId>| -> u64 {
-            chunks.map(|chunk| self.len_of(*chunk)).sum()
-        };
         for chunk in wanted {
             if let Some(Held::Verified(hash)) = self.entry(*chunk).here.held(chunk.index) {
                 peers.have(*chunk, hash);
@@ -254,7 +259,7 @@ impl Model {
         }
         let missing: BTreeSet<ChunkId> =
             wanted.iter().copied().filter(|chunk| !self.is_here(*chunk)).collect();
-        let (total, needs) = (bytes(&mut wanted.iter()), bytes(&mut missing.iter()));
+        let (total, needs) = (self.bytes_of(wanted), self.bytes_of(&missing));
         let done = AtomicU64::new(total - needs);
         (filling.on_progress)(total - needs, total);
         if missing.is_empty() {

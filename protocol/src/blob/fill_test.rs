@@ -322,6 +322,29 @@ fn a_file_that_is_another_is_fetched_whole_again_also_where_a_part_was_wanted_be
 }
 
 #[test]
+fn it_is_told_that_a_sum_is_being_compared() {
+    let bench = Bench::new();
+    let model = bench.model(data(), 100);
+    let wanted = [Wanted { file: "m".to_owned(), bytes: 0..1050 }];
+    let told = Mutex::new(Vec::new());
+    let on_progress = |done: u64, total: u64| told.lock().unwrap().push((done, total));
+    let filling = Filling { on_progress: &on_progress, cancel: &AtomicBool::new(false) };
+    model.fill(&wanted, &Alone, &filling).unwrap();
+    let hashed: Vec<_> = (1..=10).map(|chunk| (1050 + chunk * 100, 2100)).collect();
+    let told: Vec<_> = told.into_inner().unwrap().split_off(12);
+    assert_eq!(told, [&hashed[..], &[(2100, 2100)]].concat());
+    // The next process hashes what is on record, and it is told of that.
+    let model = bench.model(data(), 100);
+    let count = AtomicU64::new(0);
+    let on_progress = |_, _| {
+        count.fetch_add(1, Ordering::Relaxed);
+    };
+    let filling = Filling { on_progress: &on_progress, cancel: &AtomicBool::new(false) };
+    model.fill(&wanted, &Alone, &filling).unwrap();
+    assert_eq!(count.into_inner(), 11 + 1, "chunks on record, and what is here");
+}
+
+#[test]
 fn a_sum_that_was_not_compared_is_compared_by_the_next_who_wants_the_file() {
     for is_restarted in [false, true] {
         let bench = Bench::new();

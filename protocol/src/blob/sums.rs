@@ -27,8 +27,10 @@ impl Model {
         peers: &dyn Peers,
         filling: &Filling<'_>,
     ) -> Result<(), BlobError> {
+        // Whoever waits for it sees that it goes on: a large file takes longer than anybody is patient.
+        let mut done = self.bytes_of(wanted);
         for (number, entry) in self.files.iter().enumerate() {
-            if self.is_meant(number, filling)? {
+            if self.is_meant(number, &mut done, filling)? {
                 continue;
             }
             let givers = self.take_givers(number);
@@ -44,7 +46,7 @@ impl Model {
             let again = chunks.map(|index| ChunkId { file: number as u32, index });
             let again = again.chain(wanted.iter().copied()).collect();
             self.fetch(&again, &Alone, filling)?;
-            if !self.is_meant(number, filling)? {
+            if !self.is_meant(number, &mut done, filling)? {
                 entry.here.forget()?;
                 return Err(self.damaged(&entry.remote.name, WHY));
             }
@@ -54,19 +56,28 @@ impl Model {
 
     /// False where it is another file than its origin means; true too where that cannot be said, because
     /// not all of it is here or the origin says nothing.
-    fn is_meant(&self, number: usize, filling: &Filling<'_>) -> Result<bool, BlobError> {
+    fn is_meant(
+        &self,
+        number: usize,
+        done: &mut u64,
+        filling: &Filling<'_>,
+    ) -> Result<bool, BlobError> {
         let Entry { remote, here, .. } = &self.files[number];
         let Some(Checksum::Sha256(expected)) = &remote.checksum else { return Ok(true) };
         let Some(whole) = here.whole() else { return Ok(true) };
         if here.proven() == Some(whole) {
             return Ok(true);
         }
+        let total = *done + here.len();
         let mut context = ring::digest::Context::new(&ring::digest::SHA256);
         for index in 0..self.cut.count(here.len()) {
             if filling.cancel.load(Ordering::Relaxed) {
                 return Err(BlobError::Cancelled);
             }
-            context.update(&here.read(index)?);
+            let chunk = here.read(index)?;
+            context.update(&chunk);
+            *done += chunk.len() as u64;
+            (filling.on_progress)(*done, total);
         }
         let is_meant = hex(context.finish().as_ref()) == *expected;
         if is_meant {
