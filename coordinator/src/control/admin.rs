@@ -18,6 +18,7 @@ use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
 use shoal_protocol::units::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
 
 use super::access::AccessServer;
 use super::admit::negotiate;
@@ -44,6 +45,10 @@ const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// How long a deployment waits until it is on record that everybody understands its source: a cluster
 /// that has just begun records it within a few seconds.
 const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a model may take to be read here and by all workers: whoever deploys waits for two minutes in all
+/// (`cluster::client`), and is told what came of it.
+const LOOK_AT_MODEL_MAX: Duration = Duration::from_secs(105);
 
 /// How long an operator waits for what is shown to follow what was decided: some rounds of the reconciler.
 const SHOW_TIMEOUT: Duration = Duration::from_secs(2);
@@ -289,12 +294,15 @@ impl AdminServer {
             return Err(Refusal::NameTaken { name }.into());
         }
         self.wait_for(needs_of(&source)).await?;
+        let until = Instant::now() + LOOK_AT_MODEL_MAX;
         let models = self.models.clone();
-        let opened = tokio::task::spawn_blocking(move || models.open(&models.pin(source)?)).await;
+        // Where time is up it goes on: what it fetches is there for the next try.
+        let open = tokio::task::spawn_blocking(move || models.open(&models.pin(source)?));
+        let opened = timeout_at(until, open).await.map_err(|_| slow_model())?;
         let (model, shape) = opened.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
         })??;
-        self.check_workers(&model).await?;
+        timeout_at(until, self.check_workers(&model)).await.map_err(|_| slow_model())??;
         let spec = DeploymentSpec { name, model, stages, precision };
         let state = self.store.state();
         let observed = Observed { workers: self.agents.observe(), ..Observed::default() };
@@ -373,6 +381,14 @@ impl AdminServer {
         }
         Ok(AdminReply::Plan(Box::new(view)))
     }
+}
+
+/// Nothing was deployed, and whoever asked still listens.
+fn slow_model() -> WireError {
+    let words = format!(
+        "the model was not read here and by all workers within {LOOK_AT_MODEL_MAX:?}; what has come is kept: try again"
+    );
+    WireError::new(ErrorCode::DeadlineExceeded, words)
 }
 
 /// Another cache is another contract, under which no stream of the old one could go on.
