@@ -3,7 +3,8 @@
 //! ```text
 //! whoever else measures here is done ─► pack matrices (30 ms at most) ─► products of one row with all of them
 //! (50 ms at most) ─► fastest round x the share of its processors that a group gets
-//!                                      ─► the same with all processors: what the workers of a machine share
+//!                                      ─► the same with all processors, once in a while for all workers of a
+//!                                         machine: what they share
 //! ```
 //!
 //! The kernels are the real ones, with the worker's threads; the matrices are larger than caches where
@@ -12,9 +13,10 @@
 //! control group, is read and counted.
 
 use std::fs::{File, TryLockError};
+use std::io::{Read as _, Seek, SeekFrom, Write};
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use shoal_protocol::mesh::{Fact, MACHINE};
 use shoal_protocol::plan::Precision;
@@ -42,28 +44,69 @@ const MEMORY_SHARE: u64 = 8;
 /// How long workers of one machine wait for each other's measurements: those of twenty.
 const TURN_PATIENCE: Duration = Duration::from_secs(3);
 
+/// Three numbers of at most twenty digits.
+const KNOWN_LEN_MAX: u64 = 64;
+
 /// How often it is looked whether it is one's turn.
 const TURN_LOOK: Duration = Duration::from_millis(5);
 
-/// Whoever has this file locked is measuring.
+/// Whoever has this file locked is measuring. In it is what the last one found of all processors.
 const TURN_FILE: &str = "shoal-calibration.lock";
+
+/// Workers that start within so long of each other believe one measurement of all processors: it holds up
+/// whoever computes on any of them, so that a rolling restart should not repeat it.
+const MACHINE_FOR: Duration = Duration::from_secs(600);
 
 /// The rate of the CPU with so many threads, and of all processors of the machine where these are more; nothing
 /// where it cannot be measured.
 pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
     // Held until both are measured; without it workers that start together would measure each other.
-    let _turn = turn();
+    let turn = turn();
     let share = share_of(&|path| std::fs::read_to_string(path).ok(), threads.get());
     let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let own = (CPU, threads.get(), share);
-    let machine =
-        (processors > threads.get() && share >= 1.0).then_some((MACHINE, processors, 1.0));
-    let fact = |(device, threads, share): (&str, usize, f64)| {
-        let bytes_per_s = (stream(threads, memory)? * share) as u64;
-        let (device, threads) = (device.to_owned(), threads as u32);
-        (bytes_per_s > 0).then_some(Fact::Rate { device, threads, bytes_per_s })
+    let fact = |device: &str, threads: usize, bytes_per_s: Option<u64>| {
+        let bytes_per_s = bytes_per_s.filter(|rate| *rate > 0)?;
+        Some(Fact::Rate { device: device.to_owned(), threads: threads as u32, bytes_per_s })
     };
-    [Some(own), machine].into_iter().flatten().filter_map(fact).collect()
+    let own = stream(threads.get(), memory).map(|rate| (rate * share) as u64);
+    let machine = (processors > threads.get() && share >= 1.0).then(|| {
+        let measure = || stream(processors, memory).map(|rate| rate as u64);
+        of_machine(turn.as_ref(), processors, measure)
+    });
+    [fact(CPU, threads.get(), own), fact(MACHINE, processors, machine.flatten())]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// What all processors read: measured, or what another worker has found a moment ago and left in the file.
+fn of_machine(
+    file: Option<&File>,
+    processors: usize,
+    measure: impl FnOnce() -> Option<u64>,
+) -> Option<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    let known = file.and_then(|file| {
+        let (mut file, mut text) = (file, String::new());
+        file.seek(SeekFrom::Start(0)).ok()?;
+        file.take(KNOWN_LEN_MAX).read_to_string(&mut text).ok()?;
+        let numbers: Vec<u64> =
+            text.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+        let &[at, of, bytes_per_s] = &numbers[..] else { return None };
+        let age = now.checked_sub(Duration::from_secs(at))?;
+        (age < MACHINE_FOR && of == processors as u64).then_some(bytes_per_s)
+    });
+    if known.is_some() {
+        return known;
+    }
+    let measured = measure()?;
+    if let Some(mut file) = file {
+        // Where it cannot be written, the next one measures again.
+        let text = format!("{} {processors} {measured}\n", now.as_secs());
+        let emptied = file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0)));
+        let _ = emptied.and_then(|_| file.write_all(text.as_bytes()));
+    }
+    Some(measured)
 }
 
 /// Waits for whoever measures on this machine; for as long as this is there, others wait. Nothing where that
@@ -74,7 +117,7 @@ pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
 )]
 fn turn() -> Option<File> {
     let path = std::env::temp_dir().join(TURN_FILE);
-    let file = File::options().create(true).append(true).open(path).ok()?;
+    let file = File::options().create(true).read(true).append(true).open(path).ok()?;
     let until = Instant::now() + TURN_PATIENCE;
     loop {
         match file.try_lock() {
@@ -166,6 +209,26 @@ fn folders(mount: &str, group: &str) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn workers_that_start_soon_after_each_other_measure_the_machine_once() {
+        let file = tempfile::tempfile().expect("a file");
+        let rate = |file, processors, rate| of_machine(file, processors, || Some(rate));
+        let write = |text: &str| {
+            file.set_len(0).expect("emptied");
+            (&file).seek(SeekFrom::Start(0)).expect("from its start");
+            (&file).write_all(text.as_bytes()).expect("written");
+        };
+        assert_eq!(rate(Some(&file), 8, 100), Some(100));
+        assert_eq!(rate(Some(&file), 8, 70), Some(100), "it is known");
+        assert_eq!(rate(Some(&file), 16, 200), Some(200), "of as many processors alone");
+        assert_eq!(rate(Some(&file), 16, 70), Some(200));
+        write("1 16 5");
+        assert_eq!(rate(Some(&file), 16, 30), Some(30), "that was long ago");
+        write("garbage");
+        assert_eq!(rate(Some(&file), 16, 40), Some(40));
+        assert_eq!(rate(None, 16, 50), Some(50));
+    }
 
     #[test]
     fn a_worker_measures_itself_in_a_moment() {
