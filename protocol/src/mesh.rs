@@ -1,7 +1,7 @@
 //! Meshes: what an operator asks of the planner beyond a number of stages, and what a worker says of itself
 //! that the planner goes by. Since version 3; what was there before keeps its shape.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -278,6 +278,11 @@ pub enum Fact {
         /// Bytes in a second, where that was measured.
         bytes_per_s: Option<u64>,
     },
+    /// A shard of its waits for a link with another worker, and that does not come up.
+    Missing {
+        /// The other one.
+        to: NodeId,
+    },
 }
 
 /// What a worker has said of itself.
@@ -291,6 +296,8 @@ pub struct Facts {
     pub rates: BTreeMap<String, u64>,
     /// Microseconds one way, and bytes in a second, to other workers.
     pub links: BTreeMap<NodeId, (u32, Option<u64>)>,
+    /// Workers with which its shards are not linked though they should be.
+    pub missing: BTreeSet<NodeId>,
 }
 
 impl Facts {
@@ -306,6 +313,9 @@ impl Facts {
                 }
                 Fact::Link { to, latency_us, bytes_per_s } => {
                     facts.links.insert(to, (latency_us, bytes_per_s));
+                }
+                Fact::Missing { to } => {
+                    facts.missing.insert(to);
                 }
             }
         }

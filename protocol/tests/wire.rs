@@ -270,6 +270,7 @@ fn facts() -> Vec<Fact> {
         Fact::Zone(ZoneName::new("rack-1").unwrap()),
         Fact::Rate { device: "cpu".to_owned(), threads: 2, bytes_per_s: 1 << 34 },
         Fact::Link { to: NodeId::worker(1), latency_us: 90, bytes_per_s: None },
+        Fact::Missing { to: NodeId::worker(3) },
     ]
 }
 

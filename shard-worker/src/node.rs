@@ -253,6 +253,7 @@ fn facts(
     if let Err(error) = started {
         tracing::warn!("its compute rate is not measured: {error}");
     }
+    tokio::spawn(ways.clone().keep_fresh());
     (facts, ways)
 }
 

@@ -107,13 +107,13 @@ impl Door {
     ) -> Result<Vec<u8>, String> {
         let fetch = async {
             let connection = self.connection(node, address).await?;
-            let begun = Instant::now();
             let fetched = tokio::time::timeout(FETCH_TIMEOUT, fetch(&connection, ask, len)).await;
-            if let (Some(ways), Ok(Ok(chunk))) = (self.ways.get(), &fetched) {
-                // With the way of the question, and whatever else comes from there at the same time.
-                ways.transferred(node, chunk.len(), begun.elapsed());
+            if let (Some(ways), Ok(Ok((chunk, took)))) = (self.ways.get(), &fetched) {
+                // With whatever else comes from there at the same time.
+                ways.transferred(node, chunk.len(), *took);
             }
-            let result = fetched.unwrap_or_else(|_| {
+            let result = fetched.map(|fetched| fetched.map(|(chunk, _)| chunk));
+            let result = result.unwrap_or_else(|_| {
                 Err(format!("it did not give a chunk of {len} bytes within {FETCH_TIMEOUT:?}"))
             });
             if result.is_err() {
@@ -169,7 +169,12 @@ impl Drop for Door {
     }
 }
 
-async fn fetch(connection: &Connection, ask: ChunkAsk, len: u64) -> Result<Vec<u8>, String> {
+/// The chunk, and how long its body took: what its giver's disk took is before that.
+async fn fetch(
+    connection: &Connection,
+    ask: ChunkAsk,
+    len: u64,
+) -> Result<(Vec<u8>, Duration), String> {
     let broken = |error: &dyn std::fmt::Display| error.to_string();
     let (mut sender, mut receiver) = connection.open_bi().await.map_err(|e| broken(&e))?;
     sender.send_message(&ask, ASK_LEN_MAX).await.map_err(|e| broken(&e))?;
@@ -187,7 +192,9 @@ async fn fetch(connection: &Connection, ask: ChunkAsk, len: u64) -> Result<Vec<u
     if head.body_len as u64 != len {
         return Err(format!("it sends {} bytes of a chunk of {len}", head.body_len));
     }
-    receiver.body(&head, len as usize).await.map_err(|e| broken(&e))
+    let begun = Instant::now();
+    let chunk = receiver.body(&head, len as usize).await.map_err(|e| broken(&e))?;
+    Ok((chunk, begun.elapsed()))
 }
 
 /// What is given, and how much of it at once.

@@ -398,6 +398,8 @@ impl Stage {
         });
         let spans = self.spans.take(&rows);
         let batch = Batch { spans: &spans, rows: rows.rows(), sample_rows: rows.sample_rows() };
+        // What the draw of the step before waited is no part of this one.
+        self.peers.take_waited();
         let begun = Instant::now();
         let (tokens, peers) = (tokens.as_deref(), &mut *self.peers);
         let computed = self.model.forward(&batch, tokens, hidden.floats_mut(), logits, peers);

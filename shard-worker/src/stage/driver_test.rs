@@ -1,9 +1,11 @@
 //! The compute thread alone: what goes in, what comes out, and where it lies in memory.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use shoal_protocol::activation::{BlockGrant, CloseHeader, Open, RowRecord, StepHeader};
 use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId};
+use shoal_protocol::model::Split;
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::{SpanId, TraceId, TraceMark, Tracer};
@@ -27,6 +29,7 @@ struct AddOne {
     seen: Arc<Mutex<Vec<usize>>>,
     fails_at: Option<f32>,
     panics_at: Option<f32>,
+    takes: Duration,
     last: bool,
 }
 
@@ -60,6 +63,8 @@ impl ShardModel for AddOne {
             return Err(ComputeError::Device("it is too warm".to_owned()));
         }
         assert!(self.panics_at != Some(hidden[0]), "a bug in the model");
+        let begun = Instant::now();
+        while begun.elapsed() < self.takes {}
         hidden.iter_mut().for_each(|x| *x += 1.0);
         if let Some(logits) = logits {
             logits.iter_mut().zip(0u32..).for_each(|(logit, i)| *logit = (i % VOCAB as u32) as f32);
@@ -73,9 +78,15 @@ struct Bench {
     frames: mpsc::Receiver<LinkFrame>,
     thread: ComputeThread,
     pool: BufferPool,
+    counters: Arc<Counters>,
 }
 
 fn start(index: u32, model: AddOne) -> Bench {
+    start_among(Box::new(crate::collective::Alone), index, model)
+}
+
+fn start_among(peers: Box<dyn Collective>, index: u32, model: AddOne) -> Bench {
+    let counters = Arc::new(Counters::default());
     let pool = BufferPool::new(WIDTH, LIMITS.step_rows_max as usize, 2);
     let (input, inputs) = mpsc::channel(8);
     let (frame, frames) = mpsc::channel(8);
@@ -89,13 +100,13 @@ fn start(index: u32, model: AddOne) -> Bench {
         pool: pool.clone(),
         outlet: if last { Outlet::Samples(frame) } else { Outlet::Next(vec![frame]) },
         mirrors: Vec::new(),
-        peers: Box::new(crate::collective::Alone),
-        counters: Arc::default(),
+        peers,
+        counters: Arc::clone(&counters),
         work: crate::stage::Work::default().share(),
         traces: StageTraces::new(Tracer::off(), ReplicaId(1), StageIndex(index), last),
     });
     let thread = ComputeThread::start("test".to_owned(), stage, inputs).unwrap();
-    Bench { input, frames, thread, pool }
+    Bench { input, frames, thread, pool, counters }
 }
 
 fn open() -> StageInput {
@@ -159,6 +170,36 @@ async fn a_middle_stage_computes_where_it_received_and_sends_from_there() {
     drop(bench.input);
     let ended = bench.thread.ended().await.unwrap();
     assert!(ended.outcome.is_ok() && ended.model.is_some());
+}
+
+/// Ranks that waited for long before a step began: in the draw of the one before.
+struct WaitedBefore(Duration);
+
+impl Collective for WaitedBefore {
+    fn split(&self) -> Split {
+        Split::WHOLE
+    }
+
+    fn exchange(&mut self, _parts: &[Bytes]) -> Result<Vec<Bytes>, CollectiveError> {
+        panic!("there is nobody else")
+    }
+
+    fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.0)
+    }
+}
+
+#[tokio::test]
+async fn what_a_draw_waited_is_not_taken_off_the_next_step() {
+    let takes = Duration::from_millis(2);
+    let waited = WaitedBefore(Duration::from_secs(3600));
+    let mut bench = start_among(Box::new(waited), 1, AddOne { takes, ..AddOne::default() });
+    bench.input.send(open()).await.unwrap();
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Open(_))));
+    let buffer = bench.pool.take(1);
+    bench.input.send(step(0, StepData::Hidden(buffer))).await.unwrap();
+    assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Step { .. })));
+    assert!(bench.counters.snapshot().compute_us >= 2000);
 }
 
 #[tokio::test]

@@ -22,29 +22,26 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use shoal_protocol::activation::LinkHello;
 use shoal_protocol::id::RankIndex;
 use shoal_protocol::quic::{
-    Alpn, Connection, Endpoint, EndpointError, Expect, FrameReceiver, FrameSender, Identity, Loss,
-    Pulse, close_code,
+    Alpn, Connection, Endpoint, EndpointError, FrameReceiver, FrameSender, Identity, Loss, Pulse,
+    close_code,
 };
 use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::counters::Counters;
-use super::door::{Expected, HELLO_TIMEOUT, Port, Waiting, accept_all, read_hello, send_hello};
+use super::dial::dial;
+use super::door::{Expected, Port, Waiting, accept_all};
 use super::ring::{LinkPlan, Neighbour};
 use super::ways::{Meter, Ways};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame, RankEnd};
 use super::work::Work;
 
-/// The pause after the first failed dial; it doubles up to `REDIAL_PAUSE_MAX`. Neighbours load for
-/// seconds to minutes, and nothing waits on a link that could be up.
-const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(20);
-
-/// The longest pause between dials.
-const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(400);
+/// How long a link may take until it is said which worker does not come: most are up in much less, and what is
+/// made of it (`LINKING` of the coordinator) takes longer.
+const MISSED_AFTER: Duration = Duration::from_secs(2);
 
 /// How long the words of a neighbour that has ended its stream are waited for.
 const WORDS_TIMEOUT: Duration = Duration::from_millis(20);
@@ -321,7 +318,8 @@ impl LinkedShard {
     }
 
     async fn receive(&self, from: Neighbour, inlet: &Inlet, pulse: &Pulse) -> LinkLost {
-        let (connection, mut sender, receiver) = self.accepted(from, false).await;
+        let (connection, mut sender, receiver) =
+            self.missed(&from, self.accepted(from, false)).await;
         sender.finish();
         self.up(&connection).await;
         let meter = self.meter(&from, &connection);
@@ -338,7 +336,8 @@ impl LinkedShard {
         outlet: mpsc::Receiver<LinkFrame>,
         pulse: &Pulse,
     ) -> LinkLost {
-        let (connection, sender, _) = dial(&self.endpoint, &self.plan, &to, false).await;
+        let dialled = dial(&self.endpoint, &self.plan, &to, false);
+        let (connection, sender, _) = self.missed(&to, dialled).await;
         if to.stage != self.plan.stage {
             self.counters.linked(connection.clone());
         }
@@ -354,8 +353,8 @@ impl LinkedShard {
     /// The lower rank dials.
     async fn exchange(&self, with: Neighbour, end: RankEnd, pulse: &Pulse) -> LinkLost {
         let (connection, sender, receiver) = match self.plan.split.rank < with.rank.0 {
-            true => dial(&self.endpoint, &self.plan, &with, true).await,
-            false => self.accepted(with, true).await,
+            true => self.missed(&with, dial(&self.endpoint, &self.plan, &with, true)).await,
+            false => self.missed(&with, self.accepted(with, true)).await,
         };
         self.up(&connection).await;
         let streams = (sender, receiver);
@@ -386,6 +385,19 @@ impl LinkedShard {
             Ok(link) => link,
             // The sender is dropped only together with this shard's registration.
             Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Says of whom it is that it does not come, where it does not come soon.
+    async fn missed<T>(&self, whom: &Neighbour, link: impl Future<Output = T>) -> T {
+        let late = async {
+            tokio::time::sleep(MISSED_AFTER).await;
+            let _missing = self.ways.as_ref().map(|ways| ways.missing(whom.node));
+            std::future::pending().await
+        };
+        tokio::select! {
+            link = link => link,
+            link = late => link,
         }
     }
 
@@ -435,57 +447,5 @@ impl LinkLost {
     fn event(self) -> (Goodbye, Option<LinkEvent>) {
         let code = if self.violation { close_code::PROTOCOL } else { close_code::STALE };
         (Goodbye { code, reason: self.to_string() }, Some(LinkEvent::Lost(self)))
-    }
-}
-
-/// Dials the next stage until it lets us in. The caller drops the future when the shard is withdrawn.
-async fn dial(
-    endpoint: &Endpoint,
-    plan: &LinkPlan,
-    to: &Neighbour,
-    of_ranks: bool,
-) -> (Connection, FrameSender, FrameReceiver) {
-    let mut pause = REDIAL_PAUSE_MIN;
-    loop {
-        match dial_once(endpoint, to, plan.hello_to(to, of_ranks)).await {
-            Ok(link) => return link,
-            Err(why) => tracing::debug!(
-                replica = %plan.replica, generation = %plan.generation,
-                "no link to {to} yet: {why}"
-            ),
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(REDIAL_PAUSE_MAX);
-    }
-}
-
-async fn dial_once(
-    endpoint: &Endpoint,
-    to: &Neighbour,
-    hello: LinkHello,
-) -> Result<(Connection, FrameSender, FrameReceiver), String> {
-    let connection = endpoint
-        .connect(to.address, Expect::Node(to.node), Alpn::Activations, HELLO_TIMEOUT)
-        .await
-        .map_err(|error| error.to_string())?;
-    let greet = async {
-        let (mut sender, mut receiver) = connection.open_bi().await.map_err(|e| e.to_string())?;
-        send_hello(&mut sender, &hello).await.map_err(|e| e.to_string())?;
-        let answer = read_hello(&mut receiver).await.map_err(|e| e.to_string())?;
-        if answer != hello.answer() {
-            return Err(format!("it answered {answer:?}"));
-        }
-        Ok((sender, receiver))
-    };
-    match tokio::time::timeout(HELLO_TIMEOUT, greet).await {
-        Ok(Ok((sender, receiver))) => Ok((connection, sender, receiver)),
-        Ok(Err(why)) => {
-            connection.close(close_code::PROTOCOL, "no LinkHello in answer");
-            Err(why)
-        }
-        Err(_) => {
-            connection.close(close_code::PROTOCOL, "no LinkHello in answer");
-            Err(format!("no answer within {HELLO_TIMEOUT:?}"))
-        }
     }
 }

@@ -6,6 +6,7 @@
 
 mod buffer;
 mod counters;
+mod dial;
 mod door;
 mod draw;
 mod driver;

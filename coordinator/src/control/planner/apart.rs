@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::neighbours;
-use shoal_protocol::plan::{Numerics, ReplicaPlan, ShardPlan};
+use shoal_protocol::plan::{Numerics, ReplicaPlan, ShardPlan, StagePlan};
 
 use super::Candidate;
 use super::placement::Cut;
@@ -81,29 +81,41 @@ impl Search<'_> {
 }
 
 /// The same shards on workers that reach each other: each stays where it is if that is possible, else it
-/// goes to the first with room for it. How fast those are is not looked at: any layout that links is better
-/// than one that does not. `None` where none was found.
+/// goes to the first with room for it, of those without another replica's shard before those with one, and of
+/// the layout's own zones before others. How fast those are is not looked at: any layout that links is better
+/// than one that does not. `willing`: only who has said that it computes as a rank becomes one. `None` where
+/// none was found.
 pub(super) fn reseat(
     plan: &ReplicaPlan,
     workers: &[Candidate],
     apart: &Apart,
+    willing: bool,
 ) -> Option<ReplicaPlan> {
-    let shards: Vec<&ShardPlan> = plan.stages.iter().flat_map(|stage| &stage.shards).collect();
+    let of_stage = |stage: &StagePlan| stage.shards.len();
+    let shards: Vec<(usize, &ShardPlan)> = plan
+        .stages
+        .iter()
+        .flat_map(|stage| stage.shards.iter().map(move |shard| (of_stage(stage), shard)))
+        .collect();
     let joined = neighbours::joined(plan);
     let split = plan.stages.iter().any(|stage| stage.shards.len() > 1);
-    let fits = |shard: &ShardPlan, worker: &Candidate| {
+    let of = |node| workers.iter().find(|worker| worker.node == node);
+    let zones: BTreeSet<_> = plan.nodes().filter_map(|node| of(node)?.zone.as_ref()).collect();
+    let fits = |(ranks, shard): &(usize, &ShardPlan), worker: &Candidate| {
         // Sums of ranks are made by whoever keeps the contract of one rank and understands a mesh.
         let able = worker.numerics.contains(&Numerics::N1) && (!split || worker.speaks_ranks);
-        able && worker.free() >= shard.memory.total()
+        let may = *ranks == 1 || !willing || worker.ranks_most as usize >= *ranks;
+        able && may && worker.free() >= shard.memory.total()
     };
-    let choices: Vec<Vec<&Candidate>> = shards
-        .iter()
-        .map(|shard| {
-            let mut able: Vec<_> = workers.iter().filter(|worker| fits(shard, worker)).collect();
-            able.sort_by_key(|worker| (worker.node != shard.node, worker.node));
-            able
-        })
-        .collect();
+    let seat = |shard: &(usize, &ShardPlan)| {
+        let mut able: Vec<_> = workers.iter().filter(|worker| fits(shard, worker)).collect();
+        able.sort_by_key(|worker| {
+            let strange = worker.zone.as_ref().is_some_and(|zone| !zones.contains(zone));
+            (worker.node != shard.1.node, worker.sibling, strange, worker.node)
+        });
+        able
+    };
+    let choices: Vec<Vec<&Candidate>> = shards.iter().map(seat).collect();
     let mut search = Seats { joined: &joined, apart, tries: 0 };
     let mut seated = Vec::with_capacity(shards.len());
     if !search.rest(&choices, &mut seated) {

@@ -28,7 +28,7 @@ mod zones;
 use std::net::IpAddr;
 
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
-use shoal_protocol::mesh::{MeshAsk, ZoneName};
+use shoal_protocol::mesh::{MeshAsk, MeshAsked, ZoneName};
 use shoal_protocol::plan::{
     DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
     StagePlan,
@@ -128,7 +128,8 @@ pub fn plan(inventory: &Inventory, job: &Job<'_>) -> Result<ReplicaPlan, PlanRef
     let torn = |plan: &ReplicaPlan| is_torn(plan, &inventory.apart);
     let Some(broken) = first.as_ref().ok().filter(|plan| torn(plan)) else { return first };
     // A search that looks at what is measured does not look at what is cut.
-    if let Some(mended) = apart::reseat(broken, &inventory.workers, &inventory.apart) {
+    let willing = !matches!(job.ask.mesh, Some(MeshAsked::Exactly(_)));
+    if let Some(mended) = apart::reseat(broken, &inventory.workers, &inventory.apart, willing) {
         return Ok(mended);
     }
     // One end of each pair is left out: of all ways to do that, the one with the most stages.

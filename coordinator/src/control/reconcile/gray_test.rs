@@ -97,6 +97,26 @@ fn a_layout_that_does_not_link_tells_who_does_not_reach_whom() {
 }
 
 #[test]
+fn of_many_that_wait_for_each_other_the_one_that_is_missed_is_left_out() {
+    let mut world = World::new(4, Some(3));
+    world.pass(Duration::from_secs(10));
+    world.round();
+    world.round();
+    assert_eq!(world.places(), ["w1 w2 w3"]);
+    (1..=3).for_each(|number| world.report(number, ShardState::Linking));
+    world.round();
+    // Nobody reaches w2; the link between the others is up, but a shard waits for all of its links.
+    for (one, other) in [(1, 2), (3, 2), (2, 1), (2, 3)] {
+        world.worker(one).facts.missing.insert(NodeId::worker(other));
+    }
+    world.pass(patience::LINKING + Duration::from_secs(1));
+    world.round();
+    let places = world.places().join(", ");
+    let all = ["w1", "w3", "w4"].iter().all(|node| places.contains(node));
+    assert!(all && !places.contains("w2"), "{places}");
+}
+
+#[test]
 fn the_layers_of_a_worker_that_stays_slow_move_to_a_better_place_once() {
     let mut world = World::empty(3, Bytes::mib(420));
     world.deploy_many("m", Some(2), 1, 10 << 20);

@@ -87,7 +87,11 @@ pub(super) fn of(plan: Option<&ReplicaPlan>, observed: &Observed, watched: &mut 
     }
     watched.ready_since = None;
     if !outlook.overdue.is_empty() {
-        watched.apart = pairs::unlinked(plan, &shards);
+        let misses = |one, other| {
+            let worker = observed.workers.get(&one);
+            worker.is_some_and(|worker| worker.facts.missing.contains(&other))
+        };
+        watched.apart = pairs::unlinked(plan, &shards, misses);
         let (blame, words): (_, Vec<_>) = outlook.overdue.into_iter().unzip();
         return Health::NeedsPlan { reason: words.join(", "), blame };
     }

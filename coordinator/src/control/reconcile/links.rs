@@ -11,6 +11,7 @@
 //! machine only makes a way seem longer. Workers with one address are on one machine: near, whatever was
 //! measured while it was busy. What none of these says is left to the planner: near, or far between two zones.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use shoal_protocol::id::NodeId;
@@ -30,10 +31,12 @@ pub(super) fn links(
     workers: &[Candidate],
 ) -> (Links, SeenWays) {
     let seen = seen(target, observed, workers);
+    let by_node: BTreeMap<_, _> = workers.iter().map(|worker| (worker.node, worker)).collect();
     let links = seen.iter().filter_map(|(pair, seen)| {
-        let find = |node| workers.iter().find(|worker| worker.node == node);
         // On one machine a long round trip says that it is busy.
-        let (Some(one), Some(other), false) = (find(pair.0), find(pair.1), seen.one_machine) else {
+        let (Some(one), Some(other), false) =
+            (by_node.get(&pair.0), by_node.get(&pair.1), seen.one_machine)
+        else {
             return None;
         };
         // What is known of a latency or a bandwidth counts; else it follows from the zones.
@@ -58,10 +61,10 @@ pub(super) fn links(
 /// What was measured of the ways between these workers, and by whom.
 fn seen(target: &ClusterState, observed: &Observed, workers: &[Candidate]) -> SeenWays {
     let mut ways = SeenWays::new();
-    let known = |node| workers.iter().any(|worker| worker.node == node);
+    let known: BTreeSet<_> = workers.iter().map(|worker| worker.node).collect();
     let host = |node| observed.workers.get(&node).map(|w| w.register.activations.ip());
     let mut note = |a: NodeId, b: NodeId, note: &dyn Fn(&mut Seen)| {
-        if a != b && known(a) && known(b) {
+        if a != b && known.contains(&a) && known.contains(&b) {
             let seen = ways.entry(pair(a, b)).or_insert_with(|| Seen {
                 one_machine: host(a).is_some() && host(a) == host(b),
                 ..Seen::default()
@@ -131,10 +134,11 @@ fn power_of_two(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use shoal_protocol::id::DeploymentName;
+    use shoal_protocol::mesh::{MeshAsk, MeshAsked};
     use shoal_protocol::units::Bytes;
 
-    use super::super::inventory;
     use super::super::world_test::World;
+    use super::super::{Question, inventory};
     use super::*;
 
     #[test]
@@ -161,6 +165,23 @@ mod tests {
         assert_eq!(seen(1, 2).bytes_per_s, Some(70_000_000));
         assert_eq!(seen(1, 3).latency, Some((Source::Worker, 90_000)));
         assert!(seen(3, 4).one_machine, "near, whatever was measured while it was busy");
+    }
+
+    #[test]
+    fn a_round_trip_that_is_a_little_longer_is_no_other_question() {
+        let mut world = World::empty(2, Bytes::mib(420));
+        let name = DeploymentName::new("m").unwrap();
+        for (number, us) in [(1, 200), (2, 900)] {
+            world.worker(number).rtt = Some(Duration::from_micros(us));
+        }
+        let before = inventory(&world.state, &world.observed, &name);
+        world.worker(2).rtt = Some(Duration::from_micros(907));
+        let after = inventory(&world.state, &world.observed, &name);
+        assert_ne!(before.seen, after.seen);
+        let measured = MeshAsk { mesh: Some(MeshAsked::Auto), ..MeshAsk::default() };
+        for ask in [MeshAsk::default(), measured] {
+            assert_eq!(Question::new(1, ask, &before), Question::new(1, ask, &after));
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ use shoal_protocol::plan::{Assignment, DeploymentSpec, ReplicaPlan};
 use shoal_protocol::units::{Bytes, Instant};
 use shoal_protocol::version::KNOWS_MESHES;
 
-use super::planner::{Apart, Candidate, Inventory, Job, PlanRefusal, Rate, plan};
+use super::planner::{Apart, Candidate, Inventory, Job, Links, PlanRefusal, Rate, plan};
 use super::shape::ModelShape;
 use super::state::{ClusterState, PlanCommand};
 use patience::Standing;
@@ -146,6 +146,16 @@ struct Question {
     asked: u64,
     /// The workers there are.
     inventory: Inventory,
+}
+
+impl Question {
+    /// Ways count where the planner looks at them. They are measured all the time, and what is shown of that
+    /// is no part of the question.
+    fn new(asked: u64, ask: MeshAsk, inventory: &Inventory) -> Self {
+        let (workers, apart) = (inventory.workers.clone(), inventory.apart.clone());
+        let links = if ask.is_measured() { inventory.links.clone() } else { Links::default() };
+        Self { asked, inventory: Inventory { workers, apart, links, ..Inventory::default() } }
+    }
 }
 
 /// What is remembered of one layout between rounds.

@@ -4,7 +4,7 @@
 //! | how it is known | when |
 //! |---|---|
 //! | a shard says that its neighbour fell silent, and all workers of the layout were heard since | at once |
-//! | two neighbours have loaded and not linked, and their others have | after `LINKING` |
+//! | two neighbours have not linked although all have loaded, and one says that it misses the other; where none says so (`Fact::Missing`), each two that have not linked | after `LINKING` |
 //!
 //! A layout that exists is not torn up for it, and none is made because a pair is forgotten: a way that
 //! is mended is used again by the next layout that is made for another reason.
@@ -85,11 +85,13 @@ pub(super) fn silent(shards: &[(NodeId, Option<&ShardReport>)]) -> Vec<(NodeId, 
     said.filter(|(node, other)| node != other && nodes.contains(other)).collect()
 }
 
-/// The neighbours of a layout both of which have loaded and not linked, where all have loaded; the shards
-/// are in mesh order.
+/// The neighbours of a layout both of which have loaded and not linked, where all have loaded; of those the
+/// ones that miss each other, where anybody says so: a shard waits for all of its links, so that one that is
+/// out of reach keeps all others waiting too. The shards are in mesh order.
 pub(super) fn unlinked(
     plan: &ReplicaPlan,
     shards: &[(NodeId, Option<&ShardReport>)],
+    misses: impl Fn(NodeId, NodeId) -> bool,
 ) -> Vec<(NodeId, NodeId)> {
     let is = |index: usize, wanted: &ShardState| {
         shards[index].1.is_some_and(|shard| shard.state == *wanted)
@@ -101,7 +103,10 @@ pub(super) fn unlinked(
     let both =
         |(a, b): &(usize, usize)| is(*a, &ShardState::Linking) && is(*b, &ShardState::Linking);
     let links = joined(plan).into_iter().filter(both);
-    links.map(|(a, b)| (shards[a].0, shards[b].0)).collect()
+    let waiting: Vec<_> = links.map(|(a, b)| (shards[a].0, shards[b].0)).collect();
+    let missed = |(a, b): &&(NodeId, NodeId)| misses(*a, *b) || misses(*b, *a);
+    let missed: Vec<_> = waiting.iter().filter(missed).copied().collect();
+    if missed.is_empty() { waiting } else { missed }
 }
 
 #[cfg(test)]

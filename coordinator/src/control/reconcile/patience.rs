@@ -26,8 +26,9 @@ pub const TOLD: Duration = Duration::from_secs(10);
 /// will not.
 pub const LOADING: Duration = Duration::from_secs(120);
 
-/// From the moment at which all weights are there. A handshake that times out fits in (5 s), and one behind
-/// it that does not. Streams wait for it: of two workers that do not reach each other it is all their stall.
+/// From the moment at which all weights are there. A dial that times out fits in (2 s to connect, 2 s for
+/// its hello), and one behind it that does not. Streams wait for it: of two workers that do not reach each
+/// other it is all their stall.
 pub const LINKING: Duration = Duration::from_secs(8);
 
 /// Where a shard stands, and since when.

@@ -5,7 +5,7 @@ use shoal_protocol::id::{Generation, NodeId, ReplicaId};
 use shoal_protocol::plan::{ReplicaPlan, StagePlan};
 use shoal_protocol::units::Instant;
 
-use super::super::planner::{Inventory, Job, Links};
+use super::super::planner::{Inventory, Job};
 use super::super::state::{Deployment, GENERATIONS_SKIPPED_MAX};
 use super::health::{self, Health};
 use super::words::place_of;
@@ -263,13 +263,8 @@ impl Round<'_> {
         self.decision.actions.push(Action::Adopt { plan: Box::new(plan), reason });
     }
 
-    /// What the planner is asked. Ways count where it looks at them: they are measured all the time.
     pub(super) fn question(&self, deployment: &Deployment, inventory: &Inventory) -> Question {
-        let mut inventory = inventory.clone();
-        if !self.target.meshes.of(&deployment.spec.name).is_measured() {
-            inventory.links = Links::default();
-        }
-        Question { asked: deployment.asked, inventory }
+        Question::new(deployment.asked, self.target.meshes.of(&deployment.spec.name), inventory)
     }
 
     pub(super) fn job<'a>(&'a self, deployment: &'a Deployment, replica: ReplicaId) -> Job<'a> {
