@@ -8,7 +8,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
-use shoal_protocol::model::{Checkpoint, EncoderOutput, Reduction, Split};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Checkpoint, EncoderOutput, Split};
 use shoal_protocol::plan::{
     Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan,
     ShardMemory, ShardPlan, StagePlan,

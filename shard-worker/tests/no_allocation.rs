@@ -7,9 +7,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use shoal_protocol::model::{
-    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
-};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Activation, Family, ModelSpec, Options, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, Turn, WeightBuilder};

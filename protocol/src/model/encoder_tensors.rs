@@ -1,8 +1,9 @@
 //! Which tensors an encoder has, what they are called in its files, and what a shard of it takes of
 //! memory.
 
+use crate::mesh::Reduction;
 use crate::model::encoder::{EncoderFamily, EncoderOutput, EncoderSpec};
-use crate::model::split::{Part, Reduction, Split, SplitError, TensorPart};
+use crate::model::split::{Part, Split, SplitError, TensorPart};
 use crate::model::tensors::{Excerpt, TensorRole, TensorSpec};
 use crate::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
 use crate::units::{Bytes, LayerRange};

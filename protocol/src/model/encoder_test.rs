@@ -138,7 +138,8 @@ fn stages_have_their_layers_and_the_ends_their_own() {
 
 #[test]
 fn ranks_take_their_share_of_memory_and_all_of_what_is_small() {
-    use crate::model::{Reduction, Split};
+    use crate::mesh::Reduction;
+    use crate::model::Split;
     use crate::plan::{Precision, ReplicaLimits};
 
     let limits = ReplicaLimits {

@@ -17,14 +17,13 @@
 
 use std::ops::Range;
 
+use crate::mesh::Reduction;
 use crate::model::memory::PANEL_OUTPUTS;
 use crate::model::moe::Moe;
 use crate::model::options::Options;
 use crate::model::spec::ModelSpec;
 use crate::model::tensors::{TensorRole, TensorSpec};
-use crate::plan::{
-    Assignment, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan,
-};
+use crate::plan::{Assignment, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan};
 use crate::units::{Bytes, LayerRange};
 
 /// Tokens of one block of the vocabulary: no rank's share ends within one, so that sums over the
@@ -71,22 +70,6 @@ impl Split {
 impl std::fmt::Display for Split {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "rank {} of {}", self.rank, self.ranks)
-    }
-}
-
-/// How the ranks of a stage put their results together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reduction {
-    /// Partial sums are added in rank order: bits depend on the mesh.
-    Sum,
-    /// Inputs are gathered, outputs cut: the bits of one rank.
-    Exact,
-}
-
-impl Reduction {
-    /// What a contract asks for.
-    pub fn of(numerics: Numerics) -> Self {
-        if numerics.sums() { Reduction::Sum } else { Reduction::Exact }
     }
 }
 

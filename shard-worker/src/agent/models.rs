@@ -281,7 +281,8 @@ fn slower() -> f64 {
 #[cfg(test)]
 mod tests {
     use shoal_protocol::blob::BlobSettings;
-    use shoal_protocol::model::{Reduction, Split, TensorRole};
+    use shoal_protocol::mesh::Reduction;
+    use shoal_protocol::model::{Split, TensorRole};
     use shoal_protocol::units::LayerRange;
 
     use super::*;

@@ -46,11 +46,11 @@ pub(super) fn slice(shape: &ModelShape, split: Split, reduction: Reduction) -> S
     }
     match shape {
         ModelShape::Checkpoint(spec) => {
-            let part = spec.part(split, reduction.into()).ok();
+            let part = spec.part(split, reduction).ok();
             Slice { shape: shape.clone(), part }
         }
         ModelShape::Encoder(spec) => {
-            let part = spec.part(split, reduction.into()).ok();
+            let part = spec.part(split, reduction).ok();
             Slice { shape: shape.clone(), part }
         }
         // What it says that it takes is modelled; its cache is whole on each rank.

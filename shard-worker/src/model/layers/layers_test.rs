@@ -2,9 +2,8 @@
 //! bit.
 
 use candle_core::{D, Device, Tensor};
-use shoal_protocol::model::{
-    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
-};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Activation, Family, ModelSpec, Options, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 
 use super::*;
