@@ -343,7 +343,7 @@ fn ranks_hold_parts_that_make_the_whole() {
     let spec = checkpoint.encoder().unwrap();
     let layers = LayerRange::new(0, spec.layers);
     let held = |rank| {
-        let part = spec.part(Split { rank, ranks: 2 }, Reduction::Exact).unwrap();
+        let part = spec.part(Split { rank, ranks: 2 }, Reduction::Exact, spec.stored).unwrap();
         spec.part_tensors(&part, layers)
     };
     for whole in spec.tensors(layers) {

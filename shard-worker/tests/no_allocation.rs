@@ -89,7 +89,7 @@ impl Layers {
             options: Options::default(),
             stored: Precision::Bf16,
         };
-        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
+        let part = spec.part(Split::WHOLE, Reduction::Exact, spec.stored).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         Self {
             rope: Rope::new(&ops, &spec, spec.context_max).unwrap(),

@@ -272,8 +272,13 @@ impl EncoderSpec {
     }
 
     /// What a rank holds of each width; see [`ModelSpec::part`](super::ModelSpec::part).
-    pub fn part(&self, split: Split, reduction: Reduction) -> Result<Part, SplitError> {
-        self.sizes().part(split, reduction)
+    pub fn part(
+        &self,
+        split: Split,
+        reduction: Reduction,
+        held: Precision,
+    ) -> Result<Part, SplitError> {
+        self.sizes().part(split, reduction, held)
     }
 
     /// The rows that the last stage pools, and what its head makes of them.

@@ -139,7 +139,7 @@ impl Setup {
 
     pub fn part(&self, spec: &ModelSpec, stage: usize, rank: u32) -> Part {
         let split = Split { rank, ranks: self.ranks_of(stage) };
-        spec.part(split, Reduction::of(self.numerics)).unwrap()
+        spec.part(split, Reduction::of(self.numerics), self.held).unwrap()
     }
 }
 

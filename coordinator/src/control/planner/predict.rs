@@ -62,7 +62,7 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         _ => Link::NEAR,
     };
     let reduction = Reduction::of(plan.numerics);
-    let slices = Slices::new(shape, most as u32, reduction);
+    let slices = Slices::new(shape, most as u32, (reduction, plan.precision));
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
         let costs: Vec<Costs<'_>> = slices

@@ -83,7 +83,7 @@ struct Tiny {
 impl Tiny {
     fn new(threads: usize) -> Self {
         let spec = spec();
-        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
+        let part = spec.part(Split::WHOLE, Reduction::Exact, spec.stored).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         let (hidden, query, key, inner) = (36, 60, 20, 50);
         Self {
