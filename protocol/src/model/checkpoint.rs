@@ -259,10 +259,13 @@ impl Checkpoint {
         // What is dequantised is held in the type that config.json names, unless asked.
         match scheme {
             None => spec.stored = widest(&matrices),
-            // Experts alone are quantised: the other matrices say as what they are all held.
+            // Experts alone are quantised, beside matrices of bf16 as a rule.
             Some(Scheme::Mxfp4) => {
-                matrices.remove(&StoredType::Mxfp4);
-                spec.stored = widest(&matrices);
+                let packed = matrices.remove(&StoredType::Mxfp4);
+                spec.stored = match widest(&matrices) {
+                    Precision::Bf16 if packed => Precision::Mxfp4,
+                    other => other,
+                };
             }
             Some(scheme) => spec.stored = scheme.held().unwrap_or(spec.stored),
         }

@@ -175,7 +175,8 @@ impl ModelSpec {
     /// heads as end with one.
     fn units(&self, reduction: Reduction, held: Precision) -> Units {
         let block = match reduction {
-            Reduction::Sum => held.block().0 as u32,
+            // Experts are whole.
+            Reduction::Sum => held.of(TensorRole::Down).block().0 as u32,
             Reduction::Exact => 1,
         };
         let columns = self.attention_width() / self.kv_heads.max(1);

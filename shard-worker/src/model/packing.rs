@@ -33,6 +33,7 @@ impl<B: Ops> Matrix<'_, B> {
             }
             Some(StoredScales::Exponents { scales }) => {
                 let exponents = source.read_exponents(piece, scales)?;
+                check_exponents(&exponents).map_err(|error| source.device(error))?;
                 self.pack_mxfp4(piece, buffer, &exponents)
             }
             Some(four_bits @ StoredScales::FourBits { .. }) => {
@@ -108,7 +109,8 @@ impl<B: Ops> Matrix<'_, B> {
         Ok(())
     }
 
-    /// Packs rows of MXFP4 by way of their values, which bf16 holds exactly.
+    /// Packs rows of MXFP4 as they are, an exponent before each block, or by way of their values, which bf16
+    /// holds exactly.
     fn pack_mxfp4(
         &self,
         piece: &Piece,
@@ -116,10 +118,23 @@ impl<B: Ops> Matrix<'_, B> {
         exponents: &[u8],
     ) -> Result<(), BackendError> {
         let (read, part) = (self.source.columns_read(), &self.source.part);
-        let (weights, _) = StoredType::Mxfp4.block();
+        let (weights, bytes_of_block) = StoredType::Mxfp4.block();
         let width = (read.end - read.start) as usize;
         let mut rows = bytes.chunks_exact(self.row_bytes() as usize);
         let mut exponents = exponents.chunks_exact(width / weights as usize);
+        if self.held == Precision::Mxfp4 && read == part.columns {
+            let mut blocks = vec![0; width / weights as usize * stored::Mxfp4::BYTES];
+            for (row, (numbers, exponents)) in (piece.first_row..).zip(rows.zip(exponents)) {
+                let numbers = numbers.chunks_exact(bytes_of_block as usize);
+                let to = blocks.chunks_exact_mut(stored::Mxfp4::BYTES);
+                for (to, (exponent, numbers)) in to.zip(exponents.iter().zip(numbers)) {
+                    to[0] = *exponent;
+                    to[stored::Mxfp4::NUMBERS_AT..].copy_from_slice(numbers);
+                }
+                self.builder.pack_rows(self.held_row(row), Precision::Mxfp4, &blocks)?;
+            }
+            return Ok(());
+        }
         let mut wide = vec![0.0; width];
         let first = (part.columns.start - read.start) as usize;
         self.pack_each(piece, |_, values| {
@@ -215,6 +230,17 @@ fn check_numbers(bytes: &[u8]) -> Result<(), BackendError> {
         Some(at) => Err(BackendError::BadShape {
             what: "an FP8 weight",
             why: format!("{:#04x} is not a number; the file is damaged, or not e4m3", bytes[at]),
+        }),
+    }
+}
+
+/// Refuses exponents that no weight has; one of them stands for no number at all.
+fn check_exponents(exponents: &[u8]) -> Result<(), BackendError> {
+    match exponents.iter().find(|exponent| **exponent > stored::EXPONENT_MAX) {
+        None => Ok(()),
+        Some(exponent) => Err(BackendError::BadShape {
+            what: "an exponent of MXFP4",
+            why: format!("{exponent} stands for no size that a weight has; the file is damaged"),
         }),
     }
 }

@@ -344,14 +344,24 @@ struct Matrix<'a, B: Ops> {
 
 impl<'a, B: Ops> Matrix<'a, B> {
     fn all(ops: &B, sources: Vec<Source<'a>>, held: Precision) -> Result<Vec<Self>, WeightsError> {
+        let of = |source: &Source<'_>| held.of(source.part.spec.role);
         let shape = |source: &Source<'_>| {
             (source.part.row_count() as usize, source.part.column_count() as usize)
         };
-        let shapes: Vec<_> = sources.iter().map(shape).collect();
-        let builders =
-            ops.weight_builders(held, &shapes).map_err(|source| WeightsError::Memory { source })?;
-        let with = sources.into_iter().zip(builders);
-        Ok(with.map(|(source, builder)| Self { source, held, builder }).collect())
+        let (mut all, mut rest) = (Vec::with_capacity(sources.len()), sources);
+        // Those of one precision lie side by side.
+        while let Some(held) = rest.first().map(of) {
+            let (same, others): (Vec<_>, Vec<_>) =
+                rest.into_iter().partition(|source| of(source) == held);
+            let shapes: Vec<_> = same.iter().map(shape).collect();
+            let builders = ops
+                .weight_builders(held, &shapes)
+                .map_err(|source| WeightsError::Memory { source })?;
+            let with = same.into_iter().zip(builders);
+            all.extend(with.map(|(source, builder)| Self { source, held, builder }));
+            rest = others;
+        }
+        Ok(all)
     }
 
     fn row_bytes(&self) -> u64 {

@@ -16,15 +16,12 @@ pub fn scales_of_row(columns: usize, row: usize, block: (u64, u64), scales: &[f3
     &scales[first..]
 }
 
-/// What four bits of MXFP4 stand for, the sign apart: two of exponent and one of fraction.
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+/// Twice what four bits of MXFP4 stand for: a sign, two of exponent and one of fraction. Zero has no sign.
+pub(crate) const TWICE_E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// The numbers of a row of MXFP4, two a byte, the lower half first; its exponents are elsewhere.
 pub fn e2m1_row(bytes: &[u8], values: &mut [f32]) {
-    let number = |four: u8| {
-        let value = E2M1[usize::from(four & 7)];
-        if four & 8 == 0 { value } else { -value }
-    };
+    let number = |four: u8| f32::from(TWICE_E2M1[usize::from(four)]) * 0.5;
     for (values, byte) in values.chunks_mut(2).zip(bytes) {
         for (value, four) in values.iter_mut().zip([byte & 0xF, byte >> 4]) {
             *value = number(four);
