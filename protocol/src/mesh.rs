@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{BadId, NodeId};
-use crate::numerics::KvPrecision;
+use crate::numerics::{KvPrecision, Numerics};
 
 /// The most facts that a worker may say: its zone and ranks, a rate for each of its devices, and a link to
 /// each of a few hundred peers.
@@ -110,7 +110,7 @@ impl FromStr for Objective {
     }
 }
 
-/// How the ranks of a stage come to one result.
+/// How the ranks of a stage put their results together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Reduction {
     /// Partial sums, added in rank order: the fastest; the last bits depend on the mesh.
@@ -120,12 +120,10 @@ pub enum Reduction {
     Exact,
 }
 
-impl From<Reduction> for crate::model::Reduction {
-    fn from(reduction: Reduction) -> Self {
-        match reduction {
-            Reduction::Sum => Self::Sum,
-            Reduction::Exact => Self::Exact,
-        }
+impl Reduction {
+    /// What a contract asks for.
+    pub fn of(numerics: Numerics) -> Self {
+        if numerics.sums() { Reduction::Sum } else { Reduction::Exact }
     }
 }
 

@@ -41,11 +41,15 @@ pub enum Precision {
     /// Blocks of 256 six-bit numbers; each 16 of them have a scale of eight bits.
     #[serde(rename = "q6_k")]
     Q6K,
+    /// Experts alone, in blocks of 32 four-bit numbers (e2m1: one of fraction) with one power of two; all other
+    /// matrices as bfloat16, as GPT-OSS is published.
+    #[serde(rename = "mxfp4")]
+    Mxfp4,
 }
 
 impl Precision {
     /// All of them, in the order in which messages list them.
-    pub const ALL: [Precision; 9] = [
+    pub const ALL: [Precision; 10] = [
         Precision::F32,
         Precision::Bf16,
         Precision::F16,
@@ -55,6 +59,7 @@ impl Precision {
         Precision::Fp8,
         Precision::Q5K,
         Precision::Q6K,
+        Precision::Mxfp4,
     ];
 
     /// Weights of one row that share a scale, and the bytes that they are held in.
@@ -73,6 +78,8 @@ impl Precision {
             Precision::Q5K => (256, 4 + 8 * (2 + 16 + 4)),
             // A scale of two bytes; for each 16 weights one byte, and six bits each.
             Precision::Q6K => (256, 2 + 16 * (1 + 8 + 4)),
+            // An exponent of one byte.
+            Precision::Mxfp4 => (32, 1 + 16),
         }
     }
 
@@ -105,6 +112,7 @@ impl Precision {
             Precision::Fp8 => "fp8",
             Precision::Q5K => "q5_k",
             Precision::Q6K => "q6_k",
+            Precision::Mxfp4 => "mxfp4",
         }
     }
 }
@@ -129,9 +137,10 @@ impl std::str::FromStr for Precision {
             "fp8" => Ok(Precision::Fp8),
             "q5_k" => Ok(Precision::Q5K),
             "q6_k" => Ok(Precision::Q6K),
+            "mxfp4" => Ok(Precision::Mxfp4),
             _ => Err(format!(
-                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k \
-                 or fp8"
+                "`{text}` is not a precision; use f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k, \
+                 fp8 or mxfp4"
             )),
         }
     }

@@ -8,7 +8,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
-use shoal_protocol::model::{Checkpoint, EncoderOutput, Reduction, Split};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Checkpoint, EncoderOutput, Split};
 use shoal_protocol::plan::{
     Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan,
     ShardMemory, ShardPlan, StagePlan,
@@ -342,7 +343,7 @@ fn ranks_hold_parts_that_make_the_whole() {
     let spec = checkpoint.encoder().unwrap();
     let layers = LayerRange::new(0, spec.layers);
     let held = |rank| {
-        let part = spec.part(Split { rank, ranks: 2 }, Reduction::Exact).unwrap();
+        let part = spec.part(Split { rank, ranks: 2 }, Reduction::Exact, spec.stored).unwrap();
         spec.part_tensors(&part, layers)
     };
     for whole in spec.tensors(layers) {

@@ -12,7 +12,10 @@ use shoal_protocol::plan::Precision;
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::stored::decode_row;
 
-use support::{Case, Chain, Dice, Setup, assert_same_bits, blocks, cases, fixtures, random_model};
+use support::{
+    Case, Chain, Dice, Setup, assert_same_bits, assignment, blocks, cases, fixtures, load,
+    random_model,
+};
 
 fn case(name: &str) -> Case {
     cases().into_iter().find(|case| case.name == name).unwrap()
@@ -248,5 +251,48 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
             assert_eq!(gguf.spec().stored, held);
             assert_same_bits(&logits(&gguf, held), &expected, &format!("{stored} as {held}"));
         }
+    }
+}
+
+#[test]
+fn experts_in_mxfp4_are_held_as_they_are_stored_and_the_rest_beside_them() {
+    let case = case("gpt-oss-mxfp4");
+    let checkpoint = case.checkpoint();
+    assert_eq!(checkpoint.spec().stored, Precision::Mxfp4);
+    let expected = transcript(&case, &checkpoint, Precision::F32);
+    for held in [Precision::Mxfp4, Precision::Bf16] {
+        let what = format!("MXFP4 held as {held}");
+        assert_same_bits(&transcript(&case, &checkpoint, held), &expected, &what);
+    }
+    let all = LayerRange::new(0, checkpoint.spec().layers);
+    let bytes = |held: Precision, experts: bool| -> u64 {
+        let tensors = checkpoint.tensors(all).into_iter();
+        let own = tensors.filter(|t| t.is_matrix && t.role.is_expert_matrix() == experts);
+        own.map(|tensor| tensor.held_bytes(held).0).sum()
+    };
+    assert_eq!(bytes(Precision::Mxfp4, true) * 64, bytes(Precision::Bf16, true) * 17);
+    assert_eq!(bytes(Precision::Mxfp4, false), bytes(Precision::Bf16, false));
+}
+
+#[test]
+fn an_exponent_of_mxfp4_that_is_none_is_refused_with_its_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixtures().join("models/gpt-oss-mxfp4");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(from.join(file), folder.path().join(file)).unwrap();
+    }
+    let name = "model.layers.1.mlp.experts.down_proj";
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let location = checkpoint.locate(name).unwrap();
+    let scales = location.scales.as_deref().unwrap().parts()[0].offset;
+    let file = folder.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[scales as usize] = 255;
+    std::fs::write(&file, bytes).unwrap();
+    for held in [Precision::Mxfp4, Precision::F32] {
+        let setup = Setup { held, ..Setup::plain(checkpoint.spec()) };
+        let loaded = load(&checkpoint, &assignment(&checkpoint, &setup, 0), 1, setup.isa);
+        let refusal = loaded.map(drop).unwrap_err().to_string();
+        assert!(refusal.contains(name) && refusal.contains("255 stands for"), "{refusal}");
     }
 }

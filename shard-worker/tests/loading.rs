@@ -189,3 +189,29 @@ fn loading_stops_when_it_is_cancelled() {
     // One piece, and the one that the other thread had begun.
     assert!(*calls.lock().unwrap() <= 2);
 }
+
+/// Experts whose rows are columns of the file, in matrices of more than a piece.
+#[test]
+fn what_lies_the_other_way_round_is_read_once_for_each_part_of_it() {
+    let (folder, checkpoint) = random_model(
+        r#"{"architectures": ["GptOssForCausalLM"], "hidden_size": 256, "intermediate_size": 8192,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64,
+            "num_hidden_layers": 1, "num_local_experts": 1, "num_experts_per_tok": 1,
+            "max_position_embeddings": 512, "torch_dtype": "float32"}"#,
+    );
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let gate_and_up = checkpoint.locate(name).unwrap().len;
+    let assignment = assignment(&checkpoint, &Setup::plain(checkpoint.spec()), 0);
+    // What this thread, the only one that loads, has read of all files.
+    let read = || -> u64 {
+        let io = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+        io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+    };
+    let before = read();
+    load(&checkpoint, &assignment, 1, Isa::best()).unwrap();
+    let read = read() - before;
+    // Gate and up are two parts of one tensor.
+    let file = std::fs::metadata(folder.path().join("model.safetensors")).unwrap().len();
+    let expected = file + gate_and_up;
+    assert!(read.abs_diff(expected) < 1 << 16, "read {read} bytes, expected {expected}");
+}

@@ -7,9 +7,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use shoal_protocol::model::{
-    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
-};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Activation, Family, ModelSpec, Options, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::backend::{KvShape, Linear, Norm, Ops, Turn, WeightBuilder};
@@ -90,7 +89,7 @@ impl Layers {
             options: Options::default(),
             stored: Precision::Bf16,
         };
-        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
+        let part = spec.part(Split::WHOLE, Reduction::Exact, spec.stored).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         Self {
             rope: Rope::new(&ops, &spec, spec.context_max).unwrap(),

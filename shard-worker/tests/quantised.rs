@@ -18,13 +18,34 @@ use shoal_shard_worker::stored::e4m3;
 use support::{Chain, Dice, Setup, assert_same_bits, assignment, blocks, load};
 
 /// Sizes that are words of eight, but no whole groups or blocks.
-fn config(quantization: Option<serde_json::Value>) -> String {
-    let mut config = json!({
+fn llama() -> serde_json::Value {
+    json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 296,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3,
         "vocab_size": 67, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
         "torch_dtype": "float16", "tie_word_embeddings": false,
-    });
+    })
+}
+
+/// Compressed keys and values, of which the model takes each head's two halves out of one matrix, the first the
+/// other way round.
+fn deepseek(nope: u32, value: u32) -> serde_json::Value {
+    json!({
+        "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3,
+        "vocab_size": 67, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "kv_lora_rank": 48, "q_lora_rank": 32, "qk_nope_head_dim": nope, "qk_rope_head_dim": 8,
+        "v_head_dim": value, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "torch_dtype": "float16",
+    })
+}
+
+fn config(quantization: Option<serde_json::Value>) -> String {
+    quantised(llama(), quantization)
+}
+
+fn quantised(mut config: serde_json::Value, quantization: Option<serde_json::Value>) -> String {
     if let Some(quantization) = quantization {
         config["quantization_config"] = quantization;
     }
@@ -62,10 +83,27 @@ fn check(
     stored: Precision,
     quantise: impl Fn(&mut Dice, &TensorSpec) -> (Vec<Entry>, Vec<f32>),
 ) {
-    let what = quantization.to_string();
+    check_model(llama(), quantization, stored, quantise);
+}
+
+fn check_model(
+    model: serde_json::Value,
+    quantization: serde_json::Value,
+    stored: Precision,
+    quantise: impl Fn(&mut Dice, &TensorSpec) -> (Vec<Entry>, Vec<f32>),
+) {
+    let what = format!("{} {quantization}", model["architectures"]);
+    let config = |quantization| quantised(model.clone(), quantization);
     let spec = ModelSpec::from_config_json(&config(None)).unwrap();
     let (mut packed, mut plain, mut dice) = (Vec::new(), Vec::new(), Dice(9));
-    for tensor in spec.tensors(LayerRange::new(0, spec.layers)) {
+    let mut names = std::collections::BTreeSet::new();
+    for part in spec.tensors(LayerRange::new(0, spec.layers)) {
+        // Several may be parts of one.
+        let shape = part.stored_shape().to_vec();
+        let tensor = TensorSpec { shape, excerpt: None, ..part };
+        if !names.insert(tensor.name.clone()) {
+            continue;
+        }
         let elements = tensor.elements() as usize;
         // Published models leave embedding and head as they are.
         if tensor.is_matrix && tensor.layer.is_some() {
@@ -135,12 +173,13 @@ fn sizes(tensor: &TensorSpec) -> (usize, usize) {
 
 /// FP8 with one scale for each so many rows and columns.
 fn check_fp8(
+    model: serde_json::Value,
     quantization: serde_json::Value,
     stored: Precision,
     name: &str,
     block: fn(usize, usize) -> (usize, usize),
 ) {
-    check(quantization, stored, |dice, tensor| {
+    check_model(model, quantization, stored, |dice, tensor| {
         let (rows, columns) = sizes(tensor);
         let (height, width) = block(rows, columns);
         let (down, across) = (rows.div_ceil(height), columns.div_ceil(width));
@@ -173,12 +212,28 @@ fn fp8_weights_are_their_bits_times_the_scale_of_their_block() {
             {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": strategy}}}})
     };
     let blocks = json!({"quant_method": "fp8", "weight_block_size": [16, 32]});
-    check_fp8(blocks, Precision::F16, "weight_scale_inv", |_, _| (16, 32));
+    check_fp8(llama(), blocks, Precision::F16, "weight_scale_inv", |_, _| (16, 32));
     let wide = json!({"quant_method": "fp8", "weight_block_size": [16, 128]});
-    check_fp8(wide, Precision::Fp8, "weight_scale_inv", |_, _| (16, 128));
+    check_fp8(llama(), wide, Precision::Fp8, "weight_scale_inv", |_, _| (16, 128));
     let (rows, all) = (compressed("channel"), compressed("tensor"));
-    check_fp8(rows, Precision::Fp8, "weight_scale", |_, columns| (1, columns));
-    check_fp8(all, Precision::Fp8, "weight_scale", |rows, columns| (rows, columns));
+    check_fp8(llama(), rows, Precision::Fp8, "weight_scale", |_, columns| (1, columns));
+    check_fp8(llama(), all, Precision::Fp8, "weight_scale", |rows, columns| (rows, columns));
+}
+
+/// As DeepSeek-V3 is published, whose `kv_b_proj` is read head by head.
+#[test]
+fn parts_of_an_fp8_matrix_have_the_scales_of_where_they_are_in_it() {
+    let small = json!({"quant_method": "fp8", "weight_block_size": [16, 32]});
+    check_fp8(deepseek(12, 10), small, Precision::F16, "weight_scale_inv", |_, _| (16, 32));
+    // A head is one block high, so that both of its halves are held number by number.
+    let whole = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+    check_fp8(deepseek(72, 56), whole, Precision::Fp8, "weight_scale_inv", |_, _| (128, 128));
+    let rows = json!({"quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"weights":
+            {"num_bits": 8, "type": "float", "strategy": "tensor"}}}});
+    check_fp8(deepseek(12, 10), rows, Precision::Fp8, "weight_scale", |rows, columns| {
+        (rows, columns)
+    });
 }
 
 #[test]

@@ -4,8 +4,9 @@
 
 mod support;
 
+use shoal_protocol::mesh::Reduction;
 use shoal_protocol::model::{Checkpoint, ModelSpec};
-use shoal_protocol::plan::Numerics;
+use shoal_protocol::plan::{Numerics, Precision};
 use shoal_shard_worker::backend::cpu::CpuOps;
 
 use support::{
@@ -147,6 +148,37 @@ fn experts_and_heads_that_are_not_shared_evenly_say_the_same() {
         assert_eq!(checkpoint.spec().ranks_max().0, 3, "{kind}");
         assert!(compare(kind, &checkpoint, &questions) >= 10, "{kind}");
     }
+}
+
+/// Borders that panels would have inside of blocks: of 32 in the MLP, of 128 and 256 among heads, too.
+#[test]
+fn ranks_of_weights_in_blocks_hold_the_numbers_of_the_uncut_model() {
+    let (_folder, checkpoint) = random_model(
+        r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "head_dim": 64,
+            "intermediate_size": 800, "num_attention_heads": 6, "num_key_value_heads": 6,
+            "num_hidden_layers": 2, "vocab_size": 307, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "torch_dtype": "float32"}"#,
+    );
+    let spec = checkpoint.spec();
+    let mut dice = Dice(3);
+    let question: Question = ((0..20).map(|_| dice.below(307) as u32).collect(), 3);
+    let mut compared = 0;
+    for held in Precision::ALL {
+        let plain = Setup { held, ..Setup::plain(spec) };
+        let expected = transcripts(&checkpoint, &plain, std::slice::from_ref(&question), 20);
+        let (most, _) = spec.ranks_max_held(Reduction::Sum, held);
+        for ranks in 2..=most.min(3) {
+            let summed = Setup { ranks: vec![ranks], numerics: Numerics::N1Sum, ..plain.clone() };
+            let found = transcripts(&checkpoint, &summed, std::slice::from_ref(&question), 20);
+            for (found, expected) in found[0].iter().zip(&expected[0]) {
+                let pairs = log_softmax(found).into_iter().zip(log_softmax(expected));
+                let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(worst < LOGPROB_TOLERANCE, "{held} on {ranks} ranks: {worst}");
+            }
+            compared += 1;
+        }
+    }
+    assert!(compared >= 12, "only {compared} meshes were compared");
 }
 
 #[test]

@@ -58,8 +58,8 @@ struct Cost {
 /// seen on the demo model, whose rows are shorter than a block of 256.
 fn divergence_max(held: Precision, kv: KvPrecision) -> f64 {
     let weights = match held {
-        // It is stored so.
-        Precision::F32 | Precision::Bf16 => 1e-9,
+        // It is stored so; and it has no experts.
+        Precision::F32 | Precision::Bf16 | Precision::Mxfp4 => 1e-9,
         Precision::F16 => 1e-5,
         Precision::Q8_0 => 3e-4,
         Precision::Fp8 | Precision::Q6K => 3e-3,

@@ -99,7 +99,7 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal stauts", "'status'"),
         ("shoal token craete", "create"),
         ("shoal undeploy demo --no-wait", "` has a flag '--no-wait'"),
-        ("shoal up --precision f64", "q4_k, q5_k, q6_k or fp8"),
+        ("shoal up --precision f64", "q5_k, q6_k, fp8 or mxfp4"),
         ("shoal up --kv f16", "use f32, bf16 or q8_0"),
         ("shoal scale demo --kv bf16", "--kv"),
         ("shoal up --worker-memory lots", "600MiB"),

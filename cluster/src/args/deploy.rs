@@ -41,7 +41,7 @@ pub struct DeployArgs {
     /// How many full copies of the model to serve
     #[arg(long, value_name = "N", default_value_t = nonzero(1), value_parser = count)]
     pub replicas: NonZeroU32,
-    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k or fp8 [default: as they are
+    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k, fp8 or mxfp4 [default: as they are
     /// stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,

@@ -187,7 +187,7 @@ pub struct UpArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
-    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k or fp8 [default: as they are
+    /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k, fp8 or mxfp4 [default: as they are
     /// stored]
     #[arg(long, value_name = "P", value_parser = precision)]
     pub precision: Option<Precision>,

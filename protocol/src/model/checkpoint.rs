@@ -259,10 +259,13 @@ impl Checkpoint {
         // What is dequantised is held in the type that config.json names, unless asked.
         match scheme {
             None => spec.stored = widest(&matrices),
-            // Experts alone are quantised: the other matrices say as what they are all held.
+            // Experts alone are quantised, beside matrices of bf16 as a rule.
             Some(Scheme::Mxfp4) => {
-                matrices.remove(&StoredType::Mxfp4);
-                spec.stored = widest(&matrices);
+                let packed = matrices.remove(&StoredType::Mxfp4);
+                spec.stored = match widest(&matrices) {
+                    Precision::Bf16 if packed => Precision::Mxfp4,
+                    other => other,
+                };
             }
             Some(scheme) => spec.stored = scheme.held().unwrap_or(spec.stored),
         }
@@ -378,10 +381,11 @@ impl TensorLocation {
         Ok(StoredPart::of(file, found, dtype).alone())
     }
 
-    /// Refuses a part of a tensor that is not stored value by value: where its blocks and scales would
-    /// be is not worked out.
+    /// Refuses a part of a tensor that is not stored value by value, but for those whose scales the
+    /// loader finds: of FP8, and of the blocks of MXFP4, which lie the other way round.
     pub(super) fn check_excerpt(&self, wanted: &TensorSpec) -> Result<(), CheckpointError> {
-        let is_plain = self.dtype.is_plain() && self.scales.is_none();
+        let is_fp8 = matches!(self.scales.as_deref(), Some(StoredScales::Blocks { .. }));
+        let is_plain = is_fp8 || (self.dtype.is_plain() && self.scales.is_none());
         let is_turned = wanted.excerpt.as_ref().is_some_and(|excerpt| excerpt.columns.is_some());
         let is_mx = matches!(self.scales.as_deref(), Some(StoredScales::Exponents { .. }));
         if wanted.excerpt.is_none() || (is_plain && self.order == RowOrder::AsIs) {
@@ -395,7 +399,7 @@ impl TensorLocation {
             tensor: wanted.name.clone(),
             reason: format!(
                 "it is stored as {}, and the model needs {:?} out of its {:?}: parts are read only of \
-                 tensors stored as F32, BF16 or F16",
+                 tensors stored as F32, BF16, F16 or FP8",
                 self.dtype, wanted.shape, self.shape
             ),
         })

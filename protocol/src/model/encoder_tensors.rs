@@ -1,8 +1,9 @@
 //! Which tensors an encoder has, what they are called in its files, and what a shard of it takes of
 //! memory.
 
+use crate::mesh::Reduction;
 use crate::model::encoder::{EncoderFamily, EncoderOutput, EncoderSpec};
-use crate::model::split::{Part, Reduction, Split, SplitError, TensorPart};
+use crate::model::split::{Part, Split, SplitError, TensorPart};
 use crate::model::tensors::{Excerpt, TensorRole, TensorSpec};
 use crate::plan::{BLOCK_TOKENS, Precision, ReplicaLimits, ShardMemory};
 use crate::units::{Bytes, LayerRange};
@@ -271,8 +272,13 @@ impl EncoderSpec {
     }
 
     /// What a rank holds of each width; see [`ModelSpec::part`](super::ModelSpec::part).
-    pub fn part(&self, split: Split, reduction: Reduction) -> Result<Part, SplitError> {
-        self.sizes().part(split, reduction)
+    pub fn part(
+        &self,
+        split: Split,
+        reduction: Reduction,
+        held: Precision,
+    ) -> Result<Part, SplitError> {
+        self.sizes().part(split, reduction, held)
     }
 
     /// The rows that the last stage pools, and what its head makes of them.

@@ -138,7 +138,8 @@ fn stages_have_their_layers_and_the_ends_their_own() {
 
 #[test]
 fn ranks_take_their_share_of_memory_and_all_of_what_is_small() {
-    use crate::model::{Reduction, Split};
+    use crate::mesh::Reduction;
+    use crate::model::Split;
     use crate::plan::{Precision, ReplicaLimits};
 
     let limits = ReplicaLimits {
@@ -155,7 +156,8 @@ fn ranks_take_their_share_of_memory_and_all_of_what_is_small() {
     for reduction in [Reduction::Sum, Reduction::Exact] {
         let mut weights = 0;
         for rank in 0..2 {
-            let part = spec.part(Split { rank, ranks: 2 }, reduction).expect("it can be cut");
+            let part =
+                spec.part(Split { rank, ranks: 2 }, reduction, spec.stored).expect("it can be cut");
             let own = spec.part_memory(&part, layers, Precision::F32, &limits);
             assert!(own.weights.0 < whole.weights.0 * 6 / 10, "{own:?} of {whole:?}");
             assert_eq!(own.kv.0, 0);
@@ -163,6 +165,8 @@ fn ranks_take_their_share_of_memory_and_all_of_what_is_small() {
         }
         assert!(weights >= whole.weights.0, "{weights} of {whole:?}");
     }
-    let error = spec.part(Split { rank: 0, ranks: 5 }, Reduction::Sum).expect_err("too many ranks");
+    let error = spec
+        .part(Split { rank: 0, ranks: 5 }, Reduction::Sum, spec.stored)
+        .expect_err("too many ranks");
     assert!(error.to_string().contains("4 key/value heads"), "{error}");
 }

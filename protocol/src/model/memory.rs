@@ -15,7 +15,7 @@
 //! 2 x 4096 + 2 x 1024 + 2 x 14336 + 128 + 14336) + 4 x (4 x 256 x 4096) = 75,628,544.
 
 use crate::model::spec::ModelSpec;
-use crate::model::tensors::TensorSpec;
+use crate::model::tensors::{TensorRole, TensorSpec};
 use crate::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits, ShardMemory};
 use crate::units::{Bytes, LayerRange};
 
@@ -116,13 +116,23 @@ impl ScratchWidths {
     }
 }
 
+impl Precision {
+    /// What a matrix of this role is held in: MXFP4 is for experts alone.
+    pub const fn of(self, role: TensorRole) -> Precision {
+        match self {
+            Precision::Mxfp4 if !role.is_expert_matrix() => Precision::Bf16,
+            held => held,
+        }
+    }
+}
+
 impl TensorSpec {
     /// Bytes in memory when matrices are held in this precision, padding included.
     pub fn held_bytes(&self, precision: Precision) -> Bytes {
         match self.shape.as_slice() {
-            [rows, columns] if self.is_matrix => {
-                Bytes(rows.next_multiple_of(PANEL_OUTPUTS) * precision.row_bytes(*columns))
-            }
+            [rows, columns] if self.is_matrix => Bytes(
+                rows.next_multiple_of(PANEL_OUTPUTS) * precision.of(self.role).row_bytes(*columns),
+            ),
             _ => Bytes(self.elements() * F32),
         }
     }
@@ -257,7 +267,7 @@ mod tests {
     #[test]
     fn blocks_are_whole_and_rows_are_padded() {
         let matrix = |shape: [u64; 2]| TensorSpec {
-            role: crate::model::TensorRole::Up,
+            role: TensorRole::Up,
             layer: Some(0),
             index: 0,
             name: "up".into(),
@@ -271,6 +281,10 @@ mod tests {
         assert_eq!(held([16, 257], Precision::Q4K), 16 * 2 * 148);
         assert_eq!(held([16, 256], Precision::Q5K), 16 * 180);
         assert_eq!(held([16, 256], Precision::Q6K), 16 * 210);
+        // MXFP4 is for experts alone.
+        assert_eq!(held([16, 256], Precision::Mxfp4), 16 * 256 * 2);
+        let expert = TensorSpec { role: TensorRole::ExpertUp, ..matrix([17, 40]) };
+        assert_eq!(expert.held_bytes(Precision::Mxfp4).0, 32 * 2 * 17);
     }
 
     #[test]

@@ -36,6 +36,6 @@ pub use moe::{Groups, Mla, Moe, Scoring};
 pub use options::{Activation, LayerOptions, LayerRope, NormKind, Options, Placement, RopeFactors};
 pub use pretend::PRETEND_HIDDEN_MIN;
 pub use spec::{Family, ModelSpec, RopeScaling, SpecError};
-pub use split::{JointWidths, Part, Reduction, Split, SplitError, TensorPart, VOCAB_BLOCK};
+pub use split::{JointWidths, Part, Split, SplitError, TensorPart, VOCAB_BLOCK};
 pub use stored::{FourBitPacking, RowOrder, StoredPart, StoredScales, StoredType};
 pub use tensors::{Columns, Excerpt, TensorRole, TensorSpec};

@@ -53,8 +53,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Every family that a reference model shows, in the order in which messages list them. StarCoder2 is
-    /// written and not here: nobody has seen it say what its reference says.
+    /// Every family, in the order in which messages list them; a reference model shows each.
     pub const ALL: &'static [Family] = &[
         Family::Llama,
         Family::Qwen2,
@@ -68,6 +67,7 @@ impl Family {
         Family::Gemma3,
         Family::Cohere,
         Family::Cohere2,
+        Family::StarCoder2,
         Family::Mixtral,
         Family::Qwen2Moe,
         Family::Qwen3Moe,

@@ -13,18 +13,18 @@
 //! ```
 //!
 //! Shares need not be equal: of `n` units over `R` ranks, rank `r` has units `r*n/R .. (r+1)*n/R`. A
-//! rank without any is refused.
+//! rank without any is refused. Where columns are cut and weights share a scale in blocks, a unit ends with
+//! a block, so that ranks hold the very numbers of an uncut stage.
 
 use std::ops::Range;
 
+use crate::mesh::Reduction;
 use crate::model::memory::PANEL_OUTPUTS;
 use crate::model::moe::Moe;
 use crate::model::options::Options;
 use crate::model::spec::ModelSpec;
 use crate::model::tensors::{TensorRole, TensorSpec};
-use crate::plan::{
-    Assignment, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan,
-};
+use crate::plan::{Assignment, Precision, ReplicaLimits, ReplicaPlan, ShardMemory, StagePlan};
 use crate::units::{Bytes, LayerRange};
 
 /// Tokens of one block of the vocabulary: no rank's share ends within one, so that sums over the
@@ -74,22 +74,6 @@ impl std::fmt::Display for Split {
     }
 }
 
-/// How the ranks of a stage put their results together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reduction {
-    /// Partial sums are added in rank order: bits depend on the mesh.
-    Sum,
-    /// Inputs are gathered, outputs cut: the bits of one rank.
-    Exact,
-}
-
-impl Reduction {
-    /// What a contract asks for.
-    pub fn of(numerics: Numerics) -> Self {
-        if numerics.sums() { Reduction::Sum } else { Reduction::Exact }
-    }
-}
-
 /// What one rank of a stage has of each width of its model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -97,6 +81,8 @@ pub struct Part {
     pub split: Split,
     /// How results are put together.
     pub reduction: Reduction,
+    /// What matrices are held in: where columns are cut, no border is inside of a block of it.
+    pub held: Precision,
     /// Key/value heads.
     pub kv_heads: Range<u32>,
     /// Query heads.
@@ -130,23 +116,53 @@ pub struct SplitError {
     pub possible: u32,
 }
 
+/// What bounds the ranks of a model, as refusals call it.
+const MLP_PANELS: &str = "panels of 16 in the width of its MLP";
+const SHARED_PANELS: &str = "panels of 16 in the width of its shared expert";
+/// The same where columns are cut and weights are held in blocks.
+const MLP_BLOCKS: &str =
+    "blocks of this precision in the width of its MLP (--reduction exact cuts none)";
+const SHARED_BLOCKS: &str =
+    "blocks of this precision in the width of its shared expert (--reduction exact cuts none)";
+const HEAD_RUNS: &str =
+    "runs of key/value heads that end with a block of this precision (--reduction exact cuts none)";
+
+/// What a rank's share is counted in.
+struct Units {
+    /// Key/value heads.
+    heads: u32,
+    /// Values of the MLP's width, or of the shared expert's.
+    width: u32,
+}
+
 impl ModelSpec {
-    /// The most tensor ranks of a stage, and what bounds them.
+    /// The most tensor ranks of a stage that cuts no columns, or none of blocks; and what bounds them.
     pub fn ranks_max(&self) -> (u32, &'static str) {
+        self.ranks_max_held(Reduction::Exact, Precision::F32)
+    }
+
+    /// The same with results put together and weights held like this.
+    pub fn ranks_max_held(&self, reduction: Reduction, held: Precision) -> (u32, &'static str) {
+        let units = self.units(reduction, held);
         let panels = |width: u32| width.div_ceil(PANEL_OUTPUTS as u32);
+        let (of_mlp, of_shared) = match units.width > PANEL_OUTPUTS as u32 {
+            true => (MLP_BLOCKS, SHARED_BLOCKS),
+            false => (MLP_PANELS, SHARED_PANELS),
+        };
         let heads = match self.options.mla {
+            _ if units.heads > 1 => (self.kv_heads.div_ceil(units.heads), HEAD_RUNS),
             Some(_) => (self.heads, "heads"),
             None => (self.kv_heads, "key/value heads"),
         };
         let any = |is_moe: bool| (0..self.layers).any(|layer| self.moe(layer).is_some() == is_moe);
-        let dense = Some((panels(self.intermediate), "panels of 16 in the width of its MLP"));
+        let dense = Some((self.intermediate.div_ceil(units.width), of_mlp));
         let moe = self.options.moe.filter(|_| any(true));
-        let shared = moe.and_then(|moe| moe.shared).map(panels);
+        let shared = moe.and_then(|moe| moe.shared);
         [
             Some(heads),
             dense.filter(|_| any(false)),
             moe.map(|moe| (moe.experts, "experts")),
-            shared.map(|panels| (panels, "panels of 16 in the width of its shared expert")),
+            shared.map(|width| (width.div_ceil(units.width), of_shared)),
             Some((panels(self.hidden), "panels of 16 in the width of its stream")),
         ]
         .into_iter()
@@ -155,42 +171,67 @@ impl ModelSpec {
         .unwrap_or((1, "layers"))
     }
 
+    /// Panels and single heads; where columns are cut that are held in blocks, whole blocks, and as many
+    /// heads as end with one.
+    fn units(&self, reduction: Reduction, held: Precision) -> Units {
+        let block = match reduction {
+            // Experts are whole.
+            Reduction::Sum => held.of(TensorRole::Down).block().0 as u32,
+            Reduction::Exact => 1,
+        };
+        let columns = self.attention_width() / self.kv_heads.max(1);
+        Units { heads: block / common(block, columns), width: block.max(PANEL_OUTPUTS as u32) }
+    }
+
     /// The width of what attention's output projection takes.
     pub fn attention_width(&self) -> u32 {
         self.options.mla.map_or(self.query_width(), |mla| self.heads * mla.value)
     }
 
-    /// What a rank holds; refused where it would hold nothing. A vocabulary of fewer blocks than
-    /// ranks is no reason: ranks without a token gather like the others.
-    pub fn part(&self, split: Split, reduction: Reduction) -> Result<Part, SplitError> {
-        let (possible, what) = self.ranks_max();
+    /// What a rank holds of a model whose matrices are held like this; refused where it would hold
+    /// nothing. A vocabulary of fewer blocks than ranks is no reason: ranks without a token gather like
+    /// the others.
+    pub fn part(
+        &self,
+        split: Split,
+        reduction: Reduction,
+        held: Precision,
+    ) -> Result<Part, SplitError> {
+        let (possible, what) = self.ranks_max_held(reduction, held);
         if split.ranks > possible {
             return Err(SplitError { ranks: split.ranks, what, units: possible, possible });
         }
-        Ok(self.cut(split, reduction))
+        Ok(self.cut(split, reduction, held))
     }
 
     /// All of a stage.
     pub fn whole(&self) -> Part {
-        self.cut(Split::WHOLE, Reduction::Exact)
+        self.cut(Split::WHOLE, Reduction::Exact, self.stored)
     }
 
-    fn cut(&self, split: Split, reduction: Reduction) -> Part {
-        let kv_heads = split.share(self.kv_heads);
+    fn cut(&self, split: Split, reduction: Reduction, held: Precision) -> Part {
+        let units = self.units(reduction, held);
+        let kv_heads = split.share_in(self.kv_heads, units.heads);
         let group = self.heads / self.kv_heads.max(1);
-        let panel = PANEL_OUTPUTS as u32;
+        let shared = self.options.moe.and_then(|moe| moe.shared).unwrap_or(0);
         Part {
             split,
             reduction,
+            held,
             heads: kv_heads.start * group..kv_heads.end * group,
             kv_heads,
-            intermediate: split.share_in(self.intermediate, panel),
+            intermediate: split.share_in(self.intermediate, units.width),
             experts: split.share(self.options.moe.map_or(0, |moe| moe.experts)),
-            shared: split.share_in(self.options.moe.and_then(|moe| moe.shared).unwrap_or(0), panel),
+            shared: split.share_in(shared, units.width),
             vocab: split.vocab(self.vocab),
-            hidden: split.share_in(self.hidden, panel),
+            hidden: split.share_in(self.hidden, PANEL_OUTPUTS as u32),
         }
     }
+}
+
+/// The greatest common divisor; `n` is no zero.
+fn common(n: u32, other: u32) -> u32 {
+    if other == 0 { n } else { common(other, n % other) }
 }
 
 /// The part of a tensor that a rank holds.
@@ -233,7 +274,8 @@ impl TensorPart {
 impl Part {
     /// The parts of all ranks of the stage, in rank order.
     pub fn all(&self, model: &ModelSpec) -> Vec<Part> {
-        let of = |rank| model.part(Split { rank, ..self.split }, self.reduction).ok();
+        let split = |rank| Split { rank, ..self.split };
+        let of = |rank| model.part(split(rank), self.reduction, self.held).ok();
         (0..self.split.ranks).filter_map(of).collect()
     }
 

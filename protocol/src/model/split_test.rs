@@ -27,7 +27,7 @@ fn shares_cover_everything_once_also_where_they_are_not_equal() {
     for ranks in 1..=7 {
         for reduction in [Reduction::Sum, Reduction::Exact] {
             let parts: Vec<Part> = (0..ranks)
-                .map(|rank| model.part(Split { rank, ranks }, reduction).unwrap())
+                .map(|rank| model.part(Split { rank, ranks }, reduction, Precision::Bf16).unwrap())
                 .collect();
             for tensor in model.tensors(LayerRange::new(0, 2)) {
                 let held: u64 = parts
@@ -45,7 +45,8 @@ fn shares_cover_everything_once_also_where_they_are_not_equal() {
             }
         }
     }
-    let part = |rank| model.part(Split { rank, ranks: 2 }, Reduction::Sum).unwrap();
+    let part =
+        |rank| model.part(Split { rank, ranks: 2 }, Reduction::Sum, Precision::Bf16).unwrap();
     assert_eq!((part(0).kv_heads, part(1).kv_heads), (0..3, 3..7));
     assert_eq!((part(0).heads, part(1).heads), (0..6, 6..14));
     assert_eq!((part(0).intermediate, part(1).intermediate), (0..144, 144..300));
@@ -54,7 +55,9 @@ fn shares_cover_everything_once_also_where_they_are_not_equal() {
 
 #[test]
 fn more_ranks_than_heads_are_refused_with_the_arithmetic() {
-    let error = model(2, 300, 5000).part(Split { rank: 0, ranks: 3 }, Reduction::Sum).unwrap_err();
+    let error = model(2, 300, 5000)
+        .part(Split { rank: 0, ranks: 3 }, Reduction::Sum, Precision::Bf16)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "3 tensor ranks: the model has 2 key/value heads, so that a rank would hold none; \
@@ -66,12 +69,12 @@ fn more_ranks_than_heads_are_refused_with_the_arithmetic() {
 fn one_rank_takes_what_a_whole_shard_takes_and_ranks_share_the_weights() {
     let model = model(4, 640, 4096);
     let layers = LayerRange::new(0, 2);
-    let whole = model.part(Split::WHOLE, Reduction::Exact).unwrap();
+    let whole = model.part(Split::WHOLE, Reduction::Exact, Precision::Bf16).unwrap();
     let alone = model.shard_memory(layers, Precision::Bf16, &LIMITS);
     assert_eq!(whole.memory(&model, layers, Precision::Bf16, &LIMITS), alone);
     for reduction in [Reduction::Sum, Reduction::Exact] {
         let two = [0, 1].map(|rank| {
-            let part = model.part(Split { rank, ranks: 2 }, reduction).unwrap();
+            let part = model.part(Split { rank, ranks: 2 }, reduction, Precision::Bf16).unwrap();
             part.memory(&model, layers, Precision::Bf16, &LIMITS)
         });
         let norms = 5 * 224 * 4;
@@ -101,7 +104,7 @@ fn experts_are_whole_heads_are_whole_and_what_compresses_is_everywhere() {
     for reduction in [Reduction::Sum, Reduction::Exact] {
         for ranks in 1..=5 {
             let parts: Vec<Part> = (0..ranks)
-                .map(|rank| model.part(Split { rank, ranks }, reduction).unwrap())
+                .map(|rank| model.part(Split { rank, ranks }, reduction, Precision::Bf16).unwrap())
                 .collect();
             for tensor in model.tensors(LayerRange::new(0, 3)) {
                 let held: Vec<u64> = parts
@@ -127,7 +130,8 @@ fn experts_are_whole_heads_are_whole_and_what_compresses_is_everywhere() {
             }
         }
     }
-    let part = |rank| model.part(Split { rank, ranks: 3 }, Reduction::Sum).unwrap();
+    let part =
+        |rank| model.part(Split { rank, ranks: 3 }, Reduction::Sum, Precision::Bf16).unwrap();
     assert_eq!([0, 1, 2].map(|rank| part(rank).experts), [0..1, 1..3, 3..5]);
     assert_eq!([0, 1, 2].map(|rank| part(rank).heads), [0..2, 2..5, 5..8]);
     assert_eq!([0, 1, 2].map(|rank| part(rank).shared), [0..32, 32..80, 80..128]);
@@ -138,7 +142,8 @@ fn a_compressed_cache_is_on_every_rank_and_experts_take_what_they_hold() {
     let model = deepseek(6);
     let layers = LayerRange::new(1, 2);
     let alone = model.shard_memory(layers, Precision::Bf16, &LIMITS);
-    let parts = [0, 1].map(|rank| model.part(Split { rank, ranks: 2 }, Reduction::Sum).unwrap());
+    let parts = [0, 1]
+        .map(|rank| model.part(Split { rank, ranks: 2 }, Reduction::Sum, Precision::Bf16).unwrap());
     let two = parts.map(|part| part.memory(&model, layers, Precision::Bf16, &LIMITS));
     assert_eq!(two.map(|memory| memory.kv), [alone.kv, alone.kv]);
     // Router with its correction, two norms, the compressions and their norms.
@@ -146,7 +151,7 @@ fn a_compressed_cache_is_on_every_rank_and_experts_take_what_they_hold() {
         16 * 224 * 2 + 6 * 4 + 2 * 224 * 4 + 48 * 224 * 2 + 48 * 4 + 80 * 224 * 2 + 64 * 4;
     assert_eq!((two[0].weights + two[1].weights).0, alone.weights.0 + doubled);
     // The results of two experts a row travel where the sum is exact.
-    let exact = model.part(Split { rank: 0, ranks: 2 }, Reduction::Exact).unwrap();
+    let exact = model.part(Split { rank: 0, ranks: 2 }, Reduction::Exact, Precision::Bf16).unwrap();
     let exact = exact.memory(&model, layers, Precision::Bf16, &LIMITS);
     let rows = u64::from(LIMITS.step_rows_max);
     assert!(exact.activations.0 > two[0].activations.0 + rows * 2 * 224 * 4);
@@ -154,12 +159,68 @@ fn a_compressed_cache_is_on_every_rank_and_experts_take_what_they_hold() {
 
 #[test]
 fn what_bounds_the_ranks_of_a_mixture_is_named() {
-    let error = deepseek(4).part(Split { rank: 0, ranks: 5 }, Reduction::Exact).unwrap_err();
+    let error = deepseek(4)
+        .part(Split { rank: 0, ranks: 5 }, Reduction::Exact, Precision::Bf16)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "5 tensor ranks: the model has 4 experts, so that a rank would hold none; possible: 1 to 4 \
          ranks"
     );
-    let error = deepseek(64).part(Split { rank: 0, ranks: 9 }, Reduction::Exact).unwrap_err();
+    let error = deepseek(64)
+        .part(Split { rank: 0, ranks: 9 }, Reduction::Exact, Precision::Bf16)
+        .unwrap_err();
     assert_eq!((error.units, error.what), (8, "heads"));
+}
+
+#[test]
+fn no_border_of_columns_is_inside_of_a_block() {
+    // A group of heads has 32 columns, 8 of them a block of 256; the MLP has 43 of these.
+    let model = model(32, 11_008, 5000);
+    for held in Precision::ALL {
+        let (block, _) = held.block();
+        for ranks in 2..=4 {
+            let parts: Vec<Part> = (0..ranks)
+                .map(|rank| model.part(Split { rank, ranks }, Reduction::Sum, held).unwrap())
+                .collect();
+            for tensor in parts.iter().flat_map(|part| part.tensors(&model, LayerRange::new(0, 2)))
+            {
+                let (columns, stored) = (tensor.columns.clone(), tensor.columns_stored());
+                let ends = columns.end.is_multiple_of(block) || columns.end == stored;
+                let name = &tensor.spec.name;
+                assert!(columns.start.is_multiple_of(block) && ends, "{name} {held} {columns:?}");
+            }
+            let covered: u32 = parts.iter().map(|part| part.intermediate.len() as u32).sum();
+            let heads: u32 = parts.iter().map(|part| part.kv_heads.len() as u32).sum();
+            assert_eq!((covered, heads), (11_008, 32), "{held} on {ranks}");
+        }
+    }
+    let first = |reduction, held| {
+        model.part(Split { rank: 0, ranks: 2 }, reduction, held).unwrap().intermediate
+    };
+    assert_eq!(first(Reduction::Sum, Precision::Q4K), 0..21 * 256);
+    // Rows are cut where they were, whatever they are held in.
+    assert_eq!(first(Reduction::Exact, Precision::Q4K), 0..5504);
+    assert_eq!(first(Reduction::Sum, Precision::Bf16), 0..5504);
+}
+
+#[test]
+fn ranks_that_no_block_is_left_for_are_refused_with_the_way_out() {
+    let model = model(2, 300, 5000);
+    let two = Split { rank: 0, ranks: 2 };
+    let error = model.part(two, Reduction::Sum, Precision::Q4K).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "2 tensor ranks: the model has 1 runs of key/value heads that end with a block of this \
+         precision (--reduction exact cuts none), so that a rank would hold none; possible: 1 to 1 \
+         ranks"
+    );
+    for (reduction, held) in [(Reduction::Exact, Precision::Q4K), (Reduction::Sum, Precision::Q8_0)]
+    {
+        assert!(model.part(two, reduction, held).is_ok(), "{held}");
+    }
+    // Eight heads of 12 values are the fewest that end with a block of 32.
+    assert_eq!(deepseek(8).ranks_max_held(Reduction::Sum, Precision::Q8_0), (1, HEAD_RUNS));
+    let error = deepseek(8).part(two, Reduction::Sum, Precision::Fp8).unwrap_err();
+    assert!(error.to_string().contains("has 1 "), "{error}");
 }

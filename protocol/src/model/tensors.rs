@@ -124,6 +124,11 @@ pub enum TensorRole {
 }
 
 impl TensorRole {
+    /// Whether it is a matrix of an expert of which rows choose some.
+    pub const fn is_expert_matrix(self) -> bool {
+        matches!(self, TensorRole::ExpertGate | TensorRole::ExpertUp | TensorRole::ExpertDown)
+    }
+
     /// Whether it is the weight, not the bias, of a norm.
     pub fn is_norm_weight(self) -> bool {
         use TensorRole::*;

@@ -176,7 +176,8 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     let (spec, replica) = (checkpoint.spec(), &assignment.replica);
     let stage = replica.stages.get(assignment.stage.0 as usize);
     let split = stage.map(|stage| stage.split(assignment.rank));
-    let part = split.and_then(|split| spec.part(split, replica.reduction()).ok());
+    let cut = |split| spec.part(split, replica.reduction(), replica.precision).ok();
+    let part = split.and_then(cut);
     // What cannot be cut so is refused where it is loaded.
     let of = |part| checkpoint.part_tensors(&part, assignment.layers());
     let tensors = part.map(of).unwrap_or_default();
@@ -281,7 +282,8 @@ fn slower() -> f64 {
 #[cfg(test)]
 mod tests {
     use shoal_protocol::blob::BlobSettings;
-    use shoal_protocol::model::{Reduction, Split, TensorRole};
+    use shoal_protocol::mesh::Reduction;
+    use shoal_protocol::model::{Split, TensorRole};
     use shoal_protocol::units::LayerRange;
 
     use super::*;
@@ -340,7 +342,8 @@ mod tests {
             let mut stored = std::collections::BTreeSet::new();
             let mut ends = Vec::new();
             for rank in 0..2 {
-                let part = spec.part(Split { rank, ranks: 2 }, Reduction::Sum).unwrap();
+                let split = Split { rank, ranks: 2 };
+                let part = spec.part(split, Reduction::Sum, spec.stored).unwrap();
                 let mut own = std::collections::BTreeSet::new();
                 for tensor in part.tensors(spec, last) {
                     if roles.contains(&tensor.spec.role) {

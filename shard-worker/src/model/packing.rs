@@ -4,6 +4,7 @@
 use shoal_protocol::model::{RowOrder, StoredPart, StoredScales, StoredType};
 use shoal_protocol::plan::Precision;
 
+use super::turned::Scales;
 use super::{Matrix, Piece, Source, WeightsError};
 use crate::backend::{BackendError, Ops, WeightBuilder};
 use crate::stored::{self, Block, FourBits};
@@ -24,17 +25,15 @@ impl<B: Ops> Matrix<'_, B> {
             Some(StoredScales::Blocks { scales, block }) => {
                 check_numbers(buffer).map_err(|error| source.device(error))?;
                 let scales = source.read_values(scales)?;
-                let weights = stored::Fp8::WEIGHTS as u64;
-                let in_blocks =
-                    [block.1, source.part.columns.start].iter().all(|n| n.is_multiple_of(weights));
-                if self.held == Precision::Fp8 && in_blocks {
-                    self.pack_fp8(piece, buffer, *block, &scales)
-                } else {
-                    self.pack_scaled(piece, buffer, *block, &scales)
+                let scales = Scales { block: *block, values: &scales };
+                match self.held == Precision::Fp8 && source.has_fp8_blocks(*block) {
+                    true => self.pack_fp8(piece, buffer, scales),
+                    false => self.pack_scaled(piece, buffer, scales),
                 }
             }
             Some(StoredScales::Exponents { scales }) => {
                 let exponents = source.read_exponents(piece, scales)?;
+                check_exponents(&exponents).map_err(|error| source.device(error))?;
                 self.pack_mxfp4(piece, buffer, &exponents)
             }
             Some(four_bits @ StoredScales::FourBits { .. }) => {
@@ -76,18 +75,13 @@ impl<B: Ops> Matrix<'_, B> {
         &self,
         piece: &Piece,
         bytes: &[u8],
-        block: (u64, u64),
-        scales: &[f32],
+        scales: Scales<'_>,
     ) -> Result<(), BackendError> {
-        let (dtype, part) = (self.source.location.dtype, &self.source.part);
-        let mut whole = vec![0.0; part.columns_stored() as usize];
-        let columns = part.columns.start as usize..part.columns.end as usize;
-        let mut rows = bytes.chunks_exact(columns.len());
+        let source = &self.source;
+        let mut rows = bytes.chunks_exact(source.part.column_count() as usize);
         self.pack_each(piece, |row, values| {
-            let bytes = rows.next().unwrap_or_default();
-            stored::decode_row(dtype, bytes, &mut whole[columns.clone()]);
-            stored::scale_row(&mut whole, row, block, scales);
-            values.copy_from_slice(&whole[columns.clone()]);
+            stored::decode_row(source.location.dtype, rows.next().unwrap_or_default(), values);
+            source.scale(scales, row as u64, values);
         })
     }
 
@@ -96,21 +90,16 @@ impl<B: Ops> Matrix<'_, B> {
         &self,
         piece: &Piece,
         bytes: &[u8],
-        block: (u64, u64),
-        scales: &[f32],
+        scales: Scales<'_>,
     ) -> Result<(), BackendError> {
-        let part = &self.source.part;
-        let (all, columns) = (part.columns_stored() as usize, part.column_count() as usize);
-        let first_block = part.columns.start as usize / stored::Fp8::WEIGHTS;
-        let width = if block.1 == 0 { all } else { block.1 as usize };
+        let (source, part) = (&self.source, &self.source.part);
+        let columns = part.column_count() as usize;
         let mut blocks = vec![0; columns.div_ceil(stored::Fp8::WEIGHTS) * stored::Fp8::BYTES];
         for (row, bytes) in (piece.first_row..).zip(bytes.chunks_exact(columns)) {
-            let file_row = (part.rows.start + row) as usize;
-            let scales = stored::scales_of_row(all, file_row, block, scales);
             let to = blocks.chunks_exact_mut(stored::Fp8::BYTES);
-            let pairs = to.zip(bytes.chunks(stored::Fp8::WEIGHTS));
-            for (b, (to, from)) in (first_block..).zip(pairs) {
-                let scale = scales[b * stored::Fp8::WEIGHTS / width];
+            let starts = (part.columns.start..).step_by(stored::Fp8::WEIGHTS);
+            for ((to, from), column) in to.zip(bytes.chunks(stored::Fp8::WEIGHTS)).zip(starts) {
+                let scale = source.scale_at(scales, (part.rows.start + row, column));
                 let (before, numbers) = to.split_at_mut(stored::Fp8::NUMBERS_AT);
                 before.copy_from_slice(&scale.to_le_bytes());
                 numbers[..from.len()].copy_from_slice(from);
@@ -120,7 +109,8 @@ impl<B: Ops> Matrix<'_, B> {
         Ok(())
     }
 
-    /// Packs rows of MXFP4 by way of their values, which bf16 holds exactly.
+    /// Packs rows of MXFP4 as they are, an exponent before each block, or by way of their values, which bf16
+    /// holds exactly.
     fn pack_mxfp4(
         &self,
         piece: &Piece,
@@ -128,10 +118,23 @@ impl<B: Ops> Matrix<'_, B> {
         exponents: &[u8],
     ) -> Result<(), BackendError> {
         let (read, part) = (self.source.columns_read(), &self.source.part);
-        let (weights, _) = StoredType::Mxfp4.block();
+        let (weights, bytes_of_block) = StoredType::Mxfp4.block();
         let width = (read.end - read.start) as usize;
         let mut rows = bytes.chunks_exact(self.row_bytes() as usize);
         let mut exponents = exponents.chunks_exact(width / weights as usize);
+        if self.held == Precision::Mxfp4 && read == part.columns {
+            let mut blocks = vec![0; width / weights as usize * stored::Mxfp4::BYTES];
+            for (row, (numbers, exponents)) in (piece.first_row..).zip(rows.zip(exponents)) {
+                let numbers = numbers.chunks_exact(bytes_of_block as usize);
+                let to = blocks.chunks_exact_mut(stored::Mxfp4::BYTES);
+                for (to, (exponent, numbers)) in to.zip(exponents.iter().zip(numbers)) {
+                    to[0] = *exponent;
+                    to[stored::Mxfp4::NUMBERS_AT..].copy_from_slice(numbers);
+                }
+                self.builder.pack_rows(self.held_row(row), Precision::Mxfp4, &blocks)?;
+            }
+            return Ok(());
+        }
         let mut wide = vec![0.0; width];
         let first = (part.columns.start - read.start) as usize;
         self.pack_each(piece, |_, values| {
@@ -227,6 +230,17 @@ fn check_numbers(bytes: &[u8]) -> Result<(), BackendError> {
         Some(at) => Err(BackendError::BadShape {
             what: "an FP8 weight",
             why: format!("{:#04x} is not a number; the file is damaged, or not e4m3", bytes[at]),
+        }),
+    }
+}
+
+/// Refuses exponents that no weight has; one of them stands for no number at all.
+fn check_exponents(exponents: &[u8]) -> Result<(), BackendError> {
+    match exponents.iter().find(|exponent| **exponent > stored::EXPONENT_MAX) {
+        None => Ok(()),
+        Some(exponent) => Err(BackendError::BadShape {
+            what: "an exponent of MXFP4",
+            why: format!("{exponent} stands for no size that a weight has; the file is damaged"),
         }),
     }
 }

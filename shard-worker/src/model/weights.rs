@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shoal_protocol::model::{
-    Checkpoint, Columns, Excerpt, NormKind, PANEL_OUTPUTS, StoredScales, TensorLocation,
-    TensorPart, TensorRole, TensorSpec,
+    Checkpoint, NormKind, PANEL_OUTPUTS, StoredScales, TensorLocation, TensorPart, TensorRole,
+    TensorSpec,
 };
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
@@ -28,6 +28,8 @@ use crate::backend::{BackendError, Linear, Norm, Ops, WeightBuilder};
 
 #[path = "packing.rs"]
 mod packing;
+#[path = "turned.rs"]
+mod turned;
 
 /// What a thread reads at once: long enough for the disk, short enough that the buffers of a few
 /// threads do not show beside the weights.
@@ -284,43 +286,17 @@ impl Source<'_> {
         }
         let stored = self.bytes_of(self.part.columns_stored());
         let first = self.part.rows.start + first;
-        let first = match &self.part.spec.excerpt {
-            Some(excerpt) => match excerpt.columns {
-                Some(columns) => return self.read_turned((excerpt, columns), first, buffer),
-                None => excerpt.first_row + first,
-            },
-            None => first,
-        };
-        let first = first * stored;
+        if let Some(turned) = self.turned() {
+            return self.read_turned(turned, first, buffer);
+        }
+        let skipped_rows = self.part.spec.excerpt.as_ref().map_or(0, |excerpt| excerpt.first_row);
+        let first = (skipped_rows + first) * stored;
         if self.row_bytes() == stored {
             return self.read(first, buffer);
         }
         let skipped = self.bytes_of(self.columns_read().start);
         let rows = buffer.chunks_exact_mut(self.row_bytes() as usize);
         (0..).zip(rows).try_for_each(|(row, to)| self.read(first + row * stored + skipped, to))
-    }
-
-    /// Reads rows of a tensor that are columns of the stored one: the rows that they cross are read
-    /// whole. A vector is one value of each of its rows. Such a tensor is not cut over ranks.
-    fn read_turned(
-        &self,
-        (excerpt, columns): (&Excerpt, Columns),
-        first: u64,
-        to: &mut [u8],
-    ) -> Result<(), WeightsError> {
-        // Such a tensor is not quantised, or the checkpoint would have been refused.
-        let element = self.bytes_of(1) as usize;
-        let width = excerpt.stored.last().copied().unwrap_or(1) as usize;
-        let height = self.part.column_count() as usize;
-        let mut block = vec![0; height * width * element];
-        self.read(excerpt.first_row * (width * element) as u64, &mut block)?;
-        for (row, to) in (first..).zip(to.chunks_exact_mut(height * element)) {
-            let column = (columns.first + row * columns.step) as usize;
-            for (crossed, to) in to.chunks_exact_mut(element).enumerate() {
-                to.copy_from_slice(&block[(crossed * width + column) * element..][..element]);
-            }
-        }
-        Ok(())
     }
 
     /// Reads bytes of the tensor, `first` counted from its beginning.
@@ -368,23 +344,33 @@ struct Matrix<'a, B: Ops> {
 
 impl<'a, B: Ops> Matrix<'a, B> {
     fn all(ops: &B, sources: Vec<Source<'a>>, held: Precision) -> Result<Vec<Self>, WeightsError> {
+        let of = |source: &Source<'_>| held.of(source.part.spec.role);
         let shape = |source: &Source<'_>| {
             (source.part.row_count() as usize, source.part.column_count() as usize)
         };
-        let shapes: Vec<_> = sources.iter().map(shape).collect();
-        let builders =
-            ops.weight_builders(held, &shapes).map_err(|source| WeightsError::Memory { source })?;
-        let with = sources.into_iter().zip(builders);
-        Ok(with.map(|(source, builder)| Self { source, held, builder }).collect())
+        let (mut all, mut rest) = (Vec::with_capacity(sources.len()), sources);
+        // Those of one precision lie side by side.
+        while let Some(held) = rest.first().map(of) {
+            let (same, others): (Vec<_>, Vec<_>) =
+                rest.into_iter().partition(|source| of(source) == held);
+            let shapes: Vec<_> = same.iter().map(shape).collect();
+            let builders = ops
+                .weight_builders(held, &shapes)
+                .map_err(|source| WeightsError::Memory { source })?;
+            let with = same.into_iter().zip(builders);
+            all.extend(with.map(|(source, builder)| Self { source, held, builder }));
+            rest = others;
+        }
+        Ok(all)
     }
 
     fn row_bytes(&self) -> u64 {
         self.source.row_bytes()
     }
 
-    /// Rows that are read at once.
+    /// Rows that are read at once: all where each piece would read the bytes of all.
     fn piece_rows(&self) -> u64 {
-        if self.source.is_read_whole() {
+        if self.source.is_read_whole() || self.source.turned().is_some() {
             return self.source.part.row_count();
         }
         let panel_bytes = PANEL_OUTPUTS * self.row_bytes();

@@ -8,13 +8,17 @@
 
 mod blocks;
 mod k_quants;
+mod mxfp4;
 mod scaled;
 
 pub(crate) use blocks::half_at;
 pub use blocks::{Block, Encode, Fp8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, e4m3, to_e4m3};
 pub(crate) use k_quants::six_bits;
 pub use k_quants::{Q4K, Q5K, Q6K};
-pub use scaled::{FourBits, e2m1_row, power_of, scale_row, scales_of_row};
+pub(crate) use mxfp4::EXPONENT_MAX;
+pub use mxfp4::Mxfp4;
+pub(crate) use scaled::TWICE_E2M1;
+pub use scaled::{FourBits, e2m1_row, power_of, scales_of_row};
 
 use half::{bf16, f16};
 use shoal_protocol::model::StoredType;

@@ -7,20 +7,8 @@ const IN_WORD: usize = 8;
 /// Which row of eight each number of an AWQ word is, the lowest bits first.
 const AWQ_ROWS: [usize; IN_WORD] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-/// Multiplies one row of values by the scales of its blocks. `block` is rows and columns of one, 0 for
-/// all there are; `scales` are those of the whole matrix.
-pub fn scale_row(values: &mut [f32], row: usize, block: (u64, u64), scales: &[f32]) {
-    let columns = values.len();
-    let width = if block.1 == 0 { columns } else { block.1 as usize };
-    let scales = scales_of_row(columns, row, block, scales);
-    for (values, scale) in values.chunks_mut(width).zip(scales) {
-        for value in values {
-            *value *= scale;
-        }
-    }
-}
-
-/// The scales of a row's blocks, and what follows them.
+/// The scales of the blocks of a row of so many columns, and what follows them. `block` is rows and columns
+/// of one, 0 for all there are; `scales` are those of the whole matrix.
 pub fn scales_of_row(columns: usize, row: usize, block: (u64, u64), scales: &[f32]) -> &[f32] {
     let width = if block.1 == 0 { columns } else { block.1 as usize };
     let in_row = columns.div_ceil(width);
@@ -28,15 +16,12 @@ pub fn scales_of_row(columns: usize, row: usize, block: (u64, u64), scales: &[f3
     &scales[first..]
 }
 
-/// What four bits of MXFP4 stand for, the sign apart: two of exponent and one of fraction.
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+/// Twice what four bits of MXFP4 stand for: a sign, two of exponent and one of fraction. Zero has no sign.
+pub(crate) const TWICE_E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// The numbers of a row of MXFP4, two a byte, the lower half first; its exponents are elsewhere.
 pub fn e2m1_row(bytes: &[u8], values: &mut [f32]) {
-    let number = |four: u8| {
-        let value = E2M1[usize::from(four & 7)];
-        if four & 8 == 0 { value } else { -value }
-    };
+    let number = |four: u8| f32::from(TWICE_E2M1[usize::from(four)]) * 0.5;
     for (values, byte) in values.chunks_mut(2).zip(bytes) {
         for (value, four) in values.iter_mut().zip([byte & 0xF, byte >> 4]) {
             *value = number(four);
@@ -123,16 +108,11 @@ mod tests {
 
     #[test]
     fn scales_are_those_of_a_tensor_a_row_or_a_block() {
-        let scaled = |row, block, scales: &[f32]| {
-            let mut values = [1.0, 2.0, 3.0, 4.0, 5.0];
-            scale_row(&mut values, row, block, scales);
-            values
-        };
-        assert_eq!(scaled(3, (0, 0), &[2.0]), [2.0, 4.0, 6.0, 8.0, 10.0]);
-        assert_eq!(scaled(1, (1, 0), &[2.0, 10.0]), [10.0, 20.0, 30.0, 40.0, 50.0]);
+        assert_eq!(scales_of_row(5, 3, (0, 0), &[2.0]), [2.0]);
+        assert_eq!(scales_of_row(5, 1, (1, 0), &[2.0, 10.0]), [10.0]);
         // Rows 2 and 3 are the second row of blocks, 2 columns wide.
         let blocks = [0.0, 0.0, 0.0, 1.0, 2.0, 3.0];
-        assert_eq!(scaled(3, (2, 2), &blocks), [1.0, 2.0, 6.0, 8.0, 15.0]);
+        assert_eq!(scales_of_row(5, 3, (2, 2), &blocks), [1.0, 2.0, 3.0]);
     }
 
     #[test]

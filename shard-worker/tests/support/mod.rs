@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
-use shoal_protocol::model::{Checkpoint, EncoderSpec, ModelSpec, Part, Reduction, Split};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Checkpoint, EncoderSpec, ModelSpec, Part, Split};
 use shoal_protocol::plan::{
     Assignment, KvPrecision, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
     ReplicaPlan, ShardPlan, StagePlan,
@@ -138,7 +139,7 @@ impl Setup {
 
     pub fn part(&self, spec: &ModelSpec, stage: usize, rank: u32) -> Part {
         let split = Split { rank, ranks: self.ranks_of(stage) };
-        spec.part(split, Reduction::of(self.numerics)).unwrap()
+        spec.part(split, Reduction::of(self.numerics), self.held).unwrap()
     }
 }
 

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::Reduction;
 use shoal_protocol::model::Split;
+use shoal_protocol::plan::Precision;
 use shoal_protocol::units::LayerRange;
 
 use super::memory::Costs;
@@ -114,11 +115,10 @@ pub(super) struct Slices {
 }
 
 impl Slices {
-    /// For stages of up to so many ranks.
-    pub fn new(shape: &ModelShape, most: u32, reduction: Reduction) -> Self {
-        let of = |ranks: u32| {
-            (0..ranks).map(|rank| slice(shape, Split { rank, ranks }, reduction)).collect()
-        };
+    /// For stages of up to so many ranks, whose results are put together and whose weights are held like this.
+    pub fn new(shape: &ModelShape, most: u32, how: (Reduction, Precision)) -> Self {
+        let of =
+            |ranks: u32| (0..ranks).map(|rank| slice(shape, Split { rank, ranks }, how)).collect();
         Self { ranks: (1..=most.max(1)).map(of).collect() }
     }
 

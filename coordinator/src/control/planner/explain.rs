@@ -17,8 +17,8 @@ pub fn explain(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     let costs = Costs::new(shape, plan.precision);
     let limits = &plan.limits;
     let most = plan.stages.iter().map(|stage| stage.shards.len()).max().unwrap_or(1);
-    let reduction = if plan.numerics.sums() { Reduction::Sum } else { Reduction::Exact };
-    let slices = Slices::new(shape, most as u32, reduction);
+    let reduction = Reduction::of(plan.numerics);
+    let slices = Slices::new(shape, most as u32, (reduction, plan.precision));
     let mut lines = vec![format!(
         "{} {} {}: {} layers in {}, mesh {}, numerics {}",
         plan.deployment,

@@ -72,7 +72,7 @@ pub(super) fn plan(
     let precision = job.spec.precision.unwrap_or(job.shape.stored());
     let kv = job.ask.kv.unwrap_or_default();
     let most = wanted.ranks.iter().copied().max().unwrap_or(1);
-    let slices = Slices::new(job.shape, most as u32, wanted.reduction);
+    let slices = Slices::new(job.shape, most as u32, (wanted.reduction, precision));
     let of = |ranks: usize| -> Vec<Costs<'_>> {
         let needed = ranks == 1 || wanted.ranks.contains(&ranks);
         let shapes = slices.of(ranks).iter().filter(|_| needed);
@@ -101,7 +101,9 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
         (None, Some(stages)) => (Some(stages), Some(1)),
         (Some(MeshAsked::Auto) | None, _) => (None, None),
     };
-    let (most, what) = ranks_max(job.shape);
+    let reduction = job.ask.reduction.unwrap_or_default();
+    let precision = job.spec.precision.unwrap_or(job.shape.stored());
+    let (most, what) = ranks_max(job.shape, reduction, precision);
     match (stages, ranks) {
         (Some(0), _) | (_, Some(0)) => return Err(PlanRefusal::NoStages),
         (Some(stages), _) if stages > layers => {
@@ -127,7 +129,7 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
         },
         explicit: ranks.is_some(),
         objective: job.ask.objective.unwrap_or_default(),
-        reduction: job.ask.reduction.unwrap_or_default(),
+        reduction,
     })
 }
 

@@ -58,9 +58,13 @@ impl BruteForce<'_> {
         }
     }
 
+    fn how(&self) -> (Reduction, Precision) {
+        (self.wanted.reduction, self.empty.precision)
+    }
+
     /// Weight bytes that nobody of the stage has as one of as many ranks.
     fn moved(&self, stage: &StagePlan) -> u64 {
-        let slices = Slices::new(self.shape, stage.shards.len() as u32, self.wanted.reduction);
+        let slices = Slices::new(self.shape, stage.shards.len() as u32, self.how());
         let costs: Vec<_> = slices
             .of(stage.shards.len())
             .iter()
@@ -95,7 +99,7 @@ impl BruteForce<'_> {
     }
 
     fn stage(&self, layers: LayerRange, crew: &[usize]) -> Option<StagePlan> {
-        let slices = Slices::new(self.shape, crew.len() as u32, self.wanted.reduction);
+        let slices = Slices::new(self.shape, crew.len() as u32, self.how());
         let slices = slices.of(crew.len());
         let room = crew.iter().map(|w| self.inventory.workers[*w].free()).min()?;
         let costs: Vec<_> =
@@ -139,7 +143,7 @@ fn compare(
     let workers = candidates(inventory, Numerics::N1).unwrap();
     let Ok(wanted) = wanted(&job, workers.len()) else { return (None, None) };
     let most = wanted.ranks.iter().copied().max().unwrap();
-    let slices = Slices::new(shape, most as u32, wanted.reduction);
+    let slices = Slices::new(shape, most as u32, (wanted.reduction, shape.stored()));
     let costs: Vec<Vec<Costs<'_>>> = (1..=most)
         .map(|ranks| slices.of(ranks).iter().map(|s| Costs::of_rank(s, shape.stored())).collect())
         .collect();

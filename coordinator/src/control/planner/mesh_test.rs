@@ -364,6 +364,14 @@ fn a_mesh_that_cannot_be_is_refused_with_the_arithmetic() {
     assert!(refusal.contains("--mesh 4x1 or 2x2 or 1x3 or 1x4"), "{refusal}");
     let refusal = text(&dense(2, 2), mesh("3x1"));
     assert!(refusal.contains("has 2 layers"), "{refusal}");
+    // Pairs of heads are blocks of 256, and no block is cut unless rows alone are.
+    let ModelShape::Checkpoint(spec) = dense(4, 4) else { panic!("no checkpoint") };
+    let blocks = ModelShape::Checkpoint(ModelSpec { stored: Precision::Q4K, ..spec });
+    let refusal = text(&blocks, mesh("1x4"));
+    assert!(refusal.starts_with("2 runs of key/value heads that end with a block"), "{refusal}");
+    let exact = MeshAsk { reduction: Some(Reduction::Exact), ..mesh("1x4") };
+    assert_eq!(planned(&all, &blocks, exact, None).unwrap().mesh(), "1x4");
+    assert_eq!(planned(&all, &blocks, mesh("1x2"), None).unwrap().mesh(), "1x2");
     let refusal = text(&pretend(4, 100 * GIB), mesh("2x2"));
     assert!(refusal.contains("mesh 2x2 does not fit") && refusal.contains("w5 has"), "{refusal}");
     let refusal = text(&pretend(4, 100 * GIB), mesh("auto"));

@@ -61,8 +61,8 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         (Some(a), Some(b)) => inventory.link(a, b),
         _ => Link::NEAR,
     };
-    let reduction = if plan.numerics.sums() { Reduction::Sum } else { Reduction::Exact };
-    let slices = Slices::new(shape, most as u32, reduction);
+    let reduction = Reduction::of(plan.numerics);
+    let slices = Slices::new(shape, most as u32, (reduction, plan.precision));
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
     let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
         let costs: Vec<Costs<'_>> = slices

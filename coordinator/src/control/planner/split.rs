@@ -5,7 +5,7 @@ use std::fmt;
 
 use shoal_protocol::mesh::Reduction;
 use shoal_protocol::model::{Part, Split};
-use shoal_protocol::plan::PretendSpec;
+use shoal_protocol::plan::{Precision, PretendSpec};
 
 use super::ModelShape;
 
@@ -15,15 +15,16 @@ const PRETEND_RANKS_MAX: u32 = 64;
 /// The usual bound of ranks, as `ModelSpec::ranks_max` calls it.
 const HEADS: &str = "key/value heads";
 
-/// The most ranks that a stage of this model can have, and what bounds them.
-pub fn ranks_max(shape: &ModelShape) -> (u32, &'static str) {
+/// The most ranks that a stage of this model can have, and what bounds them: where results are summed and
+/// weights held in blocks, whole blocks do.
+pub fn ranks_max(shape: &ModelShape, reduction: Reduction, held: Precision) -> (u32, &'static str) {
     match shape {
         ModelShape::Checkpoint(spec) => {
-            let (most, what) = spec.ranks_max();
+            let (most, what) = spec.ranks_max_held(reduction, held);
             (most.max(1), what)
         }
         ModelShape::Encoder(spec) => {
-            let (most, what) = spec.sizes().ranks_max();
+            let (most, what) = spec.sizes().ranks_max_held(reduction, held);
             (most.max(1), what)
         }
         ModelShape::Pretend(_) => (PRETEND_RANKS_MAX, "ranks that anybody has tried"),
@@ -40,17 +41,21 @@ pub(super) struct Slice {
 }
 
 /// This rank of a model; a rank that cannot be is as large as all of it.
-pub(super) fn slice(shape: &ModelShape, split: Split, reduction: Reduction) -> Slice {
+pub(super) fn slice(
+    shape: &ModelShape,
+    split: Split,
+    (reduction, held): (Reduction, Precision),
+) -> Slice {
     if split.is_whole() {
         return Slice { shape: shape.clone(), part: None };
     }
     match shape {
         ModelShape::Checkpoint(spec) => {
-            let part = spec.part(split, reduction.into()).ok();
+            let part = spec.part(split, reduction, held).ok();
             Slice { shape: shape.clone(), part }
         }
         ModelShape::Encoder(spec) => {
-            let part = spec.part(split, reduction.into()).ok();
+            let part = spec.part(split, reduction, held).ok();
             Slice { shape: shape.clone(), part }
         }
         // What it says that it takes is modelled; its cache is whole on each rank.

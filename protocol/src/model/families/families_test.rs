@@ -52,6 +52,7 @@ fn windows_and_rotations_are_those_of_the_published_patterns() {
         (Family::Gemma2, r#""sliding_window": 8"#, "8g -g 8g -g"),
         (Family::Gemma3, r#""sliding_window": 8, "sliding_window_pattern": 3"#, "8l 8l -g 8l"),
         (Family::Cohere2, r#""sliding_window": 8"#, "8g 8g 8g --"),
+        (Family::StarCoder2, r#""sliding_window": 8"#, "8g 8g 8g 8g"),
     ] {
         assert_eq!(layers(&spec(family, fields)), expected, "{family:?} {fields}");
     }
@@ -83,6 +84,10 @@ fn options_are_those_of_the_family() {
     let olmo = spec(Family::Olmo2, "");
     assert!(olmo.qk_norm && olmo.options.qk_norm_whole);
     assert_eq!(olmo.options.placement, Placement::After);
+
+    let starcoder = spec(Family::StarCoder2, "");
+    assert!(starcoder.qkv_bias && starcoder.mlp_bias && !starcoder.options.gated);
+    assert!(starcoder.options.norm_bias && starcoder.tied_embeddings);
 }
 
 #[test]

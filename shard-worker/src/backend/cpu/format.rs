@@ -181,6 +181,10 @@ macro_rules! with_format {
                 type $format = $crate::backend::cpu::long_blocks::Q6K;
                 $body
             }
+            shoal_protocol::plan::Precision::Mxfp4 => {
+                type $format = $crate::backend::cpu::mxfp4::Mxfp4;
+                $body
+            }
         }
     };
 }

@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::WeightBuilder;
 use crate::stored::{self, Encode};
 
-const ALL_PRECISIONS: [Precision; 9] = Precision::ALL;
+const ALL_PRECISIONS: [Precision; 10] = Precision::ALL;
 
 /// Repeatable values in -1..1 with full mantissas.
 pub(super) struct Values(u64);
@@ -67,6 +67,7 @@ pub(super) fn rounded(held: Precision, cols: usize, values: &[f32]) -> Vec<f32> 
         Precision::Fp8 => blocks::<stored::Fp8>(cols, values),
         Precision::Q5K => blocks::<stored::Q5K>(cols, values),
         Precision::Q6K => blocks::<stored::Q6K>(cols, values),
+        Precision::Mxfp4 => blocks::<stored::Mxfp4>(cols, values),
     }
 }
 
@@ -175,6 +176,7 @@ fn rows_of_blocks_are_held_as_they_are_stored() {
     check::<stored::Fp8>(Precision::Fp8);
     check::<stored::Q5K>(Precision::Q5K);
     check::<stored::Q6K>(Precision::Q6K);
+    check::<stored::Mxfp4>(Precision::Mxfp4);
 }
 
 #[test]

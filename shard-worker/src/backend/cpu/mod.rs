@@ -26,6 +26,7 @@ mod linear;
 mod long_blocks;
 mod math;
 mod memory;
+mod mxfp4;
 mod packed;
 mod rows;
 mod simd;

@@ -22,6 +22,7 @@ use super::blocks::{self, Blocks};
 use super::format::{Format, Plain, with_format, with_plain};
 use super::long_blocks;
 use super::memory::Mapped;
+use super::mxfp4;
 use super::simd::LANES;
 use crate::backend::{BackendError, WeightBuilder};
 use crate::stored::{BLOCK_MAX, Block, Encode};
@@ -54,6 +55,10 @@ macro_rules! with_blocks {
             }
             Precision::Q6K => {
                 type $format = long_blocks::Q6K;
+                $body
+            }
+            Precision::Mxfp4 => {
+                type $format = mxfp4::Mxfp4;
                 $body
             }
         }

@@ -39,6 +39,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// The values of 16 numbers of eight bits: sign, four of exponent, three of fraction. None of them
     /// has all bits of its magnitude set.
     unsafe fn load_e4m3(from: *const u8) -> Self::F;
+    /// Twice the values of 16 numbers of four bits (e2m1), the low halves of bytes moved right by `shift`, 0
+    /// or 4.
+    unsafe fn load_e2m1(from: *const u8, shift: u32) -> Self::F;
     /// Writes `to[0..16]`.
     unsafe fn store(to: *mut f32, value: Self::F);
     /// Writes `to[0..lanes]`; `lanes` is at most 16.
@@ -132,6 +135,14 @@ unsafe impl Simd for Portable {
     unsafe fn load_e4m3(from: *const u8) -> Lanes {
         // SAFETY: the caller's pointer is valid for 16 values.
         std::array::from_fn(|i| crate::stored::e4m3(unsafe { *from.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_e2m1(from: *const u8, shift: u32) -> Lanes {
+        std::array::from_fn(|i| {
+            // SAFETY: the caller's pointer is valid for 16 values.
+            let byte = unsafe { *from.add(i) };
+            f32::from(crate::stored::TWICE_E2M1[usize::from(byte >> shift & 0xF)])
+        })
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Lanes) {

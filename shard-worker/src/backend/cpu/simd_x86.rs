@@ -70,6 +70,10 @@ unsafe impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_e2m1(from: *const u8, shift: u32) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(twice_e2m1(from, shift))) }
+    }
+    #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {
         unsafe { _mm512_storeu_ps(to, value) }
     }
@@ -226,6 +230,16 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_e2m1(from: *const u8, shift: u32) -> Halves {
+        unsafe {
+            let bytes = twice_e2m1(from, shift);
+            Halves(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
     unsafe fn store(to: *mut f32, value: Halves) {
         unsafe {
             _mm256_storeu_ps(to, value.0);
@@ -294,6 +308,15 @@ unsafe fn e4m3_8(bits: __m256i) -> __m256 {
         let rest = _mm256_slli_epi32::<20>(_mm256_and_si256(bits, _mm256_set1_epi32(0x7F)));
         let small = _mm256_castsi256_ps(_mm256_or_si256(sign, rest));
         _mm256_mul_ps(small, _mm256_set1_ps(E4M3_UNIT))
+    }
+}
+
+#[inline(always)]
+unsafe fn twice_e2m1(from: *const u8, shift: u32) -> __m128i {
+    unsafe {
+        let table = _mm_loadu_si128(crate::stored::TWICE_E2M1.as_ptr().cast());
+        let halves = _mm_srl_epi16(_mm_loadu_si128(from.cast()), _mm_cvtsi32_si128(shift as i32));
+        _mm_shuffle_epi8(table, _mm_and_si128(halves, _mm_set1_epi8(0x0F)))
     }
 }
 

@@ -87,7 +87,7 @@ fn check(
     if layers.is_empty() || layers.end > spec.layers {
         return refuse(format!("layers {layers} of a model of {}", spec.layers));
     }
-    let part = match spec.part(split, replica.reduction()) {
+    let part = match spec.part(split, replica.reduction(), replica.precision) {
         Ok(part) => part,
         Err(error) => return refuse(error.to_string()),
     };

@@ -8,7 +8,8 @@
 //!
 //! What the two promise: `docs/decisions/029-tensor-ranks.md`.
 
-use shoal_protocol::model::{ModelSpec, Part, Reduction};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{ModelSpec, Part};
 
 use crate::backend::{BackendError, FamilyOps, Linear, Ops};
 use crate::collective::Collective;

@@ -2,9 +2,8 @@
 //! bit.
 
 use candle_core::{D, Device, Tensor};
-use shoal_protocol::model::{
-    Activation, Family, ModelSpec, Options, Reduction, RopeScaling, Split,
-};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Activation, Family, ModelSpec, Options, RopeScaling, Split};
 use shoal_protocol::plan::Precision;
 
 use super::*;
@@ -84,7 +83,7 @@ struct Tiny {
 impl Tiny {
     fn new(threads: usize) -> Self {
         let spec = spec();
-        let part = spec.part(Split::WHOLE, Reduction::Exact).unwrap();
+        let part = spec.part(Split::WHOLE, Reduction::Exact, spec.stored).unwrap();
         let mut ops = CpuOps::new(threads, Isa::best()).unwrap();
         let (hidden, query, key, inner) = (36, 60, 20, 50);
         Self {

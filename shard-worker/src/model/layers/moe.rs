@@ -12,7 +12,8 @@
 use std::ops::Range;
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use shoal_protocol::model::{Activation, ModelSpec, Moe as Shape, Part, Reduction};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Activation, ModelSpec, Moe as Shape, Part};
 
 use crate::backend::{FamilyOps, Linear, Router};
 use crate::collective::{Collective, CollectiveError};
