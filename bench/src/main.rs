@@ -18,6 +18,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   gray      a replica four times slower on real processes, under two policies
   mesh      predicted against measured, ranks, unlike workers, slow ways: some minutes
   planner   how long a plan takes
+  families  what a token costs in each family, against Llama's
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
@@ -32,7 +33,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 5] = ["mesh", "route", "election", "quality", "planner"];
+const WITHIN: [&str; 6] = ["mesh", "route", "election", "quality", "planner", "families"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -89,6 +90,9 @@ fn main() -> Result<()> {
     if what == "planner" {
         report.sections.push(micro::planner::run()?);
     }
+    if what == "families" {
+        report.sections.push(micro::families::run(settings.pairs)?);
+    }
     if what == "quality" {
         report.sections.push(micro::quality::run()?);
     }
@@ -99,6 +103,7 @@ fn main() -> Result<()> {
         "all" => "make bench".to_owned(),
         "control" => "make bench-control".to_owned(),
         "quality" => "make bench-quality".to_owned(),
+        "families" => "make bench-families".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
