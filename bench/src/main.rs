@@ -7,7 +7,7 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small] [--out FILE]
+usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small] [--only PART] [--out FILE]
   all       micro and split; the default
   micro     frames, a hop, beats, the engine, the planner
   split     real clusters on loopback: split against unsplit, loading
@@ -26,6 +26,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
   --small   mesh with a small model: whether it works
+  --only    of mesh: predict, ranks, uneven or links
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
 
@@ -43,6 +44,7 @@ fn main() -> Result<()> {
         trials: 30,
         models: std::env::temp_dir().join("shoal-bench-models"),
         small: false,
+        only: None,
     };
     let mut args = std::env::args().skip(1).peekable();
     if args.peek().is_some_and(|arg| arg == scenarios::mesh::relay::RELAY) {
@@ -60,6 +62,7 @@ fn main() -> Result<()> {
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--small" => settings.small = true,
+            "--only" => settings.only = Some(value()?),
             "--out" => out = Some(value()?.into()),
             _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
