@@ -7,7 +7,7 @@ use shoal_bench::measure::Report;
 use shoal_bench::{micro, scenarios};
 
 const USAGE: &str = "\
-usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small] [--out FILE]
+usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small] [--only PART] [--out FILE]
   all       micro and split; the default
   micro     frames, a hop, beats, the engine, the planner
   split     real clusters on loopback: split against unsplit, loading
@@ -18,6 +18,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   gray      a replica four times slower on real processes, under two policies
   mesh      predicted against measured, ranks, unlike workers, slow ways: some minutes
   planner   how long a plan takes
+  families  what a token costs in each family, against Llama's
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
@@ -25,6 +26,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
   --small   mesh with a small model: whether it works
+  --only    of mesh: predict, ranks, uneven or links
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
 
@@ -32,7 +34,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 5] = ["mesh", "route", "election", "quality", "planner"];
+const WITHIN: [&str; 6] = ["mesh", "route", "election", "quality", "planner", "families"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -42,6 +44,7 @@ fn main() -> Result<()> {
         trials: 30,
         models: std::env::temp_dir().join("shoal-bench-models"),
         small: false,
+        only: None,
     };
     let mut args = std::env::args().skip(1).peekable();
     if args.peek().is_some_and(|arg| arg == scenarios::mesh::relay::RELAY) {
@@ -59,6 +62,7 @@ fn main() -> Result<()> {
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
             "--small" => settings.small = true,
+            "--only" => settings.only = Some(value()?),
             "--out" => out = Some(value()?.into()),
             _ => bail!("unknown argument {arg}\n{USAGE}"),
         }
@@ -89,6 +93,9 @@ fn main() -> Result<()> {
     if what == "planner" {
         report.sections.push(micro::planner::run()?);
     }
+    if what == "families" {
+        report.sections.push(micro::families::run(settings.pairs)?);
+    }
     if what == "quality" {
         report.sections.push(micro::quality::run()?);
     }
@@ -99,6 +106,7 @@ fn main() -> Result<()> {
         "all" => "make bench".to_owned(),
         "control" => "make bench-control".to_owned(),
         "quality" => "make bench-quality".to_owned(),
+        "families" => "make bench-families".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
         _ => format!("shoal-bench {what}"),
     };

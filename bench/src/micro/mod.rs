@@ -9,6 +9,7 @@ use crate::measure::{Report, Series};
 
 pub mod election;
 mod engine;
+pub mod families;
 mod frames;
 mod hop;
 pub mod planner;

@@ -29,6 +29,8 @@ pub struct Settings {
     pub models: PathBuf,
     /// Meshes of a small model: whether it works, not how fast.
     pub small: bool,
+    /// That part of meshes alone.
+    pub only: Option<String>,
 }
 
 impl Settings {

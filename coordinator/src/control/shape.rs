@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::model::{
-    EncoderOutput, EncoderSpec, Family, ModelSpec, Options, Part, RopeScaling, TensorRole,
-    TensorSpec,
+    EncoderOutput, EncoderSpec, Family, ModelSpec, Options, Part, RopeScaling, TensorPart,
+    TensorRole,
 };
 use shoal_protocol::plan::{KvPrecision, Precision, PretendSpec, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
+use super::planner::experts;
 use crate::serving::ServedKind;
 
 /// The shape of a model, of either kind.
@@ -229,27 +230,17 @@ impl ModelShape {
         }
     }
 
-    /// The weight bytes that every decode step reads in one layer, and after the last layer those of
-    /// the output head. The embedding is not among them: a step looks up a row per token there. This
-    /// is what a stage's time is proportional to, for decode by memory bandwidth and for prefill by
-    /// arithmetic.
+    /// The weight bytes that a decode step of one row reads in one layer, and after the last layer those of
+    /// the output head. The embedding is not among them: a step looks up a row per token there; and of a mixture
+    /// of experts only those that the row uses. This is what a stage's time is proportional to, for decode by
+    /// memory bandwidth and for prefill by arithmetic.
     pub fn step_bytes(&self, layer: u32, precision: Precision) -> Bytes {
         self.step_bytes_of(layer, None, precision)
     }
 
-    /// The same of one tensor rank; `None`: of all.
+    /// The same of one tensor rank; `None`: of all. Of experts as many as the rank has that has the most of a row.
     pub fn step_bytes_of(&self, layer: u32, part: Option<&Part>, precision: Precision) -> Bytes {
         let range = LayerRange::new(layer, layer + 1);
-        // A tied head is the embedding, which the last stage reads whole.
-        let is_read = |spec: &ModelSpec, tensor: &TensorSpec| {
-            tensor.role != TensorRole::Embedding
-                || (spec.tied_embeddings && layer + 1 == spec.layers)
-        };
-        if let (ModelShape::Checkpoint(spec), Some(part)) = (self, part) {
-            let tensors = part.tensors(spec, range);
-            let read = tensors.iter().filter(|tensor| is_read(spec, &tensor.spec));
-            return read.map(|tensor| tensor.held_bytes(precision)).sum();
-        }
         let is_table = |role| {
             use TensorRole::{Embedding, PositionEmbedding, TypeEmbedding};
             matches!(role, Embedding | PositionEmbedding | TypeEmbedding)
@@ -265,13 +256,39 @@ impl ModelShape {
                 .filter(|tensor| !is_table(tensor.spec.role))
                 .map(|tensor| tensor.held_bytes(precision))
                 .sum(),
-            ModelShape::Checkpoint(spec) => spec
-                .tensors(range)
-                .iter()
-                .filter(|tensor| is_read(spec, tensor))
-                .map(|tensor| tensor.held_bytes(precision))
-                .sum(),
+            ModelShape::Checkpoint(spec) => {
+                let whole = spec.whole();
+                let part = part.unwrap_or(&whole);
+                let used = spec.moe(layer).map(|moe| experts::busiest(&moe, part.split.ranks));
+                // A tied head is the embedding, which the last stage reads whole.
+                let head_is_table = spec.tied_embeddings && layer + 1 == spec.layers;
+                let read = |(tensor, count): &(TensorPart, u64)| {
+                    let one = tensor.held_bytes(precision).0;
+                    match (tensor.spec.role, used) {
+                        (TensorRole::Embedding, _) if !head_is_table => 0,
+                        (role, Some(used)) if role.is_expert() => {
+                            one.saturating_mul(used.min(count * experts::THOUSAND))
+                                / experts::THOUSAND
+                        }
+                        _ => one * count,
+                    }
+                };
+                Bytes(part.tensor_kinds(spec, range).iter().map(read).sum())
+            }
         }
+    }
+
+    /// Whether two layers take as much as each other, on any rank and in any precision.
+    pub fn alike(&self, a: u32, b: u32) -> bool {
+        let last = self.layers().saturating_sub(1);
+        let ends = |layer: u32| (layer == 0, layer == last);
+        let same = match self {
+            ModelShape::Checkpoint(spec) => spec.layer(a) == spec.layer(b),
+            ModelShape::Pretend(_) => true,
+            // They are few, and nobody has counted which of them are alike.
+            ModelShape::Encoder(_) => a == b,
+        };
+        ends(a) == ends(b) && same
     }
 }
 

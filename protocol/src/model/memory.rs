@@ -141,7 +141,10 @@ impl TensorSpec {
 impl ModelSpec {
     /// The weights of a stage as they are held.
     pub fn weight_bytes(&self, layers: LayerRange, precision: Precision) -> Bytes {
-        self.tensors(layers).iter().map(|tensor| tensor.held_bytes(precision)).sum()
+        let held = |(tensor, count): &(TensorSpec, u32)| {
+            Bytes(tensor.held_bytes(precision).0 * u64::from(*count))
+        };
+        self.tensor_kinds(layers).iter().map(held).sum()
     }
 
     /// The KV cache of a stage.

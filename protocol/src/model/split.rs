@@ -289,9 +289,7 @@ impl Part {
         let columns_all = 0..if spec.is_matrix { spec.shape[1] } else { 1 };
         let summed = self.reduction == Reduction::Sum && !self.split.is_whole();
         let is_own = match spec.role {
-            ExpertGate | ExpertGateBias | ExpertUp | ExpertUpBias | ExpertDown | ExpertDownBias => {
-                self.experts.contains(&spec.index)
-            }
+            role if role.is_expert() => self.experts.contains(&spec.index),
             KeyUp | ValueUp => self.heads.contains(&spec.index),
             _ => true,
         };
@@ -332,6 +330,24 @@ impl Part {
         all.filter_map(|tensor| self.of(tensor, model)).collect()
     }
 
+    /// The same, where tensors that differ in name and place alone stand there once, with their number.
+    pub fn tensor_kinds(&self, model: &ModelSpec, layers: LayerRange) -> Vec<(TensorPart, u64)> {
+        use TensorRole::*;
+        let own = |(tensor, count): (TensorSpec, u32)| {
+            let all = 0..count;
+            let own = match tensor.role {
+                role if role.is_expert() => &self.experts,
+                KeyUp | ValueUp => &self.heads,
+                _ => &all,
+            };
+            let count = u64::from(own.end - own.start);
+            let first = TensorSpec { index: own.start, ..tensor };
+            let part = (count > 0).then(|| self.of(first, model)).flatten()?;
+            Some((part, count))
+        };
+        model.tensor_kinds(layers).into_iter().filter_map(own).collect()
+    }
+
     /// Everything that the shard takes.
     pub fn memory(
         &self,
@@ -341,10 +357,11 @@ impl Part {
         limits: &ReplicaLimits,
     ) -> ShardMemory {
         let is_last = layers.end == model.layers;
-        let held = self.tensors(model, layers);
+        let kinds = self.tensor_kinds(model, layers);
+        let held = kinds.iter().map(|(tensor, count)| tensor.held_bytes(precision).0 * count);
         let own = self.widths(model);
         ShardMemory {
-            weights: held.iter().map(|tensor| tensor.held_bytes(precision)).sum(),
+            weights: Bytes(held.sum()),
             kv: own.kv_bytes(layers, limits.kv_blocks),
             activations: own.scratch_bytes(limits.step_rows_max)
                 + self.joining_bytes(model, limits.step_rows_max)

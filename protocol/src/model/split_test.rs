@@ -224,3 +224,26 @@ fn ranks_that_no_block_is_left_for_are_refused_with_the_way_out() {
     let error = deepseek(8).part(two, Reduction::Sum, Precision::Fp8).unwrap_err();
     assert!(error.to_string().contains("has 1 "), "{error}");
 }
+
+#[test]
+fn kinds_of_tensors_sum_up_to_the_tensors() {
+    for model in [deepseek(6), model(7, 300, 5000)] {
+        for (ranks, reduction) in
+            [(1, Reduction::Exact), (2, Reduction::Sum), (4, Reduction::Exact)]
+        {
+            for rank in 0..ranks {
+                let part = model.part(Split { rank, ranks }, reduction, Precision::F32).unwrap();
+                for layers in [(0, 1), (1, 2), (0, model.layers)] {
+                    let layers = LayerRange::new(layers.0, layers.1);
+                    let all = part.tensors(&model, layers);
+                    let kinds = part.tensor_kinds(&model, layers);
+                    assert!(kinds.len() < all.len() || kinds.iter().all(|(_, count)| *count == 1));
+                    let bytes = |part: &TensorPart| part.held_bytes(Precision::Q8_0).0;
+                    let counted: u64 = kinds.iter().map(|(part, count)| bytes(part) * count).sum();
+                    assert_eq!(counted, all.iter().map(bytes).sum::<u64>(), "{ranks} {layers}");
+                    assert_eq!(kinds.iter().map(|(_, count)| count).sum::<u64>(), all.len() as u64);
+                }
+            }
+        }
+    }
+}

@@ -74,27 +74,44 @@ impl Row {
 
     /// The tensors of this row, of a layer or of the whole model.
     pub(super) fn of(self, spec: &ModelSpec, layer: Option<u32>) -> Vec<TensorSpec> {
-        if !(self.present)(spec, layer.unwrap_or(0)) {
-            return Vec::new();
+        let Some((first, count)) = self.kind(spec, layer) else { return Vec::new() };
+        let name = self.name_in(layer);
+        let tensor = |index: u32| TensorSpec {
+            index,
+            name: name.replace("{e}", &index.to_string()),
+            excerpt: (self.excerpt)(spec, index),
+            ..first.clone()
+        };
+        (0..count).map(tensor).collect()
+    }
+
+    /// The first tensor of this row, and how many there are, which differ in name and place alone.
+    pub(super) fn kind(self, spec: &ModelSpec, layer: Option<u32>) -> Option<(TensorSpec, u32)> {
+        let count = (self.count)(spec);
+        if count == 0 || !(self.present)(spec, layer.unwrap_or(0)) {
+            return None;
         }
         let (shape, is_matrix) = match (self.shape)(spec) {
             Shape::Vector(len) => (vec![u64::from(len)], false),
             Shape::Matrix(rows, columns) => (vec![u64::from(rows), u64::from(columns)], true),
         };
-        let name = match layer {
-            Some(layer) => self.name.replace("{}", &layer.to_string()),
-            None => self.name.to_owned(),
-        };
-        let tensor = |index: u32| TensorSpec {
+        let first = TensorSpec {
             role: self.role,
             layer,
-            index,
-            name: name.replace("{e}", &index.to_string()),
-            shape: shape.clone(),
+            index: 0,
+            name: self.name_in(layer).replace("{e}", "0"),
+            shape,
             is_matrix,
-            excerpt: (self.excerpt)(spec, index),
+            excerpt: (self.excerpt)(spec, 0),
         };
-        (0..(self.count)(spec)).map(tensor).collect()
+        Some((first, count))
+    }
+
+    fn name_in(self, layer: Option<u32>) -> String {
+        match layer {
+            Some(layer) => self.name.replace("{}", &layer.to_string()),
+            None => self.name.to_owned(),
+        }
     }
 }
 

@@ -129,6 +129,15 @@ impl TensorRole {
         matches!(self, TensorRole::ExpertGate | TensorRole::ExpertUp | TensorRole::ExpertDown)
     }
 
+    /// Whether it is one expert's of a mixture.
+    pub fn is_expert(self) -> bool {
+        use TensorRole::*;
+        matches!(
+            self,
+            ExpertGate | ExpertGateBias | ExpertUp | ExpertUpBias | ExpertDown | ExpertDownBias
+        )
+    }
+
     /// Whether it is the weight, not the bias, of a norm.
     pub fn is_norm_weight(self) -> bool {
         use TensorRole::*;
@@ -217,26 +226,31 @@ impl ModelSpec {
     /// norm and output head; tied models read the embedding for both, and a stage that has both
     /// holds it once, as [`TensorRole::Embedding`].
     pub fn tensors(&self, layers: LayerRange) -> Vec<TensorSpec> {
-        let rows = || self.family.definition().names.iter().copied().flatten();
+        self.rows(layers).flat_map(|(row, layer)| row.of(self, layer)).collect()
+    }
+
+    /// The same, where of each row of the family's table only the first tensor is listed, with their number:
+    /// experts of a layer, or heads, differ in name and place alone. For sums over models of hundreds of experts.
+    pub fn tensor_kinds(&self, layers: LayerRange) -> Vec<(TensorSpec, u32)> {
+        self.rows(layers).filter_map(|(row, layer)| row.kind(self, layer)).collect()
+    }
+
+    /// The rows of the family's table that a stage needs, with the layer of each.
+    fn rows(&self, layers: LayerRange) -> impl Iterator<Item = (Row, Option<u32>)> {
+        let names = self.family.definition().names;
+        let rows = move || names.iter().copied().flatten().copied();
         let is_first = layers.start == 0;
         let is_last = layers.end == self.layers;
-        let mut tensors = Vec::new();
-        if is_first {
-            let first = rows().filter(|r| r.place == Place::First);
-            tensors.extend(first.flat_map(|r| r.of(self, None)));
-        }
-        for layer in layers.iter() {
-            let own = rows().filter(|r| r.place == Place::Layer);
-            tensors.extend(own.flat_map(|r| r.of(self, Some(layer))));
-        }
-        if is_last {
-            let held = |row: &&Row| {
-                !(is_first && self.tied_embeddings && row.role == TensorRole::OutputHead)
-            };
-            let last = rows().filter(|r| r.place == Place::Last).filter(held);
-            tensors.extend(last.flat_map(|r| r.of(self, None)));
-        }
-        tensors
+        let embedding_is_held = is_first && self.tied_embeddings;
+        let first = rows().filter(move |row| is_first && row.place == Place::First);
+        let own = layers.iter().flat_map(move |layer| {
+            rows().filter(|row| row.place == Place::Layer).map(move |row| (row, Some(layer)))
+        });
+        let last = rows().filter(move |row| {
+            let held = embedding_is_held && row.role == TensorRole::OutputHead;
+            is_last && row.place == Place::Last && !held
+        });
+        first.map(|row| (row, None)).chain(own).chain(last.map(|row| (row, None)))
     }
 
     /// How many tensors all layers have, without making a list of them.

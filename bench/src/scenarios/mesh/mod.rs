@@ -9,16 +9,23 @@ mod uneven;
 
 use anyhow::Result;
 
-use super::Settings;
+use super::{Control, Settings};
 use crate::measure::Report;
 
-/// All of them, in order.
+/// All of them, in order, or the one that is asked for.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
-    report.sections.push(predict::run(settings)?);
-    report.sections.push(ranks::run(settings)?);
-    report.sections.push(uneven::run(settings)?);
-    for latency_ms in [1, 10] {
-        report.sections.push(links::run(settings, latency_ms)?);
+    let wanted = |part: &str| settings.only.as_deref().is_none_or(|only| only == part);
+    let parts: [(&str, Control); 5] = [
+        ("predict", predict::run),
+        ("ranks", ranks::run),
+        ("uneven", uneven::run),
+        ("links", |settings| links::run(settings, 1)),
+        ("links", |settings| links::run(settings, 10)),
+    ];
+    for (part, run) in parts {
+        if wanted(part) {
+            report.sections.push(run(settings)?);
+        }
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! The exact search: which crews take which layers, as a shortest way through a table.
 //!
 //! ```text
-//! cell (column, stages, place, layers) = so many layers placed, with these workers used, in so many stages,
-//!                                        the last of them in that place
+//! cell (column, stages, state, layers) = so many layers placed, with these workers used, in so many stages,
+//!                                        the last of them in a place as the state says (`ground`)
 //!   ─► a crew that the column leaves free takes layers..end where its memory allows ─► the crew's column
 //!
 //! back:    what is left to pay from each cell at the least (time and bytes: differences of sums over layers, so
@@ -16,11 +16,14 @@
 //! best of all layouts of the space. Columns only grow, so each is complete when its turn comes.
 
 use std::borrow::Cow;
+use std::ops::{Range, RangeInclusive};
 
 use shoal_protocol::mesh::Objective;
 use shoal_protocol::units::LayerRange;
 
+use super::cells::{Cell, Even, Size, Way, way};
 use super::cost::Times;
+use super::ground::Ground;
 use super::window::{Aim, Cost, NEVER, Sums, Window, first_stage, plus, slowest_stage};
 
 /// The ranks of a stage that might be, as the table sees them.
@@ -50,12 +53,8 @@ pub(super) struct Reach {
 /// One problem.
 pub(super) struct Problem<'a> {
     pub layers: u32,
-    /// What a row takes from place to place, in nanoseconds.
-    pub hops: &'a [Vec<u64>],
-    /// How long it keeps the way busy.
-    pub busy: &'a [Vec<u64>],
-    /// What a token takes that goes back to the head.
-    pub backs: &'a [Vec<u64>],
+    /// What ways take.
+    pub ground: &'a Ground,
     pub crews: &'a [Crew],
     pub times: &'a [Times],
     pub reaches: &'a [Reach],
@@ -81,27 +80,6 @@ pub(super) struct Weights {
 /// stages' times. Of throughput: the slowest stage or way, the bytes, the time of a token, the squares.
 pub(super) type Score = (u64, u64, u64, u64);
 
-/// A crew and its layers, in pipeline order.
-pub(super) type Way = Vec<(usize, LayerRange)>;
-
-/// The table's sizes.
-#[derive(Clone, Copy)]
-struct Size {
-    counts: usize,
-    places: usize,
-    width: usize,
-}
-
-impl Size {
-    fn at(self, (column, count, place): (usize, usize, usize)) -> usize {
-        ((column * self.counts + count) * self.places + place) * self.width
-    }
-
-    fn per_column(self) -> usize {
-        self.at((1, 0, 0))
-    }
-}
-
 impl Problem<'_> {
     /// The best of all layouts, and how good it is.
     pub fn search(&self, objective: Objective) -> Option<(Score, Way)> {
@@ -111,9 +89,8 @@ impl Problem<'_> {
                 Some(((time, read, even.0, even.1), way))
             }
             Objective::Throughput => {
-                let sums = self.sums(u64::MAX);
-                let firsts = (0..self.hops.len()).filter_map(|first| self.slowest(first, &sums));
-                let most = firsts.min().filter(|most| *most <= self.bound)?;
+                // What is slower than the bound is not wanted.
+                let most = self.slowest(&self.sums(self.bound)).filter(|m| *m <= self.bound)?;
                 let ((read, time), even, way) = self.within(most, false)?;
                 Some(((most, read, time, even.1), way))
             }
@@ -121,11 +98,19 @@ impl Problem<'_> {
     }
 
     fn size(&self) -> Size {
-        Size {
-            counts: self.stages.map_or(1, |stages| stages as usize + 1),
-            places: self.hops.len(),
-            width: self.layers as usize + 1,
-        }
+        let (states, width) = (self.ground.states(), self.layers as usize + 1);
+        let mut cells = 0;
+        let column = |(before, behind): (usize, usize)| {
+            let counts = match self.stages.map(|stages| stages as usize) {
+                Some(stages) => stages.saturating_sub(behind)..stages.min(before) + 1,
+                None => 0..1,
+            };
+            let at = cells;
+            cells += counts.len() * states * width;
+            (counts, at)
+        };
+        let columns = self.most_stages().into_iter().map(column).collect();
+        Size { states, width, columns, cells }
     }
 
     /// Of each crew, where no stage takes longer than that.
@@ -158,17 +143,17 @@ impl Problem<'_> {
     /// The best of the layouts in which no stage and no way is busy for longer than `most`: what it takes, how
     /// even it is, and the way. With several places each is tried as that of the first stage.
     fn within(&self, most: u64, time_first: bool) -> Option<(Cost, Even, Way)> {
-        let sums = self.sums(most);
+        let (sums, size) = (self.sums(most), self.size());
         let mut best: Option<(Cost, Even, Way)> = None;
-        for first in 0..self.hops.len() {
-            let aim = Aim { first, time_first, most };
-            let table = self.back(aim, &sums);
-            let least = table[self.size().at((0, 0, first))];
+        for first in self.ground.firsts() {
+            let aim = Aim { first: *first, time_first, most };
+            let table = self.back(&size, aim, &sums);
+            let least = table[size.start(self.ground.start(*first))?];
             let worse = best.as_ref().is_some_and(|(cost, ..)| *cost < least);
             if least == NEVER || worse || (time_first && least.0 > self.bound) {
                 continue;
             }
-            let Some((even, way)) = self.forward(aim, &sums, &table) else { continue };
+            let Some((even, way)) = self.forward(&size, aim, &sums, &table) else { continue };
             if best.as_ref().is_none_or(|(cost, other, _)| (least, even) < (*cost, *other)) {
                 best = Some((least, even, way));
             }
@@ -177,81 +162,113 @@ impl Problem<'_> {
     }
 
     /// What is left to pay from each cell at the least.
-    fn back(&self, aim: Aim, sums: &[Sums<'_>]) -> Vec<Cost> {
-        let size = self.size();
-        let mut table = vec![NEVER; self.moves.len() * size.per_column()];
+    fn back(&self, size: &Size, aim: Aim, sums: &[Sums<'_>]) -> Vec<Cost> {
+        let mut table = vec![NEVER; size.cells];
         let mut window = Window::default();
         let mut here = vec![NEVER; size.width];
-        self.each_move(&mut table, (0, 0), |table, (count, at), crew, to| {
-            let there = self.crews[crew].place;
-            let (own, behind) = table.split_at_mut(to);
-            let behind = &behind[..size.width];
-            let back = self.backs[there][aim.first];
-            window.least(&sums[crew], behind, aim, back, &mut here);
-            for from in 0..size.places {
-                if self.busy[from][there] > aim.most {
-                    continue;
-                }
-                let hop = aim.cost(self.hops[from][there], 0);
-                let row = &mut own[at + from * size.width..][..size.width];
-                for (cell, cost) in row.iter_mut().zip(&here).skip(1) {
-                    if *cost != NEVER {
-                        *cell = (*cell).min(plus(*cost, hop));
+        let (ground, bands) = (self.ground, self.bands(sums));
+        self.each_move(
+            size,
+            &bands,
+            &mut table,
+            (0, 0),
+            |table, (count, at), (crew, starts), to| {
+                let there = self.crews[crew].place;
+                let (own, behind) = table.split_at_mut(to);
+                let (behind, cells) = (&behind[..size.width], inner(starts, size.width));
+                let back = ground.back(there, aim.first);
+                window.least(&sums[crew], behind, aim, (back, starts), &mut here);
+                for from in 0..size.states {
+                    if ground.busy(from, there) > aim.most {
+                        continue;
+                    }
+                    let hop = aim.cost(ground.hop(from, there), 0);
+                    let row = &mut own[at + from * size.width..][cells.clone()];
+                    for (cell, cost) in row.iter_mut().zip(&here[cells.clone()]) {
+                        if *cost != NEVER {
+                            *cell = (*cell).min(plus(*cost, hop));
+                        }
                     }
                 }
-            }
-            if count == 0 && there == aim.first {
-                let cell = &mut own[at + aim.first * size.width];
-                *cell = (*cell).min(first_stage(&sums[crew], behind, aim));
-            }
-        });
+                if count == 0 && starts.contains(&0) && ground.begins(aim.first, there) {
+                    let cell = &mut own[at + ground.start(aim.first) * size.width];
+                    *cell = (*cell).min(first_stage(&sums[crew], behind, aim));
+                }
+            },
+        );
         table
     }
 
     /// The least time for which the slowest stage or way of any layout is busy.
-    fn slowest(&self, first: usize, sums: &[Sums<'_>]) -> Option<u64> {
-        let size = self.size();
-        let mut table = vec![u64::MAX; self.moves.len() * size.per_column()];
+    fn slowest(&self, sums: &[Sums<'_>]) -> Option<u64> {
+        let (size, bands) = (self.size(), self.bands(sums));
+        let mut table = vec![u64::MAX; size.cells];
         let mut stairs = Vec::with_capacity(size.width);
         let mut here = vec![u64::MAX; size.width];
-        self.each_move(&mut table, 0, |table, (count, at), crew, to| {
+        self.each_move(&size, &bands, &mut table, 0, |table, (count, at), (crew, starts), to| {
             let there = self.crews[crew].place;
             let (own, behind) = table.split_at_mut(to);
-            slowest_stage(&sums[crew], &behind[..size.width], &mut stairs, &mut here);
-            for from in 0..size.places {
+            let (behind, cells) = (&behind[..size.width], inner(starts, size.width));
+            slowest_stage(&sums[crew], behind, starts, &mut stairs, &mut here);
+            for from in 0..size.states {
+                let busy = self.ground.busy(from, there);
                 let row = &mut own[at + from * size.width..][..size.width];
-                for (cell, slowest) in row.iter_mut().zip(&here).skip(1) {
-                    *cell = (*cell).min((*slowest).max(self.busy[from][there]));
+                for (cell, slowest) in row[cells.clone()].iter_mut().zip(&here[cells.clone()]) {
+                    *cell = (*cell).min((*slowest).max(busy));
+                }
+                // Wherever the first stage is: no way leads to it.
+                if count == 0 && starts.contains(&0) {
+                    row[0] = row[0].min(here[0]);
                 }
             }
-            if count == 0 && there == first {
-                let cell = &mut own[at + first * size.width];
-                *cell = (*cell).min(here[0]);
-            }
         });
-        Some(table[size.at((0, 0, first))]).filter(|slowest| *slowest != u64::MAX)
+        Some(table[size.start(0)?]).filter(|slowest| *slowest != u64::MAX)
     }
 
-    /// Every crew from every column, the last column first: `(table, (stages before, its row there), crew, the
-    /// row behind it)`. Columns only grow, so what is behind one is complete when its turn comes.
+    /// By column: the layers that may be placed there, since those before it have room for so many, and those behind
+    /// it for the rest. Nothing else is looked at.
+    fn bands(&self, sums: &[Sums<'_>]) -> Vec<RangeInclusive<usize>> {
+        let layers = self.layers as usize;
+        let mut far = vec![None; self.moves.len()];
+        far[0] = Some(0);
+        for (column, moves) in self.moves.iter().enumerate() {
+            let Some(at) = far[column] else { continue };
+            for (to, crew) in moves {
+                let end = crew.map_or(at, |crew| sums[crew].farthest(at));
+                far[*to] = far[*to].max(Some(end));
+            }
+        }
+        let mut near = vec![layers; self.moves.len()];
+        for (column, moves) in self.moves.iter().enumerate().rev() {
+            let start = |(to, crew): &(usize, Option<usize>)| {
+                crew.map_or(near[*to], |crew| sums[crew].nearest(near[*to]))
+            };
+            near[column] = moves.iter().map(start).min().unwrap_or(layers).min(layers);
+        }
+        let band = |(near, far): (usize, Option<usize>)| near..=far.unwrap_or(0);
+        near.into_iter().zip(far).map(band).collect()
+    }
+
+    /// Every crew from every column, the last column first: `(table, (stages before, its row there), (crew, where
+    /// it may start), the row behind it)`. Columns only grow, so what is behind one is complete when its turn comes.
     fn each_move<T: Copy + Ord>(
         &self,
+        size: &Size,
+        bands: &[RangeInclusive<usize>],
         table: &mut [T],
         end: T,
-        mut take: impl FnMut(&mut [T], (usize, usize), usize, usize),
+        mut take: impl FnMut(&mut [T], (usize, usize), (usize, &RangeInclusive<usize>), usize),
     ) {
-        let size = self.size();
         let layers = size.width - 1;
-        let most = self.most_stages();
+        let rows = size.states * size.width;
         for (column, moves) in self.moves.iter().enumerate().rev() {
-            let (before, behind) = most[column];
-            let least = (size.counts - 1).saturating_sub(behind);
-            for count in least..size.counts.min(before + 1) {
-                let at = size.at((column, count, 0));
+            let (counts, begin) = &size.columns[column];
+            for (inside, count) in counts.clone().enumerate() {
+                let at = begin + inside * rows;
                 let all = self.stages.map(|stages| stages as usize == count);
                 if all != Some(false) {
-                    (0..size.places)
-                        .for_each(|place| table[at + place * size.width + layers] = end);
+                    (0..size.states)
+                        .for_each(|state| table[at + state * size.width + layers] = end);
                 }
                 if all == Some(true) {
                     continue;
@@ -260,20 +277,34 @@ impl Problem<'_> {
                 for (to, crew) in moves {
                     match crew {
                         Some(crew) => {
-                            let to = size.at((*to, next, self.crews[*crew].place));
-                            take(table, (count, at), *crew, to);
-                        }
-                        // The place stays in the cell: it is that of the last stage, not of who is left out.
-                        None => {
-                            let (own, behind) = table.split_at_mut(size.at((*to, count, 0)));
-                            let rows = size.places * size.width;
-                            for (cell, other) in own[at..at + rows].iter_mut().zip(behind) {
-                                *cell = (*cell).min(*other);
+                            let state = self.ground.after(*to, self.crews[*crew].place);
+                            let to = size.at((*to, next, state));
+                            if let Some(to) = to.filter(|_| !bands[column].is_empty()) {
+                                take(table, (count, at), (*crew, &bands[column]), to);
                             }
                         }
+                        None => self.leave_out(size, table, (at, count), *to),
                     }
                 }
             }
+        }
+    }
+
+    /// What is left to pay where the workers up to a column are left out.
+    fn leave_out<T: Copy + Ord>(
+        &self,
+        size: &Size,
+        table: &mut [T],
+        (at, count): (usize, usize),
+        column: usize,
+    ) {
+        let Some(to) = size.at((column, count, 0)) else { return };
+        let (own, behind) = table.split_at_mut(to);
+        for state in 0..size.states {
+            let passed = self.ground.passed(column, state);
+            let other = &behind[passed * size.width..][..size.width];
+            let row = &mut own[at + state * size.width..][..size.width];
+            row.iter_mut().zip(other).for_each(|(cell, other)| *cell = (*cell).min(*other));
         }
     }
 
@@ -294,54 +325,75 @@ impl Problem<'_> {
     }
 
     /// Of the ways that cost what is left to pay and no more, the most even one.
-    fn forward(&self, aim: Aim, sums: &[Sums<'_>], table: &[Cost]) -> Option<(Even, Way)> {
-        let size = self.size();
+    fn forward(
+        &self,
+        size: &Size,
+        aim: Aim,
+        sums: &[Sums<'_>],
+        table: &[Cost],
+    ) -> Option<(Even, Way)> {
         let mut cells = vec![Cell::EMPTY; table.len()];
         // So small that equals are told apart, and so large that a sum of squares fits.
         let whole = self.times.iter().filter_map(|times| times.before().last()).max();
         let unit = whole.map_or(1, |whole| (whole >> SQUARE_BITS).max(1));
-        cells[size.at((0, 0, aim.first))] = Cell { even: (0, 0), ..Cell::EMPTY };
+        let begin = size.start(self.ground.start(aim.first))?;
+        cells[begin] = Cell { even: (0, 0), ..Cell::EMPTY };
         let mut best: Option<(Even, usize)> = None;
-        for (column, moves) in self.moves.iter().enumerate() {
-            for inside in 0..size.per_column() {
-                let at = column * size.per_column() + inside;
-                let cell = cells[at];
-                if cell.even == NEVER {
-                    continue;
-                }
-                let start = inside % size.width;
-                let place = inside / size.width % size.places;
-                let count = inside / size.width / size.places;
-                if start + 1 == size.width {
-                    if best.is_none_or(|(other, _)| cell.even < other) {
-                        best = Some((cell.even, at));
+        for (column, (counts, at)) in size.columns.iter().enumerate() {
+            let rows = counts.clone().flat_map(|count| (0..size.states).map(move |s| (count, s)));
+            for (row, (count, state)) in rows.enumerate() {
+                for start in 0..size.width {
+                    let at = at + row * size.width + start;
+                    let even = cells[at].even;
+                    if even == NEVER {
+                        continue;
                     }
-                    continue;
-                }
-                for (to, crew) in moves {
-                    let Some(crew) = *crew else {
-                        let to = to * size.per_column() + inside;
-                        if table[to] == table[at] {
-                            cell.put(&mut cells[to]);
+                    if start + 1 == size.width {
+                        if best.is_none_or(|(other, _)| even < other) {
+                            best = Some((even, at));
                         }
                         continue;
-                    };
-                    let there = self.crews[crew].place;
-                    if start == 0 && there != aim.first
-                        || start > 0 && self.busy[place][there] > aim.most
-                    {
-                        continue;
                     }
-                    let next = if self.stages.is_some() { count + 1 } else { 0 };
-                    let to = size.at((*to, next, there));
-                    let step = Step { at, crew, start, left: table[at], from: place, unit };
-                    let rows = (&table[to..to + size.width], &mut cells[to..to + size.width]);
-                    self.extend(aim, step, (&sums[crew], cell.even), rows);
+                    let here = Here { at, start, count, state, unit };
+                    self.go_on(size, aim, (column, here), (sums, table, &mut cells));
                 }
             }
         }
         let (even, at) = best?;
         Some((even, way(&cells, at, size.width)))
+    }
+
+    /// Every move from a cell.
+    fn go_on(
+        &self,
+        size: &Size,
+        aim: Aim,
+        (column, here): (usize, Here),
+        (sums, table, cells): (&[Sums<'_>], &[Cost], &mut [Cell]),
+    ) {
+        let Here { at, start, count, state, .. } = here;
+        let (cell, ground) = (cells[at], self.ground);
+        for (to, crew) in &self.moves[column] {
+            let Some(crew) = *crew else {
+                if let Some(to) = size.at((*to, count, ground.passed(*to, state)))
+                    && table[to + start] == table[at]
+                {
+                    cell.put(&mut cells[to + start]);
+                }
+                continue;
+            };
+            let there = self.crews[crew].place;
+            let no_way = match start {
+                0 => !ground.begins(aim.first, there),
+                _ => ground.busy(state, there) > aim.most,
+            };
+            let next = if self.stages.is_some() { count + 1 } else { 0 };
+            let to = size.at((*to, next, ground.after(*to, there)));
+            let Some(to) = to.filter(|_| !no_way) else { continue };
+            let step = Step { at, crew, start, left: table[at], from: state, unit: here.unit };
+            let rows = (&table[to..to + size.width], &mut cells[to..to + size.width]);
+            self.extend(aim, step, (&sums[crew], cell.even), rows);
+        }
     }
 
     /// Gives a crew every range of layers from a cell on with which no more is paid than must be.
@@ -354,14 +406,15 @@ impl Problem<'_> {
     ) {
         let Step { at, crew, start, left, from, unit } = step;
         let there = self.crews[crew].place;
-        let hop = if start == 0 { 0 } else { self.hops[from][there] };
+        let hop = if start == 0 { 0 } else { self.ground.hop(from, there) };
         let layers = behind.len() - 1;
         let last = sums.last[start].then_some(layers);
         for end in (start + 1..=sums.ends[start] as usize).chain(last) {
             if behind[end] == NEVER {
                 continue;
             }
-            let back = if end == layers && start > 0 { self.backs[there][aim.first] } else { 0 };
+            let returns = end == layers && start > 0;
+            let back = if returns { self.ground.back(there, aim.first) } else { 0 };
             let time = sums.time[end] - sums.time[start];
             let paid =
                 aim.cost(time.saturating_add(hop).saturating_add(back), sums.read(start, end));
@@ -374,8 +427,25 @@ impl Problem<'_> {
     }
 }
 
+/// These starts of stages, but for the first stage's.
+fn inner(starts: &RangeInclusive<usize>, width: usize) -> Range<usize> {
+    let end = (*starts.end() + 1).min(width - 1);
+    (*starts.start()).max(1).min(end)..end
+}
+
 /// Times of so many bits are squared: the sum of thousands of squares fits.
 const SQUARE_BITS: u32 = 26;
+
+/// One cell that moves lead away from.
+#[derive(Clone, Copy)]
+struct Here {
+    at: usize,
+    start: usize,
+    count: usize,
+    state: usize,
+    /// In which times are squared.
+    unit: u64,
+}
 
 /// One crew tried from one cell, from which so much is left to pay.
 #[derive(Clone, Copy)]
@@ -387,44 +457,6 @@ struct Step {
     from: usize,
     /// In which times are squared.
     unit: u64,
-}
-
-/// The slowest stage, and the sum of squares of all: the less, the more even.
-type Even = (u64, u64);
-
-#[derive(Clone, Copy)]
-struct Cell {
-    even: Even,
-    from: u32,
-    crew: u32,
-}
-
-/// Where there is nothing, and what is before the first stage.
-const NONE: u32 = u32::MAX;
-
-impl Cell {
-    /// Nobody has come here yet.
-    const EMPTY: Self = Self { even: NEVER, from: NONE, crew: NONE };
-
-    /// Takes the place of what is there where it is better.
-    fn put(self, target: &mut Self) {
-        if self.even < target.even {
-            *target = self;
-        }
-    }
-}
-
-fn way(cells: &[Cell], end: usize, width: usize) -> Way {
-    let mut way = Vec::new();
-    let mut at = end;
-    while let Some(cell) = cells.get(at).filter(|cell| cell.from != NONE) {
-        let from = cell.from as usize;
-        let layers = LayerRange::new((from % width) as u32, (at % width) as u32);
-        way.push((cell.crew as usize, layers));
-        at = from;
-    }
-    way.reverse();
-    way
 }
 
 /// Weight bytes before each layer that ranks do not have which hold these.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! a token = of each stage: its layers, each as long as its slowest rank reads the layer's weights
-//!                          + what its ranks tell each other, twice a layer (four times where sums are exact)
+//!                          + what its ranks tell each other: rounds and bytes as the worker's layers have them
 //!         + a hop between stages (latency + the hidden state of a row over the bandwidth)
 //!         + the way back of the token (latency)
 //! ```
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::model::Split;
+use shoal_protocol::model::{ModelSpec, Split};
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::LayerRange;
 
@@ -105,6 +105,10 @@ pub(super) fn shared(crew: &[(&Candidate, u64)]) -> Vec<u64> {
 }
 
 fn ns(bytes: u64, bytes_per_s: u64) -> u64 {
+    // Up to 18 GB at once, which is nearly always: a division of long numbers takes five times as long.
+    if let Some(scaled) = bytes.checked_mul(SECOND_NS) {
+        return scaled / bytes_per_s.max(1);
+    }
     let ns = u128::from(bytes) * u128::from(SECOND_NS) / u128::from(bytes_per_s.max(1));
     u64::try_from(ns).unwrap_or(u64::MAX)
 }
@@ -128,24 +132,57 @@ impl Slices {
     }
 }
 
-/// What the ranks of a stage tell each other in one layer: (how often, bytes that each receives in all).
-fn told(shape: &ModelShape, ranks: u64, reduction: Reduction) -> (u64, u64) {
+/// What the ranks of a stage tell each other in one layer: (how often, bytes that each receives in all). The
+/// rounds are those of the worker's layers (`shard-worker/src/model/layers`).
+pub(super) fn told(shape: &ModelShape, layer: u32, ranks: u64, reduction: Reduction) -> (u64, u64) {
     let others = ranks.saturating_sub(1);
-    let (hidden, query, intermediate) = match shape {
-        ModelShape::Checkpoint(m) => (m.hidden, m.query_width(), m.intermediate),
-        ModelShape::Encoder(m) => (m.hidden, m.hidden, m.intermediate),
-        ModelShape::Pretend(m) => (m.hidden, m.hidden, m.hidden),
-    };
-    let (hidden, query, intermediate) =
-        (u64::from(hidden), u64::from(query), u64::from(intermediate));
-    match reduction {
-        // Whole partial sums of the attention's and the MLP's output, from each of the others.
-        Reduction::Sum => (2, 2 * others * hidden * F32),
-        // The others' parts of both inputs, and of both outputs.
-        Reduction::Exact => {
-            let all = (query + hidden + intermediate + hidden) * F32;
-            (4, all * others / ranks.max(1))
+    let (hidden, query, inner, broad) = match shape {
+        ModelShape::Checkpoint(m) => {
+            // One norm over all heads: all queries and keys are gathered first, whatever is promised of sums.
+            let broad = m.qk_norm && m.options.qk_norm_whole;
+            let broad = if broad { m.query_width() + m.kv_width() } else { 0 };
+            (m.hidden, m.attention_width(), inner(m, layer), u64::from(broad))
         }
+        ModelShape::Encoder(m) => (m.hidden, m.hidden, Inner::Dense(m.intermediate.into()), 0),
+        ModelShape::Pretend(m) => (m.hidden, m.hidden, Inner::Dense(m.hidden.into()), 0),
+    };
+    let (hidden, query) = (u64::from(hidden), u64::from(query));
+    // (rounds, values of which each rank has a part and gets the rest)
+    let (gathers, gathered) = match (reduction, inner) {
+        (Reduction::Sum, _) => (0, 0),
+        // The inputs and the outputs of attention's projection and of the MLP's.
+        (Reduction::Exact, Inner::Dense(width)) => (4, query + hidden + width + hidden),
+        // The results of a row's experts travel one by one, and a shared one is joined as a dense MLP is.
+        (Reduction::Exact, Inner::Experts { used, shared: None }) => {
+            (3, query + hidden + used * hidden)
+        }
+        (Reduction::Exact, Inner::Experts { used, shared: Some(width) }) => {
+            (5, query + hidden + used * hidden + width + hidden)
+        }
+    };
+    // Whole partial sums of the attention's and the MLP's output, from each of the others; experts and a shared
+    // one are one sum.
+    let (sums, summed) = match reduction {
+        Reduction::Sum => (2, 2 * hidden),
+        Reduction::Exact => (0, 0),
+    };
+    let rounds = gathers + sums + u64::from(broad > 0);
+    let parts = (gathered + broad) * F32 * others / ranks.max(1);
+    (rounds, parts + summed * F32 * others)
+}
+
+/// The second half of a layer.
+enum Inner {
+    /// An MLP of that width.
+    Dense(u64),
+    /// So many experts of a row; the width of the shared one.
+    Experts { used: u64, shared: Option<u64> },
+}
+
+fn inner(model: &ModelSpec, layer: u32) -> Inner {
+    match model.moe(layer) {
+        Some(moe) => Inner::Experts { used: moe.top_k.into(), shared: moe.shared.map(u64::from) },
+        None => Inner::Dense(model.intermediate.into()),
     }
 }
 
@@ -173,17 +210,28 @@ impl Times {
         rates: &[u64],
         told_over: (Link, Reduction),
     ) -> Self {
-        let compute = Self::compute_only(shape, costs, rates);
-        let (link, reduction) = told_over;
-        let talk = Self::talk(shape, costs.len() as u64, link, reduction);
-        let layers = compute.before.len() as u64 - 1;
-        let mut before = compute.before;
-        for (layer, sum) in before.iter_mut().enumerate().skip(1) {
-            // The embedding's parts are put together before the first layer, the vocabulary's after the last.
-            let ends = u64::from(layer >= 1) + u64::from(layer as u64 == layers);
-            *sum = sum.saturating_add(talk.0 * layer as u64 + talk.1 * ends);
+        let mut all = Self::compute_only(shape, costs, rates);
+        let (ranks, (link, reduction)) = (costs.len() as u64, told_over);
+        if ranks <= 1 {
+            return all;
         }
-        Self { before }
+        // The embedding's parts are put together before the first layer, the vocabulary's after the last.
+        let end = link.time(row_bytes(shape));
+        let (mut talk, mut before) = (end, None);
+        for (layer, sum) in all.before.iter_mut().enumerate().skip(1) {
+            let round = told(shape, layer as u32 - 1, ranks, reduction);
+            let took = match before {
+                Some((same, took)) if same == round => took,
+                _ => round.0.saturating_mul(link.latency_ns).saturating_add(link.occupied(round.1)),
+            };
+            before = Some((round, took));
+            talk = talk.saturating_add(took);
+            *sum = sum.saturating_add(talk);
+        }
+        if let Some(last) = all.before.last_mut() {
+            *last = last.saturating_add(end);
+        }
+        all
     }
 
     /// The same without what the ranks tell each other.
@@ -192,24 +240,21 @@ impl Times {
         let mut before = Vec::with_capacity(layers as usize + 1);
         let mut sum = 0_u64;
         before.push(sum);
+        // Most layers read what the one before has read.
+        let mut took = 0;
         for layer in 0..layers {
             let range = LayerRange::new(layer, layer + 1);
-            let of = |(costs, rate): (&Costs<'_>, &u64)| ns(costs.step(range), *rate);
-            let slowest = costs.iter().zip(rates).map(of).max().unwrap_or(0);
-            let layer = modelled(shape, costs.len()).unwrap_or(slowest);
-            sum = sum.saturating_add(layer.min(LAYER_NS_MAX));
+            let past = LayerRange::new(layer.saturating_sub(1), layer);
+            let same = |costs: &Costs<'_>| costs.step(past) == costs.step(range);
+            if layer == 0 || !costs.iter().all(same) {
+                let of = |(costs, rate): (&Costs<'_>, &u64)| ns(costs.step(range), *rate);
+                let slowest = costs.iter().zip(rates).map(of).max().unwrap_or(0);
+                took = modelled(shape, costs.len()).unwrap_or(slowest).min(LAYER_NS_MAX);
+            }
+            sum = sum.saturating_add(took);
             before.push(sum);
         }
         Self { before }
-    }
-
-    /// What one layer's talk takes, and that at each end of a model.
-    pub fn talk(shape: &ModelShape, ranks: u64, link: Link, reduction: Reduction) -> (u64, u64) {
-        if ranks <= 1 {
-            return (0, 0);
-        }
-        let (times, bytes) = told(shape, ranks, reduction);
-        (times * link.latency_ns + link.occupied(bytes), link.time(row_bytes(shape)))
     }
 
     /// The sums, from 0 on.

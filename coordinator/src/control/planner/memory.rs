@@ -15,7 +15,7 @@
 //! logits: 0.25 MiB. So the stages need 207 and 207.25 of 300 MiB. On one worker the weights alone
 //! would be 400 MiB: refused.
 
-use shoal_protocol::model::Part;
+use shoal_protocol::model::{Part, TensorRole};
 use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
@@ -56,6 +56,10 @@ pub(super) struct Costs<'a> {
     step_before: Vec<u64>,
     /// KV bytes of one block of the layers before each one.
     kv_before: Vec<u64>,
+    /// Weight bytes of all layers: a tied model holds the embedding once where one stage is first and last.
+    whole: u64,
+    /// Of a model with tensors: what a row of a step takes of scratch, and how wide its logits are.
+    row: Option<(u64, u32)>,
 }
 
 impl<'a> Costs<'a> {
@@ -83,27 +87,38 @@ impl<'a> Costs<'a> {
         precision: Precision,
         kv: KvPrecision,
     ) -> Self {
-        let one_block = ReplicaLimits {
-            kv_blocks: 1,
-            context_max: 1,
-            step_rows_max: 1,
-            sequences_max: 1,
-            steps_in_flight_max: 1,
-        };
         let mut weights_before = vec![0];
         let mut step_before = vec![0];
         let mut kv_before = vec![0];
         let push = |sums: &mut Vec<u64>, more: u64| {
             sums.push(sums.last().copied().unwrap_or(0).saturating_add(more));
         };
+        // Layers of a few kinds: hundreds of experts are counted once a kind.
+        let mut kinds: Vec<(u32, [u64; 3])> = Vec::new();
         for layer in 0..shape.layers() {
-            let range = LayerRange::new(layer, layer + 1);
-            let one = memory_of(shape, part, (range, precision, kv), &one_block);
-            push(&mut weights_before, one.weights.0);
-            push(&mut kv_before, one.kv.0);
-            push(&mut step_before, shape.step_bytes_of(layer, part, precision).0);
+            let known = kinds.iter().find(|(other, _)| shape.alike(*other, layer));
+            let [weights, kv, step] = known.map(|known| known.1).unwrap_or_else(|| {
+                let range = LayerRange::new(layer, layer + 1);
+                let one = memory_of(shape, part, (range, precision, kv), &ONE_BLOCK);
+                let step = shape.step_bytes_of(layer, part, precision).0;
+                let kind = [one.weights.0, one.kv.0, step];
+                kinds.push((layer, kind));
+                kind
+            });
+            push(&mut weights_before, weights);
+            push(&mut kv_before, kv);
+            push(&mut step_before, step);
         }
-        Self { shape, part, precision, kv, weights_before, step_before, kv_before }
+        let whole = whole_weights(shape, part, precision, &weights_before);
+        let row = match shape {
+            ModelShape::Checkpoint(spec) => {
+                let first = LayerRange::new(0, 1);
+                let one = memory_of(shape, part, (first, precision, kv), &ONE_ROW).activations;
+                Some((one.0, part.map_or(spec.vocab, |part| part.vocab.end - part.vocab.start)))
+            }
+            ModelShape::Pretend(_) | ModelShape::Encoder(_) => None,
+        };
+        Self { shape, part, precision, kv, weights_before, step_before, kv_before, whole, row }
     }
 
     pub fn shape(&self) -> &'a ModelShape {
@@ -139,35 +154,75 @@ impl<'a> Costs<'a> {
 
     /// What a shard takes, as the worker will count it.
     pub fn memory(&self, range: LayerRange, limits: &ReplicaLimits) -> ShardMemory {
-        memory_of(self.shape, self.part, (range, self.precision, self.kv), limits)
-    }
-
-    /// What a stage needs in all. Ranges differ only in weights and KV; the rest follows from whether
-    /// the stage is the first or the last, so it is asked of the model once per kind in `fixed`.
-    pub fn need(&self, range: LayerRange, limits: &ReplicaLimits, fixed: &Fixed) -> Bytes {
+        let (ModelShape::Checkpoint(spec), Some((row, vocab))) = (self.shape, self.row) else {
+            return memory_of(self.shape, self.part, (range, self.precision, self.kv), limits);
+        };
+        let is_last = range.end == self.layers();
         let kv = between(&self.kv_before, range).saturating_mul(u64::from(limits.kv_blocks));
-        let first = range.start == 0;
-        let last = range.end == self.layers();
-        let weights = if first && last { fixed.whole } else { self.weights(range) };
-        weights + Bytes(kv) + fixed.activations[usize::from(first)][usize::from(last)]
+        let scratch = Bytes(u64::from(limits.step_rows_max).saturating_mul(row));
+        ShardMemory {
+            weights: if is_last && range.start == 0 {
+                Bytes(self.whole)
+            } else {
+                self.weights(range)
+            },
+            kv: Bytes(kv),
+            activations: scratch + limits.buffer_bytes(spec.hidden, vocab, is_last),
+        }
     }
 
-    /// Whether both need the same under any limits, apart from what is fixed.
-    pub fn needs_as(&self, other: &Self) -> bool {
-        self.weights_before == other.weights_before && self.kv_before == other.kv_before
-    }
-
-    /// What depends on the limits and on the kind of stage alone.
-    pub fn fixed(&self, limits: &ReplicaLimits) -> Fixed {
+    /// What stages need in all under these limits. Ranges differ only in weights and KV; the rest follows
+    /// from whether the stage is the first or the last.
+    pub fn needs(&self, limits: &ReplicaLimits) -> Needs {
         let layers = self.layers();
-        let of = |start, end| self.memory(LayerRange::new(start, end), limits).activations;
-        let middle = if layers > 2 { of(1, 2) } else { Bytes(0) };
-        Fixed {
-            // A tied model holds the embedding once where one stage is first and last.
-            whole: self.memory(LayerRange::new(0, layers), limits).weights,
+        let of = |start, end| self.memory(LayerRange::new(start, end), limits).activations.0;
+        let middle = if layers > 2 { of(1, 2) } else { 0 };
+        let blocks = u64::from(limits.kv_blocks);
+        let sums = self.weights_before.iter().zip(&self.kv_before);
+        let with_kv = |weights: u64, kv: u64| weights.saturating_add(kv.saturating_mul(blocks));
+        Needs {
+            before: sums.map(|(weights, kv)| with_kv(*weights, *kv)).collect(),
+            whole: with_kv(self.whole, self.kv_before[layers as usize]),
             activations: [[middle, of(layers - 1, layers)], [of(0, 1), of(0, layers)]],
         }
     }
+}
+
+/// One block of keys and values, and one row.
+const ONE_BLOCK: ReplicaLimits = ReplicaLimits {
+    kv_blocks: 1,
+    context_max: 1,
+    step_rows_max: 1,
+    sequences_max: 1,
+    steps_in_flight_max: 1,
+};
+
+/// One row, and no buffers beside its scratch.
+const ONE_ROW: ReplicaLimits =
+    ReplicaLimits { sequences_max: 0, steps_in_flight_max: 0, ..ONE_BLOCK };
+
+/// The weights of a stage that is all of the model.
+fn whole_weights(
+    shape: &ModelShape,
+    part: Option<&Part>,
+    precision: Precision,
+    before: &[u64],
+) -> u64 {
+    let layers = shape.layers();
+    let all = before.last().copied().unwrap_or(0);
+    let ModelShape::Checkpoint(spec) = shape else {
+        let range = LayerRange::new(0, layers);
+        return memory_of(shape, part, (range, precision, KvPrecision::F32), &ONE_BLOCK).weights.0;
+    };
+    if !spec.tied_embeddings || layers <= 1 {
+        return all;
+    }
+    // The last layer's sum has the head too.
+    let whole = spec.whole();
+    let last = part.unwrap_or(&whole).tensor_kinds(spec, LayerRange::new(layers - 1, layers));
+    let head = last.iter().filter(|(tensor, _)| tensor.spec.role == TensorRole::OutputHead);
+    let head: u64 = head.map(|(tensor, count)| tensor.held_bytes(precision).0 * count).sum();
+    all.saturating_sub(head)
 }
 
 fn memory_of(
@@ -189,12 +244,25 @@ fn memory_of(
     }
 }
 
-/// See `Costs::fixed`.
+/// What stages need of memory under some limits, as sums over the layers before each one.
 #[derive(PartialEq, Eq)]
-pub(super) struct Fixed {
-    whole: Bytes,
+pub(super) struct Needs {
+    /// Weights and KV.
+    before: Vec<u64>,
+    /// The same of a stage that is first and last.
+    whole: u64,
     /// By `[is first][is last]`.
-    activations: [[Bytes; 2]; 2],
+    activations: [[u64; 2]; 2],
+}
+
+impl Needs {
+    /// What a stage needs.
+    pub fn of(&self, range: LayerRange) -> Bytes {
+        let is_first = range.start == 0;
+        let is_last = range.end as usize + 1 == self.before.len();
+        let held = if is_first && is_last { self.whole } else { between(&self.before, range) };
+        Bytes(held.saturating_add(self.activations[usize::from(is_first)][usize::from(is_last)]))
+    }
 }
 
 fn between(sums: &[u64], range: LayerRange) -> u64 {

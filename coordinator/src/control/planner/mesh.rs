@@ -9,16 +9,16 @@
 //! that reads the fewest bytes anew, and of those the most even one. Who asked for nothing gets a stage for each worker and layers spread
 //! evenly, as `placement` makes them: no measurement moves a layer there.
 
-use std::collections::BTreeMap;
-
 use shoal_protocol::id::RankIndex;
 use shoal_protocol::mesh::{MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan};
 use shoal_protocol::units::{Bytes, LayerRange};
 
-use super::chain::{Crew, Problem, Reach, Score, Way, Weights};
-use super::cost::{Link, Slices, Times, row_bytes, seats, shared};
-use super::memory::{self, Costs, Fixed};
+use super::cells::Way;
+use super::chain::{Problem, Score, Weights};
+use super::cost::{Slices, row_bytes, seats};
+use super::field::{self, Field, rates_of};
+use super::memory::{self, Costs};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
 use super::split::{RankSums, ranks_max};
@@ -79,7 +79,9 @@ pub(super) fn plan(
         shapes.map(|slice| Costs::of_rank(slice, precision).holding_kv(kv)).collect()
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
-    let search = Search { inventory, job, wanted: &wanted, costs: &costs, workers: &workers };
+    let weights = costs.iter().map(|ranks| field::weights(ranks)).collect();
+    let search =
+        Search { inventory, job, wanted: &wanted, costs: &costs, weights, workers: &workers };
     let found = match wanted.stages {
         // Any of them: how many follows from the mesh.
         Some(_) => search.best(workers.len()),
@@ -139,6 +141,8 @@ struct Search<'a, 'w> {
     wanted: &'a Wanted,
     /// By ranks less one, then by rank.
     costs: &'a [Vec<Costs<'a>>],
+    /// What stages of so many ranks (less one) hold.
+    weights: Vec<Weights>,
     workers: &'a [&'w Candidate],
 }
 
@@ -147,17 +151,16 @@ impl<'w> Search<'_, 'w> {
     fn best(&self, workers: usize) -> Option<Found<'w>> {
         let whole = &self.costs[0][0];
         let places = space::places(self.inventory, self.workers);
-        let previous = self.job.previous;
-        let members = space::members(self.inventory, self.workers, previous, &places);
         // Ranks of a stage are in one place; where that is worse they may be anywhere, over the worst way.
         let one = vec![0; self.workers.len()];
-        let everywhere = space::members(self.inventory, self.workers, previous, &one);
         let apart =
             places.iter().any(|place| *place > 0) && self.wanted.ranks.iter().any(|r| *r > 1);
+        let mut here = self.field(&places, workers);
+        let mut everywhere = apart.then(|| self.field(&one, workers));
         let most = self.wanted.stages.map_or(workers.min(whole.layers() as usize), |s| s as usize);
         memory::limits_to_try(whole, most).into_iter().find_map(|limits| {
-            let here = self.under(&limits, &members, workers);
-            let there = apart.then(|| self.under(&limits, &everywhere, workers)).flatten();
+            let here = self.under(&limits, &mut here);
+            let there = everywhere.as_mut().and_then(|field| self.under(&limits, field));
             match (here, there) {
                 (Some(here), Some(there)) if there.score.0 < here.score.0 => Some(there),
                 (Some(found), _) | (None, Some(found)) => Some(found),
@@ -166,18 +169,28 @@ impl<'w> Search<'_, 'w> {
         })
     }
 
+    /// What may be chosen of at most so many workers in these places.
+    fn field(&self, places: &[usize], workers: usize) -> Field<'w> {
+        let members = space::members(self.inventory, self.workers, self.job.previous, places);
+        let bounds = Bounds {
+            ranks: &self.wanted.ranks,
+            workers,
+            layers: self.costs[0][0].layers(),
+            stages: self.wanted.stages,
+            willing: !self.wanted.explicit,
+        };
+        let links = space::links(self.inventory, &members);
+        let spaces = field::spaces(&members, &links, bounds, row_bytes(self.job.shape));
+        Field::new(self.job.shape, (self.costs, self.wanted.reduction), (members, links), spaces)
+    }
+
     /// The best layout under these limits. They allow for a step in flight in each of the most stages that
     /// there might be; fewer stages need less, so it is looked at again with that.
-    fn under(
-        &self,
-        limits: &ReplicaLimits,
-        members: &[Member<'w>],
-        workers: usize,
-    ) -> Option<Found<'w>> {
+    fn under(&self, limits: &ReplicaLimits, field: &mut Field<'w>) -> Option<Found<'w>> {
         let mut in_flight = limits.steps_in_flight_max;
         let found = loop {
             let limits = ReplicaLimits { steps_in_flight_max: in_flight, ..limits.clone() };
-            if let Some(found) = self.in_spaces(&limits, members, workers, u64::MAX) {
+            if let Some(found) = self.in_spaces(&limits, field, u64::MAX) {
                 break found;
             }
             if self.wanted.stages.is_some() || in_flight <= 2 {
@@ -191,77 +204,42 @@ impl<'w> Search<'_, 'w> {
             // More stages than steps were allowed for: one travels less, where there is no memory for it.
             return Some(found);
         }
-        let again = self.in_spaces(&limits, members, workers, found.score.0);
+        let again = self.in_spaces(&limits, field, found.score.0);
         let again = again
             .filter(|again| (again.stages.len() as u32) < needed && again.score <= found.score);
         Some(again.unwrap_or(Found { limits, ..found }))
     }
 
+    /// The best layout of all spaces of a field.
     fn in_spaces(
         &self,
         limits: &ReplicaLimits,
-        members: &[Member<'w>],
-        workers: usize,
+        field: &mut Field<'w>,
         bound: u64,
     ) -> Option<Found<'w>> {
-        let bounds = Bounds {
-            ranks: &self.wanted.ranks,
-            workers,
-            layers: self.costs[0][0].layers(),
-            stages: self.wanted.stages,
-            willing: !self.wanted.explicit,
-        };
-        let mut tables = Tables::default();
-        if let Some(space) = Space::of_kinds(members, bounds) {
-            let (score, stages) = self.in_space(limits, members, (&space, &mut tables), bound)?;
-            return Some(Found { score, limits: limits.clone(), stages });
-        }
-        let mut best: Option<Found<'w>> = None;
-        for mut order in space::orders(members) {
-            order.truncate(workers);
-            let space = Space::of_chain(members, &order, bounds);
-            // What is worse than an order before is not looked at.
-            let bound = best.as_ref().map_or(bound, |best| best.score.0);
-            let found = self.in_space(limits, members, (&space, &mut tables), bound);
-            let Some((score, stages)) = found else { continue };
-            if best.as_ref().is_none_or(|best| score < best.score) {
-                best = Some(Found { score, limits: limits.clone(), stages });
+        field.under(self.costs, limits);
+        let mut best: Option<(Score, Way, usize)> = None;
+        for (index, space) in field.spaces.iter().enumerate() {
+            let problem = Problem {
+                layers: self.costs[0][0].layers(),
+                ground: &space.ground,
+                crews: &space.crews,
+                times: &field.times,
+                reaches: &field.reaches,
+                moves: &space.space.moves,
+                stages: self.wanted.stages,
+                weights: &self.weights,
+                // What is worse than a space before is not looked at.
+                bound: best.as_ref().map_or(bound, |best| best.0.0),
+            };
+            let Some((score, way)) = problem.search(self.wanted.objective) else { continue };
+            if best.as_ref().is_none_or(|best| score < best.0) {
+                best = Some((score, way, index));
             }
         }
-        best
-    }
-
-    fn in_space(
-        &self,
-        limits: &ReplicaLimits,
-        members: &[Member<'w>],
-        (space, tables): (&Space, &mut Tables),
-        bound: u64,
-    ) -> Option<(Score, Stages<'w>)> {
-        let links = space::links(self.inventory, members);
-        let crews = space.crews.iter();
-        let crews: Vec<Crew> =
-            crews.map(|crew| tables.crew(self, crew, members, limits, &links)).collect();
-        let row = row_bytes(self.job.shape);
-        let of = |time: &dyn Fn(&Link) -> u64| -> Vec<Vec<u64>> {
-            links.iter().map(|row| row.iter().map(time).collect()).collect()
-        };
-        let weights: Vec<Weights> = self.costs.iter().map(|ranks| weights(ranks)).collect();
-        let problem = Problem {
-            layers: self.costs[0][0].layers(),
-            hops: &of(&|link: &Link| link.time(row)),
-            busy: &of(&|link: &Link| link.occupied(row)),
-            backs: &of(&|link: &Link| link.latency_ns),
-            crews: &crews,
-            times: &tables.times,
-            reaches: &tables.reaches,
-            moves: &space.moves,
-            stages: self.wanted.stages,
-            weights: &weights,
-            bound,
-        };
-        let (score, way) = problem.search(self.wanted.objective)?;
-        Some((score, self.name(&way, space, members)))
+        let (score, way, index) = best?;
+        let stages = self.name(&way, &field.spaces[index].space, &field.members);
+        Some(Found { score, limits: limits.clone(), stages })
     }
 
     /// The workers of a way: of each kind the first that are left, in rank order.
@@ -378,96 +356,6 @@ fn keep_ranks(seats: &mut [usize], rates: &[u64], held: impl Fn(usize) -> Option
             seats.swap(at, rank);
         }
     }
-}
-
-/// Tables that crews share, of any space under the same limits.
-#[derive(Default)]
-struct Tables {
-    times: Vec<Times>,
-    reaches: Vec<Reach>,
-    times_of: BTreeMap<(Vec<u64>, usize), usize>,
-    reach_of: BTreeMap<(usize, Bytes), usize>,
-    /// By number of ranks: those of which none needs what another one needs.
-    needs: BTreeMap<usize, Vec<(usize, Fixed)>>,
-}
-
-impl Tables {
-    fn crew(
-        &mut self,
-        search: &Search<'_, '_>,
-        crew: &[usize],
-        members: &[Member<'_>],
-        limits: &ReplicaLimits,
-        links: &[Vec<Link>],
-    ) -> Crew {
-        let ranks = crew.len();
-        let costs = &search.costs[ranks - 1];
-        let place = members[crew[0]].place;
-        let rates = rates_of(members, crew);
-        let mut by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
-        by_rank.truncate(ranks);
-        let times = *self.times_of.entry((by_rank.clone(), place)).or_insert_with(|| {
-            let over = (links[place][place], search.wanted.reduction);
-            self.times.push(Times::new(search.job.shape, costs, &by_rank, over));
-            self.times.len() - 1
-        });
-        // The least room of a crew counts for all of it: its ranks need about the same.
-        let room = crew.iter().map(|m| members[*m].worker.free()).min().unwrap_or_default();
-        let needs = self.needs.entry(ranks).or_insert_with(|| unlike(costs, limits));
-        let reach = *self.reach_of.entry((ranks, room)).or_insert_with(|| {
-            let needs: Vec<_> = needs.iter().map(|(rank, fixed)| (&costs[*rank], fixed)).collect();
-            self.reaches.push(reach(&needs, limits, room));
-            self.reaches.len() - 1
-        });
-        let held = crew.iter().filter_map(|m| members[*m].held?.of(ranks)).collect();
-        Crew { members: crew.to_vec(), place, times, reach, held }
-    }
-}
-
-/// What the members of a crew read in a second while all of them compute.
-fn rates_of(members: &[Member<'_>], crew: &[usize]) -> Vec<u64> {
-    let crew: Vec<_> = crew.iter().map(|m| (members[*m].worker, members[*m].rate)).collect();
-    shared(&crew)
-}
-
-/// What the ranks of a stage hold.
-fn weights(costs: &[Costs<'_>]) -> Weights {
-    let by_rank: Vec<Vec<u64>> = costs.iter().map(Costs::weights_before).collect();
-    let layers = by_rank.first().map_or(0, Vec::len);
-    let all = (0..layers).map(|layer| by_rank.iter().map(|before| before[layer]).sum()).collect();
-    Weights { all, by_rank }
-}
-
-/// Of ranks that need the same of memory the first.
-fn unlike(costs: &[Costs<'_>], limits: &ReplicaLimits) -> Vec<(usize, Fixed)> {
-    let mut unlike: Vec<(usize, Fixed)> = Vec::new();
-    for (rank, own) in costs.iter().enumerate() {
-        let fixed = own.fixed(limits);
-        if !unlike.iter().any(|(other, theirs)| *theirs == fixed && own.needs_as(&costs[*other])) {
-            unlike.push((rank, fixed));
-        }
-    }
-    unlike
-}
-
-/// Which layers fit in so much room on each rank.
-fn reach(ranks: &[(&Costs<'_>, &Fixed)], limits: &ReplicaLimits, room: Bytes) -> Reach {
-    let layers = ranks[0].0.layers();
-    let fits = |start: u32, end: u32| {
-        let range = LayerRange::new(start, end);
-        ranks.iter().all(|(costs, fixed)| costs.need(range, limits, fixed) <= room)
-    };
-    let mut middle = Vec::with_capacity(layers as usize);
-    let mut end = 0;
-    for start in 0..layers {
-        // Fewer layers from further on never need more, the first ones aside.
-        end = if start <= 1 { start } else { end.max(start) };
-        while end + 1 < layers && fits(start, end + 1) {
-            end += 1;
-        }
-        middle.push(end);
-    }
-    Reach { middle, last: (0..layers).map(|start| fits(start, layers)).collect() }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The search against an independent enumeration of all layouts: no gap, in both of its spaces.
 
+use super::super::super::ground::Ground;
 use super::*;
 
 /// Every layout there is, each looked at as `plan --explain` shows it.
@@ -124,14 +125,24 @@ impl BruteForce<'_> {
     }
 }
 
+/// The space that is searched.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum In {
+    Kinds,
+    Chain,
+    /// A chain of more places than it can know each of.
+    NearOrFar,
+}
+
 /// The search's answer and that of brute force, under one and the same limits.
 fn compare(
     inventory: &Inventory,
     shape: &ModelShape,
     ask: MeshAsk,
-    chain: bool,
+    space: In,
     previous: Option<&ReplicaPlan>,
 ) -> (Option<Goodness>, Option<Goodness>) {
+    let chain = space != In::Kinds;
     let spec = DeploymentSpec {
         name: DeploymentName::new("m").unwrap(),
         model: ModelRef { source: ModelSource::Builtin { name: "m".into() }, fingerprint: [0; 32] },
@@ -147,7 +158,9 @@ fn compare(
     let costs: Vec<Vec<Costs<'_>>> = (1..=most)
         .map(|ranks| slices.of(ranks).iter().map(|s| Costs::of_rank(s, shape.stored())).collect())
         .collect();
-    let search = Search { inventory, job: &job, wanted: &wanted, costs: &costs, workers: &workers };
+    let weights = costs.iter().map(|ranks| field::weights(ranks)).collect();
+    let search =
+        Search { inventory, job: &job, wanted: &wanted, costs: &costs, weights, workers: &workers };
     let limits = memory::limits_to_try(&costs[0][0], 2).remove(0);
     let places = space::places(inventory, &workers);
     let mut members = space::members(inventory, &workers, previous, &places);
@@ -158,15 +171,25 @@ fn compare(
         stages: wanted.stages,
         willing: false,
     };
-    let found = if chain {
+    if chain {
         members.sort_by_key(|m| m.worker.node);
-        let order: Vec<usize> = (0..members.len()).collect();
-        let space = Space::of_chain(&members, &order, bounds);
-        search.in_space(&limits, &members, (&space, &mut Tables::default()), u64::MAX)
-    } else {
-        let space = Space::of_kinds(&members, bounds).expect("few workers");
-        search.in_space(&limits, &members, (&space, &mut Tables::default()), u64::MAX)
+    }
+    let order: Vec<usize> = (0..members.len()).collect();
+    let found_in = match space {
+        In::Kinds => Space::of_kinds(&members, bounds).expect("few workers"),
+        In::Chain | In::NearOrFar => Space::of_chain(&members, &order, bounds),
     };
+    let (links, row) = (space::links(inventory, &members), row_bytes(shape));
+    let spaces = match space {
+        In::NearOrFar => field::near_or_far(found_in, (&members, &order), &links, (bounds, row)),
+        In::Kinds | In::Chain => {
+            let ground = Ground::each(&links, row, found_in.places(&members));
+            vec![(found_in, ground)]
+        }
+    };
+    let models = (&costs[..], wanted.reduction);
+    let mut field = Field::new(shape, models, (members, links), spaces);
+    let found = search.in_spaces(&limits, &mut field, u64::MAX);
     let empty = ReplicaPlan {
         id: replica,
         deployment: spec.name.clone(),
@@ -187,7 +210,7 @@ fn compare(
         looked_at: 0,
     };
     let best = brute.best(&mut Vec::new(), &mut Vec::new());
-    (found.map(|((first, second, third, _), _)| (first, second, third)), best)
+    (found.map(|found| (found.score.0, found.score.1, found.score.2)), best)
 }
 
 #[test]
@@ -203,7 +226,7 @@ fn no_layout_is_better_than_the_one_that_is_chosen() {
         // Every other one of a layout that is there already.
         let had = (case_number % 4 > 1).then(|| planned(&inventory, &shape, mesh("auto"), None));
         let had = had.and_then(Result::ok);
-        let (found, best) = compare(&inventory, &shape, ask, false, had.as_ref());
+        let (found, best) = compare(&inventory, &shape, ask, In::Kinds, had.as_ref());
         assert_eq!(found, best, "case {case_number}: {ask} of {shape:?} on {inventory:?}");
         if best.is_some() { fit += 1 } else { not += 1 }
     }
@@ -224,7 +247,7 @@ fn ten_workers_that_all_differ_are_searched_in_every_order() {
         for objective in [Objective::Latency, Objective::Throughput] {
             let mesh = Some(format!("{layers}x1").parse().unwrap());
             let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
-            let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, false, None);
+            let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, In::Kinds, None);
             assert!(best.is_some());
             assert_eq!(found, best, "{layers} layers, {objective}");
         }
@@ -242,7 +265,7 @@ fn ten_workers_with_ranks_left_open_are_searched_in_every_order() {
         }
         for objective in [Objective::Latency, Objective::Throughput] {
             let ask = MeshAsk { objective: Some(objective), ..mesh("auto") };
-            let (found, best) = compare(&all, &pretend(2, 60 * MIB), ask, false, None);
+            let (found, best) = compare(&all, &pretend(2, 60 * MIB), ask, In::Kinds, None);
             assert!(best.is_some());
             assert_eq!(found, best, "memory {number}, {objective}");
         }
@@ -266,7 +289,37 @@ fn a_chain_of_ten_is_cut_as_well_as_can_be() {
             // Powers of two are all that a chain tries where ranks are left open.
             asked.mesh = Some(MeshAsked::Exactly(Mesh { stages: 4, ranks: 1 }));
         }
-        let (found, best) = compare(&inventory, &pretend(6, 40 * MIB), asked, true, None);
+        let (found, best) = compare(&inventory, &pretend(6, 40 * MIB), asked, In::Chain, None);
         assert_eq!(found, best, "case {case_number}");
     }
+}
+
+#[test]
+fn a_chain_over_many_zones_is_cut_as_well_as_can_be_where_their_ways_are_alike() {
+    let mut numbers = Numbers(13);
+    let (mut fit, mut in_one) = (0, 0);
+    for case_number in 0..60 {
+        let zones = ["a", "a", "b", "b", "b", "c", "d", "d"];
+        let of = |(n, zone): (u32, &str), numbers: &mut Numbers| {
+            let memory = (90 + numbers.below(300)) * MIB;
+            worker(n, memory, GIB * (1 + numbers.below(4)), Some(zone))
+        };
+        let workers = (1..).zip(zones).map(|one| of(one, &mut numbers)).collect();
+        let inventory = Inventory { workers, ..Inventory::default() };
+        let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
+        let mesh = ["1x1", "2x1", "3x1"][case_number % 3].parse().ok();
+        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None };
+        let shape = pretend(4, (20 + numbers.below(100)) * MIB);
+        let (found, best) = compare(&inventory, &shape, ask, In::NearOrFar, None);
+        assert_eq!(found, best, "case {case_number}: {ask}");
+        fit += usize::from(found.is_some());
+        // Hops inside a zone take a tenth of those between two.
+        let chosen = planned(&inventory, &shape, ask, None);
+        in_one += usize::from(chosen.is_ok_and(|plan| {
+            let zone = |node: &NodeId| zones[node.number as usize - 1];
+            plan.stages.len() > 1
+                && plan.nodes().all(|n| Some(zone(&n)) == plan.head().as_ref().map(zone))
+        }));
+    }
+    assert!(fit > 30 && in_one > 5, "the cases are lopsided: {fit} fit, {in_one} in one zone");
 }

@@ -6,11 +6,14 @@ use shoal_protocol::model::{Family, ModelSpec, Options, RopeScaling};
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision, PretendSpec};
 
 use super::super::tests::Numbers;
-use super::super::{ModelShape, Rate, is_torn, pair, plan as plan_job, predict};
+use super::super::{Link, ModelShape, Rate, is_torn, pair, plan as plan_job, predict};
 use super::*;
 
 #[path = "mesh_exact_test.rs"]
 mod exact;
+
+#[path = "mesh_wide_test.rs"]
+mod wide;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

@@ -9,11 +9,15 @@
 //! left to whoever carries the layout out.
 
 mod apart;
+mod cells;
 mod chain;
 mod change;
 mod cost;
 mod encoders;
+pub(super) mod experts;
 mod explain;
+mod field;
+mod ground;
 mod memory;
 mod mesh;
 mod placement;

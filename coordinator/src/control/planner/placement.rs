@@ -10,7 +10,7 @@ use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::Candidate;
 use super::apart::{Apart, arrange, is_torn_ring};
-use super::memory::Costs;
+use super::memory::{Costs, Needs};
 
 /// The most combinations of kinds of workers that the table has columns for: nine workers that all
 /// differ, or hundreds of few kinds. Beyond it the most similar kinds count as the smaller one,
@@ -40,6 +40,9 @@ pub(super) fn cut(
     stages: usize,
 ) -> Option<Vec<Cut>> {
     let table = Table::new(costs, limits, kinds(workers, stages), stages);
+    if !table.has_room() {
+        return None;
+    }
     let slowest = table.search(|so_far, stage| so_far.max(stage), u64::MAX)?.0;
     let square = |stage: u128| stage.saturating_mul(stage);
     let (_, cuts) =
@@ -80,8 +83,7 @@ struct Table<'a> {
     /// The step between columns for each kind: columns are numbers in a mixed base.
     strides: Vec<usize>,
     columns: usize,
-    /// What each range needs, by start and end.
-    needs: Vec<Bytes>,
+    needs: Needs,
 }
 
 #[derive(Clone, Copy)]
@@ -100,21 +102,45 @@ impl<'a> Table<'a> {
             strides.push(columns);
             columns *= kind.count.min(stages) + 1;
         }
-        let fixed = costs.fixed(limits);
-        let layers = costs.layers();
-        let mut needs = Vec::with_capacity(((layers + 1) * (layers + 1)) as usize);
-        for start in 0..=layers {
-            for end in 0..=layers {
-                let range = LayerRange::new(start, end);
-                let empty = range.is_empty();
-                needs.push(if empty { Bytes(0) } else { costs.need(range, limits, &fixed) });
-            }
-        }
-        Self { costs, kinds, stages, strides, columns, needs }
+        Self { costs, kinds, stages, strides, columns, needs: costs.needs(limits) }
     }
 
-    fn need(&self, range: LayerRange) -> Bytes {
-        self.needs[(range.start * (self.costs.layers() + 1) + range.end) as usize]
+    /// Whether the roomiest workers have room for all layers, if each could have those that it has most room for:
+    /// looked at before the table, since most numbers of stages fail there.
+    fn has_room(&self) -> bool {
+        let layers = self.costs.layers();
+        let free = self.kinds.iter().flat_map(|kind| std::iter::repeat_n(kind.free, kind.count));
+        let mut most = (Bytes(0), 0);
+        let mut sum = 0_u64;
+        for free in free.take(self.stages) {
+            if most.0 != free {
+                let ends = |start| self.ends(start, (free, 0, u64::MAX)).last();
+                let longest = |start| ends(start).map_or(0, |end| end - start);
+                most = (free, (0..layers).map(longest).max().unwrap_or(0));
+            }
+            if most.1 == 0 {
+                return false;
+            }
+            sum += u64::from(most.1);
+        }
+        sum >= u64::from(layers)
+    }
+
+    /// The ends of a stage that starts there, on a worker with so much room. Longer stages need and take more,
+    /// apart from the last one, which has nothing to send on.
+    fn ends(
+        &self,
+        start: u32,
+        (free, following, stage_max): (Bytes, u32, u64),
+    ) -> impl Iterator<Item = u32> {
+        let layers = self.costs.layers();
+        let fits = move |end: &u32| {
+            let range = LayerRange::new(start, *end);
+            self.needs.of(range) <= free && self.costs.step(range) <= stage_max
+        };
+        let middle = start + 1..=layers.saturating_sub(following.max(1));
+        let last = (following == 0).then_some(layers).filter(fits);
+        middle.take_while(fits).chain(last)
     }
 
     /// How many workers of a kind a column uses.
@@ -157,14 +183,8 @@ impl<'a> Table<'a> {
                         continue;
                     }
                     let next = (column + self.strides[kind]) * width;
-                    for end in start + 1..=layers.saturating_sub(following) {
-                        let range = LayerRange::new(start, end);
-                        let step = self.costs.step(range);
-                        // No `break`: a stage that is the last one too may need less than one that
-                        // still has to send on.
-                        if self.need(range) > self.kinds[kind].free || step > stage_max {
-                            continue;
-                        }
+                    for end in self.ends(start, (self.kinds[kind].free, following, stage_max)) {
+                        let step = self.costs.step(LayerRange::new(start, end));
                         let cost = fold(cell.cost, u128::from(step));
                         let target = &mut cells[next + end as usize];
                         if target.is_none_or(|other| cost < other.cost) {

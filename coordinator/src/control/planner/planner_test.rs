@@ -306,13 +306,14 @@ fn costs_of_ranges_are_those_of_the_model() {
         for precision in [Precision::F32, Precision::Bf16] {
             let costs = Costs::new(&shape, precision);
             for limits in memory::limits_to_try(&costs, 2) {
-                let fixed = costs.fixed(&limits);
+                let needs = costs.needs(&limits);
                 for start in 0..shape.layers() {
                     for end in start + 1..=shape.layers() {
                         let range = LayerRange::new(start, end);
-                        let need = costs.need(range, &limits, &fixed);
                         let truth = shape.memory(range, precision, &limits);
+                        let need = needs.of(range);
                         assert_eq!(need, truth.total(), "{range} of {shape:?}: {truth:?}");
+                        assert_eq!(costs.memory(range, &limits), truth);
                     }
                 }
             }

@@ -33,6 +33,17 @@ const CREWS_MAX: usize = 640;
 const WORK_MAX: u64 = 300_000;
 const CELLS_MAX: usize = 200_000;
 
+/// The same of steps in several places, weighed: so that ten workers that all differ are searched in every order
+/// in whatever zones they are.
+const PLACES_WORK_MAX: u64 = 600_000;
+
+/// How much longer a step takes with so many places, in elevenths: each is tried as that of the first stage, and
+/// ten parts of a step do not depend on the place before it.
+pub(super) fn weight(places: usize) -> u64 {
+    let places = places.max(1) as u64;
+    places * (10 + places)
+}
+
 /// A worker as the search sees it.
 #[derive(Clone, Debug)]
 pub(super) struct Member<'w> {
@@ -204,6 +215,7 @@ impl Space {
         if columns * counts * places * (bounds.layers as usize + 1) > CELLS_MAX {
             return None;
         }
+        let work_max = if places > 1 { PLACES_WORK_MAX } else { WORK_MAX } * weight(1);
         let used = |column: usize, kind: usize| column / strides[kind] % (kinds[kind].len() + 1);
         // A crew is a number of workers of each kind: as many as it has of a kind, its first ones.
         let mut crews: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
@@ -221,7 +233,7 @@ impl Space {
                 return None;
             }
         }
-        let a_move = u64::from(bounds.layers) * counts as u64;
+        let a_move = u64::from(bounds.layers) * counts as u64 * weight(places);
         let mut work = 0_u64;
         let mut moves = Vec::with_capacity(columns);
         for column in 0..columns {
@@ -237,12 +249,20 @@ impl Space {
                 }
             }
             work = work.saturating_add(out.len() as u64 * a_move);
-            if work > WORK_MAX {
+            if work > work_max {
                 return None;
             }
             moves.push(out);
         }
         Some(Self { crews: crews.into_iter().map(|(_, crew)| crew).collect(), moves })
+    }
+
+    /// The places of its crews, each once.
+    pub fn places(&self, members: &[Member<'_>]) -> Vec<usize> {
+        let mut places: Vec<usize> = self.crews.iter().map(|crew| members[crew[0]].place).collect();
+        places.sort_unstable();
+        places.dedup();
+        places
     }
 
     /// The members in this order.

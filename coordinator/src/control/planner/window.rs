@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::iter::Rev;
+use std::ops::{Range, RangeInclusive};
 
 /// What it takes to the end, the more important first.
 pub(super) type Cost = (u64, u64);
@@ -49,6 +51,35 @@ impl Sums<'_> {
         self.read[end] - self.read[start]
     }
 
+    /// How far a stage may reach that starts there or before.
+    pub fn farthest(&self, start: usize) -> usize {
+        let layers = self.ends.len();
+        let Some(end) = self.ends.get(start) else { return start };
+        let all = self.last[start] || self.last[0];
+        if all { layers } else { self.ends[0].max(*end) as usize }
+    }
+
+    /// The first start from which a stage may reach that layer or one behind it.
+    pub fn nearest(&self, end: usize) -> usize {
+        if self.last[0] || self.ends[0] as usize >= end {
+            return 0;
+        }
+        let middle = 1 + self.ends[1..].partition_point(|reach| (*reach as usize) < end);
+        let last = 1 + self.last[1..].partition_point(|fits| !fits);
+        middle.min(last)
+    }
+
+    /// Of these starts the last one first, and before it the layers at which a stage that starts there may end.
+    fn walk(&self, starts: &RangeInclusive<usize>, least: usize) -> Rev<Range<usize>> {
+        let layers = self.ends.len();
+        let last = (*starts.end()).min(layers.saturating_sub(1));
+        let end_of = |start: usize| self.ends.get(start).map_or(0, |end| *end as usize);
+        // The first stage may reach further than those behind it.
+        let first = if least.max(*starts.start()) == 0 { end_of(0) } else { 0 };
+        let ends = end_of(last).max(first);
+        ((*starts.start()).max(least)..ends.max(last + 1).min(layers)).rev()
+    }
+
     fn before(&self, aim: Aim, layer: usize) -> Cost {
         aim.cost(self.time[layer], self.read[layer])
     }
@@ -62,18 +93,19 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// By start, from 1 on: the least to pay where this crew takes the next stage, without the way to it.
+    /// By start, of those in `starts` from 1 on: the least to pay where this crew takes the next stage, without the
+    /// way to it.
     pub fn least(
         &mut self,
         sums: &Sums<'_>,
         behind: &[Cost],
         aim: Aim,
-        back: u64,
+        (back, starts): (u64, &RangeInclusive<usize>),
         out: &mut [Cost],
     ) {
         let layers = behind.len() - 1;
         self.ends.clear();
-        for start in (1..layers).rev() {
+        for start in sums.walk(starts, 1) {
             let near = start + 1;
             if near < layers && behind[near] != NEVER {
                 let cost = plus(sums.before(aim, near), behind[near]);
@@ -81,6 +113,9 @@ impl Window {
                     self.ends.pop_back();
                 }
                 self.ends.push_back((near as u32, cost));
+            }
+            if start > *starts.end() {
+                continue;
             }
             while self.ends.front().is_some_and(|(end, _)| *end > sums.ends[start]) {
                 self.ends.pop_front();
@@ -110,36 +145,53 @@ pub(super) fn first_stage(sums: &Sums<'_>, behind: &[Cost], aim: Aim) -> Cost {
 }
 
 /// By start: the slowest stage from there on, at the least, where this crew takes the next one. Later ends are
-/// worth a longer stage only where what is behind them is faster: `stairs` has those alone.
+/// worth a longer stage only where what is behind them is faster: `stairs` has those alone, the last one first.
 pub(super) fn slowest_stage(
     sums: &Sums<'_>,
     behind: &[u64],
+    starts: &RangeInclusive<usize>,
     stairs: &mut Vec<u32>,
     out: &mut [u64],
 ) {
     let layers = behind.len() - 1;
     stairs.clear();
-    for start in (0..layers).rev() {
+    // How many of them are out of reach, and how many make a stage that takes longer than what is behind it.
+    // While starts go down both only grow, but for those that leave.
+    let (mut beyond, mut longer) = (0, 0);
+    for start in sums.walk(starts, 0) {
         let near = start + 1;
         if near < layers && behind[near] != u64::MAX {
             while stairs.last().is_some_and(|end| behind[*end as usize] >= behind[near]) {
                 stairs.pop();
             }
             stairs.push(near as u32);
+            (beyond, longer) = (beyond.min(stairs.len() - 1), longer.min(stairs.len() - 1));
+        }
+        if start > *starts.end() {
+            continue;
+        }
+        let is_beyond = |end: &u32| *end > sums.ends[start];
+        if start == 0 {
+            // The first stage has other things to hold, and may reach further.
+            beyond = 0;
+        }
+        while stairs.get(beyond).is_some_and(is_beyond) {
+            beyond += 1;
         }
         // From the near end on stages grow longer and what is behind them faster: the least is where they meet.
         let time = |end: u32| sums.time[end as usize] - sums.time[start];
-        let first = stairs.partition_point(|end| *end > sums.ends[start]);
-        let shorter = stairs.partition_point(|end| time(*end) > behind[*end as usize]);
+        while stairs.get(longer).is_some_and(|end| time(*end) > behind[*end as usize]) {
+            longer += 1;
+        }
         let at = |index: usize| {
-            let end = stairs.get(index).copied().filter(|end| *end <= sums.ends[start])?;
+            let end = stairs.get(index).copied().filter(|end| !is_beyond(end))?;
             Some(time(end).max(behind[end as usize]))
         };
-        let met = at(shorter.max(first));
-        let beyond = shorter.checked_sub(1).and_then(at);
+        let met = at(longer.max(beyond));
+        let above = longer.checked_sub(1).and_then(at);
         let all =
             sums.last[start].then(|| (sums.time[layers] - sums.time[start]).max(behind[layers]));
-        out[start] = [met, beyond, all].into_iter().flatten().min().unwrap_or(u64::MAX);
+        out[start] = [met, above, all].into_iter().flatten().min().unwrap_or(u64::MAX);
     }
 }
 
@@ -187,7 +239,9 @@ mod tests {
             let aim = Aim { first: 0, time_first: numbers.below(2) == 0, most: u64::MAX };
             let back = numbers.below(3);
             let mut out = vec![NEVER; layers + 1];
-            Window::default().least(&sums, &behind, aim, back, &mut out);
+            let starts = numbers.below(3) as usize..=numbers.below(1 + layers as u64) as usize;
+            let looked_at = |start: &usize| starts.contains(start);
+            Window::default().least(&sums, &behind, aim, (back, &starts), &mut out);
             let paid = |start: usize, end: usize, back: u64| {
                 let back = if end == layers { back } else { 0 };
                 let own = aim.cost(time[end] - time[start] + back, sums.read(start, end));
@@ -195,6 +249,9 @@ mod tests {
             };
             let open = |end: &usize| behind[*end] != NEVER;
             for (start, found) in out.iter().enumerate().take(layers).skip(1) {
+                if !looked_at(&start) {
+                    continue;
+                }
                 let best = allowed(start).filter(open).map(|end| paid(start, end, back)).min();
                 assert_eq!(*found, best.unwrap_or(NEVER), "start {start}");
             }
@@ -203,8 +260,8 @@ mod tests {
 
             let behind: Vec<u64> = behind.iter().map(|cost| cost.0).collect();
             let mut slowest = vec![u64::MAX; layers + 1];
-            slowest_stage(&sums, &behind, &mut Vec::new(), &mut slowest);
-            for start in 0..layers {
+            slowest_stage(&sums, &behind, &starts, &mut Vec::new(), &mut slowest);
+            for start in (0..layers).filter(looked_at) {
                 let of = |end: usize| (time[end] - time[start]).max(behind[end]);
                 assert_eq!(slowest[start], allowed(start).map(of).min().unwrap_or(u64::MAX));
             }

@@ -53,6 +53,8 @@ pub(super) fn plan(
     let mut zones: Vec<Inventory> = zones
         .into_iter()
         .map(|zone| only(inventory, |worker| worker.zone.as_ref() == Some(zone)))
+        // Fewer workers make fewer stages: of many small zones none is planned for in vain.
+        .filter(|zone| zone.workers.len() >= plan.stages.len())
         .collect();
     // A replica stays in its zone; else the one with the most workers comes first.
     let here = |zone: &Inventory| {
