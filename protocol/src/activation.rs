@@ -21,7 +21,7 @@
 use crate::frame::{
     Flat, FrameError, append_floats, append_tokens, expect_end, flat, read_floats, read_tokens,
 };
-use crate::id::{Attempt, Generation, RankIndex, RequestId, SequenceId, TokenId};
+use crate::id::{AdapterId, Attempt, Generation, RankIndex, RequestId, SequenceId, TokenId};
 use crate::plan::ReplicaLimits;
 use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX, VECTOR_MAX};
 
@@ -102,8 +102,8 @@ flat! {
         pub prompt_len: u32,
         /// How many tokens follow.
         pub tokens: u32,
-        /// 0; for later versions.
-        pub reserved: u64,
+        /// The adapter's number, 0 for none. Before protocol version 3 it was always 0.
+        pub adapter: u64,
     }
 }
 
@@ -122,6 +122,8 @@ pub struct Open {
     pub choice: u32,
     /// How many of `tokens` are the prompt.
     pub prompt_len: u32,
+    /// What is added to the base model's projections.
+    pub adapter: Option<AdapterId>,
     /// How the last stage draws.
     pub sampling: SamplingRecord,
     /// The prompt, then what was generated before.
@@ -139,7 +141,7 @@ impl Open {
             choice: self.choice,
             prompt_len: self.prompt_len,
             tokens: self.tokens.len() as u32,
-            reserved: 0,
+            adapter: AdapterId::to_wire(self.adapter).into(),
         };
         let mut body = Vec::with_capacity(SamplingRecord::LEN + 4 * self.tokens.len());
         self.sampling.append_to(&mut body);
@@ -163,6 +165,10 @@ impl Open {
                 why: format!("a prompt of {} tokens out of {}", header.prompt_len, header.tokens),
             });
         }
+        let adapter = u32::try_from(header.adapter).map_err(|_| FrameError::Invalid {
+            what: "OpenHeader",
+            why: format!("adapter {}", header.adapter),
+        })?;
         let (sampling, rest) = SamplingRecord::read_many(body, 1)?;
         let (tokens, rest) = read_tokens(rest, header.tokens as usize)?;
         expect_end(rest, "Open")?;
@@ -174,6 +180,7 @@ impl Open {
             attempt: Attempt(header.attempt),
             choice: header.choice,
             prompt_len: header.prompt_len,
+            adapter: AdapterId::of_wire(adapter),
             sampling: sampling[0],
             tokens,
         })

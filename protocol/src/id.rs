@@ -57,8 +57,23 @@ number_id!(
     /// A block of the paged KV cache: the same number at every stage of a replica.
     BlockId(u32), "b");
 number_id!(
+    /// An adapter of a deployment, counted from 1 and never used twice in it.
+    AdapterId(u32), "adapter ");
+number_id!(
     /// The number of times a node with this identity has started; a smaller one is a ghost.
     Incarnation(u64), "i");
+
+impl AdapterId {
+    /// What stands in a frame: 0 for the base model alone.
+    pub fn to_wire(adapter: Option<Self>) -> u32 {
+        adapter.map_or(0, |adapter| adapter.0)
+    }
+
+    /// The same read back.
+    pub fn of_wire(number: u32) -> Option<Self> {
+        (number != 0).then_some(Self(number))
+    }
+}
 
 /// A request of a client. Drawn at random by the coordinator that accepts it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use crate::error::ErrorCode;
 use crate::frame::{
     Flat, FrameError, append_floats, append_tokens, expect_end, flat, read_floats, read_tokens,
 };
-use crate::id::{Attempt, ReplicaId, RequestId, TokenId};
+use crate::id::{AdapterId, Attempt, ReplicaId, RequestId, TokenId};
 
 /// The most stop token ids of one request.
 pub const STOP_TOKENS_MAX: usize = 64;
@@ -131,8 +131,8 @@ flat! {
         pub max_tokens: u32,
         /// How many stop token ids follow: a sampled one of them ends the answer.
         pub stop_tokens: u32,
-        /// 0; for later versions.
-        pub reserved: u32,
+        /// The adapter's number, 0 for none. Before protocol version 3 it was always 0.
+        pub adapter: u32,
     }
 }
 
@@ -153,6 +153,8 @@ pub struct Generate {
     pub prompt_len: u32,
     /// How many tokens the answer may have in all.
     pub max_tokens: u32,
+    /// What is added to the base model's projections.
+    pub adapter: Option<AdapterId>,
     /// How to draw.
     pub sampling: SamplingRecord,
     /// A sampled one of these ends the answer.
@@ -174,7 +176,7 @@ impl Generate {
             tokens: self.tokens.len() as u32,
             max_tokens: self.max_tokens,
             stop_tokens: self.stop_tokens.len() as u32,
-            reserved: 0,
+            adapter: AdapterId::to_wire(self.adapter),
         };
         let mut body = Vec::with_capacity(
             SamplingRecord::LEN + 4 * (self.stop_tokens.len() + self.tokens.len()),
@@ -222,6 +224,7 @@ impl Generate {
             deadline_ms: header.deadline_ms,
             prompt_len: header.prompt_len,
             max_tokens: header.max_tokens,
+            adapter: AdapterId::of_wire(header.adapter),
             sampling,
             stop_tokens,
             tokens,

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K`, `Mxfp4` |
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
+/// | 3 | adapters ([`KNOWS_ADAPTERS`]): a number in `OpenHeader` and `GenerateHeader` where 0 was |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 /// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
 pub const PROTOCOL_VERSION: u16 = 3;
@@ -56,6 +57,10 @@ pub const KNOWS_KV: u16 = 3;
 pub const KNOWS_FAMILIES: u16 = 3;
 /// From here on nodes can serve encoders. One is deployed only where every member can.
 pub const KNOWS_ENCODERS: u16 = 3;
+
+/// From here on workers add adapters to a model. An older one would take a request for one as a request for
+/// the base model: it is sent only to replicas that have said that they have the adapter.
+pub const KNOWS_ADAPTERS: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

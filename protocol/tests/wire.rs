@@ -22,8 +22,8 @@ use shoal_protocol::control::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameKind, HEADER_LEN_MAX, PRELUDE_LEN, Prelude};
 use shoal_protocol::id::{
-    Attempt, DeploymentName, Generation, Incarnation, NodeId, RankIndex, ReplicaId, RequestId,
-    Role, SequenceId, StageIndex, StepId,
+    AdapterId, Attempt, DeploymentName, Generation, Incarnation, NodeId, RankIndex, ReplicaId,
+    RequestId, Role, SequenceId, StageIndex, StepId,
 };
 use shoal_protocol::join::{JoinReply, JoinRequest};
 use shoal_protocol::mesh::{Fact, Mesh, MeshAsk, MeshAsked, Objective, Reduction, ZoneName};
@@ -80,6 +80,7 @@ fn open() -> Open {
         attempt: Attempt(1),
         choice: 2,
         prompt_len: 3,
+        adapter: None,
         sampling: sampling(),
         tokens: vec![1, 2, 3, 500],
     }
@@ -124,6 +125,7 @@ fn generate() -> Generate {
         deadline_ms: 60_000,
         prompt_len: 3,
         max_tokens: 16,
+        adapter: None,
         sampling: sampling(),
         stop_tokens: vec![0, 2],
         tokens: vec![1, 2, 3],
@@ -453,6 +455,26 @@ fn hot_frames_have_golden_bytes() {
         assert_eq!(HeadEvent::decode(kind, &header, &body).unwrap(), event);
         check_golden(name, &framed(kind, &header, &body));
     }
+}
+
+/// Beside the golden bytes of requests without one: where 0 stands for those who know of none.
+#[test]
+fn an_adapter_stands_where_zero_was_and_comes_back() {
+    let mut bytes = Vec::new();
+    let adapted = Open { adapter: Some(AdapterId(4)), ..open() };
+    let (header, body) = adapted.encode();
+    header.append_to(&mut bytes);
+    assert_eq!(Open::decode(&bytes, &body, &LIMITS).unwrap(), adapted);
+    assert_eq!((bytes.len(), bytes[40]), (48, 4));
+    bytes[45] = 1;
+    let refused = Open::decode(&bytes, &body, &LIMITS).unwrap_err().to_string();
+    assert!(refused.contains("adapter 1099511627780"), "{refused}");
+    bytes.clear();
+    let adapted = Generate { adapter: Some(AdapterId(4)), ..generate() };
+    let (header, body) = adapted.encode();
+    header.append_to(&mut bytes);
+    assert_eq!(Generate::decode(&bytes, &body).unwrap(), adapted);
+    assert_eq!((bytes.len(), bytes[44]), (48, 4));
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn attention(ops: &mut CpuOps) -> anyhow::Result<()> {
         let key = ops.buffer(rows, kv_heads as usize * dim)?;
         let mut out = ops.buffer(rows, heads * dim)?;
         let first_position = (CONTEXT - rows) as u32;
-        let spans = [Span { first_row: 0, rows, first_position, blocks: &blocks }];
+        let spans = [Span { first_row: 0, rows, first_position, blocks: &blocks, adapter: None }];
         let write = best(|| Ok(ops.kv_write(&spans, &key, &key, &mut kv)?))?;
         let seconds =
             best(|| Ok(ops.attend(&spans, &query, &kv, &Attend::plain(0.125), &mut out)?))?;

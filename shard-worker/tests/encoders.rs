@@ -158,7 +158,13 @@ impl Chain {
         let (mut spans, mut tokens, mut sample_rows) = (Vec::new(), Vec::new(), Vec::new());
         for input in inputs {
             let first_row = tokens.len();
-            let span = Span { first_row, rows: input.len(), first_position: 0, blocks: &blocks };
+            let span = Span {
+                first_row,
+                rows: input.len(),
+                first_position: 0,
+                blocks: &blocks,
+                adapter: None,
+            };
             spans.push(span);
             tokens.extend_from_slice(input);
             sample_rows.push(tokens.len() - 1);
@@ -389,7 +395,7 @@ fn a_part_of_an_input_is_refused() {
     let model = &mut chain.0[0][0].0;
     let mut hidden = vec![0.0; 3 * model.hidden()];
     for (first_position, sample_rows) in [(1, vec![2]), (0, vec![]), (0, vec![0])] {
-        let spans = [Span { first_row: 0, rows: 3, first_position, blocks: &[0] }];
+        let spans = [Span { first_row: 0, rows: 3, first_position, blocks: &[0], adapter: None }];
         let batch = Batch { spans: &spans, rows: 3, sample_rows: &sample_rows };
         let mut vectors = vec![0.0; sample_rows.len() * model.vocab().len()];
         let vectors = Some(vectors.as_mut_slice());

@@ -130,6 +130,7 @@ fn open(generation: u64, tokens: u32) -> Open {
         attempt: Attempt(1),
         choice: 0,
         prompt_len: 1,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         tokens: vec![0; tokens as usize],
     }

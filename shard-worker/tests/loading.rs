@@ -162,8 +162,13 @@ fn a_stage_reads_its_own_bytes_and_says_how_far_it_is() {
     assert!(seen.contains(&(Bytes(own), Bytes(own))), "{seen:?}");
 
     let mut hidden = vec![0.5; 1024];
-    let span =
-        shoal_shard_worker::model::Span { first_row: 0, rows: 1, first_position: 0, blocks: &[0] };
+    let span = shoal_shard_worker::model::Span {
+        first_row: 0,
+        rows: 1,
+        first_position: 0,
+        blocks: &[0],
+        adapter: None,
+    };
     let batch = shoal_shard_worker::model::Batch { spans: &[span], rows: 1, sample_rows: &[] };
     shard.forward(&batch, None, &mut hidden, None, &mut Alone).unwrap();
     assert!(hidden.iter().all(|value| value.is_finite()), "a NaN of another stage was read");

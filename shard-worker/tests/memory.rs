@@ -91,7 +91,7 @@ fn a_shard_takes_what_the_plan_says_and_no_more_while_it_loads() {
     let mut logits = vec![0.0; 4001];
     for own in blocks.chunks(rows / 16) {
         let rows = own.len() * 16;
-        let spans = [Span { first_row: 0, rows, first_position: 0, blocks: own }];
+        let spans = [Span { first_row: 0, rows, first_position: 0, blocks: own, adapter: None }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[0] };
         hidden.fill(0.5);
         let hidden = &mut hidden[..rows * 1536];
@@ -133,7 +133,7 @@ fn an_encoders_shard_takes_what_the_plan_says() {
     let each = rows / LIMITS.sequences_max as usize;
     let span = |i: usize| {
         let (first_row, rows) = (i * each, each);
-        Span { first_row, rows, first_position: 0, blocks: &blocks }
+        Span { first_row, rows, first_position: 0, blocks: &blocks, adapter: None }
     };
     let spans: Vec<_> = (0..LIMITS.sequences_max as usize).map(span).collect();
     let sample_rows: Vec<_> = spans.iter().map(|span| span.first_row + span.rows - 1).collect();

@@ -158,7 +158,13 @@ fn steps_allocate_nothing() {
         let mut before = 0;
         // A prompt's chunks, then single rows. The first step alone may set up its threads.
         for rows in [128, 100, 128, 1, 1, 1, 5] {
-            let spans = [Span { first_row: 0, rows, first_position: position, blocks: &blocks }];
+            let spans = [Span {
+                first_row: 0,
+                rows,
+                first_position: position,
+                blocks: &blocks,
+                adapter: None,
+            }];
             let sample_rows = [rows - 1];
             let batch = Batch { spans: &spans, rows, sample_rows: &sample_rows };
             let stream = &mut hidden[..rows * HIDDEN];

@@ -2,6 +2,8 @@
 //! plain one: the first within what float32 allows, the second in every bit.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "parity/adapters.rs"]
+mod adapters;
 mod support;
 
 use shoal_protocol::plan::{KvPrecision, Numerics, Precision};
@@ -61,7 +63,13 @@ fn greedy_continuations_and_logprobs_are_those_of_the_reference() {
             let what = format!("{} prompt {index}", case.name);
             let blocks = blocks();
             let mut step = |tokens: &[u32], first_position, last: usize| {
-                let rows = Rows { tokens, first_position, blocks: &blocks, sample_from: last };
+                let rows = Rows {
+                    tokens,
+                    first_position,
+                    blocks: &blocks,
+                    sample_from: last,
+                    adapter: None,
+                };
                 chain.step(&[rows]).remove(0)
             };
             let mut position = prompt.first_sampled();
@@ -232,6 +240,7 @@ fn travel(chain: &mut Chain, travellers: &mut [Traveller], free: &mut Vec<u32>, 
             first_position: t.done,
             blocks: &t.blocks,
             sample_from: t.sample_from,
+            adapter: None,
         })
         .collect();
     if batch.is_empty() {

@@ -158,7 +158,8 @@ fn assert_layer_same(packed: &Checkpoint, plain: &Checkpoint, layer: Range<u32>,
         let mut shard = load(checkpoint, &assignment, 1, setup.isa).unwrap();
         let rows = 5;
         let mut hidden: Vec<f32> = (0..rows * 64).map(|i| (i % 83) as f32 / 41.0 - 1.0).collect();
-        let spans = [Span { first_row: 0, rows, first_position: 0, blocks: &blocks() }];
+        let spans =
+            [Span { first_row: 0, rows, first_position: 0, blocks: &blocks(), adapter: None }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[] };
         shard.forward(&batch, None, &mut hidden, None, &mut Alone).unwrap();
         hidden

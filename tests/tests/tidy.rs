@@ -73,6 +73,7 @@ const PURE: &[&str] = &[
     "protocol/src/liveness",
     "protocol/src/lost.rs",
     "protocol/src/mesh.rs",
+    "protocol/src/model/adapter/config.rs",
     "protocol/src/model/config.rs",
     "protocol/src/model/encoder.rs",
     "protocol/src/model/encoder_tensors.rs",

@@ -75,6 +75,7 @@ impl Rig {
                 deadline_ms: 0,
                 prompt_len: 8,
                 max_tokens: LIMITS.context_max - 8,
+                adapter: None,
                 sampling: SamplingRecord::GREEDY,
                 stop_tokens: vec![],
                 tokens: vec![1; 8],

@@ -244,7 +244,13 @@ impl Model {
     fn step(&mut self, tokens: &[u32], first: usize, sample_from: usize) -> Result<Vec<Vec<f64>>> {
         let rows = tokens.len();
         let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
-        let spans = [Span { first_row: 0, rows, first_position: first as u32, blocks: &blocks }];
+        let spans = [Span {
+            first_row: 0,
+            rows,
+            first_position: first as u32,
+            blocks: &blocks,
+            adapter: None,
+        }];
         let sampled: Vec<usize> = (sample_from - first..rows).collect();
         let batch = Batch { spans: &spans, rows, sample_rows: &sampled };
         let mut hidden = vec![0.0; rows * self.shard.hidden()];

@@ -98,6 +98,7 @@ impl Sequence {
             deadline_ms,
             prompt_len: self.prompt.len() as u32,
             max_tokens: self.max_tokens,
+            adapter: None,
             sampling: self.sampling,
             stop_tokens: self.stop_tokens.to_vec(),
             tokens: self.prompt.iter().chain(&self.received).copied().collect(),

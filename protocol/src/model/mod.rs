@@ -1,8 +1,9 @@
 //! What a model is: its shape, its tensors, and what of its files each stage needs.
 //!
-//! Pure but for [`checkpoint`] and what it calls ([`gguf`], `files`, `safetensors`, `torch`), which
+//! Pure but for [`checkpoint`], [`adapter`] and what they call ([`gguf`], `files`, `safetensors`, `torch`), which
 //! read headers.
 
+pub mod adapter;
 pub mod builtin;
 pub mod checkpoint;
 mod config;
@@ -28,6 +29,7 @@ mod table;
 pub mod tensors;
 mod torch;
 
+pub use adapter::{Adapter, AdapterError, Delta, DeltaPart};
 pub use builtin::BuiltinModel;
 pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation, gguf_of};
 pub use encoder::{EncoderFamily, EncoderOutput, EncoderSpec, Pooling};

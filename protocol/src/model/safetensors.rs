@@ -32,6 +32,7 @@ pub(super) struct Header {
 }
 
 /// One tensor as the header describes it.
+#[derive(Clone)]
 pub(super) struct HeaderTensor {
     pub(super) name: String,
     pub(super) dtype: String,

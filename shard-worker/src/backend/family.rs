@@ -121,6 +121,24 @@ pub trait FamilyOps: Ops {
         rows: usize,
         norm: &Norm<Self>,
     ) -> Result<(), ComputeError>;
+
+    // --- Adapters.
+
+    /// `out[i] = x[rows[i]]`.
+    fn take_rows(
+        &mut self,
+        x: &Self::Buf,
+        rows: &[usize],
+        out: &mut Self::Buf,
+    ) -> Result<(), ComputeError>;
+
+    /// `out[rows[i]] += x[i]`; no row stands in the list twice.
+    fn add_rows(
+        &mut self,
+        x: &Self::Buf,
+        rows: &[usize],
+        out: &mut Self::Buf,
+    ) -> Result<(), ComputeError>;
 }
 
 /// How rows choose experts.

@@ -36,6 +36,7 @@ pub(super) fn request(prompt_len: u32, max_tokens: u32) -> Generate {
         deadline_ms: 0,
         prompt_len,
         max_tokens,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         stop_tokens: vec![],
         tokens: (100..100 + prompt_len).collect(),

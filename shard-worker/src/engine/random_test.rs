@@ -256,6 +256,7 @@ impl World {
             deadline_ms: 0,
             prompt_len,
             max_tokens: 1 + self.dice.below(60) as u32,
+            adapter: None,
             sampling,
             stop_tokens: if self.dice.below(2) == 0 { vec![STOP] } else { vec![] },
             tokens: (0..prompt_len).map(|_| self.dice.below(u64::from(VOCAB)) as u32).collect(),

@@ -174,6 +174,7 @@ impl Sequence {
             attempt: self.request.attempt,
             choice: self.request.choice,
             prompt_len: self.request.prompt_len,
+            adapter: self.request.adapter,
             sampling: self.request.sampling,
             tokens: self.request.tokens.clone(),
         }

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::lateness::Lateness;
 use crate::engine::{self, Action, BadEngineConfig, ClientKey, Engine, EngineConfig};
-use crate::stage::{StageInput, StepData, records_of};
+use crate::stage::{Served, StageInput, StepData, records_of};
 use crate::trace::HeadTraces;
 
 /// Requests and cancels that wait for the loop, which takes microseconds for each. The engine has
@@ -68,6 +68,8 @@ pub struct HeadParts {
     pub samples: mpsc::Receiver<Samples>,
     /// Told once, where the engine itself finds that the generation cannot go on.
     pub fault: mpsc::Sender<String>,
+    /// The adapters that requests may name.
+    pub served: Served,
     /// Where it tells of answers that are traced.
     pub tracer: Tracer,
 }
@@ -113,6 +115,7 @@ impl Head {
             heard: Vec::new(),
             stage: parts.stage,
             fault: parts.fault,
+            served: parts.served,
             refuse: Some(not_ready()),
             faulted: false,
             retires: false,
@@ -259,6 +262,7 @@ struct Driver {
     heard: Vec<(ClientKey, HeadEvent)>,
     stage: mpsc::Sender<StageInput>,
     fault: mpsc::Sender<String>,
+    served: Served,
     /// Why new requests are turned away, while they are.
     refuse: Option<WireError>,
     faulted: bool,
@@ -334,8 +338,8 @@ impl Driver {
     fn take(&mut self, event: Event) -> bool {
         let now = self.now();
         match event {
-            Event::Submit { key, request, trace, tokens } => match &self.refuse {
-                Some(why) => refuse(&request, why, &tokens),
+            Event::Submit { key, request, trace, tokens } => match self.turned_away(&request) {
+                Some(why) => refuse(&request, &why, &tokens),
                 None => {
                     self.clients.insert(key, tokens);
                     if let Some(mark) = trace {
@@ -368,6 +372,10 @@ impl Driver {
             Event::Stop => return true,
         }
         false
+    }
+
+    fn turned_away(&self, request: &Generate) -> Option<WireError> {
+        self.refuse.clone().or_else(|| self.served.refusal(request.adapter))
     }
 
     fn cancel(&mut self, key: ClientKey) {

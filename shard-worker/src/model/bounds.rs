@@ -133,6 +133,7 @@ mod tests {
             rows,
             first_position,
             blocks,
+            adapter: None,
         };
         let check = |spans: &[Span<'static>], rows, sample_rows: &[usize], expected: &str| {
             let batch = Batch { spans, rows, sample_rows };

@@ -1,14 +1,18 @@
 //! What a stage computes: the seam between stages (which know sequences) and layers (which know
 //! rows, positions and KV blocks).
 
+pub mod adapters;
 mod bounds;
 pub mod families;
 pub mod layers;
 pub mod pretend;
 mod weights;
 
+pub use adapters::{ADAPTERS_MAX, AdapterLoadError, AdapterSlices};
 pub use families::{LoadError, load_shard};
 pub use weights::{LoadOptions, WeightsError};
+
+use shoal_protocol::id::AdapterId;
 
 use crate::collective::{Collective, CollectiveError};
 
@@ -26,6 +30,8 @@ pub struct Span<'a> {
     /// The KV blocks of the sequence in order, enough for the last of these rows:
     /// `blocks[p / BLOCK_TOKENS]` holds position `p` in slot `p % BLOCK_TOKENS`.
     pub blocks: &'a [u32],
+    /// What is added to its projections; `None`: nothing.
+    pub adapter: Option<AdapterId>,
 }
 
 /// One step's rows.
@@ -86,6 +92,20 @@ pub trait ShardModel: Send {
         logits: Option<&mut [f32]>,
         peers: &mut dyn Collective,
     ) -> Result<(), ComputeError>;
+
+    /// Takes an adapter, so that spans can name it. Allocates.
+    fn load_adapter(
+        &mut self,
+        _id: AdapterId,
+        _slices: &AdapterSlices,
+    ) -> Result<(), AdapterLoadError> {
+        Err(AdapterLoadError::NoProjections("a pretend model"))
+    }
+
+    /// Forgets an adapter; whether it was there. No span may name it any more.
+    fn unload_adapter(&mut self, _id: AdapterId) -> bool {
+        false
+    }
 }
 
 /// A step that could not be computed.

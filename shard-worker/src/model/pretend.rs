@@ -318,7 +318,8 @@ mod tests {
         blocks: &[u32],
     ) -> Option<u32> {
         let rows = tokens.len();
-        let spans = [Span { first_row: 0, rows, first_position: first as u32, blocks }];
+        let spans =
+            [Span { first_row: 0, rows, first_position: first as u32, blocks, adapter: None }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[rows - 1] };
         let mut hidden = vec![0.0; rows * 6];
         let mut logits = vec![0.0; 101];
@@ -395,7 +396,8 @@ mod tests {
         let mut last = stages(&[3, 6]);
         let mut hidden = [0.0; 6];
         encode(0x0123_4567_89ab_cdef, &mut hidden);
-        let spans = [Span { first_row: 0, rows: 1, first_position: 0, blocks: &[0] }];
+        let spans =
+            [Span { first_row: 0, rows: 1, first_position: 0, blocks: &[0], adapter: None }];
         let batch = Batch { spans: &spans, rows: 1, sample_rows: &[] };
         assert_eq!(decode(&hidden), Some(0x0123_4567_89ab_cdef));
         for damage in [0.5, -1.0, f32::NAN, 65536.0] {
@@ -411,7 +413,8 @@ mod tests {
     fn a_step_takes_its_modelled_time() {
         let spec = PretendSpec { layer_step_ns: 1_000_000, layer_row_ns: 100_000, ..spec() };
         let mut shard = PretendShard::new(&spec, LayerRange::new(0, 2), &LIMITS);
-        let spans = [Span { first_row: 0, rows: 10, first_position: 0, blocks: &[0] }];
+        let spans =
+            [Span { first_row: 0, rows: 10, first_position: 0, blocks: &[0], adapter: None }];
         let batch = Batch { spans: &spans, rows: 10, sample_rows: &[] };
         let start = Instant::now();
         shard.forward(&batch, Some(&[1; 10]), &mut [0.0; 60], None, &mut Alone).expect("a step");

@@ -33,6 +33,7 @@ fn draw(says: Bytes) -> Result<Samples, DrawError> {
         attempt: Attempt(1),
         choice: 0,
         prompt_len: 1,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         tokens: vec![1],
     };

@@ -21,6 +21,7 @@ use shoal_protocol::id::{SequenceId, StageIndex};
 use shoal_protocol::trace::TraceHeader;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::adapters::Leaving;
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
 use super::draw::{DrawError, OwnLogits};
@@ -191,6 +192,8 @@ pub struct Stage {
     traces: StageTraces,
     /// The sequence that was opened last, with its tokens: what a `Trace` behind it is about.
     opened: Option<(SequenceId, u32)>,
+    /// Adapters that go behind their last sequence.
+    leaving: Leaving,
     /// Kept for their memory.
     spans: SpanBuffer,
     logits: Vec<f32>,
@@ -217,6 +220,7 @@ impl Stage {
             work: parts.work,
             traces: parts.traces,
             opened: None,
+            leaving: Leaving::default(),
             spans: SpanBuffer::default(),
             logits: Vec::new(),
         }
@@ -268,7 +272,12 @@ impl Stage {
                 self.table.close(&close).map_err(fault)?;
                 self.count();
                 self.traces.end(SequenceId(close.sequence));
+                self.leaving.look(&self.table, &mut *self.model);
                 Ok(self.hand_on(LinkFrame::Close(close)))
+            }
+            StageInput::Adapter(order) => {
+                self.leaving.take(order, &self.table, &mut *self.model);
+                Ok(Ok(()))
             }
             StageInput::Step { step, records, data } => {
                 let taken = idle.map(|idle| (idle, Instant::now()));

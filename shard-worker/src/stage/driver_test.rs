@@ -4,13 +4,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shoal_protocol::activation::{BlockGrant, CloseHeader, Open, RowRecord, StepHeader};
-use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId};
+use shoal_protocol::id::{AdapterId, Attempt, Generation, ReplicaId, RequestId, SequenceId};
 use shoal_protocol::model::Split;
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::{SpanId, TraceId, TraceMark, Tracer};
 
 use super::*;
+use crate::model::{AdapterLoadError, AdapterSlices};
+use crate::stage::{AdapterOrder, Served};
 
 const WIDTH: usize = 8;
 const VOCAB: usize = 5;
@@ -31,6 +33,7 @@ struct AddOne {
     panics_at: Option<f32>,
     takes: Duration,
     last: bool,
+    adapters: Arc<Mutex<Vec<AdapterId>>>,
 }
 
 impl ShardModel for AddOne {
@@ -70,6 +73,20 @@ impl ShardModel for AddOne {
             logits.iter_mut().zip(0u32..).for_each(|(logit, i)| *logit = (i % VOCAB as u32) as f32);
         }
         Ok(())
+    }
+
+    fn load_adapter(
+        &mut self,
+        id: AdapterId,
+        _slices: &AdapterSlices,
+    ) -> Result<(), AdapterLoadError> {
+        self.adapters.lock().unwrap().push(id);
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) -> bool {
+        self.adapters.lock().unwrap().retain(|loaded| *loaded != id);
+        true
     }
 }
 
@@ -117,6 +134,7 @@ fn open() -> StageInput {
         attempt: Attempt(1),
         choice: 0,
         prompt_len: 1,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         tokens: vec![0],
     })
@@ -200,6 +218,51 @@ async fn what_a_draw_waited_is_not_taken_off_the_next_step() {
     bench.input.send(step(0, StepData::Hidden(buffer))).await.unwrap();
     assert!(matches!(bench.frames.recv().await, Some(LinkFrame::Step { .. })));
     assert!(bench.counters.snapshot().compute_us >= 2000);
+}
+
+#[tokio::test]
+async fn an_adapter_goes_behind_the_last_sequence_that_uses_it() {
+    let model = AddOne::default();
+    let loaded = Arc::clone(&model.adapters);
+    let bench = start(1, model);
+    let now = || loaded.lock().unwrap().clone();
+    let mut answers = Vec::new();
+    for id in [AdapterId(4), AdapterId(5)] {
+        let (done, answer) = oneshot::channel();
+        let slices = AdapterSlices { deltas: Vec::new(), held: Default::default() };
+        let order = AdapterOrder::Load { id, slices, done };
+        bench.input.send(StageInput::Adapter(order)).await.unwrap();
+        answer.await.unwrap().unwrap();
+    }
+    let StageInput::Open(open) = open() else { unreachable!("it is one") };
+    let open = Open { adapter: Some(AdapterId(4)), ..open };
+    bench.input.send(StageInput::Open(open)).await.unwrap();
+    for id in [AdapterId(4), AdapterId(5)] {
+        let (done, answer) = oneshot::channel();
+        let order = AdapterOrder::Unload { id, done };
+        bench.input.send(StageInput::Adapter(order)).await.unwrap();
+        answers.push(answer);
+    }
+    // Nobody uses the second one.
+    answers.remove(1).await.unwrap();
+    assert_eq!(now(), [AdapterId(4)]);
+    assert!(answers[0].try_recv().is_err(), "a sequence uses it still");
+    let close = CloseHeader { generation: 1, sequence: 1 };
+    bench.input.send(StageInput::Close(close)).await.unwrap();
+    answers.remove(0).await.unwrap();
+    assert!(now().is_empty());
+}
+
+#[test]
+fn a_head_takes_requests_for_what_is_loaded_and_for_the_base() {
+    let served = Served::default();
+    assert_eq!(served.refusal(None), None);
+    let refused = served.refusal(Some(AdapterId(2))).unwrap();
+    assert!(refused.message.contains("adapter 2 is not loaded at this replica"), "{refused:?}");
+    served.set(AdapterId(2), true);
+    assert_eq!(served.refusal(Some(AdapterId(2))), None);
+    served.set(AdapterId(2), false);
+    assert!(served.refusal(Some(AdapterId(2))).is_some());
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 //! thread) and `link` (the ring of streams), into which `door` lets neighbours and whose frames `wire`
 //! reads and writes.
 
+mod adapters;
 mod buffer;
 mod counters;
 mod dial;
@@ -20,6 +21,7 @@ mod wire;
 mod wiring;
 mod work;
 
+pub use adapters::{AdapterOrder, AdapterOrderError, Served};
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
 pub use driver::{ComputeThread, Ended, Outlet, Stage, StageError, StageParts, records_of};

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use shoal_protocol::activation::{CloseHeader, Open, RowRecord, Sample, Samples, Step};
-use shoal_protocol::id::{Generation, SequenceId, StepId};
+use shoal_protocol::id::{AdapterId, Generation, SequenceId, StepId};
 use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
 
 use super::draw::sample_of;
@@ -19,6 +19,7 @@ use crate::sample::{SamplerState, Scratch};
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
     blocks: Vec<u32>,
+    adapter: Option<AdapterId>,
     /// Rows that have gone through this stage: the next row stands at this position.
     length: u32,
     /// On the last stage alone.
@@ -189,6 +190,11 @@ impl StageTable {
         self.sequences.iter().map(|(id, e)| (*id, e.length, e.blocks.as_slice()))
     }
 
+    /// Whether an open sequence is computed with this adapter.
+    pub fn uses(&self, adapter: AdapterId) -> bool {
+        self.sequences.values().any(|entry| entry.adapter == Some(adapter))
+    }
+
     /// A sequence begins.
     pub fn open(&mut self, open: &Open) -> Result<(), StageFault> {
         let sequence = open.sequence;
@@ -202,7 +208,10 @@ impl StageTable {
         }
         let sampler =
             self.last.then(|| SamplerState::open(open.prompt_len, &open.tokens, open.sampling));
-        self.sequences.insert(sequence, Entry { blocks: Vec::new(), length: 0, sampler });
+        self.sequences.insert(
+            sequence,
+            Entry { blocks: Vec::new(), adapter: open.adapter, length: 0, sampler },
+        );
         Ok(())
     }
 
@@ -453,6 +462,7 @@ impl<'a> StepRows<'a> {
             rows: run.rows,
             first_position: run.first_position,
             blocks: table.sequences.get(&run.sequence).map_or(&[], |e| e.blocks.as_slice()),
+            adapter: table.sequences.get(&run.sequence).and_then(|e| e.adapter),
         })
     }
 }

@@ -22,6 +22,7 @@ fn open(sequence: u64, tokens: usize) -> Open {
         attempt: Attempt(1),
         choice: 0,
         prompt_len: tokens as u32,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         tokens: vec![1; tokens],
     }

@@ -19,6 +19,7 @@ use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::TraceHeader;
 use tokio::sync::mpsc;
 
+use super::adapters::AdapterOrder;
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
 use super::ring::LinkPlan;
@@ -45,6 +46,8 @@ pub enum StageInput {
     },
     /// A sequence ends.
     Close(CloseHeader),
+    /// From the worker itself: an adapter comes or goes.
+    Adapter(AdapterOrder),
 }
 
 /// What a step computes with.

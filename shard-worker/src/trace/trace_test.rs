@@ -129,6 +129,7 @@ fn request() -> Generate {
         deadline_ms: 0,
         prompt_len: 3,
         max_tokens: 9,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         stop_tokens: Vec::new(),
         tokens: vec![1, 2, 3, 4],
@@ -143,6 +144,7 @@ fn open(sequence: u64, tokens: usize) -> Open {
         attempt: Attempt(2),
         choice: 1,
         prompt_len: 3,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         tokens: vec![1; tokens],
     }

@@ -315,6 +315,7 @@ pub fn request(prompt: &[TokenId], max_tokens: u32) -> Generate {
         deadline_ms: 0,
         prompt_len: prompt.len() as u32,
         max_tokens,
+        adapter: None,
         sampling: SamplingRecord::GREEDY,
         stop_tokens: Vec::new(),
         tokens: prompt.to_vec(),

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
-use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
+use shoal_protocol::id::{
+    AdapterId, DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex,
+};
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::model::{Checkpoint, EncoderSpec, ModelSpec, Part, Split};
+use shoal_protocol::model::{Adapter, Checkpoint, EncoderSpec, ModelSpec, Part, Split};
 use shoal_protocol::plan::{
     Assignment, KvPrecision, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
     ReplicaPlan, ShardPlan, StagePlan,
@@ -16,7 +18,9 @@ use shoal_protocol::plan::{
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
 use shoal_shard_worker::collective::local::Local;
-use shoal_shard_worker::model::{Batch, LoadError, LoadOptions, ShardModel, Span, load_shard};
+use shoal_shard_worker::model::{
+    AdapterSlices, Batch, LoadError, LoadOptions, ShardModel, Span, load_shard,
+};
 
 /// Room for a handful of the longest sequences of the fixtures.
 pub const LIMITS: ReplicaLimits = ReplicaLimits {
@@ -217,6 +221,7 @@ pub struct Rows<'a> {
     pub blocks: &'a [u32],
     /// The position from which on logits are wanted.
     pub sample_from: usize,
+    pub adapter: Option<AdapterId>,
 }
 
 impl Chain {
@@ -243,6 +248,7 @@ impl Chain {
                 rows: rows.tokens.len(),
                 first_position: rows.first_position as u32,
                 blocks: rows.blocks,
+                adapter: rows.adapter,
             });
             let sampled = rows.sample_from.saturating_sub(rows.first_position);
             sample_rows.extend((sampled..rows.tokens.len()).map(|row| first_row + row));
@@ -267,6 +273,31 @@ impl Chain {
         logits
     }
 
+    /// Loads an adapter at every shard.
+    pub fn load_adapter(
+        &mut self,
+        (checkpoint, setup): (&Checkpoint, &Setup),
+        id: AdapterId,
+        adapter: &Adapter,
+    ) {
+        let spec = checkpoint.spec();
+        for (i, stage) in self.0.iter_mut().enumerate() {
+            let layers = LayerRange::new(setup.cuts[i], setup.cuts[i + 1]);
+            for (rank, (model, _)) in (0..).zip(stage) {
+                let part = setup.part(spec, i, rank);
+                let slices = AdapterSlices::read(adapter, spec, &part, layers).unwrap();
+                model.load_adapter(id, &slices).unwrap();
+            }
+        }
+    }
+
+    /// Forgets an adapter at every shard.
+    pub fn unload_adapter(&mut self, id: AdapterId) {
+        for (model, _) in self.0.iter_mut().flatten() {
+            assert!(model.unload_adapter(id), "{id} was loaded");
+        }
+    }
+
     /// The logits at each position from `sample_from` on, the tokens computed in chunks.
     pub fn transcript(
         &mut self,
@@ -275,9 +306,21 @@ impl Chain {
         chunk: usize,
         blocks: &[u32],
     ) -> Vec<Vec<f32>> {
+        self.transcript_with(None, (tokens, sample_from), chunk, blocks)
+    }
+
+    /// The same with an adapter.
+    pub fn transcript_with(
+        &mut self,
+        adapter: Option<AdapterId>,
+        (tokens, sample_from): (&[u32], usize),
+        chunk: usize,
+        blocks: &[u32],
+    ) -> Vec<Vec<f32>> {
         let mut logits = Vec::new();
         for (i, part) in tokens.chunks(chunk).enumerate() {
-            let rows = Rows { tokens: part, first_position: i * chunk, blocks, sample_from };
+            let first_position = i * chunk;
+            let rows = Rows { tokens: part, first_position, blocks, sample_from, adapter };
             logits.extend(self.step(&[rows]));
         }
         logits

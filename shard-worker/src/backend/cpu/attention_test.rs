@@ -118,7 +118,13 @@ fn check_attention_over(held: KvPrecision, heads: Heads, lengths: [usize; 2], ch
         let poison = buffer_of(&mut ops, kv * dim, &vec![f32::NAN; SLOTS * kv * dim]);
         for block in 0..shape.blocks {
             let blocks = [block];
-            let span = Span { first_row: 0, rows: SLOTS, first_position: 0, blocks: &blocks };
+            let span = Span {
+                first_row: 0,
+                rows: SLOTS,
+                first_position: 0,
+                blocks: &blocks,
+                adapter: None,
+            };
             ops.kv_write(&[span], &poison, &poison, &mut cache).unwrap();
         }
         let mut got: [Vec<f32>; 2] = Default::default();
@@ -142,6 +148,7 @@ fn check_attention_over(held: KvPrecision, heads: Heads, lengths: [usize; 2], ch
                 rows: next[s],
                 first_position: done[s] as u32,
                 blocks: &blocks[s],
+                adapter: None,
             });
             ops.kv_write(&spans, &k, &v, &mut cache).unwrap();
             ops.attend(&spans, &q, &cache, &Attend::plain(scale), &mut out).unwrap();

@@ -6,7 +6,7 @@ use super::experts::{RouteRow, chosen};
 use super::isa::Kernel;
 use super::linear::{SharedMut, one_row};
 use super::math::{gelu, gelu_tanh, silu, softcap, tanh};
-use super::rows::{NormRow, by_lanes};
+use super::rows::{Add, NormRow, by_lanes};
 use super::simd::{LANES, Simd};
 use super::{
     ALONE_STEPS_MAX, CpuBuf, CpuOps, CpuStream, Packed, bad, expect, expect_rows, heads_of,
@@ -400,6 +400,44 @@ impl FamilyOps for CpuOps {
             let row = row.as_mut_ptr();
             // SAFETY: the row is at least as long as the norm's weight.
             unsafe { self.isa.run(norm.row(row, row, 1)) };
+        }
+        Ok(())
+    }
+
+    fn take_rows(
+        &mut self,
+        x: &CpuBuf,
+        rows: &[usize],
+        out: &mut CpuBuf,
+    ) -> Result<(), ComputeError> {
+        let width = x.width;
+        expect("an adapter's input", out.width, width)?;
+        expect_rows("an adapter's input", rows.len(), out.rows_max())?;
+        let last = rows.iter().max().map_or(0, |row| row + 1);
+        expect_rows("the rows of an adapter", last, x.rows_max())?;
+        out.contents = self.stamp();
+        for (row, to) in rows.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
+            to.copy_from_slice(&x.floats.as_slice()[row * width..][..width]);
+        }
+        Ok(())
+    }
+
+    fn add_rows(
+        &mut self,
+        x: &CpuBuf,
+        rows: &[usize],
+        out: &mut CpuBuf,
+    ) -> Result<(), ComputeError> {
+        let width = x.width;
+        expect("an adapter's output", out.width, width)?;
+        expect_rows("an adapter's output", rows.len(), x.rows_max())?;
+        let last = rows.iter().max().map_or(0, |row| row + 1);
+        expect_rows("the rows of an adapter", last, out.rows_max())?;
+        out.contents = self.stamp();
+        for (row, x) in rows.iter().zip(x.floats.as_slice().chunks_exact(width)) {
+            let to = &mut out.floats.as_mut_slice()[row * width..][..width];
+            // SAFETY: both are as long.
+            unsafe { self.isa.run(Add { to, x }) };
         }
         Ok(())
     }

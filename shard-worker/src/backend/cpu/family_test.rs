@@ -118,7 +118,7 @@ fn parts_of_heads_and_adjacent_pairs_turn_as_scalar_code_says() {
     let (heads, head_dim, first, half) = (3, 22, 4, 7);
     let mut values = Values::new(11);
     let (frequencies, x) = (values.take(half), values.take(5 * heads * head_dim));
-    let spans = [Span { first_row: 0, rows: 5, first_position: 9, blocks: &[] }];
+    let spans = [Span { first_row: 0, rows: 5, first_position: 9, blocks: &[], adapter: None }];
     for interleaved in [false, true] {
         let mut expected = x.clone();
         for (row, position) in expected.chunks_exact_mut(heads * head_dim).zip(9_u32..) {
@@ -240,6 +240,7 @@ fn check_attention((query, kv, dim): (usize, usize, usize), length: usize, kind:
                     rows: end - first,
                     first_position: first as u32,
                     blocks: &blocks,
+                    adapter: None,
                 };
                 ops.kv_write(&[span], &k, &v, &mut cache).unwrap();
                 ops.attend(&[span], &q, &cache, &how, &mut out).unwrap();

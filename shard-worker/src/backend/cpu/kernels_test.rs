@@ -295,8 +295,8 @@ fn rotations_have_the_bits_of_scalar_code() {
         let mut values = Values::new(half as u64);
         let frequencies = values.take(half);
         let spans = [
-            Span { first_row: 0, rows: 2, first_position: 7, blocks: &[] },
-            Span { first_row: 2, rows: 40, first_position: 100_000, blocks: &[] },
+            Span { first_row: 0, rows: 2, first_position: 7, blocks: &[], adapter: None },
+            Span { first_row: 2, rows: 40, first_position: 100_000, blocks: &[], adapter: None },
         ];
         let positions: Vec<u32> = (7..9).chain(100_000..100_040).collect();
         let x = values.take(positions.len() * heads * 2 * half);
@@ -334,7 +334,9 @@ fn steps_that_do_not_fit_are_refused() {
     let mut rows = ops.buffer(4, 4).unwrap();
     let other = ops.buffer(4, 4).unwrap();
     let narrow = ops.buffer(4, 3).unwrap();
-    let span = |rows, first_position, blocks| [Span { first_row: 0, rows, first_position, blocks }];
+    let span = |rows, first_position, blocks| {
+        [Span { first_row: 0, rows, first_position, blocks, adapter: None }]
+    };
     is_bad(ops.kv_write(&span(1, 16, &[0]), &other, &other, &mut kv), "2 blocks");
     is_bad(ops.kv_write(&span(1, 0, &[2]), &other, &other, &mut kv), "block 2");
     is_bad(ops.kv_write(&span(5, 0, &[0]), &other, &other, &mut kv), "room for 5");

@@ -1,11 +1,13 @@
 //! The decoder of every family: embedding, [layers](super::layer), output head.
 
+use shoal_protocol::id::AdapterId;
 use shoal_protocol::model::{ModelSpec, Part, TensorRole};
 use shoal_protocol::plan::ReplicaLimits;
 use shoal_protocol::units::LayerRange;
 
 use crate::backend::FamilyOps;
 use crate::collective::Collective;
+use crate::model::adapters::{AdapterLoadError, AdapterSlices};
 use crate::model::bounds::StepBounds;
 use crate::model::families::LoadError;
 use crate::model::families::layer::{Layer, Parts, final_norm};
@@ -28,6 +30,7 @@ pub(super) struct Decoder<B: FamilyOps> {
     /// What ranks tell each other in a step is at most so wide.
     widest: usize,
     rope: Rope<B>,
+    first_layer: u32,
     layers: Vec<Layer<B>>,
     /// On the last stage: the norm, and the output head unless it is the embedding.
     head: Option<(Head<B>, Option<B::Weight>)>,
@@ -76,6 +79,7 @@ impl<B: FamilyOps> Decoder<B> {
             embedding,
             embedding_multiplier: spec.options.embedding_multiplier,
             rope: Rope::new(&ops, spec, limits.context_max)?,
+            first_layer: range.start,
             layers,
             head,
             scratch: Scratch::new(&mut ops, spec, part, limits.step_rows_max as usize)?,
@@ -126,8 +130,15 @@ impl<B: FamilyOps> ShardModel for Decoder<B> {
             ops.scale_stream(&mut stream, batch.rows, self.embedding_multiplier)?;
         }
         self.rope.prepare(ops, batch, scratch)?;
-        for layer in &mut self.layers {
+        scratch.adapters.begin(batch.spans);
+        for (number, layer) in (self.first_layer..).zip(&mut self.layers) {
+            scratch.adapters.enter(number);
             layer.forward(ops, batch, (&mut *scratch, &mut *peers), &mut stream)?;
+        }
+        // Their sequence fails at the last stage, for its logits are no numbers; the others go on.
+        for rows in scratch.adapters.lost() {
+            let width = self.bounds.hidden;
+            ops.host_stream(&mut stream)[rows.start * width..rows.end * width].fill(f32::NAN);
         }
         if let (Some(logits), Some((head, output))) = (logits, &self.head)
             && let Some(output) = output.as_ref().or(self.embedding.as_ref())
@@ -135,5 +146,17 @@ impl<B: FamilyOps> ShardModel for Decoder<B> {
             head.forward(ops, output, &stream, batch.sample_rows, (scratch, logits))?;
         }
         ops.leave(stream)
+    }
+
+    fn load_adapter(
+        &mut self,
+        id: AdapterId,
+        slices: &AdapterSlices,
+    ) -> Result<(), AdapterLoadError> {
+        self.scratch.adapters.load(&mut self.ops, id, slices)
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) -> bool {
+        self.scratch.adapters.unload(id)
     }
 }

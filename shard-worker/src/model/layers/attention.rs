@@ -1,5 +1,7 @@
 //! Self-attention with grouped heads over a paged cache.
 
+use shoal_protocol::model::TensorRole;
+
 use crate::backend::{Attend, FamilyOps, Linear, Turn};
 use crate::collective::Collective;
 use crate::model::layers::{HeadNorms, Joined, Merge, Scratch};
@@ -71,9 +73,15 @@ impl<B: FamilyOps> Attention<B> {
         stream: &mut B::Stream<'_>,
     ) -> Result<(), ComputeError> {
         let rows = batch.rows;
-        ops.linear(&scratch.normed, rows, &self.query, &mut scratch.query)?;
-        ops.linear(&scratch.normed, rows, &self.key, &mut scratch.key)?;
-        ops.linear(&scratch.normed, rows, &self.value, &mut scratch.value)?;
+        let Scratch { normed, query, key, value, adapters, .. } = &mut *scratch;
+        for (role, linear, out) in [
+            (TensorRole::Query, &self.query, query),
+            (TensorRole::Key, &self.key, key),
+            (TensorRole::Value, &self.value, value),
+        ] {
+            ops.linear(normed, rows, linear, out)?;
+            adapters.add(ops, role, normed, out)?;
+        }
         let Scratch { query, key, heads_of_all, .. } = &mut *scratch;
         self.norms.forward(ops, peers, rows, (query, key), heads_of_all)?;
         if let Some((rope, turn)) = self.rope {
@@ -84,8 +92,15 @@ impl<B: FamilyOps> Attention<B> {
         ops.kv_write(batch.spans, &scratch.key, &scratch.value, kv)?;
         let how = self.scores.attend();
         ops.attend(batch.spans, &scratch.query, kv, &how, &mut scratch.attended)?;
-        let Scratch { attended, attended_by_all, normed, .. } = &mut *scratch;
-        self.output.forward(ops, peers, (attended, rows), attended_by_all, normed)?;
+        let Scratch { attended, attended_by_all, normed, adapters, .. } = &mut *scratch;
+        let adapted = Some((adapters, TensorRole::AttentionOutput));
+        self.output.forward_with(
+            ops,
+            peers,
+            (attended, rows),
+            (attended_by_all, adapted),
+            normed,
+        )?;
         self.merge.forward(ops, rows, scratch, stream)
     }
 }

@@ -9,11 +9,12 @@
 //! What the two promise: `docs/decisions/029-tensor-ranks.md`.
 
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::model::{ModelSpec, Part};
+use shoal_protocol::model::{ModelSpec, Part, TensorRole};
 
 use crate::backend::{BackendError, FamilyOps, Linear, Ops};
 use crate::collective::Collective;
 use crate::model::ComputeError;
+use crate::model::adapters::Adapters;
 
 /// The weight and the way.
 pub struct Joined<B: Ops> {
@@ -108,20 +109,41 @@ impl<B: FamilyOps> Joined<B> {
         &self,
         ops: &mut B,
         peers: &mut dyn Collective,
-        (x, rows): (&mut B::Buf, usize),
+        input: (&mut B::Buf, usize),
         gathered: &mut Gathered<B>,
         out: &mut B::Buf,
     ) -> Result<(), ComputeError> {
+        self.forward_with(ops, peers, input, (gathered, None), out)
+    }
+
+    /// The same with what adapters add to the projection of this role.
+    pub fn forward_with(
+        &self,
+        ops: &mut B,
+        peers: &mut dyn Collective,
+        (x, rows): (&mut B::Buf, usize),
+        (gathered, adapted): (&mut Gathered<B>, Option<(&mut Adapters<B>, TensorRole)>),
+        out: &mut B::Buf,
+    ) -> Result<(), ComputeError> {
+        let adapt = |ops: &mut B, x: &B::Buf, out: &mut B::Buf| match adapted {
+            Some((adapters, role)) => adapters.add(ops, role, x, out),
+            None => Ok(()),
+        };
         match (&self.way, &mut gathered.pair) {
-            (Way::Alone, _) => ops.linear(x, rows, &self.linear, out),
+            (Way::Alone, _) => {
+                ops.linear(x, rows, &self.linear, out)?;
+                adapt(ops, x, out)
+            }
             (Way::Sum, _) => {
-                self.partial(ops, peers, (x, rows), gathered, out)?;
+                ops.linear(x, rows, &self.linear, out)?;
+                adapt(ops, x, out)?;
                 Ok(peers.all_reduce(ops.host(out, rows)?)?)
             }
             (Way::Exact { inputs, outputs }, Some((whole, own))) => {
                 ops.reshape(whole, inputs.iter().sum())?;
                 peers.all_gather(ops.host(x, rows)?, inputs, rows, ops.host(whole, rows)?)?;
                 ops.linear(whole, rows, &self.linear, own)?;
+                adapt(ops, whole, own)?;
                 Ok(peers.all_gather(ops.host(own, rows)?, outputs, rows, ops.host(out, rows)?)?)
             }
             (Way::Exact { .. }, None) => {

@@ -123,7 +123,7 @@ impl Tiny {
     fn step(&mut self, tokens: &[u32], first_position: u32) -> Result<Vec<f32>, ComputeError> {
         let rows = tokens.len();
         let blocks = [5, 0, 3, 7];
-        let spans = [Span { first_row: 0, rows, first_position, blocks: &blocks }];
+        let spans = [Span { first_row: 0, rows, first_position, blocks: &blocks, adapter: None }];
         let sample_rows: Vec<usize> = (0..rows).collect();
         let batch = Batch { spans: &spans, rows, sample_rows: &sample_rows };
         let mut hidden = vec![0.0; rows * 36];

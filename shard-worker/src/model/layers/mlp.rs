@@ -1,6 +1,6 @@
 //! The MLP: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))`.
 
-use shoal_protocol::model::Activation;
+use shoal_protocol::model::{Activation, TensorRole};
 
 use crate::backend::{FamilyOps, Linear};
 use crate::collective::Collective;
@@ -43,14 +43,17 @@ impl<B: FamilyOps> Mlp<B> {
         rows: usize,
         scratch: &mut Scratch<B>,
     ) -> Result<(), ComputeError> {
-        ops.reshape(&mut scratch.up, self.width)?;
-        ops.linear(&scratch.normed, rows, &self.up, &mut scratch.up)?;
-        let Some(gate) = &self.gate else {
-            return ops.activate(&mut scratch.up, rows, self.act);
+        let Scratch { normed, gate, up, adapters, .. } = &mut *scratch;
+        ops.reshape(up, self.width)?;
+        ops.linear(normed, rows, &self.up, up)?;
+        adapters.add(ops, TensorRole::Up, normed, up)?;
+        let Some(linear) = &self.gate else {
+            return ops.activate(up, rows, self.act);
         };
-        ops.reshape(&mut scratch.gate, self.width)?;
-        ops.linear(&scratch.normed, rows, gate, &mut scratch.gate)?;
-        ops.gate(&mut scratch.gate, &scratch.up, rows, self.act)
+        ops.reshape(gate, self.width)?;
+        ops.linear(normed, rows, linear, gate)?;
+        adapters.add(ops, TensorRole::Gate, normed, gate)?;
+        ops.gate(gate, up, rows, self.act)
     }
 
     /// The second half, out of what the first one left.
@@ -61,9 +64,10 @@ impl<B: FamilyOps> Mlp<B> {
         (scratch, peers): (&mut Scratch<B>, &mut dyn Collective),
         stream: &mut B::Stream<'_>,
     ) -> Result<(), ComputeError> {
-        let Scratch { gate, up, gated_by_all, normed, .. } = &mut *scratch;
+        let Scratch { gate, up, gated_by_all, normed, adapters, .. } = &mut *scratch;
         let inner = if self.gate.is_some() { gate } else { up };
-        self.down.forward(ops, peers, (inner, rows), gated_by_all, normed)?;
+        let adapted = Some((adapters, TensorRole::Down));
+        self.down.forward_with(ops, peers, (inner, rows), (gated_by_all, adapted), normed)?;
         self.merge.forward(ops, rows, scratch, stream)
     }
 }

@@ -41,11 +41,12 @@ use shoal_protocol::model::{ModelSpec, Part};
 
 use broad_norm::HeadsOfAll;
 
-use crate::backend::{BackendError, Ops};
+use crate::backend::{BackendError, FamilyOps};
+use crate::model::adapters::Adapters;
 
 /// The buffers between the operations of a step, allocated once and shared by all layers of a
 /// shard.
-pub struct Scratch<B: Ops> {
+pub struct Scratch<B: FamilyOps> {
     rows_max: usize,
     /// `hidden` wide: what a norm leaves, and a layer's result before it is added to the stream.
     normed: B::Buf,
@@ -79,10 +80,12 @@ pub struct Scratch<B: Ops> {
     gated_by_all: Gathered<B>,
     /// Queries and keys of all ranks, where one norm is over all of them.
     heads_of_all: HeadsOfAll<B>,
+    /// What is added to projections, and which rows of this step it is added to.
+    pub(in crate::model) adapters: Adapters<B>,
 }
 
 /// What attention over a compressed cache needs beyond the rest.
-struct Latent<B: Ops> {
+struct Latent<B: FamilyOps> {
     /// The compressed query.
     query_down: Option<B::Buf>,
     /// `heads x (kv rank + rope)` wide.
@@ -91,7 +94,7 @@ struct Latent<B: Ops> {
     values: B::Buf,
 }
 
-impl<B: Ops> Scratch<B> {
+impl<B: FamilyOps> Scratch<B> {
     /// Buffers of one rank for steps of at most `rows_max` rows; they and the device's own scratch for
     /// products with them are counted in [`Part::memory`].
     pub fn new(
@@ -138,6 +141,7 @@ impl<B: Ops> Scratch<B> {
             attended_by_all,
             gated_by_all,
             heads_of_all,
+            adapters: Adapters::new(rows_max),
         })
     }
 

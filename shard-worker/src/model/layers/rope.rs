@@ -4,7 +4,7 @@ use std::f32::consts::PI;
 
 use shoal_protocol::model::{LayerRope, ModelSpec, RopeScaling};
 
-use crate::backend::{BackendError, Ops};
+use crate::backend::{BackendError, FamilyOps, Ops};
 use crate::model::layers::Scratch;
 use crate::model::{Batch, ComputeError};
 
@@ -14,7 +14,7 @@ pub struct Rope<B: Ops> {
     turns: Vec<(B::Vector, f32)>,
 }
 
-impl<B: Ops> Rope<B> {
+impl<B: FamilyOps> Rope<B> {
     /// The frequencies that the spec asks for, for sequences of at most `context` positions.
     pub fn new(ops: &B, spec: &ModelSpec, context: u32) -> Result<Self, BackendError> {
         let turn = |rope: &LayerRope| -> Result<_, BackendError> {
