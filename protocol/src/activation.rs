@@ -152,23 +152,17 @@ impl Open {
     /// Checks every length and every number against the plan's bounds.
     pub fn decode(header: &[u8], body: &[u8], limits: &ReplicaLimits) -> Result<Self, FrameError> {
         let header = OpenHeader::read_from(header)?;
-        if header.tokens > limits.context_max {
-            return Err(FrameError::TooLong {
-                what: "tokens",
-                len: header.tokens as usize,
-                max: limits.context_max as usize,
-            });
+        let (len, max) = (header.tokens as usize, limits.context_max as usize);
+        if len > max {
+            return Err(FrameError::TooLong { what: "tokens", len, max });
         }
+        let invalid = |why: String| FrameError::Invalid { what: "OpenHeader", why };
         if header.prompt_len == 0 || header.prompt_len > header.tokens {
-            return Err(FrameError::Invalid {
-                what: "OpenHeader",
-                why: format!("a prompt of {} tokens out of {}", header.prompt_len, header.tokens),
-            });
+            let OpenHeader { prompt_len, tokens, .. } = header;
+            return Err(invalid(format!("a prompt of {prompt_len} tokens out of {tokens}")));
         }
-        let adapter = u32::try_from(header.adapter).map_err(|_| FrameError::Invalid {
-            what: "OpenHeader",
-            why: format!("adapter {}", header.adapter),
-        })?;
+        let adapter = u32::try_from(header.adapter)
+            .map_err(|_| invalid(format!("adapter {}", header.adapter)))?;
         let (sampling, rest) = SamplingRecord::read_many(body, 1)?;
         let (tokens, rest) = read_tokens(rest, header.tokens as usize)?;
         expect_end(rest, "Open")?;
