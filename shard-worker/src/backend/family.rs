@@ -133,7 +133,7 @@ pub trait FamilyOps: Ops {
     ) -> Result<(), ComputeError>;
 
     /// `out[rows[i]] += x[i]`; no row stands in the list twice.
-    fn add_rows(
+    fn add_to_rows(
         &mut self,
         x: &Self::Buf,
         rows: &[usize],

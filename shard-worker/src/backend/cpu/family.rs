@@ -422,7 +422,7 @@ impl FamilyOps for CpuOps {
         Ok(())
     }
 
-    fn add_rows(
+    fn add_to_rows(
         &mut self,
         x: &CpuBuf,
         rows: &[usize],

@@ -196,7 +196,7 @@ impl<B: FamilyOps> Adapters<B> {
             ops.linear(&between.x, rows.len(), down, &mut between.low)?;
             ops.scale(&mut between.low, rows.len(), *scaling)?;
             ops.linear(&between.low, rows.len(), up, &mut between.y)?;
-            ops.add_rows(&between.y, rows, y)?;
+            ops.add_to_rows(&between.y, rows, y)?;
         }
         Ok(())
     }
