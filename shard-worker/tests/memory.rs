@@ -158,6 +158,7 @@ fn full_step(chain: &mut Chain) {
         first_position: 0,
         blocks: &blocks[*block as usize..=*block as usize],
         sample_from: 15,
+        adapter: None,
     };
     chain.step(&blocks.iter().map(rows).collect::<Vec<_>>());
 }
