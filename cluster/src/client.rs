@@ -216,6 +216,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Access(_) => "another answer about access",
         AdminReply::Change(_) => "a change",
         AdminReply::Upgrade(_) => "how an upgrade stands",
+        AdminReply::Adapters(_) => "an answer about adapters",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))
 }

@@ -60,6 +60,7 @@ fn execute(command: Command) -> Result<(), Failure> {
             Command::Models(args) => commands::models::run(&args),
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Keys { command } => commands::keys::run(command).await,
+            Command::Adapters { command } => commands::adapters::run(command).await,
             Command::Ca { command } => commands::ca::run(command).await,
             Command::Nodes { command } => commands::nodes::run(command).await,
             Command::Upgrade { command } => commands::upgrade::run(command).await,

@@ -44,4 +44,6 @@ pub struct CoordinatorConfig {
     pub tracer: Tracer,
     /// Whether `Policy::Score` takes a prompt's blocks that a replica was sent before for computed.
     pub prefix_affinity: bool,
+    /// Whether whoever may use the public API may load and unload adapters through it too.
+    pub runtime_adapters: bool,
 }

@@ -25,6 +25,7 @@ use crate::api::{self, ApiContext, Gate};
 use crate::begin::{Begun, begin};
 use crate::config::CoordinatorConfig;
 use crate::control::access::AccessServer;
+use crate::control::adapters::{self, AdapterServer};
 use crate::control::admin::AdminServer;
 use crate::control::agents::Agents;
 use crate::control::authority::{Authority, CaFiles};
@@ -222,6 +223,7 @@ impl Running {
             me,
             turn: Arc::default(),
         };
+        let adapter_server = AdapterServer { store: store.clone(), agents: agents.clone() };
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {
@@ -230,6 +232,7 @@ impl Running {
                     agents: agents.clone(),
                     ca: ca.clone(),
                 },
+                adapters: adapter_server.clone(),
                 store: store.clone(),
                 agents: agents.clone(),
                 models,
@@ -253,6 +256,7 @@ impl Running {
         .with_policy(config.policy)
         .tracing(config.tracer)
         .with_prefix_affinity(config.prefix_affinity)
+        .with_runtime_adapters(config.runtime_adapters.then_some(adapter_server))
         .behind(gate);
         let api_context = match tls {
             Some(tls) => api_context.over(tls),
@@ -266,6 +270,7 @@ impl Running {
         tasks.spawn(peers.clone().run(stopping.subscribe()));
         tasks.spawn(rotation::drive(ca.clone(), stopping.subscribe()));
         tasks.spawn(tell_workers(store.clone(), agents.clone(), stopping.subscribe()));
+        tasks.spawn(adapters::tell(store.clone(), agents.clone(), stopping.subscribe()));
         let (to, peer_tasks) = (context.clone(), peers.clone());
         let renewal = Renewal {
             me,

@@ -8,13 +8,15 @@ use std::sync::Arc;
 
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::{HeadReport, ShardReport};
-use shoal_protocol::id::{DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::id::{AdapterId, DeploymentName, Generation, NodeId, ReplicaId};
 
 /// Everything that can be served, and what cannot be and why.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ServingTable {
     /// All deployments by name.
     pub deployments: BTreeMap<DeploymentName, Arc<ServedDeployment>>,
+    /// All adapters by name: to clients each is a model of its own, at the replicas of its base model.
+    pub adapters: BTreeMap<DeploymentName, Arc<ServedDeployment>>,
     /// All shards as last reported, with the worker they are on: for `/metrics`.
     pub shards: Vec<(NodeId, ShardReport)>,
     /// Workers whose control link is up.
@@ -23,6 +25,22 @@ pub struct ServingTable {
     pub workers_total: usize,
     /// The protocol version that every member of the cluster speaks; 0 where that is not known.
     pub protocol: u16,
+}
+
+impl ServingTable {
+    /// What clients mean by a name: a deployment or an adapter.
+    pub fn get(&self, name: &DeploymentName) -> Option<&Arc<ServedDeployment>> {
+        self.deployments.get(name).or_else(|| self.adapters.get(name))
+    }
+}
+
+/// An adapter beside a deployment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServedAdapter {
+    /// The number that requests for it carry.
+    pub id: AdapterId,
+    /// The deployment of its base model.
+    pub base: DeploymentName,
 }
 
 /// What a deployment makes of a request.
@@ -78,6 +96,20 @@ pub struct ServedDeployment {
     pub reason: String,
     /// Whether there is anything to wait for.
     pub phase: DeploymentPhase,
+    /// Where it is an adapter; its replicas are those of its base model then, ready where they have it.
+    pub adapter: Option<ServedAdapter>,
+}
+
+impl ServedDeployment {
+    /// The deployment whose replicas answer.
+    pub fn base(&self) -> &DeploymentName {
+        self.adapter.as_ref().map_or(&self.name, |adapter| &adapter.base)
+    }
+
+    /// The number that requests carry.
+    pub fn adapter_id(&self) -> Option<AdapterId> {
+        self.adapter.as_ref().map(|adapter| adapter.id)
+    }
 }
 
 /// One replica as the router sees it.

@@ -13,6 +13,7 @@ use control_support::*;
 use serde::Serialize;
 use shoal_coordinator::Coordinator;
 use shoal_protocol::access::{AccessCall, AccessReply, KeyLimits, KeyName};
+use shoal_protocol::adapters::AdapterCall;
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest};
 use shoal_protocol::control::{CoordinatorMessage, Report, WorkerMessage};
 use shoal_protocol::error::ErrorCode;
@@ -176,6 +177,7 @@ fn admin_calls() -> Vec<AdminCall> {
             ask: MeshAsk::default(),
             dry_run: true,
         },
+        AdminCall::Adapters(_) => AdminCall::Adapters(AdapterCall::Unload { name: name() }),
     });
     calls.extend(access_calls().into_iter().map(AdminCall::Access));
     calls
@@ -250,6 +252,7 @@ async fn nothing_a_worker_says_is_heard_but_from_a_worker_that_has_registered() 
         WorkerMessage::Facts(_) => WorkerMessage::Facts(vec![]),
         WorkerMessage::Blobs { .. } =>
             WorkerMessage::Blobs { address: ([127, 0, 0, 1], 1).into(), news: vec![] },
+        WorkerMessage::Adapters(_) => WorkerMessage::Adapters(vec![]),
     });
     for message in messages {
         cast.refused::<_, CoordinatorMessage>(Alpn::Control, &message, Role::Worker).await;

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::access::{AccessCall, AccessReply};
+use crate::adapters::{AdapterCall, AdapterReply};
 use crate::control::{DeviceInfo, HeadReport, ShardReport};
 use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
@@ -124,6 +125,8 @@ pub enum AdminCall {
         /// Change nothing, and answer with `Change`.
         dry_run: bool,
     },
+    /// Adapters beside a deployment. Since version 3.
+    Adapters(AdapterCall),
 }
 
 /// What the coordinator answers.
@@ -148,6 +151,8 @@ pub enum AdminReply {
     Change(Box<ChangeView>),
     /// To `Upgrade`.
     Upgrade(UpgradeView),
+    /// To `Adapters`.
+    Adapters(AdapterReply),
 }
 
 /// The whole cluster, as the answering coordinator sees it.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::{HeldAdapters, WantedAdapters};
 use crate::error::WireError;
 use crate::id::{Generation, Incarnation, NodeId, ReplicaId, Role, StageIndex};
 use crate::mesh::Fact;
@@ -113,6 +114,9 @@ pub enum WorkerMessage {
         /// At most `BLOB_NEWS_MAX`.
         news: Vec<BlobNews>,
     },
+    /// What its shards have of the adapters that it was told of, all of it, on every change. For
+    /// coordinators that speak `KNOWS_ADAPTERS`.
+    Adapters(Vec<HeldAdapters>),
 }
 
 /// The most pieces of news of chunks in one message.
@@ -168,6 +172,9 @@ pub enum CoordinatorMessage {
     /// What other workers said of chunks of the models that this one wants, and where they are. For workers
     /// that speak `KNOWS_HUB`.
     Blobs(Vec<(NodeId, SocketAddr, BlobNews)>),
+    /// The adapters that there should be, all of them, on every change. For workers that speak
+    /// `KNOWS_ADAPTERS`.
+    Adapters(WantedAdapters),
 }
 
 /// Who a worker is and what it has.

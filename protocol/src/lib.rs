@@ -13,6 +13,7 @@
 
 pub mod access;
 pub mod activation;
+pub mod adapters;
 pub mod admin;
 #[cfg(feature = "blob")]
 pub mod blob;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K`, `Mxfp4` |
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
-/// | 3 | adapters ([`KNOWS_ADAPTERS`]): a number in `OpenHeader` and `GenerateHeader` where 0 was |
+/// | 3 | adapters ([`KNOWS_ADAPTERS`]): a number in `OpenHeader` and `GenerateHeader` where 0 was; `WorkerMessage::Adapters`, `CoordinatorMessage::Adapters`, `AdminCall::Adapters` and its reply, `Change::Adapter` |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 /// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
 pub const PROTOCOL_VERSION: u16 = 3;

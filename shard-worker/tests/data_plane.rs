@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "data_plane/adapters.rs"]
+mod adapters;
 mod cluster;
 
 use std::time::{Duration, Instant};

@@ -99,6 +99,11 @@ impl Api {
         Stream::new(self.post("/v1/completions", &body)?)
     }
 
+    /// Anything, to any path.
+    pub fn ask(&self, path: &str, body: &Value) -> Result<Answer> {
+        answer(self.post(path, body)?)
+    }
+
     fn chat_body(&self, question: &str, more: Value) -> Value {
         let messages = json!([{"role": "user", "content": question}]);
         merged(json!({"model": self.model, "messages": messages, "temperature": 0}), more)

@@ -1,6 +1,9 @@
 //! Meshes of real processes: what the demo model says over ranks is what it says over stages, and a
 //! stream outlives the death of a rank.
 
+#[path = "meshes/adapters.rs"]
+mod adapters;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};

@@ -59,6 +59,7 @@ const PURE: &[&str] = &[
     "coordinator/src/router",
     "protocol/src/access.rs",
     "protocol/src/activation.rs",
+    "protocol/src/adapters.rs",
     "protocol/src/admin.rs",
     "protocol/src/blob/chunks.rs",
     "protocol/src/blob/name.rs",

@@ -208,6 +208,7 @@ fn busy(policy: Policy, replicas: u32) -> Result<(Router, ServedDeployment)> {
         vocab: 1,
         context_max: 1 << 20,
         kind: shoal_coordinator::serving::ServedKind::Generate,
+        adapter: None,
         replicas: (0..replicas).map(replica).collect(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,
         reason: String::new(),

@@ -250,6 +250,7 @@ impl Direct {
             sampling: SamplingRecord::GREEDY,
             stop_tokens: Arc::from([]),
             max_tokens: 1,
+            adapter: None,
         };
         let start = Instant::now();
         self.runtime.block_on(async {

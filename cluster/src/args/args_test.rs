@@ -45,7 +45,7 @@ fn defaults_are_those_of_the_help() {
 #[test]
 fn values_are_read() {
     let line = "shoal up m --workers 2 --stages 1 --precision bf16 --kv q8_0 --worker-memory 600MiB \
-                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c --otlp http://localhost:4318/";
+                --worker-threads 4 --listen localhost:0 --no-respawn --json --policy p2c --allow-runtime-adapters --otlp http://localhost:4318/";
     let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
     assert_eq!(up.model, Some("m".into()));
     assert_eq!((up.workers.get(), up.stages.map(NonZeroU32::get)), (2, Some(1)));
@@ -56,6 +56,7 @@ fn values_are_read() {
     assert_eq!(up.listen.to_string(), "127.0.0.1:0");
     assert!(up.no_respawn && up.json);
     assert_eq!(up.routing.policy, Policy::P2c);
+    assert!(up.adapters.allow_runtime_adapters);
     assert_eq!(up.trace.otlp.map(|url| url.to_string()), Some("http://localhost:4318".to_owned()));
 }
 
@@ -114,6 +115,8 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),
         ("shoal keys craete x", "create"),
+        ("shoal adapters laod x", "load"),
+        ("shoal adapters load x /a", "--deployment"),
         ("shoal keys create x --rpm 0", "from 1 up"),
         ("shoal keys create x --expires 30", "30m"),
         ("shoal keys revoke a/b", "letters, digits and"),

@@ -80,3 +80,14 @@ impl From<MeshArgs> for MeshAsk {
         Self { mesh, objective, reduction, kv: None }
     }
 }
+
+/// `shoal undeploy`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct UndeployArgs {
+    /// The deployment
+    #[arg(value_parser = name)]
+    pub name: DeploymentName,
+    /// Which cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}

@@ -4,6 +4,7 @@
 //! one.
 
 mod access;
+mod adapters;
 mod ca;
 mod coordinators;
 mod deploy;
@@ -35,10 +36,11 @@ pub use self::access::{
     KeyCreateArgs, KeyRevokeArgs, KeysCommand, ListArgs, NodeRemoveArgs, NodesCommand,
     TokenRevokeArgs,
 };
+pub use self::adapters::{AdapterLoadArgs, AdapterUnloadArgs, AdaptersCommand, RuntimeAdapterArgs};
 pub use self::ca::{CaCommand, CaRotateArgs};
 pub use self::coordinators::{CoordinatorsCommand, RecoverAloneArgs};
 use self::deploy::DEPLOY_EXAMPLES;
-pub use self::deploy::{DeployArgs, MeshArgs};
+pub use self::deploy::{DeployArgs, MeshArgs, UndeployArgs};
 use self::moves::{DRAIN_EXAMPLES, SCALE_EXAMPLES};
 pub use self::moves::{DrainArgs, RolloutCommand, RolloutStatusArgs, ScaleArgs, UndrainArgs};
 use self::nearest::name_the_nearest_flag;
@@ -162,6 +164,12 @@ pub enum Command {
         #[command(subcommand)]
         command: CaCommand,
     },
+    /// Load, list and unload LoRA adapters beside deployments
+    Adapters {
+        /// What to do with adapters.
+        #[command(subcommand)]
+        command: AdaptersCommand,
+    },
 }
 
 const UP_EXAMPLES: &str = "\
@@ -221,6 +229,9 @@ pub struct UpArgs {
     /// How replicas are chosen.
     #[command(flatten)]
     pub routing: RoutingArgs,
+    /// Who may load adapters.
+    #[command(flatten)]
+    pub adapters: RuntimeAdapterArgs,
     /// Where traces go.
     #[command(flatten)]
     pub trace: TraceArgs,
@@ -273,6 +284,9 @@ pub struct CoordinatorArgs {
     /// How replicas are chosen.
     #[command(flatten)]
     pub routing: RoutingArgs,
+    /// Who may load adapters.
+    #[command(flatten)]
+    pub adapters: RuntimeAdapterArgs,
     /// Where traces go.
     #[command(flatten)]
     pub trace: TraceArgs,
@@ -377,17 +391,6 @@ pub struct ChildArgs {
     /// Print one line of JSON to stdout when started, or why not
     #[arg(long, hide = true)]
     pub announce: bool,
-}
-
-/// `shoal undeploy`.
-#[derive(Debug, Clone, ClapArgs)]
-pub struct UndeployArgs {
-    /// The deployment
-    #[arg(value_parser = name)]
-    pub name: DeploymentName,
-    /// Which cluster.
-    #[command(flatten)]
-    pub cluster: ClusterArgs,
 }
 
 /// `shoal status`.

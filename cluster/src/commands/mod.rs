@@ -1,5 +1,6 @@
 //! The operator's verbs, one file each. They know the admin API and, for `chat`, the public one.
 
+pub mod adapters;
 pub mod ca;
 pub mod chat;
 pub mod coordinators;

@@ -1,6 +1,7 @@
 //! What people and scripts get to see: data for stdout, talk for stderr.
 
 pub mod access;
+pub mod adapters;
 pub mod ca;
 pub mod json;
 pub mod progress;

@@ -49,6 +49,7 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
         builtin: builtin::ALL.to_vec(),
         policy: args.routing.policy,
         prefix_affinity: args.routing.prefix_affinity,
+        runtime_adapters: args.adapters.allow_runtime_adapters,
         tracer: otlp.tracer(),
     };
     let mut coordinator = tokio::select! {

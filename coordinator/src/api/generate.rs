@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, RequestId};
+use shoal_protocol::id::{AdapterId, Attempt, RequestId};
 use shoal_protocol::request::SamplingRecord;
 
 use super::error::ApiError;
@@ -172,7 +172,7 @@ async fn begin(
     let places = places(context, &table, deployment, request, &prepared)?;
     context.telemetry.went(Part::Route, prepared_at.elapsed());
     places.iter().step_by(usize::from(request.n).max(1)).for_each(|place| {
-        trace.part("route", since, || place.why(&deployment.name));
+        trace.part("route", since, || place.why(deployment.base()));
     });
     let mut metrics = context.telemetry.request(&request.model, arrived, places.len());
     let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
@@ -220,12 +220,14 @@ pub(super) async fn model_facts(
     table: &ServingTable,
     deployment: &ServedDeployment,
 ) -> Result<ModelFacts, ApiError> {
+    // An adapter speaks with its base model's tokenizer.
+    let base = table.deployments.get(deployment.base()).map_or(deployment, |base| base.as_ref());
     let key = |deployment: &ServedDeployment| -> Option<TextKey> {
         Some((deployment.folder.clone()?, deployment.created))
     };
     let in_use =
         |known: &TextKey| table.deployments.values().any(|d| key(d).as_ref() == Some(known));
-    let text = match key(deployment) {
+    let text = match key(base) {
         Some(key) => Some(context.texts.get(&key, in_use).await?),
         None => None,
     };
@@ -245,7 +247,7 @@ fn places(
     let mut blocks = Vec::new();
     for prompt in &prepared.prompts {
         if context.prefix_affinity {
-            block_hashes(&prompt.tokens, &mut blocks);
+            block_hashes(&prompt.tokens, deployment.adapter_id(), &mut blocks);
         }
         let request = RouteRequest {
             sequences: u32::from(request.n),
@@ -271,7 +273,7 @@ async fn start(
     let mut answers = Vec::with_capacity(places.len());
     let mut reached = true;
     for (i, place) in places.into_iter().enumerate() {
-        let sequence = sequence(prepared, i / n, i % n, i, id);
+        let sequence = sequence(prepared, (i / n, i % n, i), id, deployment.adapter_id());
         let answer = context.resumer.answer(deployment, sequence, deadline);
         let mut answer = answer.traced(trace);
         // One after the other: the first makes the connection, the others find it. Where there is
@@ -286,10 +288,9 @@ async fn start(
 
 fn sequence(
     prepared: &Prepared,
-    prompt: usize,
-    choice: usize,
-    index: usize,
+    (prompt, choice, index): (usize, usize, usize),
     request: RequestId,
+    adapter: Option<AdapterId>,
 ) -> Sequence {
     // Both are at most `validate::CHOICES_MAX`.
     let stream = SamplingRecord::stream_of(prompt as u16, choice as u16);
@@ -302,6 +303,7 @@ fn sequence(
         sampling: SamplingRecord { stream, ..prepared.sampling },
         stop_tokens: Arc::clone(&prepared.stop_tokens),
         max_tokens: prepared.prompts[prompt].max_tokens,
+        adapter,
     }
 }
 

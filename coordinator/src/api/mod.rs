@@ -5,6 +5,7 @@
 //! client ◄─ sse, or one object ◄─ openai shapes ◄─ session ◄─ stream (○): text ◄───────── tokens
 //! ```
 
+mod adapters;
 pub mod auth;
 mod encode;
 pub mod error;
@@ -47,6 +48,7 @@ use axum::routing::{get, post};
 use shoal_protocol::trace::Tracer;
 use tokio::sync::watch;
 
+use crate::control::adapters::AdapterServer;
 use crate::dispatch::Dispatcher;
 use crate::recovery::Resumer;
 use crate::router;
@@ -76,6 +78,8 @@ fn routes(context: Arc<ApiContext>, listener: SocketAddr) -> Router {
         .route("/rerank", post(rerank))
         .route("/v1/rerank", post(rerank))
         .route("/v2/rerank", post(rerank))
+        .route("/v1/load_lora_adapter", post(load_adapter))
+        .route("/v1/unload_lora_adapter", post(unload_adapter))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
@@ -107,6 +111,8 @@ pub struct ApiContext {
     places: Arc<Places>,
     /// Whether the router is told a prompt's blocks.
     prefix_affinity: bool,
+    /// Where adapters are loaded and unloaded, if clients may.
+    adapters: Option<AdapterServer>,
     resumer: Resumer,
     tracer: Tracer,
     unread: Unread,
@@ -188,6 +194,7 @@ impl ApiContext {
             texts: ModelTexts::new(cores),
             places,
             prefix_affinity: false,
+            adapters: None,
             resumer,
             tracer: Tracer::off(),
             unread: Unread::none(),
@@ -202,6 +209,11 @@ impl ApiContext {
     /// The same, with a preference for the replica to which a prompt's beginning went before, or without.
     pub fn with_prefix_affinity(self, prefix_affinity: bool) -> Self {
         Self { prefix_affinity, ..self }
+    }
+
+    /// The same, where clients may load and unload adapters, or may not.
+    pub fn with_runtime_adapters(self, adapters: Option<AdapterServer>) -> Self {
+        Self { adapters, ..self }
     }
 
     /// The same, with another way to choose replicas; before anything is served.
@@ -257,6 +269,14 @@ async fn rerank(
     encode::rerank(context, &headers, body).await
 }
 
+async fn load_adapter(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
+    adapters::load(&context, body).await.into_response()
+}
+
+async fn unload_adapter(State(context): State<Arc<ApiContext>>, body: Body) -> Response {
+    adapters::unload(&context, body).await.into_response()
+}
+
 async fn models(State(context): State<Arc<ApiContext>>) -> Response {
     let table = context.table.borrow().clone();
     json(openai::models::list(&table))
@@ -305,6 +325,8 @@ async fn count(State(context): State<Arc<ApiContext>>, request: Request, next: N
         "/v1/chat/completions" => "/v1/chat/completions",
         "/v1/embeddings" => "/v1/embeddings",
         "/rerank" | "/v1/rerank" | "/v2/rerank" => "/rerank",
+        "/v1/load_lora_adapter" => "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter" => "/v1/unload_lora_adapter",
         "/health" => "/health",
         "/ready" => "/ready",
         "/metrics" => "/metrics",

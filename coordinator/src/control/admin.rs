@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use super::access::AccessServer;
+use super::adapters::AdapterServer;
 use super::admit::negotiate;
 use super::agents::Agents;
 use super::authority::Authority;
@@ -68,6 +69,8 @@ struct Wish {
 pub struct AdminServer {
     /// Answers what is asked about keys, tokens and nodes.
     pub access: AccessServer,
+    /// Answers what is asked about adapters.
+    pub adapters: AdapterServer,
     /// The replicated state.
     pub store: ControlStore,
     /// The connected workers.
@@ -200,6 +203,10 @@ impl AdminServer {
             AdminCall::Upgrade(call) => {
                 let view = super::upgrade::answer(&self.store, operator, call);
                 Ok(AdminReply::Upgrade(view.await?))
+            }
+            AdminCall::Adapters(call) => {
+                let answer = self.adapters.answer(operator.to_string(), call);
+                Ok(AdminReply::Adapters(answer.await?))
             }
             AdminCall::Scale { name, replicas, stages, dry_run } => {
                 let scale = DeploymentCommand::Scale { name: name.clone(), replicas, stages };

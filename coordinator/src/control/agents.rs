@@ -9,26 +9,27 @@
 //! of it is soft state: it is rebuilt from the workers' own words after a restart. Only the start
 //! number of a registration enters the log (see `admit`).
 
+mod adapters;
 mod blobs;
 mod certificates;
+mod probes;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use futures_util::future::join_all;
 use shoal_protocol::control::{
     COORDINATORS_MAX, CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report,
     WorkerMessage,
 };
-use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::{FACTS_MAX, Facts};
-use shoal_protocol::plan::{Assignment, ModelSource};
+use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silence, close_code};
 use shoal_protocol::trust::CAS_MAX;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
 use super::admit::{admit, reachable, record};
 use super::authority::Authority;
@@ -39,17 +40,6 @@ use blobs::Blobs;
 
 /// How long a worker may take to register once it is connected.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long a worker may take to look at a model's folder: headers alone are read, but a network
-/// file system may be slow to wake.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// And where it has to ask somebody far away for the listing and the headers first, who may tell it to
-/// wait. Whoever deploys waits for two minutes (`cluster::client`).
-const FETCHED_PROBE_TIMEOUT: Duration = Duration::from_secs(100);
-
-/// Probes of one worker at once: one per operator who deploys at this moment.
-const PROBES_MAX: usize = 64;
 
 /// The most shards that a worker may name: ten times what a machine holds.
 const THINGS_MAX: usize = 1024;
@@ -90,23 +80,6 @@ enum SessionEnd {
     Finished,
     #[error("a newer connection of the same worker took its place")]
     Replaced,
-}
-
-/// A probe under way: its place at the worker's link is free again when this is gone.
-struct Asked<'a> {
-    agents: &'a Agents,
-    node: NodeId,
-    number: u64,
-}
-
-impl Drop for Asked<'_> {
-    fn drop(&mut self) {
-        let mut registry = self.agents.lock();
-        let link = registry.workers.get_mut(&self.node).and_then(|worker| worker.link.as_mut());
-        if let Some(link) = link {
-            link.probes.remove(&self.number);
-        }
-    }
 }
 
 impl Agents {
@@ -198,47 +171,6 @@ impl Agents {
             }
         }
         registry.coordinators = coordinators;
-    }
-
-    /// Asks every connected worker for the fingerprint of a model. Each answers within a deadline.
-    pub async fn probe_all(
-        &self,
-        source: &ModelSource,
-    ) -> Vec<(NodeId, Result<[u8; 32], WireError>)> {
-        let nodes: Vec<_> = {
-            let registry = self.lock();
-            let connected = registry.workers.iter().filter(|(_, worker)| worker.link.is_some());
-            connected.map(|(node, _)| *node).collect()
-        };
-        join_all(nodes.into_iter().map(async |node| (node, self.probe(node, source).await))).await
-    }
-
-    async fn probe(&self, node: NodeId, source: &ModelSource) -> Result<[u8; 32], WireError> {
-        let lost = || WireError::new(ErrorCode::WorkerLost, format!("{node} was lost"));
-        let (reply, answer) = oneshot::channel();
-        let number = {
-            let mut registry = self.lock();
-            let number = registry.number();
-            let link = registry.workers.get_mut(&node).and_then(|worker| worker.link.as_mut());
-            let link = link.ok_or_else(lost)?;
-            let message = CoordinatorMessage::Probe { probe: number, source: source.clone() };
-            if link.probes.len() >= PROBES_MAX || link.outbox.try_send(message).is_err() {
-                let text = format!("{node} is busy with other deployments; try again");
-                return Err(WireError::new(ErrorCode::Overloaded, text));
-            }
-            link.probes.insert(number, reply);
-            number
-        };
-        // Also where whoever asked has hung up and this is dropped.
-        let _asked = Asked { agents: self, node, number };
-        let patience = if source.is_fetched() { FETCHED_PROBE_TIMEOUT } else { PROBE_TIMEOUT };
-        match tokio::time::timeout(patience, answer).await {
-            Ok(answer) => answer.unwrap_or_else(|_| Err(lost())),
-            Err(_) => Err(WireError::new(
-                ErrorCode::DeadlineExceeded,
-                format!("{node} did not look at {source} within {patience:?}; try again"),
-            )),
-        }
     }
 
     /// Holds the conversation with one worker, to its end.
@@ -394,6 +326,11 @@ impl Agents {
                         return SessionEnd::Protocol(why);
                     }
                 }
+                Ok(Some(WorkerMessage::Adapters(held))) => {
+                    if let Err(why) = self.hear_adapters(node, session, held) {
+                        return SessionEnd::Protocol(why);
+                    }
+                }
                 Ok(Some(WorkerMessage::Outranked { epoch })) => {
                     self.with_link(node, session, |worker| worker.outranked = Some(epoch));
                     self.changed.send_modify(|n| *n += 1);
@@ -421,6 +358,7 @@ impl Agents {
         let mut registry = self.lock();
         let session = registry.number();
         let (mut report, mut facts) = (Report::default(), Facts::default());
+        let mut adapters = Vec::new();
         if let Some(older) = registry.workers.get(&node) {
             // Two registrations may have passed the log at the same time.
             if older.register.incarnation > register.incarnation {
@@ -429,6 +367,7 @@ impl Agents {
             // The same process after a broken link is still what it last said.
             if older.register.incarnation == register.incarnation {
                 (report, facts) = (older.report.clone(), older.facts.clone());
+                adapters.clone_from(&older.adapters);
             }
             if let Some(link) = &older.link {
                 link.connection.close(close_code::DONE, "a newer connection took your place");
@@ -447,8 +386,9 @@ impl Agents {
         if registry.coordinators != coordinators {
             link.send(node, CoordinatorMessage::Coordinators(registry.coordinators.clone()));
         }
-        let worker = Worker { facts, ..Worker::new(register, report, link) };
+        let worker = Worker { facts, adapters, ..Worker::new(register, report, link) };
         worker.tell_trust(node, &registry.trust);
+        worker.tell_adapters(node, &registry.adapters);
         registry.workers.insert(node, worker);
         drop(registry);
         self.changed.send_modify(|n| *n += 1);

@@ -27,6 +27,7 @@ use shoal_protocol::units::Instant;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::adapters;
 use super::agents::Agents;
 use super::folders::Folders;
 use super::models::Models;
@@ -308,6 +309,7 @@ impl Executor {
             .flat_map(|(node, worker)| worker.report.shards.iter().map(|s| (*node, s.clone())));
         let mut table = ServingTable {
             deployments: BTreeMap::new(),
+            adapters: BTreeMap::new(),
             shards: shards.collect(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
@@ -332,9 +334,11 @@ impl Executor {
                 replicas: plans.iter().filter_map(|plan| served(plan, stands, seen)).collect(),
                 reason,
                 phase,
+                adapter: None,
             };
             table.deployments.insert(name.clone(), Arc::new(served));
         }
+        adapters::serve(state, &mut table, &self.agents.held_adapters());
         table
     }
 }

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod access;
+pub mod adapters;
 pub mod admin;
 mod admit;
 pub mod agents;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use shoal_protocol::adapters::{HeldAdapters, WantedAdapters};
 use shoal_protocol::control::{CoordinatorAddress, CoordinatorMessage, Register, Report};
 use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
@@ -11,6 +12,7 @@ use shoal_protocol::mesh::Facts;
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::{Connection, Pulse, close_code};
 use shoal_protocol::trust::{CaFingerprint, Trust};
+use shoal_protocol::version::KNOWS_ADAPTERS;
 pub(super) use shoal_protocol::version::KNOWS_TRUST;
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,6 +28,8 @@ pub(super) struct Registry {
     pub coordinators: Vec<CoordinatorAddress>,
     /// Whom workers are to believe, and whether this coordinator signs; `None`: the CA of the founding.
     pub trust: Option<(Trust, bool)>,
+    /// The adapters that there should be. Revision 0: there never were any, and nobody is told.
+    pub adapters: WantedAdapters,
     /// Numbers connections and probes.
     next: u64,
 }
@@ -37,7 +41,8 @@ impl Registry {
     pub fn new(now: SystemTime) -> Self {
         let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let next = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
-        Self { workers: BTreeMap::new(), coordinators: Vec::new(), trust: None, next }
+        let (coordinators, adapters) = (Vec::new(), WantedAdapters::default());
+        Self { workers: BTreeMap::new(), coordinators, trust: None, adapters, next }
     }
 
     /// Says whom to believe to those workers that are wanted.
@@ -69,14 +74,17 @@ pub(super) struct Worker {
     pub trusts: Vec<CaFingerprint>,
     /// The CA of the certificate that it said that it shows.
     pub shows: Option<CaFingerprint>,
+    /// What it said that its shards have of adapters.
+    pub adapters: Vec<HeldAdapters>,
 }
 
 impl Worker {
     /// One that has just registered and has been told nothing.
     pub fn new(register: Register, report: Report, link: Link) -> Self {
         let (trusts, shows, link) = (Vec::new(), None, Some(link));
+        let adapters = Vec::new();
         let (facts, pushed, outranked) = (Facts::default(), None, None);
-        Self { register, report, facts, pushed, outranked, floor: 0, link, trusts, shows }
+        Self { register, report, facts, pushed, outranked, floor: 0, link, trusts, shows, adapters }
     }
 
     /// Says whom to believe, to one that is there and understands it.
@@ -85,6 +93,14 @@ impl Worker {
             && self.register.versions.max >= KNOWS_TRUST
         {
             link.send(node, CoordinatorMessage::Trust { trust: trust.clone(), signs: *signs });
+        }
+    }
+
+    /// Says which adapters there should be, to one that is there and understands it.
+    pub fn tell_adapters(&self, node: NodeId, wanted: &WantedAdapters) {
+        let Some(link) = &self.link else { return };
+        if wanted.revision > 0 && self.register.versions.max >= KNOWS_ADAPTERS {
+            link.send(node, CoordinatorMessage::Adapters(wanted.clone()));
         }
     }
 }

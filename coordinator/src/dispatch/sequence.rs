@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, ReplicaId, RequestId, TokenId};
+use shoal_protocol::id::{AdapterId, Attempt, ReplicaId, RequestId, TokenId};
 use shoal_protocol::request::{CandidateRecord, FinishReason, Generate, HeadEvent, SamplingRecord};
 
 /// One choice of one prompt.
@@ -29,6 +29,8 @@ pub struct Sequence {
     pub stop_tokens: Arc<[TokenId]>,
     /// How many tokens the answer may have; 0: an encoder's input, of which a vector is the answer.
     pub max_tokens: u32,
+    /// What is added to the base model; whichever replica goes on has it.
+    pub adapter: Option<AdapterId>,
 }
 
 /// What an encoder made of an input.
@@ -98,7 +100,7 @@ impl Sequence {
             deadline_ms,
             prompt_len: self.prompt.len() as u32,
             max_tokens: self.max_tokens,
-            adapter: None,
+            adapter: self.adapter,
             sampling: self.sampling,
             stop_tokens: self.stop_tokens.to_vec(),
             tokens: self.prompt.iter().chain(&self.received).copied().collect(),
@@ -171,6 +173,7 @@ mod tests {
             sampling: SamplingRecord::GREEDY,
             stop_tokens: Arc::from([1]),
             max_tokens: 8,
+            adapter: Some(AdapterId(3)),
         }
     }
 
@@ -222,5 +225,6 @@ mod tests {
         let generate = sequence.generate(ReplicaId(4), 1000);
         assert_eq!((generate.tokens, generate.prompt_len), (vec![5, 6, 100, 101], 2));
         assert_eq!((generate.max_tokens, generate.attempt), (8, Attempt(2)));
+        assert_eq!(generate.adapter, Some(AdapterId(3)));
     }
 }

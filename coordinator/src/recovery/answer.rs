@@ -43,7 +43,10 @@ pub struct Resumer {
 #[derive(Debug)]
 pub struct LastingAnswer {
     resumer: Resumer,
+    /// What the client asked for: a deployment or an adapter.
     deployment: DeploymentName,
+    /// The deployment whose replicas answer.
+    base: DeploymentName,
     /// As it was when the attempt began; afterwards the attempt has it.
     sequence: Sequence,
     running: Option<Running>,
@@ -99,6 +102,7 @@ impl Resumer {
         LastingAnswer {
             resumer: self.clone(),
             deployment: deployment.name.clone(),
+            base: deployment.base().clone(),
             sequence,
             running: None,
             recovery: Recovery::new(deployment.created),
@@ -237,12 +241,14 @@ impl LastingAnswer {
 
     async fn make_attempt(&mut self) -> Result<(), RecoveryError> {
         if self.recovery.is_suspect() && self.alone.is_none() {
-            self.alone = self.resumer.probation.enter(&self.deployment).await;
+            self.alone = self.resumer.probation.enter(&self.base).await;
         }
         let since = std::time::Instant::now();
         loop {
             let table = Arc::clone(&self.resumer.table.borrow_and_update());
-            let deployment = table.deployments.get(&self.deployment);
+            // Another adapter under the same name says other words.
+            let deployment = table.get(&self.deployment);
+            let deployment = deployment.filter(|d| d.adapter_id() == self.sequence.adapter);
             let (now, places) = (self.now(), &self.resumer.places);
             let served = deployment.map(|d| d.as_ref());
             let next = self.recovery.next_attempt(now, dice(), served, || places.may_retry());
@@ -260,7 +266,7 @@ impl LastingAnswer {
                     match self.resumer.places.take_again(dice(), &table, deployment, &request) {
                         Ok(mut places) => {
                             let Some(place) = places.pop() else { continue };
-                            self.trace.part("route", since, || place.why(&self.deployment));
+                            self.trace.part("route", since, || place.why(&self.base));
                             return self.attempt(place).await;
                         }
                         Err(_) => self.recovery.no_room(self.now(), dice()),
@@ -358,7 +364,7 @@ impl LastingAnswer {
 
     fn out_of_time(&self) -> RecoveryError {
         let table = Arc::clone(&self.resumer.table.borrow());
-        let missing = match table.deployments.get(&self.deployment) {
+        let missing = match table.get(&self.deployment) {
             Some(deployment) if !deployment.reason.is_empty() => deployment.reason.clone(),
             Some(_) => "a replica that takes it".to_owned(),
             None => "the deployment".to_owned(),
@@ -381,7 +387,7 @@ async fn superseded(
 ) {
     tokio::time::sleep(silence).await;
     let newer = |table: &Arc<ServingTable>| {
-        table.deployments.get(deployment).is_some_and(|deployment| is_superseded(deployment, at))
+        table.get(deployment).is_some_and(|deployment| is_superseded(deployment, at))
     };
     if table.wait_for(newer).await.is_err() {
         // The control plane is gone: there is no newer layout.

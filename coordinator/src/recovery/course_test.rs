@@ -26,6 +26,7 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
         vocab: 10,
         context_max: 100,
         kind: crate::serving::ServedKind::Generate,
+        adapter: None,
         replicas,
         reason: "w2 is missing".to_owned(),
         phase: DeploymentPhase::Loading,

@@ -78,16 +78,16 @@ impl RouteError {
     }
 }
 
-/// The deployment that a client means.
+/// The deployment, or the adapter, that a client means.
 pub fn find<'a>(
     table: &'a ServingTable,
     name: &str,
 ) -> Result<&'a Arc<ServedDeployment>, RouteError> {
     // Names are few: a look-up by text needs no parse of a name that may be anything.
-    table.deployments.values().find(|deployment| deployment.name.as_str() == name).ok_or_else(
-        || RouteError::NotFound {
-            name: name.chars().take(96).collect(),
-            known: table.deployments.keys().map(|name| name.as_str().to_owned()).collect(),
-        },
-    )
+    let mut all = table.deployments.values().chain(table.adapters.values());
+    let names = || table.deployments.keys().chain(table.adapters.keys());
+    all.find(|deployment| deployment.name.as_str() == name).ok_or_else(|| RouteError::NotFound {
+        name: name.chars().take(96).collect(),
+        known: names().map(|name| name.as_str().to_owned()).collect(),
+    })
 }

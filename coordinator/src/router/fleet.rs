@@ -40,6 +40,8 @@ pub struct Fleet {
     turn: u64,
     /// Those that the filters leave; kept so that a pick allocates nothing.
     candidates: Vec<u32>,
+    /// Which of `books` the request at hand may use at all; kept for the same reason.
+    usable: Vec<bool>,
 }
 
 /// What the filters saw on their way.
@@ -114,7 +116,8 @@ pub struct Standing {
 impl Fleet {
     /// A deployment without replicas.
     pub fn new(name: DeploymentName) -> Self {
-        Self { name, books: Vec::new(), answer: None, picks: 0, turn: 0, candidates: Vec::new() }
+        let (candidates, usable) = (Vec::new(), Vec::new());
+        Self { name, books: Vec::new(), answer: None, picks: 0, turn: 0, candidates, usable }
     }
 
     /// Takes over what the table says.
@@ -133,15 +136,28 @@ impl Fleet {
             self.books.push(book);
         }
         self.candidates.reserve(self.books.len());
+        self.usable.reserve(self.books.len());
     }
 
-    /// Leaves in `candidates` those that a request may go to.
-    pub fn filter(&mut self, now: Instant, avoid: &[(ReplicaId, Generation)]) -> Seen {
+    /// Leaves in `candidates` those that a request may go to; `only`: those of an adapter, of which some
+    /// may not have it.
+    pub fn filter(
+        &mut self,
+        now: Instant,
+        avoid: &[(ReplicaId, Generation)],
+        only: Option<&[ServedReplica]>,
+    ) -> Seen {
+        let has_it = |book: &Book| {
+            let is = |r: &ServedReplica| (r.id, r.generation) == (book.id, book.generation);
+            only.is_none_or(|only| only.iter().any(|replica| replica.ready && is(replica)))
+        };
+        self.usable.clear();
+        self.usable.extend(self.books.iter().map(|b| b.address.is_some() && has_it(b)));
         let mut seen = Seen { ready: 0, load: 0, fastest: None, probe: None };
         let mut least = f64::INFINITY;
         self.candidates.clear();
         for (i, book) in self.books.iter().enumerate() {
-            if book.address.is_none() {
+            if !self.usable[i] {
                 continue;
             }
             seen.ready += 1;
@@ -171,8 +187,7 @@ impl Fleet {
     /// Adds the replica that comes back first of those that were left out: nobody is ejected where
     /// more than half would be. Those that drain come last. False where there is none.
     fn add_back(&mut self, now: Instant) -> bool {
-        let left_out =
-            |i: &usize| self.books[*i].address.is_some() && !self.candidates.contains(&(*i as u32));
+        let left_out = |i: &usize| self.usable[*i] && !self.candidates.contains(&(*i as u32));
         let back = |i: &usize| {
             let book = &self.books[*i];
             (now < book.draining_until, book.breaker.until())
@@ -194,7 +209,7 @@ impl Fleet {
             return;
         }
         let others = (0..books.len() as u32)
-            .filter(|i| books[*i as usize].address.is_some() && !tried(*i))
+            .filter(|i| self.usable[*i as usize] && !tried(*i))
             .min_by_key(|i| books[*i as usize].breaker.until());
         if let Some(other) = others {
             self.candidates.clear();

@@ -119,7 +119,8 @@ impl Router {
         deployment: &ServedDeployment,
         request: &RouteRequest<'_>,
     ) -> Result<Ticket, RouteError> {
-        let at = self.fleets.iter().position(|fleet| fleet.name == deployment.name);
+        // An adapter's answers are computed, and counted, beside those of its base model.
+        let at = self.fleets.iter().position(|fleet| fleet.name == *deployment.base());
         let not_ready = || RouteError::NotReady {
             name: deployment.name.as_str().to_owned(),
             reason: match deployment.reason.as_str() {
@@ -130,7 +131,8 @@ impl Router {
         };
         let at = at.ok_or_else(not_ready)?;
         let fleet = &mut self.fleets[at];
-        let seen = fleet.filter(now, request.avoid);
+        let only = deployment.adapter.is_some().then_some(&deployment.replicas[..]);
+        let seen = fleet.filter(now, request.avoid, only);
         if seen.ready == 0 {
             return Err(not_ready());
         }

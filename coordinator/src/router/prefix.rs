@@ -3,7 +3,7 @@
 //! A block's hash covers all tokens up to its end, so a replica that has a block has the blocks
 //! before it, and the number of known blocks is found by halving.
 
-use shoal_protocol::id::TokenId;
+use shoal_protocol::id::{AdapterId, TokenId};
 use shoal_protocol::plan::BLOCK_TOKENS;
 
 /// Blocks that are remembered per replica: 64 Ki tokens, 32 KiB. What collides is forgotten.
@@ -38,9 +38,13 @@ impl PrefixIndex {
 
 /// The hash of each full block of a prompt, each over all tokens before it too. They guess at a
 /// cache's contents and decide about time alone, so they need not withstand an attacker.
-pub fn block_hashes(tokens: &[TokenId], out: &mut Vec<u64>) {
+/// What an adapter made of the same tokens is something else.
+pub fn block_hashes(tokens: &[TokenId], adapter: Option<AdapterId>, out: &mut Vec<u64>) {
     out.clear();
     let mut state = 0x5368_6f61_6c00_0001u64;
+    if let Some(AdapterId(number)) = adapter {
+        state = super::dice::mix(state ^ u64::from(number));
+    }
     for block in tokens.chunks_exact(BLOCK_TOKENS as usize) {
         for token in block {
             state = super::dice::mix(state ^ u64::from(*token));
@@ -60,8 +64,8 @@ mod tests {
         let mut other = tokens.clone();
         other[40] = 7;
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        block_hashes(&tokens, &mut a);
-        block_hashes(&other, &mut b);
+        block_hashes(&tokens, None, &mut a);
+        block_hashes(&other, None, &mut b);
         assert_eq!(a.len(), 6, "full blocks alone");
         assert_eq!(a[..2], b[..2]);
         assert!(a[2..].iter().zip(&b[2..]).all(|(a, b)| a != b), "all that follows differs");
@@ -69,5 +73,7 @@ mod tests {
         assert_eq!(index.known(&a), 0);
         index.note(&a);
         assert_eq!((index.known(&a), index.known(&b)), (6, 2));
+        block_hashes(&tokens, Some(AdapterId(1)), &mut b);
+        assert_eq!((b.len(), index.known(&b)), (6, 0), "an adapter's blocks are its own");
     }
 }

@@ -34,6 +34,7 @@ fn deployment(replicas: Vec<ServedReplica>) -> ServedDeployment {
         vocab: 10,
         context_max: 100,
         kind: crate::serving::ServedKind::Generate,
+        adapter: None,
         replicas,
         reason: String::new(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,
@@ -276,7 +277,7 @@ fn what_is_cached_costs_nothing() {
     let mut router = router(Policy::Score, 1000, &served);
     let tokens: Vec<u32> = (0..800).collect();
     let mut hashes = Vec::new();
-    prefix::block_hashes(&tokens, &mut hashes);
+    prefix::block_hashes(&tokens, None, &mut hashes);
     let request = RouteRequest {
         sequences: 1,
         prompt_tokens: 800,

@@ -220,6 +220,7 @@ mod tests {
             vocab: 1,
             context_max: 1,
             kind: crate::serving::ServedKind::Generate,
+            adapter: None,
             replicas: vec![replica(4, 1), replica(5, 6)],
             reason: String::new(),
             phase: shoal_protocol::admin::DeploymentPhase::Ready,

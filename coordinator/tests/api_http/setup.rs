@@ -49,6 +49,7 @@ fn deployment(name: &str, folder: Option<PathBuf>, head: SocketAddr) -> ServedDe
         vocab: 512,
         context_max: CONTEXT,
         kind: shoal_coordinator::serving::ServedKind::Generate,
+        adapter: None,
         replicas: vec![ServedReplica {
             id,
             generation: Generation(1),

@@ -51,6 +51,7 @@ pub fn config(data: &Path) -> CoordinatorConfig {
         policy: Default::default(),
         tracer: shoal_protocol::trace::Tracer::off(),
         prefix_affinity: false,
+        runtime_adapters: false,
     }
 }
 
@@ -304,7 +305,9 @@ impl Talk {
                     WorkerMessage::Probed { probe, result }
                 }
                 CoordinatorMessage::Drain { .. } => return,
-                CoordinatorMessage::Coordinators(_) | CoordinatorMessage::Blobs(_) => continue,
+                CoordinatorMessage::Coordinators(_)
+                | CoordinatorMessage::Blobs(_)
+                | CoordinatorMessage::Adapters(_) => continue,
                 // Its certificate stays what it is; what it says of it is what it was told.
                 CoordinatorMessage::Trust { trust, .. } => {
                     let shows = trust.signing().unwrap();

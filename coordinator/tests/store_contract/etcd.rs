@@ -318,6 +318,7 @@ async fn of_two_that_found_a_cluster_in_one_etcd_at_once_one_does() {
             builtin: Vec::new(),
             policy: Default::default(),
             prefix_affinity: false,
+            runtime_adapters: false,
             tracer: shoal_protocol::trace::Tracer::off(),
         });
         let both = async { tokio::join!(Coordinator::start(one), Coordinator::start(other)) };

@@ -1,6 +1,10 @@
 //! What travels from protocol version 3 on: chunks of weights, links between ranks, models of origins.
 
 use shoal_protocol::activation::Partial;
+use shoal_protocol::adapters::{
+    AdapterCall, AdapterReply, AdapterSpec, AdapterView, DeploymentAdapters, HeldAdapters,
+    WantedAdapters,
+};
 use shoal_protocol::weights::{
     ASK_LEN_MAX, BlobNews, ChunkAsk, ChunkHash, ChunkId, ChunkReply, ModelKey,
 };
@@ -62,10 +66,54 @@ fn object_store() -> ModelSource {
     ModelSource::ObjectStore { url, revision: "0123456789".repeat(4) }
 }
 
+fn name(text: &str) -> DeploymentName {
+    DeploymentName::new(text).unwrap()
+}
+
+fn wanted_adapters() -> CoordinatorMessage {
+    let path = "/adapters/support".to_owned();
+    let spec = AdapterSpec { id: AdapterId(3), name: name("support"), path, fingerprint: [8; 32] };
+    let of = DeploymentAdapters { deployment: name("llama-8b"), adapters: vec![spec] };
+    CoordinatorMessage::Adapters(WantedAdapters { revision: 5, deployments: vec![of] })
+}
+
+fn held_adapters() -> WorkerMessage {
+    let why = WireError::new(ErrorCode::BadModel, "no such folder");
+    WorkerMessage::Adapters(vec![HeldAdapters {
+        replica: ReplicaId(3),
+        generation: Generation(7),
+        held: vec![AdapterId(1), AdapterId(300)],
+        failed: vec![(AdapterId(3), why)],
+    }])
+}
+
+fn load_adapter() -> AdminRequest {
+    let (name, deployment) = (name("support"), name("llama-8b"));
+    let call = AdapterCall::Load { name, deployment, path: "/adapters/support".to_owned() };
+    AdminRequest { versions: VersionRange { min: 1, max: 3 }, call: AdminCall::Adapters(call) }
+}
+
+fn adapters_listed() -> AdminReply {
+    AdminReply::Adapters(AdapterReply::List(vec![AdapterView {
+        name: name("support"),
+        id: AdapterId(3),
+        deployment: name("llama-8b"),
+        path: "/adapters/support".to_owned(),
+        created_s: 1_795_274_400,
+        held: 1,
+        replicas: 2,
+        reason: "it is being loaded".to_owned(),
+    }]))
+}
+
 #[test]
 fn what_travels_from_version_3_on_has_golden_bytes() {
     check_message("WorkerBlobs", &of_worker());
     check_message("CoordinatorBlobs", &of_coordinator());
+    check_message("CoordinatorAdapters", &wanted_adapters());
+    check_message("WorkerAdapters", &held_adapters());
+    check_message("AdminLoadAdapter", &load_adapter());
+    check_message("AdminAdapters", &adapters_listed());
     check_message("ChunkAsk", &ASK);
     check_message("ChunkReplyHere", &ChunkReply::Here { len: 4 << 20 });
     check_message("ChunkReplyNotHere", &ChunkReply::NotHere);
@@ -90,6 +138,9 @@ fn damaged_messages_of_version_3_are_refused_without_a_panic() {
     bombard_message(33, &ASK);
     bombard_message(34, &ChunkReply::Here { len: 4 << 20 });
     bombard_message(35, &assigned(hub()));
+    bombard_message(39, &wanted_adapters());
+    bombard_message(40, &held_adapters());
+    bombard_message(41, &load_adapter());
     bombard_message(36, &assigned(object_store()));
     let body = [7; 64];
     bombard(37, &framed(FrameKind::Partial, &flat_bytes(&partial()), &body), |_, header, _| {

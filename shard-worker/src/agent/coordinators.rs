@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_protocol::adapters::HeldAdapters;
 use shoal_protocol::control::{COORDINATORS_MAX, CoordinatorAddress, Register, Report};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::Fact;
@@ -65,6 +66,8 @@ pub(super) struct Coordinators {
     pub reports: watch::Receiver<Report>,
     /// What else to say of this worker, to each of them that understands it.
     pub facts: watch::Receiver<Vec<Fact>>,
+    /// Which adapters its shards have, where there should be some.
+    pub adapters: watch::Receiver<Vec<HeldAdapters>>,
     /// What they say.
     pub told: mpsc::Sender<Told>,
     pub renewal: Arc<Renewal>,

@@ -19,6 +19,7 @@ use shoal_protocol::units::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::adapters::Adapters;
 use super::book::Book;
 use super::coordinators::{Coordinators, FILE_NAME, left};
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
@@ -101,6 +102,7 @@ pub struct Agent {
     links: Arc<Links>,
     heads: Heads,
     models: Models,
+    adapters: Adapters,
     shards: HashMap<ShardKey, Shard>,
     loads: HashMap<LoadId, Load>,
     /// Models of stopped shards, for their heirs.
@@ -147,6 +149,7 @@ impl Agent {
         let (told_to, told) = mpsc::channel(TOLD_MAX);
         let (reports, reports_inbox) = watch::channel(Report::default());
         let (drain_to, drain) = watch::channel(false);
+        let (adapters, (held, held_inbox)) = (Adapters::new(), watch::channel(Vec::new()));
         let renewal = Renewal {
             endpoint: parts.endpoint.clone(),
             links: Arc::clone(&parts.links),
@@ -160,6 +163,7 @@ impl Agent {
             register: Arc::new(parts.register),
             reports: reports_inbox,
             facts: parts.facts,
+            adapters: held_inbox,
             told: told_to,
             renewal: Arc::new(renewal),
             work: parts.links.work().subscribe(),
@@ -170,11 +174,13 @@ impl Agent {
         let book = Arc::clone(&coordinators.book);
         let mut tasks = JoinSet::new();
         tasks.spawn(coordinators.run(parts.seeds));
+        tasks.spawn(adapters.clone().keep(parts.models.clone(), parts.budget, held));
         let agent = Self {
             lifecycle: Lifecycle::new(parts.budget),
             links: parts.links,
             heads: parts.heads,
             models: parts.models,
+            adapters,
             shards: HashMap::new(),
             loads: HashMap::new(),
             kept: HashMap::new(),
@@ -238,6 +244,7 @@ impl Agent {
                 self.probe(probe, source, answers);
                 return;
             }
+            CoordinatorMessage::Adapters(wanted) => return self.adapters.want(wanted),
             CoordinatorMessage::Welcome { .. }
             | CoordinatorMessage::Refused(_)
             | CoordinatorMessage::Renewed { .. }
@@ -372,6 +379,7 @@ impl Agent {
                 if let Some(head) = shard.head() {
                     self.heads.insert(key.replica, head.clone());
                 }
+                self.adapters.begin(key, assignment, shard.adapters().clone());
                 self.shards.insert(key, shard);
                 None
             }
@@ -384,6 +392,7 @@ impl Agent {
         let Some(shard) = self.shards.remove(&key) else {
             return Some(lifecycle::Event::Stopped { key, kept: false });
         };
+        self.adapters.end(key);
         let head = shard.head().cloned();
         let heads = self.heads.clone();
         let forget = move || {

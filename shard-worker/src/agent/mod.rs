@@ -9,6 +9,7 @@
 //! It talks to every coordinator and obeys the latest leader. The shards need none of them: they go
 //! on serving while all of them are away.
 
+mod adapters;
 mod book;
 pub(crate) mod calibration;
 mod coordinators;

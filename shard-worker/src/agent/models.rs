@@ -129,7 +129,12 @@ impl Models {
         Ok(fetched.into_inner())
     }
 
-    fn open(&self, source: &ModelSource, cancel: &AtomicBool) -> Result<Checkpoint, WireError> {
+    /// What is at a source, as far as headers say it.
+    pub(super) fn open(
+        &self,
+        source: &ModelSource,
+        cancel: &AtomicBool,
+    ) -> Result<Checkpoint, WireError> {
         let bad = |why: String| WireError::new(ErrorCode::BadModel, why);
         let folder = match source {
             ModelSource::Folder { path } => {

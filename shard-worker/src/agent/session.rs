@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shoal_protocol::adapters::HeldAdapters;
 use shoal_protocol::control::{
     BadCoordinators, CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report,
     WorkerMessage,
@@ -15,7 +16,7 @@ use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
 use shoal_protocol::trust::BadTrust;
-use shoal_protocol::version::{KNOWS_HUB, KNOWS_MESHES, KNOWS_TRUST};
+use shoal_protocol::version::{KNOWS_ADAPTERS, KNOWS_HUB, KNOWS_MESHES, KNOWS_TRUST};
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
@@ -209,8 +210,8 @@ impl Session {
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
         let work = self.shared.work.clone();
-        let Coordinators { book, renewal, told, reports, facts, .. } = &mut self.shared;
-        let said = Said { reports, facts, answers: &mut self.answers_inbox };
+        let Coordinators { book, renewal, told, reports, facts, adapters, .. } = &mut self.shared;
+        let said = Said { reports, facts, adapters, answers: &mut self.answers_inbox };
         let mut dropped = book.subscribe();
         let ear = Ear { node, at, book, told, answers: &self.answers };
         ear.hear(list);
@@ -270,6 +271,7 @@ async fn register(
         Some(CoordinatorMessage::Coordinators(_)) => "Coordinators",
         Some(CoordinatorMessage::Trust { .. }) => "Trust",
         Some(CoordinatorMessage::Blobs(_)) => "Blobs",
+        Some(CoordinatorMessage::Adapters(_)) => "Adapters",
         None => "nothing",
     };
     Err(SessionEnd::NoWelcome(instead))
@@ -314,6 +316,7 @@ async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) ->
 struct Said<'a> {
     reports: &'a mut watch::Receiver<Report>,
     facts: &'a mut watch::Receiver<Vec<Fact>>,
+    adapters: &'a mut watch::Receiver<Vec<HeldAdapters>>,
     answers: &'a mut mpsc::Receiver<WorkerMessage>,
 }
 
@@ -323,9 +326,13 @@ async fn report(
     renewal: &Renewal,
     version: u16,
 ) -> SessionEnd {
-    let Said { reports, facts, answers } = said;
+    let Said { reports, facts, adapters, answers } = said;
     reports.mark_changed();
     facts.mark_changed();
+    // Who was never told of any has nothing to say of them.
+    if !adapters.borrow().is_empty() {
+        adapters.mark_changed();
+    }
     let mut said = renewal.said.subscribe();
     said.mark_changed();
     // The first look at once: a worker may come back with a certificate that is almost a day old.
@@ -347,6 +354,9 @@ async fn report(
             },
             Ok(()) = facts.changed(), if version >= KNOWS_MESHES => {
                 WorkerMessage::Facts(facts.borrow_and_update().clone())
+            }
+            Ok(()) = adapters.changed(), if version >= KNOWS_ADAPTERS => {
+                WorkerMessage::Adapters(adapters.borrow_and_update().clone())
             }
             message = more(&mut chunks), if version >= KNOWS_HUB => message,
             _ = renew.tick() => match renewal.request() {

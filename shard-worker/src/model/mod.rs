@@ -8,7 +8,7 @@ pub mod layers;
 pub mod pretend;
 mod weights;
 
-pub use adapters::{ADAPTERS_MAX, AdapterLoadError, AdapterSlices};
+pub use adapters::{AdapterLoadError, AdapterSlices};
 pub use families::{LoadError, load_shard};
 pub use weights::{LoadOptions, WeightsError};
 

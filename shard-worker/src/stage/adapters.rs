@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::AdapterId;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::table::StageTable;
+use super::wire::StageInput;
 use crate::model::{AdapterLoadError, AdapterSlices, ShardModel};
 
 /// What the worker wants of a compute thread.
@@ -110,5 +111,49 @@ impl Served {
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<AdapterId>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Brings adapters to a shard that runs, and takes them away.
+#[derive(Clone, Debug)]
+pub struct ShardAdapters {
+    /// It must not keep the compute thread's queue open.
+    stage: mpsc::WeakSender<StageInput>,
+    served: Served,
+}
+
+impl ShardAdapters {
+    /// Of the shard with this queue, whose head looks at `served`.
+    pub(super) fn new(stage: mpsc::WeakSender<StageInput>, served: Served) -> Self {
+        Self { stage, served }
+    }
+
+    /// Takes an adapter between two steps; its head takes requests for it from then on. One that a layout
+    /// before this one has left with the model is there already.
+    pub async fn load(
+        &self,
+        id: AdapterId,
+        slices: AdapterSlices,
+    ) -> Result<(), AdapterOrderError> {
+        let (done, loaded) = oneshot::channel();
+        self.order(AdapterOrder::Load { id, slices, done }).await?;
+        match loaded.await.map_err(|_| AdapterOrderError::Stopped)? {
+            Ok(()) | Err(AdapterLoadError::Loaded(_)) => self.served.set(id, true),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Takes no requests for an adapter any more, and lets it go behind the last sequence that uses it.
+    pub async fn unload(&self, id: AdapterId) -> Result<(), AdapterOrderError> {
+        self.served.set(id, false);
+        let (done, gone) = oneshot::channel();
+        self.order(AdapterOrder::Unload { id, done }).await?;
+        gone.await.map_err(|_| AdapterOrderError::Stopped)
+    }
+
+    async fn order(&self, order: AdapterOrder) -> Result<(), AdapterOrderError> {
+        let stage = self.stage.upgrade().ok_or(AdapterOrderError::Stopped)?;
+        stage.send(StageInput::Adapter(order)).await.map_err(|_| AdapterOrderError::Stopped)
     }
 }

@@ -21,7 +21,7 @@ mod wire;
 mod wiring;
 mod work;
 
-pub use adapters::{AdapterOrder, AdapterOrderError, Served};
+pub use adapters::{AdapterOrder, AdapterOrderError, Served, ShardAdapters};
 pub use buffer::{ALIGNMENT, BufferPool, HiddenBuffer};
 pub use counters::Counters;
 pub use driver::{ComputeThread, Ended, Outlet, Stage, StageError, StageParts, records_of};

@@ -14,14 +14,14 @@ use std::time::Duration;
 use shoal_protocol::activation::Samples;
 use shoal_protocol::control::ShardCounters;
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::{AdapterId, Generation, ReplicaId};
+use shoal_protocol::id::{Generation, ReplicaId};
 use shoal_protocol::plan::Assignment;
 use shoal_protocol::quic::close_code;
 use shoal_protocol::trace::Tracer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::adapters::{AdapterOrder, AdapterOrderError, Served};
+use super::adapters::{Served, ShardAdapters};
 use super::buffer::BufferPool;
 use super::counters::Counters;
 use super::driver::{ComputeThread, Ended, Stage, StageParts};
@@ -32,7 +32,7 @@ use super::wire::{Inlet, StageInput, Takes};
 use super::wiring::Wiring;
 use crate::engine::{BadEngineConfig, EngineConfig};
 use crate::head::{Head, HeadClient, HeadParts};
-use crate::model::{AdapterLoadError, AdapterSlices, Output, ShardModel};
+use crate::model::{Output, ShardModel};
 use crate::trace::StageTraces;
 
 /// How long a compute thread may take to end the step that it is in: far more than the largest step.
@@ -114,9 +114,7 @@ pub enum StartError {
 pub struct Shard {
     counters: Arc<Counters>,
     head: Option<HeadClient>,
-    served: Served,
-    /// It must not keep the compute thread's queue open.
-    stage: mpsc::WeakSender<StageInput>,
+    adapters: ShardAdapters,
     stop: oneshot::Sender<(ShardStop, String)>,
     task: JoinHandle<Option<LoadedModel>>,
 }
@@ -211,7 +209,8 @@ impl Shard {
             ended: None,
         };
         let task = tokio::spawn(supervisor.run(stopped));
-        Ok(Self { counters, head: client, served, stage: stage_queue, stop, task })
+        let adapters = ShardAdapters::new(stage_queue, served);
+        Ok(Self { counters, head: client, adapters, stop, task })
     }
 
     /// What it has counted.
@@ -224,33 +223,9 @@ impl Shard {
         self.head.as_ref()
     }
 
-    /// Takes an adapter between two steps; its head takes requests for it from then on. One that a layout
-    /// before this one has left with the model is there already.
-    pub async fn load_adapter(
-        &self,
-        id: AdapterId,
-        slices: AdapterSlices,
-    ) -> Result<(), AdapterOrderError> {
-        let (done, loaded) = oneshot::channel();
-        self.order(AdapterOrder::Load { id, slices, done }).await?;
-        match loaded.await.map_err(|_| AdapterOrderError::Stopped)? {
-            Ok(()) | Err(AdapterLoadError::Loaded(_)) => self.served.set(id, true),
-            Err(error) => return Err(error.into()),
-        }
-        Ok(())
-    }
-
-    /// Takes no requests for an adapter any more, and lets it go behind the last sequence that uses it.
-    pub async fn unload_adapter(&self, id: AdapterId) -> Result<(), AdapterOrderError> {
-        self.served.set(id, false);
-        let (done, gone) = oneshot::channel();
-        self.order(AdapterOrder::Unload { id, done }).await?;
-        gone.await.map_err(|_| AdapterOrderError::Stopped)
-    }
-
-    async fn order(&self, order: AdapterOrder) -> Result<(), AdapterOrderError> {
-        let stage = self.stage.upgrade().ok_or(AdapterOrderError::Stopped)?;
-        stage.send(StageInput::Adapter(order)).await.map_err(|_| AdapterOrderError::Stopped)
+    /// What brings adapters to it and takes them away.
+    pub fn adapters(&self) -> &ShardAdapters {
+        &self.adapters
     }
 
     /// Ends the shard, with words for its streams and its neighbours, and gives its model back,

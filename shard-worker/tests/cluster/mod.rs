@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use shoal_protocol::adapters::HeldAdapters;
 use shoal_protocol::control::{
     CoordinatorAddress, CoordinatorMessage, MESSAGE_LEN_MAX, Register, Report, ShardState,
     WorkerMessage,
@@ -79,6 +80,8 @@ pub struct Said {
     pub renewals: Vec<Vec<u8>>,
     /// The CA of the certificate that it shows, as it says.
     pub shows: Option<[u8; 32]>,
+    /// Which adapters its shards have.
+    pub adapters: Vec<HeldAdapters>,
 }
 
 pub struct Cluster {
@@ -185,6 +188,7 @@ pub async fn welcome_with(
                 WorkerMessage::Facts(_) => {}
                 // These workers serve no model that is fetched.
                 WorkerMessage::Blobs { .. } => {}
+                WorkerMessage::Adapters(held) => said.adapters = held,
             });
         }
     });

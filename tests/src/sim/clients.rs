@@ -124,6 +124,7 @@ impl Client {
                 sampling,
                 stop_tokens: Arc::clone(&self.stop_tokens),
                 max_tokens: self.max_tokens,
+                adapter: None,
             });
         }
         sequences

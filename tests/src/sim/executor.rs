@@ -244,6 +244,7 @@ impl World {
         let connected = || seen.values().filter(|worker| worker.connected);
         let mut table = ServingTable {
             deployments: BTreeMap::new(),
+            adapters: BTreeMap::new(),
             shards: Vec::new(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
@@ -277,6 +278,7 @@ impl World {
                 vocab: deployment.shape.vocab(),
                 context_max: deployment.shape.context_max(),
                 kind: shoal_coordinator::serving::ServedKind::Generate,
+                adapter: None,
                 replicas: replicas.collect(),
                 reason: phase.reason.clone(),
                 phase: phase.phase,

@@ -125,10 +125,12 @@ async fn start_coordinator(
         let data = folder.data("coordinator").to_string_lossy().into_owned();
         let policy = args.routing.policy.name();
         let affinity = args.routing.prefix_affinity.then_some("--prefix-affinity");
+        let adapters = args.adapters.allow_runtime_adapters.then_some("--allow-runtime-adapters");
         ["coordinator", "--data", &data, "--listen", &listen, "--cluster", &cluster]
             .into_iter()
             .chain(["--policy", policy])
             .chain(affinity)
+            .chain(adapters)
             .map(str::to_owned)
             .chain(trace_flag(args))
             .collect()

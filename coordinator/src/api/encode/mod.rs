@@ -313,5 +313,6 @@ fn sequence(request: RequestId, index: u32, input: &Arc<[TokenId]>) -> Sequence 
         sampling: SamplingRecord::GREEDY,
         stop_tokens: Arc::from([]),
         max_tokens: 0,
+        adapter: None,
     }
 }

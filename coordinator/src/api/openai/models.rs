@@ -18,7 +18,8 @@ struct Model<'a> {
     created: u64,
     owned_by: &'static str,
     root: &'a str,
-    parent: Option<()>,
+    /// The base model of an adapter.
+    parent: Option<&'a str>,
     max_model_len: u32,
     /// `generate`, `embed` or `rank`.
     kind: &'static str,
@@ -31,8 +32,8 @@ fn model(deployment: &ServedDeployment) -> Model<'_> {
         object: "model",
         created: deployment.created,
         owned_by: "shoal",
-        root: deployment.name.as_str(),
-        parent: None,
+        root: deployment.base().as_str(),
+        parent: deployment.adapter.as_ref().map(|adapter| adapter.base.as_str()),
         max_model_len: deployment.context_max,
         kind: deployment.kind.label(),
         ready: is_ready(deployment),
@@ -44,13 +45,14 @@ pub fn is_ready(deployment: &ServedDeployment) -> bool {
     deployment.replicas.iter().any(|replica| replica.ready && replica.requests.is_some())
 }
 
-/// All deployments.
+/// All deployments, and then their adapters.
 pub fn list(table: &ServingTable) -> String {
-    let data = table.deployments.values().map(|deployment| model(deployment)).collect();
+    let all = table.deployments.values().chain(table.adapters.values());
+    let data = all.map(|deployment| model(deployment)).collect();
     json(&List { object: "list", data })
 }
 
-/// One deployment.
+/// One deployment, or one adapter.
 pub fn one(deployment: &ServedDeployment) -> String {
     json(&model(deployment))
 }

@@ -34,6 +34,9 @@ pub enum Violation {
     VersionOfNobody(NodeId),
     /// A mesh of a deployment that is not there.
     MeshOfNothing(String),
+    /// An adapter of a deployment that is not there, with the name of one, or with a number that was given
+    /// twice or never.
+    BadAdapter(String),
 }
 
 impl fmt::Display for Violation {
@@ -51,6 +54,12 @@ impl fmt::Display for Violation {
             Violation::VersionOfNobody(node) => write!(f, "{node} speaks and is not there"),
             Violation::MeshOfNothing(name) => {
                 write!(f, "a mesh was asked for `{name}`, which is not there")
+            }
+            Violation::BadAdapter(name) => {
+                write!(
+                    f,
+                    "adapter `{name}` has no deployment, or its name or number is not its own"
+                )
             }
         }
     }
@@ -97,6 +106,7 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
     found.extend(gone.map(Violation::VersionOfNobody));
     let nothing = state.meshes.names().filter(|name| state.deployments.get(name).is_none());
     found.extend(nothing.map(|name| Violation::MeshOfNothing(name.to_string())));
+    found.extend(bad_adapters(state));
     for plan in state.plans.all() {
         let owner = state.deployments.get(&plan.deployment);
         match owner.filter(|deployment| deployment.replicas.contains(&plan.id)) {
@@ -110,4 +120,15 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
         }
     }
     found
+}
+
+fn bad_adapters(state: &ClusterState) -> impl Iterator<Item = Violation> + '_ {
+    let mut numbers = BTreeSet::new();
+    let bad = state.adapters.iter().filter(move |(name, adapter)| {
+        let number = adapter.id.0;
+        let own = numbers.insert(number) && number != 0 && number <= state.adapters.given();
+        let placed = state.deployments.get(&adapter.deployment).is_some();
+        !own || !placed || state.deployments.get(name).is_some()
+    });
+    bad.map(|(name, _)| Violation::BadAdapter(name.to_string()))
 }

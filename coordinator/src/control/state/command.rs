@@ -27,24 +27,26 @@
 //! | [`VersionCommand::Start`] | a coordinator, when a worker registers | as `NodeCommand::Start`, and all coordinators speak version 2 |
 //! | [`VersionCommand::Finish`] | an admin | every member speaks the version |
 //! | [`AuthorityCommand`] | an admin begins; the leader; a coordinator, for itself | the rotation is to that CA, and not further than this |
+//! | [`AdapterCommand::Load`] | an admin | the deployment is there, the name is free, not too many, everybody speaks version 3 |
+//! | [`AdapterCommand::Unload`] | an admin | the adapter is there |
 //!
 //! Besides, each needs that those whom it concerns understand it ([`needs`](super::versions::needs)). A
 //! command keeps its shape for ever; a new one stands at the end of its enum.
 
-use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::access::KeyName;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{
-    DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
+    AdapterId, DeploymentName, Generation, Incarnation, NodeId, PlanRevision, ReplicaId, Role,
 };
 use shoal_protocol::trust::CaFingerprint;
 
+pub use super::too_many::{Advice, Noun};
 use super::{
-    AuthorityCommand, CoordinatorCommand, DeploymentCommand, DrainCommand, KeyCommand, NodeCommand,
-    PlanCommand, TokenCommand, VersionCommand, versions,
+    AdapterCommand, AuthorityCommand, CoordinatorCommand, DeploymentCommand, DrainCommand,
+    KeyCommand, NodeCommand, PlanCommand, TokenCommand, VersionCommand, versions,
 };
 
 /// Seconds since 1970, UTC, as the proposer's clock had it.
@@ -107,6 +109,8 @@ pub enum Change {
     Version(VersionCommand),
     /// Which CAs are believed. For clusters of which everybody speaks version 2.
     Authority(AuthorityCommand),
+    /// Which adapters are served. For clusters of which everybody speaks version 3.
+    Adapter(AdapterCommand),
 }
 
 /// What has changed.
@@ -230,6 +234,20 @@ pub enum Effect {
     AuthorityChanged {
         /// The one to come, or that has come.
         ca: CaFingerprint,
+    },
+    /// An adapter is to be served.
+    AdapterLoaded {
+        /// Which.
+        name: DeploymentName,
+        /// The number that it was given.
+        id: AdapterId,
+    },
+    /// An adapter is served no more.
+    AdapterUnloaded {
+        /// Which.
+        name: DeploymentName,
+        /// The number that it had.
+        id: AdapterId,
     },
 }
 
@@ -408,57 +426,26 @@ pub enum Refusal {
         "the rotation of the CA has gone on, or was given up; `shoal ca list` shows how far it is"
     )]
     StaleRotation,
-}
-
-/// What there can be too many of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Noun {
-    /// Join tokens.
-    Tokens,
-    /// Deployments.
-    Deployments,
-    /// Nodes.
-    Nodes,
-    /// API keys.
-    Keys,
-    /// Replicas.
-    Replicas,
-}
-
-impl fmt::Display for Noun {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Noun::Tokens => "join tokens",
-            Noun::Deployments => "deployments",
-            Noun::Nodes => "nodes of this role",
-            Noun::Keys => "API keys",
-            Noun::Replicas => "numbers of replicas given",
-        })
-    }
-}
-
-/// What to do about too many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Advice {
-    /// Time helps.
-    WaitForExpiry,
-    /// Remove one.
-    Undeploy,
-    /// Nothing helps.
-    NewCluster,
-    /// Take one back.
-    RevokeKey,
-}
-
-impl fmt::Display for Advice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Advice::WaitForExpiry => "use those, or wait until one expires",
-            Advice::Undeploy => "`shoal undeploy` one first",
-            Advice::NewCluster => "their numbers are used up; start a new cluster",
-            Advice::RevokeKey => "`shoal keys revoke` one first",
-        })
-    }
+    /// The name is an adapter's.
+    #[error(
+        "`{name}` is an adapter's name already; `shoal adapters unload {name}` first, or choose another"
+    )]
+    AdapterNameTaken {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// No such adapter.
+    #[error("there is no adapter named `{name}`; `shoal adapters list` shows them")]
+    UnknownAdapter {
+        /// Which.
+        name: DeploymentName,
+    },
+    /// A path that means another folder on another node, or none.
+    #[error(
+        "an adapter's path begins with `/` and has at most {max} bytes: name the folder from the root, \
+         since each node has its own working folder", max = shoal_protocol::adapters::PATH_LEN_MAX
+    )]
+    BadAdapterPath,
 }
 
 impl Refusal {
@@ -467,6 +454,9 @@ impl Refusal {
         match self {
             Refusal::Superseded { .. } | Refusal::BadPlan { .. } => ErrorCode::Internal,
             Refusal::UnknownNode { .. } | Refusal::UnknownDeployment { .. } => ErrorCode::NotFound,
+            Refusal::UnknownAdapter { .. } => ErrorCode::NotFound,
+            Refusal::AdapterNameTaken { .. } => ErrorCode::AlreadyExists,
+            Refusal::BadAdapterPath => ErrorCode::InvalidRequest,
             Refusal::OldIncarnation { .. } => ErrorCode::PermissionDenied,
             Refusal::TooMany { .. } => ErrorCode::InvalidRequest,
             Refusal::BadToken => ErrorCode::BadToken,

@@ -6,10 +6,10 @@
 //! ```
 //!
 //! One module and one command enum per noun: [`nodes`], [`coordinators`], [`tokens`], [`deployments`],
-//! [`plans`], [`keys`], [`drains`], [`versions`], [`authorities`], [`meshes`]; this file only dispatches. What is soft (who is
-//! connected, load,
-//! progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
+//! [`plans`], [`keys`], [`drains`], [`versions`], [`authorities`], [`meshes`], [`adapters`]; this file
+//! only dispatches. What is soft (who is connected, load, progress of loading) is not here: it never enters the log. Time enters as data, stamped by whoever proposes.
 
+pub mod adapters;
 pub mod authorities;
 pub mod check;
 pub mod command;
@@ -22,6 +22,7 @@ pub mod nodes;
 pub mod plans;
 pub mod snapshot;
 pub mod tokens;
+mod too_many;
 pub mod versions;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{DeploymentName, Incarnation, NodeId};
 use shoal_protocol::plan::StagesAsked;
 
+pub use adapters::{Adapter, AdapterCommand, Adapters};
 pub use authorities::{Authorities, AuthorityCommand, CaStep, LEAVING_MAX, Rotation};
 pub use command::{Change, Command, Effect, Refusal, Timestamp};
 pub use coordinators::{CoordinatorCommand, CoordinatorRecord, Coordinators};
@@ -74,6 +76,9 @@ pub struct ClusterState {
     /// What was asked of the planner.
     #[serde(skip)]
     pub meshes: Meshes,
+    /// Which adapters are served beside deployments.
+    #[serde(skip)]
+    pub adapters: Adapters,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -198,6 +203,7 @@ impl ClusterState {
                 }
                 Ok(effects)
             }
+            Change::Adapter(command) => self.change_adapters(command, at),
         }
     }
 
@@ -208,9 +214,11 @@ impl ClusterState {
     ) -> Result<Vec<Effect>, Refusal> {
         match command {
             DeploymentCommand::Create { spec, shape, replicas } => {
+                self.is_no_adapter(&spec.name)?;
                 self.deployments.create(spec, shape, *replicas, at)
             }
             DeploymentCommand::CreateMesh { spec, shape, replicas, ask } => {
+                self.is_no_adapter(&spec.name)?;
                 let effects = self.deployments.create(spec, shape, *replicas, at)?;
                 self.meshes.put(&spec.name, *ask);
                 Ok(effects)
@@ -218,6 +226,7 @@ impl ClusterState {
             DeploymentCommand::Remove { name } => {
                 let replicas = self.deployments.remove(name)?;
                 self.meshes.forget(name);
+                self.adapters.forget(name);
                 let mut effects = vec![Effect::DeploymentRemoved { name: name.clone() }];
                 effects.extend(self.plans.remove(&replicas));
                 Ok(effects)
@@ -233,6 +242,30 @@ impl ClusterState {
                 Ok(effects)
             }
         }
+    }
+
+    /// Names of adapters are names of models to clients.
+    fn is_no_adapter(&self, name: &DeploymentName) -> Result<(), Refusal> {
+        match self.adapters.get(name) {
+            Some(_) => Err(Refusal::AdapterNameTaken { name: name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn change_adapters(
+        &mut self,
+        command: &AdapterCommand,
+        at: Timestamp,
+    ) -> Result<Vec<Effect>, Refusal> {
+        if let AdapterCommand::Load { name, deployment, .. } = command {
+            if self.deployments.get(deployment).is_none() {
+                return Err(Refusal::UnknownDeployment { name: deployment.clone() });
+            }
+            if self.deployments.get(name).is_some() {
+                return Err(Refusal::NameTaken { name: name.clone() });
+            }
+        }
+        self.adapters.change(command, at)
     }
 
     fn scale(

@@ -26,6 +26,9 @@ const AUTHORITIES: u8 = 2;
 /// The tag of what was asked of the planner.
 const MESHES: u8 = 3;
 
+/// The tag of which adapters are served.
+const ADAPTERS: u8 = 4;
+
 /// A noun that format 2 has no room for.
 type Part = (u8, Vec<u8>);
 
@@ -99,6 +102,9 @@ fn parts_of(state: &ClusterState) -> Result<Vec<Part>, postcard::Error> {
     if !state.meshes.is_empty() {
         parts.push((MESHES, postcard::to_stdvec(&state.meshes)?));
     }
+    if !state.adapters.is_empty() {
+        parts.push((ADAPTERS, postcard::to_stdvec(&state.adapters)?));
+    }
     Ok(parts)
 }
 
@@ -113,6 +119,7 @@ fn put(state: &mut ClusterState, (tag, bytes): &Part) -> Result<(), SnapshotErro
         VERSIONS => state.versions = whole(bytes)?,
         AUTHORITIES => state.authorities = whole(bytes)?,
         MESHES => state.meshes = whole(bytes)?,
+        ADAPTERS => state.adapters = whole(bytes)?,
         tag => return Err(SnapshotError::UnknownPart { tag }),
     }
     Ok(())

@@ -24,13 +24,14 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, Precision};
 use shoal_protocol::version::{
-    KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_MESHES,
+    KNOWS_ADAPTERS, KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV,
+    KNOWS_MESHES,
 };
 
 use super::super::shape::ModelShape;
 use super::{
-    AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand, DrainCommand,
-    Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
+    AdapterCommand, AuthorityCommand, Change, ClusterState, CoordinatorCommand, DeploymentCommand,
+    DrainCommand, Effect, KeyCommand, NodeCommand, PlanCommand, Refusal, TokenCommand,
 };
 
 /// What a build speaks that has not said so, and the version of a cluster that knows nothing of versions.
@@ -165,6 +166,9 @@ pub fn needs(change: &Change) -> Needs {
             | AuthorityCommand::Abandon { .. }
             | AuthorityCommand::OwnKey { .. },
         ) => Needs::coordinators(2),
+        // An older worker would answer for one with the base model's words.
+        Change::Adapter(AdapterCommand::Load { .. }) => Needs::everybody(KNOWS_ADAPTERS),
+        Change::Adapter(AdapterCommand::Unload { .. }) => Needs::coordinators(KNOWS_ADAPTERS),
     }
 }
 

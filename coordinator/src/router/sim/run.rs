@@ -131,6 +131,7 @@ fn deployment(replicas: usize) -> ServedDeployment {
         vocab: 1,
         context_max: u32::MAX,
         kind: crate::serving::ServedKind::Generate,
+        adapter: None,
         replicas: (0..replicas).map(replica).collect(),
         phase: shoal_protocol::admin::DeploymentPhase::Ready,
         reason: String::new(),

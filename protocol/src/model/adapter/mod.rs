@@ -226,6 +226,29 @@ impl Adapter {
         })
     }
 
+    /// Bytes of the rows between the two matrices, of which a shard has one set for all of its adapters:
+    /// inputs, low rank, outputs.
+    pub fn scratch_bytes(
+        &self,
+        base: &ModelSpec,
+        part: &Part,
+        layers: LayerRange,
+        rows: u32,
+    ) -> Bytes {
+        let mut widest = [0; 3];
+        for part in self.parts(base, part, layers) {
+            let widths = [
+                part.inputs.end - part.inputs.start,
+                u64::from(part.delta.rank),
+                part.outputs.end - part.outputs.start,
+            ];
+            for (widest, width) in widest.iter_mut().zip(widths) {
+                *widest = width.max(*widest);
+            }
+        }
+        Bytes(widest.iter().sum::<u64>() * u64::from(rows) * size_of::<f32>() as u64)
+    }
+
     /// Bytes that a rank of a stage holds of it.
     pub fn held_bytes(&self, base: &ModelSpec, part: &Part, layers: LayerRange) -> Bytes {
         self.parts(base, part, layers).map(|part| part.held_bytes()).sum()

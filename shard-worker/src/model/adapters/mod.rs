@@ -14,6 +14,7 @@ mod slices;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use shoal_protocol::adapters::ADAPTERS_MAX;
 use shoal_protocol::id::AdapterId;
 use shoal_protocol::model::TensorRole;
 use shoal_protocol::plan::Precision;
@@ -22,10 +23,6 @@ pub use slices::{AdapterSlices, DeltaSlice};
 
 use super::{ComputeError, Span};
 use crate::backend::{BackendError, FamilyOps, Linear, Ops, WeightBuilder};
-
-/// The most adapters of one deployment. Each is held by every shard, and each of those that a step's rows
-/// use costs two small products a projection; beyond a few dozen a second deployment serves better.
-pub const ADAPTERS_MAX: usize = 64;
 
 /// Why an adapter was not taken.
 #[derive(Debug, thiserror::Error)]

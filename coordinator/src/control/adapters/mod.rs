@@ -1,0 +1,208 @@
+//! ● Adapters beside deployments: opened and compared here first, then committed, told to the workers,
+//! and waited for.
+//!
+//! ```text
+//! AdapterCall ─► open, compare with the base ─► store ─► tell ─► agents ══shoal-ctl══► workers: load
+//!     answer ◄─ every replica has it, or one cannot: taken back ◄── Stand (○) ◄── Held ◄──┘
+//! ```
+
+mod stand;
+
+use std::path::Path;
+use std::time::Duration;
+
+use shoal_protocol::adapters::{AdapterCall, AdapterReply, AdapterView};
+use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::DeploymentName;
+use shoal_protocol::model::Adapter as Opened;
+use tokio::sync::watch;
+
+pub use stand::{Held, Stand, serve, stands, view};
+
+use super::agents::Agents;
+use super::shape::ModelShape;
+use super::state::{AdapterCommand, Change, Refusal};
+use super::store::ControlStore;
+
+/// How long whoever loads an adapter waits until it is wherever its base model is. A large one over a
+/// network file system takes a while; the CLI waits for two minutes (`cluster::client`).
+const LOAD_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long it may take until it is on record that everybody understands what adapters are: a cluster that
+/// has just begun records it within a few seconds.
+const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Answers what operators ask about adapters.
+#[derive(Clone, Debug)]
+pub struct AdapterServer {
+    /// The replicated state.
+    pub store: ControlStore,
+    /// The connected workers.
+    pub agents: Agents,
+}
+
+/// What an operator wants to be loaded.
+struct Wish {
+    name: DeploymentName,
+    deployment: DeploymentName,
+    path: String,
+}
+
+/// What came of waiting.
+enum Loaded {
+    Everywhere,
+    /// It goes on.
+    Slowly,
+    Nowhere(WireError),
+    /// Somebody has unloaded it meanwhile.
+    Gone,
+}
+
+impl AdapterServer {
+    /// One call; `who` asks it, for the log. It is gone through with, whether they stay or hang up: an
+    /// adapter that turns out not to be loadable is taken back.
+    pub async fn answer(&self, who: String, call: AdapterCall) -> Result<AdapterReply, WireError> {
+        let server = self.clone();
+        let work = tokio::spawn(async move { server.do_it(&who, call).await });
+        work.await.unwrap_or_else(|error| {
+            Err(WireError::new(ErrorCode::Internal, format!("changing adapters: {error}")))
+        })
+    }
+
+    async fn do_it(&self, who: &str, call: AdapterCall) -> Result<AdapterReply, WireError> {
+        match call {
+            AdapterCall::List => {
+                let (state, held) = (self.store.read().await?, self.agents.held_adapters());
+                let all = state.adapters.iter();
+                let all = all.map(|(name, adapter)| view(&state, name, adapter, &held));
+                Ok(AdapterReply::List(all.collect()))
+            }
+            AdapterCall::Load { name, deployment, path } => {
+                self.load(who, Wish { name, deployment, path }).await
+            }
+            AdapterCall::Unload { name } => {
+                let unload = AdapterCommand::Unload { name: name.clone() };
+                self.store.propose(Change::Adapter(unload)).await?;
+                tracing::info!(who, adapter = %name, "adapter unloaded");
+                Ok(AdapterReply::Accepted { adapter: None })
+            }
+        }
+    }
+
+    async fn load(&self, who: &str, wish: Wish) -> Result<AdapterReply, WireError> {
+        let fingerprint = self.open(&wish).await?;
+        let Wish { name, deployment, path } = wish;
+        let load = AdapterCommand::Load {
+            name: name.clone(),
+            deployment: deployment.clone(),
+            path: path.clone(),
+            fingerprint,
+        };
+        let load = Change::Adapter(load);
+        let mut state = self.store.watch();
+        let permitted = state.wait_for(|state| state.permits(&load).is_ok());
+        // What holds it back after that, the proposal says.
+        let _ = tokio::time::timeout(NEEDS_PATIENCE, permitted).await;
+        self.store.propose(load).await?;
+        tracing::info!(who, adapter = %name, %deployment, path, "adapter to be loaded");
+        let loaded = tokio::time::timeout(LOAD_PATIENCE, self.loaded(&name)).await;
+        match loaded.unwrap_or(Loaded::Slowly) {
+            Loaded::Everywhere | Loaded::Slowly => {
+                Ok(AdapterReply::Accepted { adapter: self.view_of(&name) })
+            }
+            Loaded::Gone => Err(Refusal::UnknownAdapter { name }.into()),
+            Loaded::Nowhere(why) => {
+                let unload = AdapterCommand::Unload { name: name.clone() };
+                self.store.propose(Change::Adapter(unload)).await?;
+                tracing::warn!(who, adapter = %name, "taken back: {why}");
+                let words = format!("adapter `{name}` was not loaded: {}", why.message);
+                Err(WireError::new(why.code, words))
+            }
+        }
+    }
+
+    /// Reads the adapter and compares it with its base model: its fingerprint. Names that are taken are
+    /// refused here already, before the disk is touched.
+    async fn open(&self, wish: &Wish) -> Result<[u8; 32], WireError> {
+        let Wish { name, deployment, path } = wish;
+        let state = self.store.state();
+        let unknown = || Refusal::UnknownDeployment { name: deployment.clone() };
+        let of = state.deployments.get(deployment).ok_or_else(unknown)?;
+        if state.deployments.get(name).is_some() {
+            return Err(Refusal::NameTaken { name: name.clone() }.into());
+        }
+        if state.adapters.get(name).is_some() {
+            return Err(Refusal::AdapterNameTaken { name: name.clone() }.into());
+        }
+        if !path.starts_with('/') {
+            return Err(Refusal::BadAdapterPath.into());
+        }
+        let ModelShape::Checkpoint(base) = &of.shape else {
+            let words = format!(
+                "`{deployment}` has no adapters: they stand beside the projections of models that \
+                 write text"
+            );
+            return Err(WireError::new(ErrorCode::InvalidRequest, words));
+        };
+        let (base, folder) = (base.clone(), path.clone());
+        let opened = tokio::task::spawn_blocking(move || Opened::open(Path::new(&folder), &base));
+        let opened = opened.await.map_err(|error| {
+            WireError::new(ErrorCode::Internal, format!("reading the adapter: {error}"))
+        })?;
+        let bad = |error: &dyn std::fmt::Display| {
+            let words = format!("this is no adapter for `{deployment}`: {error}");
+            WireError::new(ErrorCode::BadModel, words)
+        };
+        Ok(opened.map_err(|error| bad(&error))?.fingerprint())
+    }
+
+    fn view_of(&self, name: &DeploymentName) -> Option<AdapterView> {
+        let (state, held) = (self.store.state(), self.agents.held_adapters());
+        let adapter = state.adapters.get(name)?;
+        Some(view(&state, name, adapter, &held))
+    }
+
+    /// Waits until every replica that has a layout has it, or one of them cannot.
+    async fn loaded(&self, name: &DeploymentName) -> Loaded {
+        let (mut state, mut heard) = (self.store.watch(), self.agents.changed());
+        loop {
+            heard.mark_unchanged();
+            let now = state.borrow_and_update().clone();
+            let Some(adapter) = now.adapters.get(name) else { return Loaded::Gone };
+            let stands = stands(&now, adapter, &self.agents.held_adapters());
+            let failed = stands.iter().find_map(|(_, stand)| match stand {
+                Stand::Failed(node, why) => Some((node, why)),
+                _ => None,
+            });
+            if let Some((node, why)) = failed {
+                return Loaded::Nowhere(WireError::new(
+                    why.code,
+                    format!("{node}: {}", why.message),
+                ));
+            }
+            if stands.iter().all(|(_, stand)| *stand == Stand::Held) {
+                return Loaded::Everywhere;
+            }
+            let changed = tokio::select! {
+                changed = state.changed() => changed,
+                changed = heard.changed() => changed,
+            };
+            if changed.is_err() {
+                return Loaded::Slowly;
+            }
+        }
+    }
+}
+
+/// Tells the workers which adapters there should be, on every change, until `stop` becomes true.
+pub async fn tell(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
+    let mut state = store.watch();
+    loop {
+        let wanted = state.borrow_and_update().adapters.wanted();
+        agents.set_adapters(wanted);
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+    }
+}
