@@ -223,7 +223,8 @@ impl Running {
             me,
             turn: Arc::default(),
         };
-        let adapter_server = AdapterServer { store: store.clone(), agents: agents.clone() };
+        let adapter_server =
+            AdapterServer { store: store.clone(), agents: agents.clone(), table: table.clone() };
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {

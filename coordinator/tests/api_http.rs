@@ -2,6 +2,7 @@
 //! on the other.
 
 mod api_http {
+    mod adapters;
     mod answers;
     mod client;
     mod failures;

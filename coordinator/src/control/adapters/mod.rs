@@ -9,11 +9,12 @@
 mod stand;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::adapters::{AdapterCall, AdapterReply, AdapterView};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::DeploymentName;
+use shoal_protocol::id::{AdapterId, DeploymentName};
 use shoal_protocol::model::Adapter as Opened;
 use tokio::sync::watch;
 
@@ -21,8 +22,9 @@ pub use stand::{Held, Stand, serve, stands, view};
 
 use super::agents::Agents;
 use super::shape::ModelShape;
-use super::state::{AdapterCommand, Change, Refusal};
+use super::state::{AdapterCommand, Change, Effect, Refusal};
 use super::store::ControlStore;
+use crate::serving::{ServedDeployment, ServingTable};
 
 /// How long whoever loads an adapter waits until it is wherever its base model is. A large one over a
 /// network file system takes a while; the CLI waits for two minutes (`cluster::client`).
@@ -32,6 +34,10 @@ const LOAD_PATIENCE: Duration = Duration::from_secs(60);
 /// has just begun records it within a few seconds.
 const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long an operator waits for what clients are served to follow what was decided: some rounds of the
+/// reconciler.
+const SHOW_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Answers what operators ask about adapters.
 #[derive(Clone, Debug)]
 pub struct AdapterServer {
@@ -39,6 +45,8 @@ pub struct AdapterServer {
     pub store: ControlStore,
     /// The connected workers.
     pub agents: Agents,
+    /// What clients are served.
+    pub table: watch::Receiver<Arc<ServingTable>>,
 }
 
 /// What an operator wants to be loaded.
@@ -81,8 +89,7 @@ impl AdapterServer {
                 self.load(who, Wish { name, deployment, path }).await
             }
             AdapterCall::Unload { name } => {
-                let unload = AdapterCommand::Unload { name: name.clone() };
-                self.store.propose(Change::Adapter(unload)).await?;
+                self.unload(&name).await?;
                 tracing::info!(who, adapter = %name, "adapter unloaded");
                 Ok(AdapterReply::Accepted { adapter: None })
             }
@@ -107,18 +114,44 @@ impl AdapterServer {
         tracing::info!(who, adapter = %name, %deployment, path, "adapter to be loaded");
         let loaded = tokio::time::timeout(LOAD_PATIENCE, self.loaded(&name)).await;
         match loaded.unwrap_or(Loaded::Slowly) {
-            Loaded::Everywhere | Loaded::Slowly => {
-                Ok(AdapterReply::Accepted { adapter: self.view_of(&name) })
+            Loaded::Slowly => Ok(AdapterReply::Accepted { adapter: self.view_of(&name) }),
+            Loaded::Everywhere => {
+                let adapter = self.view_of(&name);
+                let id = adapter.as_ref().map(|adapter| adapter.id);
+                let ready = |one: &ServedDeployment| one.replicas.iter().all(|r| r.ready);
+                self.show(&name, |one| one.is_some_and(|one| one.adapter_id() == id && ready(one)))
+                    .await;
+                Ok(AdapterReply::Accepted { adapter })
             }
             Loaded::Gone => Err(Refusal::UnknownAdapter { name }.into()),
             Loaded::Nowhere(why) => {
-                let unload = AdapterCommand::Unload { name: name.clone() };
-                self.store.propose(Change::Adapter(unload)).await?;
+                self.unload(&name).await?;
                 tracing::warn!(who, adapter = %name, "taken back: {why}");
                 let words = format!("adapter `{name}` was not loaded: {}", why.message);
                 Err(WireError::new(why.code, words))
             }
         }
+    }
+
+    async fn unload(&self, name: &DeploymentName) -> Result<(), WireError> {
+        let unload = AdapterCommand::Unload { name: name.clone() };
+        let effects = self.store.propose(Change::Adapter(unload)).await?;
+        let number = |effect: &Effect| match effect {
+            Effect::AdapterUnloaded { id, .. } => Some(*id),
+            _ => None,
+        };
+        let gone: Option<AdapterId> = effects.iter().find_map(number);
+        self.show(name, |one| one.is_none_or(|one| one.adapter_id() != gone)).await;
+        Ok(())
+    }
+
+    /// Waits until clients are served what was decided: who is told that it is done and asks then must not
+    /// hear what was before.
+    async fn show(&self, name: &DeploymentName, is_so: impl Fn(Option<&ServedDeployment>) -> bool) {
+        let mut table = self.table.clone();
+        let shown = table.wait_for(|table| is_so(table.adapters.get(name).map(|one| one.as_ref())));
+        // Where it takes longer they see it later.
+        let _ = tokio::time::timeout(SHOW_PATIENCE, shown).await;
     }
 
     /// Reads the adapter and compares it with its base model: its fingerprint. Names that are taken are
