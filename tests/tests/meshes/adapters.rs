@@ -41,7 +41,7 @@ fn base_model(folder: &Path) -> Result<PathBuf> {
     std::fs::create_dir(&model)?;
     for (of, files) in [
         ("models/llama2-gqa3-bf16", ["config.json", "model.safetensors"].as_slice()),
-        ("models/llama31-rope8-bf16", &["tokenizer.json", "tokenizer_config.json"]),
+        ("models/llama31-rope8-bf16", ["tokenizer.json", "tokenizer_config.json"].as_slice()),
     ] {
         for file in files {
             std::fs::copy(fixture(of)?.join(file), model.join(file))?;
@@ -65,9 +65,9 @@ fn list(up: &Up) -> Result<Vec<Value>> {
     Ok(listed["adapters"].as_array().context("a list")?.clone())
 }
 
-fn complete(up: &Up, model: &str, prompt: &[u32], max_tokens: usize) -> Result<Answer> {
+fn complete(url: &str, model: &str, prompt: &[u32], max_tokens: usize) -> Result<Answer> {
     let more = json!({"max_tokens": max_tokens, "ignore_eos": true, "return_token_ids": true});
-    Api::new(up.url(), model).complete(prompt, more)
+    Api::new(url, model).complete(prompt, more)
 }
 
 /// Asks for all prompts of all models at once; each has the tokens of the reference.
@@ -78,21 +78,20 @@ fn expect_all(up: &Up, models: &[(&str, &str)]) -> Result<()> {
             asked.push((*model, prompt));
         }
     }
+    let url = up.url();
     thread::scope(|scope| {
-        let ask = |(model, prompt): (&'static str, Prompt)| {
-            let Prompt { prompt_ids, continuation_ids } = prompt;
-            let answer = complete(up, model, &prompt_ids, continuation_ids.len())?.ok()?;
-            let found = answer.token_ids();
-            ensure!(
-                found == continuation_ids,
-                "{model}: {found:?} instead of {continuation_ids:?}"
-            );
-            Ok(())
-        };
-        let asked: Vec<_> = asked.into_iter().map(|one| scope.spawn(move || ask(one))).collect();
+        let begin = |(model, prompt)| scope.spawn(move || expect_tokens(url, model, &prompt));
+        let asked: Vec<_> = asked.into_iter().map(begin).collect();
         let each = asked.into_iter().map(|one| one.join().map_err(|_| anyhow!("it panicked"))?);
         each.collect()
     })
+}
+
+fn expect_tokens(url: &str, model: &str, prompt: &Prompt) -> Result<()> {
+    let expected = &prompt.continuation_ids;
+    let found = complete(url, model, &prompt.prompt_ids, expected.len())?.ok()?.token_ids();
+    ensure!(found == *expected, "{model}: {found:?} instead of {expected:?}");
+    Ok(())
 }
 
 const BASE: &str = "cases/llama2-gqa3-bf16.json";
@@ -128,7 +127,7 @@ fn adapters_are_served_by_name_beside_their_base_over_stages_and_ranks() -> Resu
     // It goes, and the others stay.
     up.verb(&["adapters", "unload", "a"])?.expect_code(0);
     let prompt = &prompts(ATTENTION)?[0].prompt_ids;
-    let gone = complete(&up, "a", prompt, 4)?;
+    let gone = complete(up.url(), "a", prompt, 4)?;
     ensure!(gone.status == 404 && gone.error().contains("there is no model `a`"), "{gone:?}");
     expect_all(&up, &[("base", BASE), ("b", EVERYTHING), ("ra", ATTENTION)])?;
     // Under the same name another one: the number is another too.
@@ -191,7 +190,7 @@ fn an_answer_with_an_adapter_outlives_a_death_and_clients_may_load_where_they_ar
 
     let Prompt { prompt_ids, continuation_ids } = prompts(ATTENTION)?.remove(0);
     let tokens = 400;
-    let expected = complete(&up, "sql", &prompt_ids, tokens)?.ok()?.token_ids();
+    let expected = complete(up.url(), "sql", &prompt_ids, tokens)?.ok()?.token_ids();
     ensure!(expected[..continuation_ids.len()] == continuation_ids, "{expected:?}");
     let view = up.admin()?.wait_for_phase("base", DeploymentPhase::Ready, READY)?;
     let more = json!({"max_tokens": tokens, "ignore_eos": true, "return_token_ids": true});
