@@ -7,7 +7,8 @@ use shoal_protocol::adapters::{AdapterSpec, DeploymentAdapters, WantedAdapters};
 use shoal_protocol::control::CoordinatorMessage;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{AdapterId, DeploymentName, Generation, NodeId, RankIndex, TokenId};
-use shoal_protocol::model::{Adapter, Checkpoint, Reduction};
+use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::{Adapter, Checkpoint};
 use shoal_protocol::plan::{
     ModelRef, ModelSource, Numerics, ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
 };

@@ -1,7 +1,8 @@
 use std::fs;
 
 use super::*;
-use crate::model::split::{Reduction, Split};
+use crate::mesh::Reduction;
+use crate::model::split::Split;
 
 const BASE: &str = r#"{
     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "head_dim": 8,
