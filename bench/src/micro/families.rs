@@ -199,8 +199,13 @@ impl Model {
     fn step(&mut self, tokens: &[u32], first_position: usize) -> Result<()> {
         let rows = tokens.len();
         let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
-        let spans =
-            [Span { first_row: 0, rows, first_position: first_position as u32, blocks: &blocks }];
+        let spans = [Span {
+            first_row: 0,
+            rows,
+            first_position: first_position as u32,
+            blocks: &blocks,
+            adapter: None,
+        }];
         let batch = Batch { spans: &spans, rows, sample_rows: &[rows - 1] };
         let width = self.shard.hidden();
         let hidden = &mut self.hidden[..rows * width];

@@ -274,8 +274,9 @@ fn read(
             spec.path, spec.name
         )));
     }
-    let part =
-        base.part(assignment.split(), replica.reduction()).map_err(|e| bad(e.to_string()))?;
+    let part = base
+        .part(assignment.split(), replica.reduction(), replica.precision)
+        .map_err(|e| bad(e.to_string()))?;
     let layers = assignment.layers();
     let takes = adapter.held_bytes(base, &part, layers)
         + adapter.scratch_bytes(base, &part, layers, replica.limits.step_rows_max);

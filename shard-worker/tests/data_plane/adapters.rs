@@ -67,7 +67,7 @@ fn plan(generation: u64, nodes: &[NodeId], ends: &[u32], ranks: &[u32]) -> Repli
         let layers = LayerRange::new(std::mem::replace(&mut begin, end), end);
         let shard = |rank| {
             let split = shoal_protocol::model::Split { rank, ranks: count };
-            let part = model.part(split, Reduction::Exact).unwrap();
+            let part = model.part(split, Reduction::Exact, model.stored).unwrap();
             let memory = part.memory(model, layers, model.stored, &LIMITS);
             let (rank, node) = (RankIndex(rank), nodes.next().unwrap());
             ShardPlan { rank, node, device: "cpu".to_owned(), memory }

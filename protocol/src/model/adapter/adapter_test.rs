@@ -192,13 +192,14 @@ fn a_rank_holds_what_its_part_of_the_projection_needs() {
     let adapter = open(PLAIN, &entries()).expect("an adapter");
     let base = base();
     let cut = |reduction| -> Vec<_> {
-        let part = base.part(Split { rank: 1, ranks: 2 }, reduction).expect("two ranks");
+        let part =
+            base.part(Split { rank: 1, ranks: 2 }, reduction, base.stored).expect("two ranks");
         let parts = adapter.parts(&base, &part, LayerRange::new(1, 2));
         parts.map(|part| (part.inputs, part.outputs)).collect()
     };
     assert_eq!(cut(Reduction::Exact), [(0..32, 16..32), (0..48, 16..32)]);
     assert_eq!(cut(Reduction::Sum), [(0..32, 16..32), (16..48, 0..32)]);
-    let whole = base.part(Split::WHOLE, Reduction::Exact).expect("one rank");
+    let whole = base.part(Split::WHOLE, Reduction::Exact, base.stored).expect("one rank");
     // A: 4 rows are a panel of 16; B: 4 columns of two bytes.
     let bytes = adapter.held_bytes(&base, &whole, LayerRange::new(0, 1));
     assert_eq!(bytes.0, 16 * 32 * 2 + 32 * 4 * 2 + 16 * 48 * 2 + 32 * 4 * 2);
@@ -215,7 +216,7 @@ fn a_fused_projection_gives_each_of_its_parts_the_same_a_and_its_rows_of_b() {
     let json = PLAIN.replace(r#"["q_proj", "down_proj"]"#, "\"all-linear\"");
     write(folder.path(), &json, &pair("0.self_attn.qkv_proj", 32, 64, 4));
     let adapter = Adapter::open(folder.path(), &base).expect("an adapter");
-    let whole = base.part(Split::WHOLE, Reduction::Exact).expect("one rank");
+    let whole = base.part(Split::WHOLE, Reduction::Exact, base.stored).expect("one rank");
     let parts: Vec<_> = adapter
         .parts(&base, &whole, LayerRange::new(0, 1))
         .map(|part| (part.delta.role, part.inputs, part.outputs))
