@@ -178,13 +178,13 @@ fn no_border_of_columns_is_inside_of_a_block() {
     // A group of heads has 32 columns, 8 of them a block of 256; the MLP has 43 of these.
     let model = model(32, 11_008, 5000);
     for held in Precision::ALL {
-        let (block, _) = held.block();
         for ranks in 2..=4 {
             let parts: Vec<Part> = (0..ranks)
                 .map(|rank| model.part(Split { rank, ranks }, Reduction::Sum, held).unwrap())
                 .collect();
             for tensor in parts.iter().flat_map(|part| part.tensors(&model, LayerRange::new(0, 2)))
             {
+                let (block, _) = held.of(tensor.spec.role).block();
                 let (columns, stored) = (tensor.columns.clone(), tensor.columns_stored());
                 let ends = columns.end.is_multiple_of(block) || columns.end == stored;
                 let name = &tensor.spec.name;
