@@ -26,6 +26,7 @@ pub mod spec;
 pub mod split;
 mod stored;
 mod table;
+mod tensor_part;
 pub mod tensors;
 mod torch;
 
