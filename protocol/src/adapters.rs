@@ -76,8 +76,8 @@ pub struct HeldAdapters {
     pub replica: ReplicaId,
     /// Its layout.
     pub generation: Generation,
-    /// Those that can be used.
-    pub held: Vec<AdapterId>,
+    /// Those that can be used, with what their files were: a state that was restored gives numbers again.
+    pub held: Vec<(AdapterId, [u8; 32])>,
     /// Those that cannot, and why.
     pub failed: Vec<(AdapterId, WireError)>,
 }

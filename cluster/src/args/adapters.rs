@@ -25,8 +25,8 @@ Example:
   shoal adapters load support --deployment llama-8b /adapters/support
 
 Requests choose it by its name, as they choose a model. The folder is one that PEFT has written
-(adapter_config.json with adapter_model.safetensors or .bin); each worker must be able to read it under
-the same path.";
+(adapter_config.json with adapter_model.safetensors or .bin); each coordinator and worker must be able to
+read it under the same path.";
 
 /// `shoal adapters load`.
 #[derive(Debug, Clone, ClapArgs)]

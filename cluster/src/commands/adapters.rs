@@ -74,8 +74,9 @@ async fn ask(client: AdminClient, call: AdapterCall) -> Result<AdapterReply, Fai
 /// The path as each node has it. Where it is one from the root it need not be on this machine.
 fn from_root(path: &Path) -> Result<String, Failure> {
     let found = match path.canonicalize() {
+        // As it was typed: a link of this machine says nothing of the others.
+        _ if path.is_absolute() => path.to_owned(),
         Ok(found) => found,
-        Err(_) if path.is_absolute() => path.to_owned(),
         Err(error) => {
             let path = path.display();
             return Err(Failure::refused(format!("cannot read the adapter {path}: {error}")));

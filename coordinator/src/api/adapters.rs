@@ -35,7 +35,7 @@ struct Unload {
     _number: Option<u64>,
 }
 
-/// Loads an adapter beside its base model; answers when it can be used.
+/// Loads an adapter beside its base model; answers when it can be used, or says what it waits for.
 pub(super) async fn load(context: &ApiContext, body: Body) -> Result<String, ApiError> {
     let server = server(context)?;
     let Load { lora_name, lora_path, base_model_name } = parse(context, body).await?;
@@ -44,7 +44,12 @@ pub(super) async fn load(context: &ApiContext, body: Body) -> Result<String, Api
         Some(base) => named("base_model_name", base)?,
         None => the_only(&context.table.borrow())?,
     };
-    ask(server, AdapterCall::Load { name, deployment, path: lora_path }).await?;
+    let reply = ask(server, AdapterCall::Load { name, deployment, path: lora_path }).await?;
+    if let AdapterReply::Accepted { adapter: Some(adapter) } = reply
+        && !adapter.reason.is_empty()
+    {
+        return Err(ApiError::new(ErrorCode::NotReady, adapter.reason));
+    }
     Ok(format!("Success: LoRA adapter '{lora_name}' added successfully."))
 }
 

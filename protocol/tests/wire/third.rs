@@ -82,7 +82,7 @@ fn held_adapters() -> WorkerMessage {
     WorkerMessage::Adapters(vec![HeldAdapters {
         replica: ReplicaId(3),
         generation: Generation(7),
-        held: vec![AdapterId(1), AdapterId(300)],
+        held: vec![(AdapterId(1), [1; 32]), (AdapterId(300), [2; 32])],
         failed: vec![(AdapterId(3), why)],
     }])
 }

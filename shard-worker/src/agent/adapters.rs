@@ -26,6 +26,9 @@ use super::sameness::memory_of;
 use crate::model::AdapterSlices;
 use crate::stage::{AdapterOrderError, ShardAdapters};
 
+/// What tells two adapters apart, whatever their numbers: a state that was restored gives some again.
+type Fingerprint = [u8; 32];
+
 /// What the agent tells its keeper.
 #[derive(Clone, Debug)]
 pub(super) struct Adapters {
@@ -39,7 +42,7 @@ struct State {
     shards: BTreeMap<ShardKey, Running>,
     /// What shards that have stopped had: their model may serve the replica's next layout, with all that
     /// lies in it.
-    left: BTreeMap<ReplicaId, BTreeSet<AdapterId>>,
+    left: BTreeMap<ReplicaId, BTreeMap<AdapterId, Fingerprint>>,
 }
 
 /// A shard that runs, and what it has.
@@ -48,12 +51,12 @@ struct Running {
     assignment: Assignment,
     adapters: ShardAdapters,
     /// With the bytes that each takes.
-    held: BTreeMap<AdapterId, Bytes>,
+    held: BTreeMap<AdapterId, (Fingerprint, Bytes)>,
     failed: BTreeMap<AdapterId, WireError>,
     /// What may lie in its model from a layout before.
-    left: BTreeSet<AdapterId>,
+    left: BTreeMap<AdapterId, Fingerprint>,
     /// Those of which nothing is said: they go behind their last sequence, or came too late.
-    silent: BTreeSet<AdapterId>,
+    silent: BTreeMap<AdapterId, Fingerprint>,
 }
 
 /// What is to be done next.
@@ -79,6 +82,12 @@ impl Adapters {
                 state.shards.values_mut().for_each(|shard| shard.failed.clear());
                 state.wanted = wanted;
             }
+            // Whatever the keeper is busy with: no head begins with what is to go.
+            for shard in state.shards.values() {
+                let wanted = state.wanted.of(&shard.assignment.replica.deployment);
+                let gone = shard.held.iter().filter(|(id, (at, _))| !is_in(wanted, **id, at));
+                gone.for_each(|(id, _)| shard.adapters.turn_away(*id));
+            }
         });
     }
 
@@ -97,7 +106,8 @@ impl Adapters {
         self.with(|state| {
             let Some(shard) = state.shards.remove(&key) else { return };
             let left = state.left.entry(key.replica).or_default();
-            left.extend(shard.held.into_keys().chain(shard.left).chain(shard.silent));
+            left.extend(shard.held.into_iter().map(|(id, (fingerprint, _))| (id, fingerprint)));
+            left.extend(shard.left.into_iter().chain(shard.silent));
             // A replica that has left this worker is not remembered for ever.
             let runs: BTreeSet<ReplicaId> = state.shards.keys().map(|key| key.replica).collect();
             state
@@ -143,10 +153,10 @@ impl Adapters {
         match next {
             Next::Unload(key, shard, id) => {
                 self.with(|state| {
-                    if let Some(shard) = state.shards.get_mut(&key) {
-                        shard.silent.insert(id);
-                        shard.held.remove(&id);
-                        shard.left.remove(&id);
+                    let Some(shard) = state.shards.get_mut(&key) else { return };
+                    let held = shard.held.remove(&id).map(|(fingerprint, _)| fingerprint);
+                    if let Some(fingerprint) = shard.left.remove(&id).or(held) {
+                        shard.silent.insert(id, fingerprint);
                     }
                 });
                 // It may take as long as the longest answer, for which nobody else is to wait.
@@ -160,18 +170,26 @@ impl Adapters {
                 });
             }
             Next::Load(key, running, spec) => {
-                let id = spec.id;
+                let (id, fingerprint) = (spec.id, spec.fingerprint);
                 let used = self.look(State::used);
                 let loaded = load(*running, spec, models.clone(), (used, budget)).await;
                 self.with(|state| {
-                    let Some(shard) = state.shards.get_mut(&key) else { return };
+                    let Some(shard) = state.shards.get_mut(&key) else {
+                        // Its shard has ended meanwhile, and its model may serve the next layout.
+                        if loaded.is_ok() {
+                            state.left.entry(key.replica).or_default().insert(id, fingerprint);
+                        }
+                        return;
+                    };
                     shard.left.remove(&id);
                     match loaded {
                         Ok(bytes) => {
                             tracing::info!("{id} is loaded at {key}: {bytes}");
-                            shard.held.insert(id, bytes);
+                            shard.held.insert(id, (fingerprint, bytes));
                         }
-                        Err(NotLoaded::Stopped) => drop(shard.silent.insert(id)),
+                        Err(NotLoaded::Stopped) => {
+                            shard.silent.insert(id, fingerprint);
+                        }
                         Err(NotLoaded::Refused(error)) => {
                             tracing::warn!("{id} is not loaded at {key}: {error}");
                             shard.failed.insert(id, error);
@@ -187,15 +205,15 @@ impl State {
     fn next(&self) -> Option<Next> {
         self.shards.iter().find_map(|(key, shard)| {
             let wanted = self.wanted.of(&shard.assignment.replica.deployment);
-            let is_wanted = |id: &AdapterId| wanted.iter().any(|spec| spec.id == *id);
-            let mut here = shard.held.keys().chain(&shard.left);
-            if let Some(id) = here.find(|id| !is_wanted(id)) {
+            let held = shard.held.iter().map(|(id, (fingerprint, _))| (id, fingerprint));
+            let mut here = held.chain(&shard.left);
+            if let Some((id, _)) = here.find(|(id, at)| !is_in(wanted, **id, at)) {
                 return Some(Next::Unload(*key, shard.adapters.clone(), *id));
             }
             let known = |id: &AdapterId| {
                 shard.held.contains_key(id)
                     || shard.failed.contains_key(id)
-                    || shard.silent.contains(id)
+                    || shard.silent.contains_key(id)
             };
             let spec = wanted.iter().find(|spec| !known(&spec.id))?;
             Some(Next::Load(*key, Box::new(shard.clone()), spec.clone()))
@@ -205,7 +223,8 @@ impl State {
     /// What shards that run and their adapters take.
     fn used(&self) -> Bytes {
         let of = |shard: &Running| {
-            memory_of(&shard.assignment).total() + shard.held.values().copied().sum::<Bytes>()
+            let held = shard.held.values().map(|(_, bytes)| *bytes).sum::<Bytes>();
+            memory_of(&shard.assignment).total() + held
         };
         self.shards.values().map(of).sum()
     }
@@ -217,11 +236,16 @@ impl State {
         let of = |(key, shard): (&ShardKey, &Running)| HeldAdapters {
             replica: key.replica,
             generation: key.generation,
-            held: shard.held.keys().copied().collect(),
+            held: shard.held.iter().map(|(id, (fingerprint, _))| (*id, *fingerprint)).collect(),
             failed: shard.failed.iter().map(|(id, error)| (*id, error.clone())).collect(),
         };
         self.shards.iter().map(of).collect()
     }
+}
+
+/// Whether this very adapter is among those that there should be.
+fn is_in(wanted: &[AdapterSpec], id: AdapterId, fingerprint: &Fingerprint) -> bool {
+    wanted.iter().any(|spec| spec.id == id && spec.fingerprint == *fingerprint)
 }
 
 /// Why a shard has not got an adapter.

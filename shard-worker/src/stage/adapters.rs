@@ -144,6 +144,11 @@ impl ShardAdapters {
         Ok(())
     }
 
+    /// Takes no requests for an adapter any more.
+    pub fn turn_away(&self, id: AdapterId) {
+        self.served.set(id, false);
+    }
+
     /// Takes no requests for an adapter any more, and lets it go behind the last sequence that uses it.
     pub async fn unload(&self, id: AdapterId) -> Result<(), AdapterOrderError> {
         self.served.set(id, false);

@@ -104,7 +104,7 @@ async fn until_held(workers: &mut [TestWorker], generation: u64, expected: &[u32
         let mut said = worker.said.clone();
         let has = |said: &Said| {
             let mut of = said.adapters.iter().filter(|held| held.generation.0 == generation);
-            of.any(|held| held.held.iter().map(|id| id.0).eq(expected.iter().copied()))
+            of.any(|held| held.held.iter().map(|(id, _)| id.0).eq(expected.iter().copied()))
         };
         let waited = tokio::time::timeout(PATIENCE, said.wait_for(has)).await;
         assert!(waited.is_ok(), "{}: {:?}", worker.node(), worker.said.borrow().adapters);

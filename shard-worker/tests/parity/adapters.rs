@@ -251,6 +251,26 @@ fn rows_of_an_adapter_that_is_not_there_become_no_numbers_and_the_others_keep_th
     assert_same_bits(&again, &alone, "in the same blocks");
 }
 
+/// Where one rank alone has forgotten it, and nobody reads that rank's own stream: what the ranks exchange
+/// must tell, or sums without its part would look like an answer.
+#[test]
+fn rows_of_an_adapter_that_one_rank_has_not_become_no_numbers_at_all_ranks() {
+    let case = Adapted::read(ATTENTION);
+    let base = case.base();
+    let layers = base.spec().layers;
+    for numerics in [Numerics::N1, Numerics::N1Sum] {
+        let cuts = vec![0, 1, layers];
+        let setup = Setup { cuts, ranks: vec![2, 1], numerics, ..Setup::plain(base.spec()) };
+        let mut chain = chain(ATTENTION, &base, &setup);
+        let tokens: Vec<u32> = (3..20).collect();
+        let there = transcript_of(&mut chain, AdapterId(1), &tokens);
+        assert!(there.iter().flatten().all(|logit| logit.is_finite()));
+        assert!(chain.0[0][1].0.unload_adapter(AdapterId(1)));
+        let lost = transcript_of(&mut chain, AdapterId(1), &tokens);
+        assert!(lost.iter().flatten().all(|logit| logit.is_nan()), "{numerics:?}");
+    }
+}
+
 fn transcript_of(chain: &mut Chain, id: AdapterId, tokens: &[u32]) -> Vec<Vec<f32>> {
     chain.transcript_with(Some(id), (tokens, 0), 64, &blocks())
 }

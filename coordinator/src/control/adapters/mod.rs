@@ -16,13 +16,13 @@ use shoal_protocol::adapters::{AdapterCall, AdapterReply, AdapterView};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{AdapterId, DeploymentName};
 use shoal_protocol::model::Adapter as Opened;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 pub use stand::{Held, Stand, serve, stands, view};
 
 use super::agents::Agents;
 use super::shape::ModelShape;
-use super::state::{AdapterCommand, Change, Effect, Refusal};
+use super::state::{Adapter, AdapterCommand, Change, Effect, Refusal};
 use super::store::ControlStore;
 use crate::serving::{ServedDeployment, ServingTable};
 
@@ -37,6 +37,12 @@ const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 /// How long an operator waits for what clients are served to follow what was decided: some rounds of the
 /// reconciler.
 const SHOW_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Adapters that one coordinator reads at once: each costs a disk as much as it has, whether its client has
+/// hung up or not.
+const READ_AT_ONCE: usize = 4;
+
+static READERS: Semaphore = Semaphore::const_new(READ_AT_ONCE);
 
 /// Answers what operators ask about adapters.
 #[derive(Clone, Debug)]
@@ -110,22 +116,33 @@ impl AdapterServer {
         let permitted = state.wait_for(|state| state.permits(&load).is_ok());
         // What holds it back after that, the proposal says.
         let _ = tokio::time::timeout(NEEDS_PATIENCE, permitted).await;
-        self.store.propose(load).await?;
+        let effects = self.store.propose(load).await?;
+        let number = |effect: &Effect| match effect {
+            Effect::AdapterLoaded { id, .. } => Some(*id),
+            _ => None,
+        };
+        let Some(id) = effects.iter().find_map(number) else {
+            return Err(Refusal::UnknownAdapter { name }.into());
+        };
         tracing::info!(who, adapter = %name, %deployment, path, "adapter to be loaded");
-        let loaded = tokio::time::timeout(LOAD_PATIENCE, self.loaded(&name)).await;
+        let loaded = tokio::time::timeout(LOAD_PATIENCE, self.loaded(&name, id)).await;
         match loaded.unwrap_or(Loaded::Slowly) {
             Loaded::Slowly => Ok(AdapterReply::Accepted { adapter: self.view_of(&name) }),
             Loaded::Everywhere => {
                 let adapter = self.view_of(&name);
-                let id = adapter.as_ref().map(|adapter| adapter.id);
                 let ready = |one: &ServedDeployment| one.replicas.iter().all(|r| r.ready);
-                self.show(&name, |one| one.is_some_and(|one| one.adapter_id() == id && ready(one)))
-                    .await;
+                self.show(&name, |one| {
+                    one.is_some_and(|one| one.adapter_id() == Some(id) && ready(one))
+                })
+                .await;
                 Ok(AdapterReply::Accepted { adapter })
             }
             Loaded::Gone => Err(Refusal::UnknownAdapter { name }.into()),
             Loaded::Nowhere(why) => {
-                self.unload(&name).await?;
+                let is_ours = |at: &Adapter| at.id == id;
+                if self.store.state().adapters.get(&name).is_some_and(is_ours) {
+                    self.unload(&name).await?;
+                }
                 tracing::warn!(who, adapter = %name, "taken back: {why}");
                 let words = format!("adapter `{name}` was not loaded: {}", why.message);
                 Err(WireError::new(why.code, words))
@@ -178,12 +195,22 @@ impl AdapterServer {
             return Err(WireError::new(ErrorCode::InvalidRequest, words));
         };
         let (base, folder) = (base.clone(), path.clone());
-        let opened = tokio::task::spawn_blocking(move || Opened::open(Path::new(&folder), &base));
+        let place = READERS.try_acquire().map_err(|_| {
+            let words = format!("{READ_AT_ONCE} adapters are being read already; try again");
+            WireError::new(ErrorCode::Overloaded, words)
+        })?;
+        let opened = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            Opened::open(Path::new(&folder), &base)
+        });
         let opened = opened.await.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the adapter: {error}"))
         })?;
         let bad = |error: &dyn std::fmt::Display| {
-            let words = format!("this is no adapter for `{deployment}`: {error}");
+            let words = format!(
+                "this is no adapter for `{deployment}`, as this coordinator reads it (coordinators and \
+                 workers must find it under the same path): {error}"
+            );
             WireError::new(ErrorCode::BadModel, words)
         };
         Ok(opened.map_err(|error| bad(&error))?.fingerprint())
@@ -196,12 +223,13 @@ impl AdapterServer {
     }
 
     /// Waits until every replica that has a layout has it, or one of them cannot.
-    async fn loaded(&self, name: &DeploymentName) -> Loaded {
+    async fn loaded(&self, name: &DeploymentName, id: AdapterId) -> Loaded {
         let (mut state, mut heard) = (self.store.watch(), self.agents.changed());
         loop {
             heard.mark_unchanged();
             let now = state.borrow_and_update().clone();
-            let Some(adapter) = now.adapters.get(name) else { return Loaded::Gone };
+            let ours = now.adapters.get(name).filter(|adapter| adapter.id == id);
+            let Some(adapter) = ours else { return Loaded::Gone };
             let stands = stands(&now, adapter, &self.agents.held_adapters());
             let failed = stands.iter().find_map(|(_, stand)| match stand {
                 Stand::Failed(node, why) => Some((node, why)),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use shoal_protocol::adapters::{AdapterView, HeldAdapters};
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::WireError;
-use shoal_protocol::id::{AdapterId, DeploymentName, NodeId};
+use shoal_protocol::id::{DeploymentName, NodeId};
 use shoal_protocol::plan::ReplicaPlan;
 
 use crate::control::state::{Adapter, ClusterState};
@@ -29,7 +29,8 @@ pub enum Stand {
 }
 
 /// Where an adapter is at a layout; what failed comes first.
-fn stand(plan: &ReplicaPlan, id: AdapterId, held: &Held) -> Stand {
+fn stand(plan: &ReplicaPlan, adapter: &Adapter, held: &Held) -> Stand {
+    let (id, this) = (adapter.id, (adapter.id, adapter.fingerprint));
     let mut stand = Stand::Held;
     for node in plan.nodes() {
         let mut said = held.get(&node).into_iter().flatten();
@@ -38,7 +39,7 @@ fn stand(plan: &ReplicaPlan, id: AdapterId, held: &Held) -> Stand {
         if let Some((_, why)) = failed {
             return Stand::Failed(node, why.clone());
         }
-        if stand == Stand::Held && !said.is_some_and(|said| said.held.contains(&id)) {
+        if stand == Stand::Held && !said.is_some_and(|said| said.held.contains(&this)) {
             stand = Stand::Coming(node);
         }
     }
@@ -53,7 +54,7 @@ pub fn stands<'a>(
 ) -> Vec<(&'a ReplicaPlan, Stand)> {
     let replicas = state.deployments.get(&adapter.deployment).map(|of| &of.replicas[..]);
     let plans = replicas.unwrap_or_default().iter().filter_map(|id| state.plans.get(*id));
-    plans.map(|plan| (plan, stand(plan, adapter.id, held))).collect()
+    plans.map(|plan| (plan, stand(plan, adapter, held))).collect()
 }
 
 /// An adapter for people and scripts.

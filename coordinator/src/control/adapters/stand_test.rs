@@ -80,7 +80,12 @@ fn state() -> ClusterState {
 
 fn says(worker: u32, generation: u64, held: &[AdapterId]) -> (NodeId, Vec<HeldAdapters>) {
     let (replica, generation) = (ReplicaId(1), Generation(generation));
-    let held = HeldAdapters { replica, generation, held: held.to_vec(), failed: Vec::new() };
+    let held = HeldAdapters {
+        replica,
+        generation,
+        held: held.iter().map(|id| (*id, [0; 32])).collect(),
+        failed: Vec::new(),
+    };
     (NodeId::worker(worker), vec![held])
 }
 
@@ -148,4 +153,15 @@ fn what_failed_is_said_and_not_waited_for() {
     let adapter = state.adapters.get(&name("a")).unwrap();
     let seen = view(&state, &name("a"), adapter, &held);
     assert_eq!((seen.held, seen.replicas, seen.reason.as_str()), (0, 1, words));
+}
+
+#[test]
+fn another_adapter_under_the_same_number_is_not_this_one() {
+    let state = state();
+    let adapter = state.adapters.get(&name("a")).expect("it is there");
+    let mut held: Held = [says(1, 1, &[adapter.id]), says(2, 1, &[adapter.id])].into();
+    let stand = |held: &Held| stands(&state, adapter, held)[0].1.clone();
+    assert_eq!(stand(&held), Stand::Held);
+    held.get_mut(&NodeId::worker(2)).expect("it said something")[0].held[0].1 = [9; 32];
+    assert_eq!(stand(&held), Stand::Coming(NodeId::worker(2)));
 }

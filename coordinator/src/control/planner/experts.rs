@@ -15,12 +15,21 @@ use shoal_protocol::model::Moe;
 /// In thousandths of an expert.
 pub const THOUSAND: u64 = 1000;
 
+/// The most experts of a row, and in all, of which sets are counted: several times what models have.
+const CHOSEN_MAX: usize = 32;
+const EXPERTS_MAX: u32 = 1024;
+
 /// How many experts of a row the rank has that has the most of them, on average, in thousandths; of one rank
 /// all that the row uses.
 pub fn busiest(moe: &Moe, ranks: u32) -> u64 {
     let chosen = moe.top_k.min(moe.experts) as usize;
     if ranks <= 1 {
         return chosen as u64 * THOUSAND;
+    }
+    // Beyond what is worth counting, and what its sums can count: as if one rank had as many as it can.
+    if chosen > CHOSEN_MAX || moe.experts > EXPERTS_MAX {
+        let most = moe.experts.div_ceil(ranks);
+        return u64::from(most).min(chosen as u64) * THOUSAND;
     }
     let border = |rank: u32| u64::from(rank) * u64::from(moe.experts) / u64::from(ranks);
     let held: Vec<u64> = (0..ranks).map(|rank| border(rank + 1) - border(rank)).collect();

@@ -24,6 +24,9 @@ pub use slices::{AdapterSlices, DeltaSlice};
 use super::{ComputeError, Span};
 use crate::backend::{BackendError, FamilyOps, Linear, Ops, WeightBuilder};
 
+/// Adapters that a shard holds: all that there may be, and as many that go behind their last sequence.
+const HELD_MAX: usize = 2 * ADAPTERS_MAX;
+
 /// Why an adapter was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterLoadError {
@@ -31,7 +34,9 @@ pub enum AdapterLoadError {
     #[error("{0} is loaded already; unload it first")]
     Loaded(AdapterId),
     /// There are too many.
-    #[error("{ADAPTERS_MAX} adapters are loaded, and no more are held: unload one first")]
+    #[error(
+        "{HELD_MAX} adapters are held, those among them that wait for their last answer to end; try again when some are gone"
+    )]
     TooMany,
     /// This kind of model has none.
     #[error("{0} has no projections that an adapter changes")]
@@ -92,7 +97,7 @@ impl<B: FamilyOps> Adapters<B> {
         if self.loaded.contains_key(&id) {
             return Err(AdapterLoadError::Loaded(id));
         }
-        if self.loaded.len() >= ADAPTERS_MAX {
+        if self.loaded.len() >= HELD_MAX {
             return Err(AdapterLoadError::TooMany);
         }
         let mut loaded = Loaded::new();
@@ -135,7 +140,7 @@ impl<B: FamilyOps> Adapters<B> {
             });
         }
         self.rows.reserve(rows);
-        self.groups.reserve(ADAPTERS_MAX);
+        self.groups.reserve(HELD_MAX);
         Ok(())
     }
 

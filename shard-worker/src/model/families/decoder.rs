@@ -1,5 +1,7 @@
 //! The decoder of every family: embedding, [layers](super::layer), output head.
 
+use std::ops::Range;
+
 use shoal_protocol::id::AdapterId;
 use shoal_protocol::model::{ModelSpec, Part, TensorRole};
 use shoal_protocol::plan::ReplicaLimits;
@@ -89,6 +91,13 @@ impl<B: FamilyOps> Decoder<B> {
             ops,
         })
     }
+
+    /// Makes no numbers of these rows.
+    fn lose(ops: &mut B, lost: &[Range<usize>], width: usize, stream: &mut B::Stream<'_>) {
+        for rows in lost {
+            ops.host_stream(stream)[rows.start * width..rows.end * width].fill(f32::NAN);
+        }
+    }
 }
 
 impl<B: FamilyOps> ShardModel for Decoder<B> {
@@ -131,15 +140,14 @@ impl<B: FamilyOps> ShardModel for Decoder<B> {
         }
         self.rope.prepare(ops, batch, scratch)?;
         scratch.adapters.begin(batch.spans);
+        // Before the layers, so that what the ranks exchange tells all of them, and behind the last one: no
+        // row of it may look like an answer. Its sequence fails at the last stage; the others go on.
+        Self::lose(ops, scratch.adapters.lost(), self.bounds.hidden, &mut stream);
         for (number, layer) in (self.first_layer..).zip(&mut self.layers) {
             scratch.adapters.enter(number);
             layer.forward(ops, batch, (&mut *scratch, &mut *peers), &mut stream)?;
         }
-        // Their sequence fails at the last stage, for its logits are no numbers; the others go on.
-        for rows in scratch.adapters.lost() {
-            let width = self.bounds.hidden;
-            ops.host_stream(&mut stream)[rows.start * width..rows.end * width].fill(f32::NAN);
-        }
+        Self::lose(ops, scratch.adapters.lost(), self.bounds.hidden, &mut stream);
         if let (Some(logits), Some((head, output))) = (logits, &self.head)
             && let Some(output) = output.as_ref().or(self.embedding.as_ref())
         {
