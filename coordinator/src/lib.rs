@@ -21,5 +21,5 @@ pub mod telemetry;
 mod trace;
 
 pub use config::CoordinatorConfig;
-pub use node::Coordinator;
+pub use node::{Coordinator, Ended};
 pub use start_error::StartError;

@@ -57,6 +57,15 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);
 
+/// Why a coordinator has ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// In words.
+    pub why: String,
+    /// Whether the next start would end so too: it was removed, or would do harm.
+    pub for_good: bool,
+}
+
 /// A running coordinator. Dropping it ends its tasks at once; `drain` lets them finish.
 #[derive(Debug)]
 pub struct Coordinator {
@@ -138,14 +147,14 @@ impl Coordinator {
     /// Waits until a part of it has ended that should run as long as it does: the API, the reconciler
     /// (which ends with the store), the door for peers. A coordinator like that is to be ended and
     /// started again. Cancel safe.
-    pub async fn failed(&mut self) -> String {
-        tokio::select! {
-            _ = &mut self.running.api => "the API has ended; the log above says why: start it again".into(),
-            _ = self.running.tasks.join_next() => {
-                "a part of the control plane has ended; the log above says why: start it again".into()
-            }
-            why = self.running.peers.ghost() => why,
-        }
+    pub async fn failed(&mut self) -> Ended {
+        let part = tokio::select! {
+            _ = &mut self.running.api => "the API",
+            _ = self.running.tasks.join_next() => "a part of the control plane",
+            why = self.running.peers.ghost() => return Ended { why, for_good: true },
+        };
+        let why = format!("{part} has ended; the log above says why: start it again");
+        Ended { why, for_good: false }
     }
 
     /// Stops: requests finish (for a few seconds), peers are told, the state is closed. Workers go

@@ -114,3 +114,16 @@ pub enum StartError {
     #[error("cannot set up the metrics: {0}")]
     Telemetry(#[from] prometheus::Error),
 }
+
+impl StartError {
+    /// Whether the next start would fail so too, until a person gives it something else.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(
+            self,
+            Self::Incomplete { .. }
+                | Self::NoToken { .. }
+                | Self::WrongToken { .. }
+                | Self::NoCoordinator { .. }
+        )
+    }
+}

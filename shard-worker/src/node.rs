@@ -115,6 +115,19 @@ pub enum StartError {
     Blobs(#[from] BlobsError),
 }
 
+impl StartError {
+    /// Whether the next start would fail so too, until a person gives it something else.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(
+            self,
+            Self::NoIdentity { .. }
+                | Self::NotAWorker { .. }
+                | Self::WrongToken(_)
+                | Self::Coordinators(_)
+        )
+    }
+}
+
 /// A worker that runs.
 #[derive(Debug)]
 pub struct Worker {

@@ -195,7 +195,7 @@ fn the_last_of_three_goes_on_alone_and_the_lost_ones_are_refused_by_name() -> Re
         cluster.restart_coordinator(index)?;
     }
     for index in 0..2 {
-        let ended = cluster.finish_coordinator(index)?.expect_code(1);
+        let ended = cluster.finish_coordinator(index)?.expect_code(3);
         let words = format!("c{} was removed from this cluster", index + 1);
         assert!(ended.stderr.contains(&words), "{}", ended.stderr);
     }

@@ -255,6 +255,12 @@ fn a_worker_joins_with_a_token_and_no_other_way() -> Result<()> {
     let refused = worker(&folder.path().join("c"), &other)?.finish(Duration::from_secs(15))?;
     assert_ne!(refused.code(), Some(0), "{}", refused.stderr);
 
+    // Without one no other start would do better, and a supervisor is told so.
+    let empty = folder.path().join("d").to_string_lossy().into_owned();
+    let refused = Process::shoal(["worker", "--join", &join, "--data", &empty])?;
+    let refused = refused.finish(Duration::from_secs(15))?.expect_code(3);
+    assert!(refused.stderr.contains("no token is given"), "{}", refused.stderr);
+
     // The identity outlives the process; no token is needed any more.
     joined.signal(shoal_tests::proc::Signal::TERM)?;
     joined.finish(Duration::from_secs(10))?.expect_code(0);

@@ -53,7 +53,10 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
         tracer: otlp.tracer(),
     };
     let mut coordinator = tokio::select! {
-        started = Coordinator::start(config) => started.map_err(explain_start)?,
+        started = Coordinator::start(config) => started.map_err(|error| match error.needs_a_person() {
+            true => Failure::refused(error.to_string()),
+            false => explain_start(error),
+        })?,
         _ = stop.requested() => return Ok(()),
     };
     let (id, api, cluster) =
@@ -67,7 +70,10 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
     let why = tokio::select! {
         why = stop.requested() => why,
         // What is left of it would serve an old picture for ever.
-        why = coordinator.failed() => return Err(Failure::failed(why)),
+        ended = coordinator.failed() => return Err(match ended.for_good {
+            true => Failure::refused(ended.why),
+            false => Failure::failed(ended.why),
+        }),
     };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {

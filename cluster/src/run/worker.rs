@@ -40,7 +40,10 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
         tracer: otlp.tracer(),
     };
     let worker = tokio::select! {
-        started = Worker::start(config) => started.map_err(explain_start)?,
+        started = Worker::start(config) => started.map_err(|error| match error.needs_a_person() {
+            true => Failure::refused(error.to_string()),
+            false => explain_start(error),
+        })?,
         _ = stop.requested() => return Ok(()),
     };
     let id = worker.id();

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use shoal_coordinator::Ended;
 use shoal_coordinator::alone::{go_on_alone, survey};
 use shoal_coordinator::config::CoordinatorConfig;
 use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
@@ -187,7 +188,8 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
         cluster.nodes[2].take().unwrap().drain().await;
     }
     let mut ghost = start_when_free(config(backup.path())).await;
-    let why = within("the refusal", ghost.failed()).await;
+    let Ended { why, for_good } = within("the refusal", ghost.failed()).await;
+    assert!(for_good, "another start would end so too: {why}");
     assert!(why.contains("an old backup or a copy"), "{why}");
     assert!(why.contains("shoal coordinators remove c3"), "{why}");
 }
@@ -210,7 +212,8 @@ async fn a_founders_backup_from_when_it_was_alone_ends_with_advice_and_takes_not
 
     let address = CoordinatorConfig { cluster: cluster.addresses[0], ..config(backup.path()) };
     let mut ghost = start_when_free(address).await;
-    let why = within("the end of it", ghost.failed()).await;
+    let Ended { why, for_good } = within("the end of it", ghost.failed()).await;
+    assert!(for_good, "{why}");
     assert!(why.contains("this data folder is an old backup"), "{why}");
     assert!(why.contains("shoal coordinators remove c1"), "{why}");
     drop(ghost);
@@ -315,7 +318,7 @@ async fn one_of_three_goes_on_alone_and_those_it_gave_up_are_refused() {
         ghosts.spawn(async move { (index, within("the refusal", ghost.failed()).await) });
     }
     while let Some(ended) = ghosts.join_next().await {
-        let (index, why) = ended.unwrap();
+        let (index, Ended { why, .. }) = ended.unwrap();
         let name = format!("c{} was removed from this cluster", index + 1);
         assert!(why.contains(&name) && why.contains("empty"), "{why}");
     }

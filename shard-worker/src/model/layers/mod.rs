@@ -1,4 +1,4 @@
-//! The layers that families are assembled from, each written once on [`Ops`].
+//! The layers that families are assembled from, each written once on [`Ops`](crate::backend::Ops).
 //!
 //! ```text
 //! tokens ─► embedding ─► stream ─┬─► norm ─► attention ─┬─► + ─┬─► norm ─► mlp ─┬─► + ─► …
