@@ -15,6 +15,7 @@
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Seek, SeekFrom, Write};
 use std::num::NonZeroUsize;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -117,7 +118,10 @@ fn of_machine(
 )]
 fn turn() -> Option<File> {
     let path = std::env::temp_dir().join(TURN_FILE);
-    let file = File::options().create(true).read(true).append(true).open(path).ok()?;
+    // Anybody may put something there: no link is followed, and nothing of somebody else's is written to.
+    let mut open = File::options();
+    open.create(true).read(true).append(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = open.open(path).ok().filter(is_ours)?;
     let until = Instant::now() + TURN_PATIENCE;
     loop {
         match file.try_lock() {
@@ -128,6 +132,12 @@ fn turn() -> Option<File> {
             Err(_) => return None,
         }
     }
+}
+
+/// Whether it is a file of this process's user under one name.
+fn is_ours(file: &File) -> bool {
+    let own = std::fs::metadata("/proc/self").map(|process| process.uid()).ok();
+    file.metadata().is_ok_and(|at| at.is_file() && Some(at.uid()) == own && at.nlink() == 1)
 }
 
 /// Bytes of weights in a second, in the fastest round over all matrices.
