@@ -58,7 +58,7 @@ fn a_worker_without_a_token_is_told_where_to_get_one() {
     let data = tempfile::tempdir().unwrap();
     let path = data.path().to_str().unwrap();
     let (code, _, stderr) = shoal(&["worker", "--join", "127.0.0.1:9", "--data", path]);
-    assert_eq!(code, Some(1), "{stderr}");
+    assert_eq!(code, Some(3), "{stderr}");
     assert!(stderr.contains("shoal token create"), "{stderr}");
 }
 
@@ -116,7 +116,7 @@ fn a_damaged_state_is_told_in_one_sentence() {
         std::fs::write(&state, bytes).unwrap();
         let line = ["coordinator", "--listen", "127.0.0.1:0", "--cluster", "127.0.0.1:0", "--data"];
         let (code, _, stderr) = shoal(&[&line[..], &[data.to_str().unwrap()]].concat());
-        assert_eq!(code, Some(1), "{stderr}");
+        assert_eq!(code, Some(3), "{stderr}");
         assert!(stderr.contains(words) && stderr.contains("backup"), "{stderr}");
         assert!(!stderr.contains("panicked") && stderr.lines().count() == 1, "{stderr}");
     }

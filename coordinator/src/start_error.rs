@@ -118,12 +118,13 @@ pub enum StartError {
 impl StartError {
     /// Whether the next start would fail so too, until a person gives it something else.
     pub fn needs_a_person(&self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::Incomplete { .. }
-                | Self::NoToken { .. }
-                | Self::WrongToken { .. }
-                | Self::NoCoordinator { .. }
-        )
+            | Self::NoToken { .. }
+            | Self::WrongToken { .. }
+            | Self::NoCoordinator { .. } => true,
+            Self::Store(OpenError::Raft(error)) => error.needs_a_person(),
+            _ => false,
+        }
     }
 }

@@ -53,9 +53,9 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
         tracer: otlp.tracer(),
     };
     let mut coordinator = tokio::select! {
-        started = Coordinator::start(config) => started.map_err(|error| match error.needs_a_person() {
-            true => Failure::refused(error.to_string()),
-            false => explain_start(error),
+        started = Coordinator::start(config) => started.map_err(|error| {
+            let needs_a_person = error.needs_a_person();
+            explain_start(error, needs_a_person)
         })?,
         _ = stop.requested() => return Ok(()),
     };

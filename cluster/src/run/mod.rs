@@ -33,8 +33,12 @@ pub fn log_to_stderr(default: &str) {
     let _ = subscriber.try_init();
 }
 
-/// A start that failed, in words, with the code that its cause deserves.
-fn explain_start(error: impl std::error::Error + Send + Sync + 'static) -> Failure {
+/// A start that failed, in words, with the code that its cause deserves. `needs_a_person`: the next start would
+/// fail so too, and a supervisor must not try it.
+fn explain_start(
+    error: impl std::error::Error + Send + Sync + 'static,
+    needs_a_person: bool,
+) -> Failure {
     let error = anyhow::Error::new(error);
     let message = words(&error);
     for cause in error.chain() {
@@ -48,7 +52,7 @@ fn explain_start(error: impl std::error::Error + Send + Sync + 'static) -> Failu
             None => {}
         }
     }
-    Failure::failed(message)
+    if needs_a_person { Failure::refused(message) } else { Failure::failed(message) }
 }
 
 /// An error and its causes. Many errors quote their cause already; nothing is said twice.
@@ -82,15 +86,21 @@ mod tests {
     fn a_start_that_failed_is_told_once_and_with_the_right_code() {
         use shoal_protocol::error::ErrorCode;
 
-        let failed = explain_start(StartError::Listen(io::ErrorKind::AddrInUse.into()));
+        let failed = explain_start(StartError::Listen(io::ErrorKind::AddrInUse.into()), false);
         assert_eq!(failed.message, "cannot listen: address in use; `:0` picks a free one");
         assert_eq!(failed.exit, Exit::Failed);
+        let no_folder = StartError::Listen(io::ErrorKind::NotFound.into());
+        assert_eq!(
+            explain_start(no_folder, true).exit,
+            Exit::Refused,
+            "it would be tried for ever"
+        );
         let refused = WireError::new(ErrorCode::BadToken, "the token is used up");
-        let refused = explain_start(StartError::Join(refused));
+        let refused = explain_start(StartError::Join(refused), false);
         assert_eq!(refused.message, "cannot join: the token is used up");
         assert_eq!(refused.exit, Exit::Refused);
         let address = ([10, 0, 0, 1], 4000).into();
-        let other = explain_start(ConnectError::OtherCluster { address });
+        let other = explain_start(ConnectError::OtherCluster { address }, false);
         assert!(other.message.contains("of another cluster"), "{}", other.message);
         assert_eq!(other.exit, Exit::Refused);
     }

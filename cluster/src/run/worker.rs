@@ -40,9 +40,9 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
         tracer: otlp.tracer(),
     };
     let worker = tokio::select! {
-        started = Worker::start(config) => started.map_err(|error| match error.needs_a_person() {
-            true => Failure::refused(error.to_string()),
-            false => explain_start(error),
+        started = Worker::start(config) => started.map_err(|error| {
+            let needs_a_person = error.needs_a_person();
+            explain_start(error, needs_a_person)
         })?,
         _ = stop.requested() => return Ok(()),
     };

@@ -102,6 +102,20 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// Whether the file is what is wrong, and stays so until a person gives another one.
+    pub(super) fn needs_a_person(&self) -> bool {
+        match self {
+            Self::Damaged(_)
+            | Self::Gap { .. }
+            | Self::Value { .. }
+            | Self::Older
+            | Self::NotOurs { .. } => true,
+            Self::Open(_) | Self::InUse | Self::Io(_) => false,
+        }
+    }
+}
+
 /// Sees to it that what is read from a file is what lies on the disk. After a sync that failed, Linux keeps
 /// pages that were never written and calls them clean, also for the next process: what can still be written
 /// is written, and the rest is forgotten, so that it is read again.

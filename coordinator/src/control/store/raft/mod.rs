@@ -57,6 +57,13 @@ pub struct OpenError {
     source: StartError,
 }
 
+impl OpenError {
+    /// Whether the next start would find the same, until a person gives it something else.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(&self.source, StartError::Disk(error) if error.needs_a_person())
+    }
+}
+
 /// Why a log cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
