@@ -5,33 +5,20 @@ use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
 
 use super::*;
 use crate::control::shape::{ModelShape, small_pretend};
+use crate::control::state::cluster_test::{C1, Cluster};
 use crate::control::state::{
-    Change, ClusterState, Command, CoordinatorCommand, DeploymentCommand, Effect, KeyFingerprint,
-    NodeCommand, Refusal, Timestamp, VersionCommand, snapshot,
+    Change, DeploymentCommand, Effect, NodeCommand, Refusal, VersionCommand, snapshot,
 };
 
-const C1: NodeId = NodeId::coordinator(1);
 const W1: NodeId = NodeId::worker(1);
-
-struct Cluster {
-    state: ClusterState,
-    sequence: u64,
-}
 
 impl Cluster {
     /// Of a coordinator and a worker, with deployment `m`, before anybody is known to speak anything.
-    fn new() -> Self {
-        let mut cluster = Self { state: ClusterState::default(), sequence: 0 };
-        for role in [Role::Coordinator, Role::Worker] {
-            let key = KeyFingerprint([role as u8; 32]);
-            cluster.apply(Change::Node(NodeCommand::Enrol { role, key })).unwrap();
-        }
-        let at = "127.0.0.1:1".parse().unwrap();
+    fn with_a_worker() -> Self {
+        let mut cluster = Self::of(&[Role::Coordinator, Role::Worker]);
+        cluster.announce(C1, 1, 1);
         let (incarnation, build) = (Incarnation(1), "0.1.0".to_owned());
-        let announce =
-            CoordinatorCommand::Announce { node: C1, incarnation, boot: 1, cluster: at, build };
-        cluster.apply(Change::Coordinator(announce)).unwrap();
-        let start = NodeCommand::Start { node: W1, incarnation, build: "0.1.0".to_owned() };
+        let start = NodeCommand::Start { node: W1, incarnation, build };
         cluster.apply(Change::Node(start)).unwrap();
         cluster.apply(create("m")).unwrap();
         cluster
@@ -39,24 +26,10 @@ impl Cluster {
 
     /// The same, of which everybody speaks version 3.
     fn of_today() -> Self {
-        let mut cluster = Self::new();
-        cluster.raise(3);
+        let mut cluster = Self::with_a_worker();
+        cluster.raise(3, &[(C1, 1)]).unwrap();
         cluster.start(3).unwrap();
         cluster
-    }
-
-    fn apply(&mut self, change: Change) -> Result<Vec<Effect>, Refusal> {
-        self.sequence += 1;
-        let (incarnation, sequence, at) = (Incarnation(1), self.sequence, Timestamp(9));
-        let result = self.state.apply(&Command { client: C1, incarnation, sequence, at, change });
-        let bytes = snapshot::encode(&self.state).unwrap();
-        assert_eq!(snapshot::decode(&bytes).as_ref(), Ok(&self.state), "the snapshot differs");
-        result
-    }
-
-    fn raise(&mut self, to: u16) {
-        let heard = [(C1, 1)].into();
-        self.apply(Change::Version(VersionCommand::Raise { to, heard })).unwrap();
     }
 
     fn start(&mut self, protocol: u16) -> Result<Vec<Effect>, Refusal> {
@@ -110,11 +83,11 @@ fn load(adapter: &str, deployment: &str) -> Change {
 
 #[test]
 fn an_adapter_waits_until_coordinators_and_workers_know_of_adapters() {
-    let mut cluster = Cluster::new();
-    cluster.raise(2);
+    let mut cluster = Cluster::with_a_worker();
+    cluster.raise(2, &[(C1, 1)]).unwrap();
     let held = |by: &[NodeId]| Err(Refusal::HeldBack { needs: 3, by: by.to_vec(), more: 0 });
     assert_eq!(cluster.load("a", "m"), held(&[C1, W1]));
-    cluster.raise(3);
+    cluster.raise(3, &[(C1, 1)]).unwrap();
     assert_eq!(cluster.load("a", "m"), held(&[W1]));
     cluster.start(3).unwrap();
     assert_eq!(cluster.load("a", "m"), Ok(1));

@@ -1,48 +1,20 @@
 //! What is asked of the planner, as the log and the snapshot have it.
 
-use shoal_protocol::id::{Incarnation, NodeId, Role};
+use shoal_protocol::id::Role;
 use shoal_protocol::mesh::{Mesh, Objective};
 use shoal_protocol::plan::{DeploymentSpec, KvPrecision, ModelRef, ModelSource};
 
 use super::*;
 use crate::control::shape::{ModelShape, small_pretend};
-use crate::control::state::{
-    Change, ClusterState, Command, CoordinatorCommand, DeploymentCommand, Effect, KeyFingerprint,
-    NodeCommand, Refusal, Timestamp, VersionCommand, snapshot,
-};
-
-const C1: NodeId = NodeId::coordinator(1);
-
-struct Cluster {
-    state: ClusterState,
-    sequence: u64,
-}
+use crate::control::state::cluster_test::{C1, Cluster};
+use crate::control::state::{Change, DeploymentCommand, Refusal};
 
 impl Cluster {
-    fn new() -> Self {
-        let mut cluster = Self { state: ClusterState::default(), sequence: 0 };
-        let key = KeyFingerprint([7; 32]);
-        cluster.apply(Change::Node(NodeCommand::Enrol { role: Role::Coordinator, key })).unwrap();
-        let at = "127.0.0.1:1".parse().unwrap();
-        let (incarnation, build) = (Incarnation(1), "0.1.0".to_owned());
-        let announce =
-            CoordinatorCommand::Announce { node: C1, incarnation, boot: 1, cluster: at, build };
-        cluster.apply(Change::Coordinator(announce)).unwrap();
+    /// Of one coordinator.
+    fn of_one() -> Self {
+        let mut cluster = Self::of(&[Role::Coordinator]);
+        cluster.announce(C1, 1, 1);
         cluster
-    }
-
-    fn apply(&mut self, change: Change) -> Result<Vec<Effect>, Refusal> {
-        self.sequence += 1;
-        let (incarnation, sequence, at) = (Incarnation(1), self.sequence, Timestamp(0));
-        let result = self.state.apply(&Command { client: C1, incarnation, sequence, at, change });
-        let bytes = snapshot::encode(&self.state).unwrap();
-        assert_eq!(snapshot::decode(&bytes).as_ref(), Ok(&self.state), "the snapshot differs");
-        result
-    }
-
-    fn raise(&mut self, to: u16) {
-        let heard = [(C1, 1)].into();
-        self.apply(Change::Version(VersionCommand::Raise { to, heard })).unwrap();
     }
 
     fn ask(&self) -> String {
@@ -78,11 +50,11 @@ fn two_by_two() -> MeshAsk {
 
 #[test]
 fn a_mesh_waits_until_all_coordinators_know_of_meshes() {
-    let mut cluster = Cluster::new();
-    cluster.raise(2);
+    let mut cluster = Cluster::of_one();
+    cluster.raise(2, &[(C1, 1)]).unwrap();
     let held = Err(Refusal::HeldBack { needs: 3, by: vec![C1], more: 0 });
     assert_eq!(cluster.apply(create(two_by_two())), held);
-    cluster.raise(3);
+    cluster.raise(3, &[(C1, 1)]).unwrap();
     cluster.apply(create(two_by_two())).unwrap();
     assert_eq!(cluster.ask(), "mesh 2x2, objective throughput");
     assert_eq!(cluster.state.versions.workers(), 1, "older workers may stay: they get no rank");
@@ -90,12 +62,12 @@ fn a_mesh_waits_until_all_coordinators_know_of_meshes() {
 
 #[test]
 fn a_cache_of_fewer_bits_waits_until_workers_know_of_it_too_and_stays() {
-    let mut cluster = Cluster::new();
-    cluster.raise(2);
+    let mut cluster = Cluster::of_one();
+    cluster.raise(2, &[(C1, 1)]).unwrap();
     let small = MeshAsk { kv: Some(KvPrecision::Q8_0), ..MeshAsk::default() };
     let held = Err(Refusal::HeldBack { needs: 3, by: vec![C1], more: 0 });
     assert_eq!(cluster.apply(create(small)), held);
-    cluster.raise(3);
+    cluster.raise(3, &[(C1, 1)]).unwrap();
     cluster.apply(create(small)).unwrap();
     assert_eq!(cluster.state.versions.workers(), 3, "an older worker that comes now is refused");
     cluster.apply(scale(two_by_two())).unwrap();
@@ -105,8 +77,8 @@ fn a_cache_of_fewer_bits_waits_until_workers_know_of_it_too_and_stays() {
 
 #[test]
 fn a_scale_changes_what_it_says_and_a_number_of_stages_ends_a_mesh() {
-    let mut cluster = Cluster::new();
-    cluster.raise(3);
+    let mut cluster = Cluster::of_one();
+    cluster.raise(3, &[(C1, 1)]).unwrap();
     cluster.apply(create(two_by_two())).unwrap();
     let latency = MeshAsk { objective: Some(Objective::Latency), ..MeshAsk::default() };
     cluster.apply(scale(latency)).unwrap();

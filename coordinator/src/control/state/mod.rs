@@ -308,5 +308,7 @@ impl ClusterState {
 }
 
 #[cfg(test)]
+mod cluster_test;
+#[cfg(test)]
 #[path = "state_test.rs"]
 mod tests;

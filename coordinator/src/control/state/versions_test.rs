@@ -5,50 +5,20 @@ use shoal_protocol::model::EncoderSpec;
 use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource};
 
 use super::*;
-use crate::control::state::{Command, KeyFingerprint, Timestamp, snapshot};
+use crate::control::state::cluster_test::{C1, Cluster};
+use crate::control::state::{KeyFingerprint, snapshot};
 
-const C1: NodeId = NodeId::coordinator(1);
 const C2: NodeId = NodeId::coordinator(2);
 const W1: NodeId = NodeId::worker(1);
-
-struct Cluster {
-    state: ClusterState,
-    sequence: u64,
-}
 
 impl Cluster {
     /// Two coordinators and a worker, as version 1 has them.
     fn of_version_1() -> Self {
-        let mut cluster = Self { state: ClusterState::default(), sequence: 0 };
-        for role in [Role::Coordinator, Role::Coordinator, Role::Worker] {
-            let key = KeyFingerprint([7; 32]);
-            cluster.apply(Change::Node(NodeCommand::Enrol { role, key })).unwrap();
-        }
+        let mut cluster = Self::of(&[Role::Coordinator, Role::Coordinator, Role::Worker]);
         cluster.announce(C1, 1, 11);
         cluster.announce(C2, 1, 12);
         cluster.apply(start(1)).unwrap();
         cluster
-    }
-
-    fn apply(&mut self, change: Change) -> Result<Vec<Effect>, Refusal> {
-        self.sequence += 1;
-        let (incarnation, sequence, at) = (Incarnation(1), self.sequence, Timestamp(0));
-        let result = self.state.apply(&Command { client: C1, incarnation, sequence, at, change });
-        let bytes = snapshot::encode(&self.state).unwrap();
-        assert_eq!(snapshot::decode(&bytes).as_ref(), Ok(&self.state), "the snapshot differs");
-        result
-    }
-
-    fn announce(&mut self, node: NodeId, start: u64, boot: u64) {
-        let (incarnation, cluster) = (Incarnation(start), "127.0.0.1:1".parse().unwrap());
-        let build = "0.1.0".to_owned();
-        let announce = CoordinatorCommand::Announce { node, incarnation, boot, cluster, build };
-        self.apply(Change::Coordinator(announce)).unwrap();
-    }
-
-    fn raise(&mut self, to: u16, heard: &[(NodeId, u64)]) -> Result<Vec<Effect>, Refusal> {
-        let heard = heard.iter().copied().collect();
-        self.apply(Change::Version(VersionCommand::Raise { to, heard }))
     }
 
     fn format(&self) -> u8 {
