@@ -6,26 +6,18 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufWriter, Write as _};
-use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use half::bf16;
 use serde_json::{Map, Value, json};
 use shoal_coordinator::control::shape::ModelShape;
-use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::model::{Checkpoint, Family, ModelSpec};
-use shoal_protocol::plan::{
-    Assignment, BLOCK_TOKENS, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
-    ReplicaPlan, ShardPlan, StagePlan,
-};
+use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits};
 use shoal_protocol::units::LayerRange;
-use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
-use shoal_shard_worker::collective::Alone;
-use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
 
+use super::whole::Whole;
 use crate::measure::Series;
 use crate::measure::report::Section;
 use crate::measure::stats::significant;
@@ -145,11 +137,9 @@ fn write(family: Family, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A whole model on one thread.
+/// A family's model.
 struct Model {
-    shard: Box<dyn ShardModel>,
-    hidden: Vec<f32>,
-    logits: Vec<f32>,
+    whole: Whole,
     /// What a token reads of weights.
     bytes: u64,
 }
@@ -157,60 +147,12 @@ struct Model {
 impl Model {
     fn load(folder: &Path, held: Precision) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
-        let spec = checkpoint.spec().clone();
-        let layers = LayerRange::new(0, spec.layers);
-        let shard = ShardPlan {
-            rank: RankIndex(0),
-            node: NodeId::worker(1),
-            device: "cpu".into(),
-            memory: spec.shard_memory(layers, held, &LIMITS),
-        };
-        let replica = ReplicaPlan {
-            id: ReplicaId(1),
-            deployment: DeploymentName::new("families")?,
-            generation: Generation(1),
-            model: ModelRef {
-                source: ModelSource::Folder { path: folder.display().to_string() },
-                fingerprint: checkpoint.fingerprint(),
-            },
-            precision: held,
-            numerics: Numerics::N1,
-            stages: vec![StagePlan { layers, shards: vec![shard] }],
-            limits: LIMITS,
-        };
-        let (stage, rank) = (StageIndex(0), RankIndex(0));
-        let assignment = Assignment { replica, stage, rank, peers: Vec::new() };
-        let options = LoadOptions {
-            threads: NonZeroUsize::MIN,
-            on_progress: &|_, _| (),
-            cancel: &AtomicBool::new(false),
-        };
-        let shard = load_shard(CpuOps::new(1, Isa::best())?, &checkpoint, &assignment, &options)?;
-        let shape = ModelShape::Checkpoint(spec);
+        let mut whole = Whole::load(&checkpoint, (held, KvPrecision::F32), LIMITS)?;
+        let shape = ModelShape::Checkpoint(checkpoint.spec().clone());
         let bytes = (0..LAYERS).map(|layer| shape.step_bytes(layer, held).0).sum();
-        let hidden = vec![0.0; PROMPT * shard.hidden()];
-        let logits = vec![0.0; shard.vocab().len()];
-        let mut model = Self { shard, hidden, logits, bytes };
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| 7 * i + 1).collect();
-        model.step(&prompt, 0)?;
-        Ok(model)
-    }
-
-    fn step(&mut self, tokens: &[u32], first_position: usize) -> Result<()> {
-        let rows = tokens.len();
-        let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
-        let spans = [Span {
-            first_row: 0,
-            rows,
-            first_position: first_position as u32,
-            blocks: &blocks,
-            adapter: None,
-        }];
-        let batch = Batch { spans: &spans, rows, sample_rows: &[rows - 1] };
-        let width = self.shard.hidden();
-        let hidden = &mut self.hidden[..rows * width];
-        self.shard.forward(&batch, Some(tokens), hidden, Some(&mut self.logits), &mut Alone)?;
-        Ok(())
+        whole.step(&prompt, 0, PROMPT - 1)?;
+        Ok(Self { whole, bytes })
     }
 
     /// Milliseconds a token, decoded one by one behind the prompt.
@@ -218,7 +160,7 @@ impl Model {
         let start = Instant::now();
         for token in 0..TOKENS {
             // Not the same experts each time.
-            self.step(&[(131 * token as u32 + 17) % VOCAB], PROMPT + token)?;
+            self.whole.step(&[(131 * token as u32 + 17) % VOCAB], PROMPT + token, 0)?;
         }
         Ok(start.elapsed().as_secs_f64() * 1e3 / TOKENS as f64)
     }

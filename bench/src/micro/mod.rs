@@ -15,6 +15,7 @@ mod hop;
 pub mod planner;
 pub mod quality;
 pub mod route;
+mod whole;
 
 /// All of them, in order.
 pub fn run(report: &mut Report) -> Result<()> {

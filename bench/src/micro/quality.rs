@@ -5,24 +5,16 @@
 //! seeded generator. So they are what the model takes to be likely, the set is the same in every run, and
 //! `f32`'s perplexity on it is the least that there can be but for chance.
 
-use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use shoal_coordinator::api::tokenize::ModelText;
 use shoal_coordinator::api::validate::Message;
-use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::model::Checkpoint;
-use shoal_protocol::plan::{
-    Assignment, BLOCK_TOKENS, KvPrecision, ModelRef, ModelSource, Numerics, Precision,
-    ReplicaLimits, ReplicaPlan, ShardPlan, StagePlan,
-};
+use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits};
 use shoal_protocol::units::{Bytes, LayerRange};
-use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
-use shoal_shard_worker::collective::Alone;
-use shoal_shard_worker::model::{Batch, LoadOptions, ShardModel, Span, load_shard};
 
+use super::whole::Whole;
 use crate::measure::report::Section;
 
 /// Tokens of a text, its prompt included.
@@ -195,43 +187,12 @@ fn texts(folder: &Path, model: &mut Model, count: usize) -> Result<Vec<Text>> {
     Ok(texts)
 }
 
-/// The whole model on one thread.
-struct Model {
-    shard: Box<dyn ShardModel>,
-}
+/// The model, held in some precisions.
+struct Model(Whole);
 
 impl Model {
     fn load(checkpoint: &Checkpoint, held: Precision, kv: KvPrecision) -> Result<Self> {
-        let spec = checkpoint.spec();
-        let layers = LayerRange::new(0, spec.layers);
-        let shard = ShardPlan {
-            rank: RankIndex(0),
-            node: NodeId::worker(1),
-            device: "cpu".into(),
-            memory: spec.shard_memory(layers, held, &LIMITS),
-        };
-        let replica = ReplicaPlan {
-            id: ReplicaId(1),
-            deployment: DeploymentName::new("quality")?,
-            generation: Generation(1),
-            model: ModelRef {
-                source: ModelSource::Folder { path: checkpoint.folder().display().to_string() },
-                fingerprint: checkpoint.fingerprint(),
-            },
-            precision: held,
-            numerics: Numerics::N1.with_kv(kv),
-            stages: vec![StagePlan { layers, shards: vec![shard] }],
-            limits: LIMITS,
-        };
-        let (stage, rank) = (StageIndex(0), RankIndex(0));
-        let assignment = Assignment { replica, stage, rank, peers: Vec::new() };
-        let options = LoadOptions {
-            threads: NonZeroUsize::MIN,
-            on_progress: &|_, _| (),
-            cancel: &AtomicBool::new(false),
-        };
-        let ops = CpuOps::new(1, Isa::best())?;
-        Ok(Self { shard: load_shard(ops, checkpoint, &assignment, &options)? })
+        Ok(Self(Whole::load(checkpoint, (held, kv), LIMITS)?))
     }
 
     /// The logarithms of the probabilities of every token after each of a text's, from the prompt's last
@@ -242,22 +203,7 @@ impl Model {
 
     /// The same after each token from position `sample_from` on, of tokens from `first` on.
     fn step(&mut self, tokens: &[u32], first: usize, sample_from: usize) -> Result<Vec<Vec<f64>>> {
-        let rows = tokens.len();
-        let blocks: Vec<u32> = (0..LIMITS.kv_blocks).collect();
-        let spans = [Span {
-            first_row: 0,
-            rows,
-            first_position: first as u32,
-            blocks: &blocks,
-            adapter: None,
-        }];
-        let sampled: Vec<usize> = (sample_from - first..rows).collect();
-        let batch = Batch { spans: &spans, rows, sample_rows: &sampled };
-        let mut hidden = vec![0.0; rows * self.shard.hidden()];
-        let vocab = self.shard.vocab().len();
-        let mut logits = vec![0.0; sampled.len() * vocab];
-        self.shard.forward(&batch, Some(tokens), &mut hidden, Some(&mut logits), &mut Alone)?;
-        Ok(logits.chunks_exact(vocab).map(log_softmax).collect())
+        Ok(self.0.step(tokens, first, sample_from - first)?.into_iter().map(log_softmax).collect())
     }
 }
 
