@@ -126,11 +126,11 @@ async fn stands_still(beyond: &Semaphore, until: Instant) {
     }
 }
 
-/// An event, with its place among the bytes that may wait.
-type Waiting = (Bytes, Place);
+/// An event, with what lets its bytes wait.
+type Waiting = (Bytes, Permits);
 
-/// Places of an event's bytes; they are free again when it is read.
-struct Place {
+/// What an event's bytes take of a room, given back when it is read.
+struct Permits {
     _own: OwnedSemaphorePermit,
     _shared: Option<OwnedSemaphorePermit>,
 }
@@ -149,20 +149,20 @@ impl Room {
         Self { own, beyond, of_all: Arc::clone(&shared.0) }
     }
 
-    /// As soon as there is a place. Only who is behind already takes of what all share.
-    async fn place(&self, bytes: usize) -> Result<Place, AcquireError> {
+    /// As soon as there is room. Only who is behind already takes of what all share.
+    async fn permits(&self, bytes: usize) -> Result<Permits, AcquireError> {
         // An event that is larger than all there is room for waits until it is alone.
         let bytes = bytes.min(BYTES_MAX - BYTES_OWN) as u32;
         let own = Arc::clone(&self.own).acquire_many_owned(bytes.min(BYTES_OWN as u32));
         let behind = async {
             let own = Arc::clone(&self.beyond).acquire_many_owned(bytes).await?;
             let shared = Arc::clone(&self.of_all).acquire_many_owned(bytes).await?;
-            Ok(Place { _own: own, _shared: Some(shared) })
+            Ok(Permits { _own: own, _shared: Some(shared) })
         };
         // Who reads on gets its own room back while it waits for what the others have.
         tokio::select! {
             biased;
-            own = own => Ok(Place { _own: own?, _shared: None }),
+            own = own => Ok(Permits { _own: own?, _shared: None }),
             behind = behind => behind,
         }
     }
@@ -261,8 +261,8 @@ impl Writer {
     async fn send(&self, event: Bytes) -> Result<(), Stuck> {
         let push = async {
             // The semaphores are never closed.
-            let place = self.room.place(event.len()).await.map_err(|_| Stuck::HungUp)?;
-            self.events.send((event, place)).await.map_err(|_| Stuck::HungUp)
+            let permits = self.room.permits(event.len()).await.map_err(|_| Stuck::HungUp)?;
+            self.events.send((event, permits)).await.map_err(|_| Stuck::HungUp)
         };
         match tokio::time::timeout(STANDSTILL, push).await {
             Ok(pushed) => pushed,

@@ -132,10 +132,7 @@ impl TensorRole {
     /// Whether it is one expert's of a mixture.
     pub fn is_expert(self) -> bool {
         use TensorRole::*;
-        matches!(
-            self,
-            ExpertGate | ExpertGateBias | ExpertUp | ExpertUpBias | ExpertDown | ExpertDownBias
-        )
+        self.is_expert_matrix() || matches!(self, ExpertGateBias | ExpertUpBias | ExpertDownBias)
     }
 
     /// Whether it is the weight, not the bias, of a norm.

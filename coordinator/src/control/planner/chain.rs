@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cell (column, stages, state, layers) = so many layers placed, with these workers used, in so many stages,
-//!                                        the last of them in a place as the state says (`ground`)
+//!                                        the last of them in a place as the state says (`topology`)
 //!   ─► a crew that the column leaves free takes layers..end where its memory allows ─► the crew's column
 //!
 //! back:    what is left to pay from each cell at the least (time and bytes: differences of sums over layers, so
@@ -23,7 +23,7 @@ use shoal_protocol::units::LayerRange;
 
 use super::cells::{Cell, Even, Size, Way, way};
 use super::cost::Times;
-use super::ground::Ground;
+use super::topology::Topology;
 use super::window::{Aim, Cost, NEVER, Sums, Window, first_stage, plus, slowest_stage};
 
 /// The ranks of a stage that might be, as the table sees them.
@@ -54,7 +54,7 @@ pub(super) struct Reach {
 pub(super) struct Problem<'a> {
     pub layers: u32,
     /// What ways take.
-    pub ground: &'a Ground,
+    pub topology: &'a Topology,
     pub crews: &'a [Crew],
     pub times: &'a [Times],
     pub reaches: &'a [Reach],
@@ -98,7 +98,7 @@ impl Problem<'_> {
     }
 
     fn size(&self) -> Size {
-        let (states, width) = (self.ground.states(), self.layers as usize + 1);
+        let (states, width) = (self.topology.states(), self.layers as usize + 1);
         let mut cells = 0;
         let column = |(before, behind): (usize, usize)| {
             let counts = match self.stages.map(|stages| stages as usize) {
@@ -145,10 +145,10 @@ impl Problem<'_> {
     fn within(&self, most: u64, time_first: bool) -> Option<(Cost, Even, Way)> {
         let (sums, size) = (self.sums(most), self.size());
         let mut best: Option<(Cost, Even, Way)> = None;
-        for first in self.ground.firsts() {
+        for first in self.topology.firsts() {
             let aim = Aim { first: *first, time_first, most };
             let table = self.back(&size, aim, &sums);
-            let least = table[size.start(self.ground.start(*first))?];
+            let least = table[size.start(self.topology.start(*first))?];
             let worse = best.as_ref().is_some_and(|(cost, ..)| *cost < least);
             if least == NEVER || worse || (time_first && least.0 > self.bound) {
                 continue;
@@ -166,7 +166,7 @@ impl Problem<'_> {
         let mut table = vec![NEVER; size.cells];
         let mut window = Window::default();
         let mut here = vec![NEVER; size.width];
-        let (ground, bands) = (self.ground, self.bands(sums));
+        let (topology, bands) = (self.topology, self.bands(sums));
         self.each_move(
             size,
             &bands,
@@ -176,13 +176,13 @@ impl Problem<'_> {
                 let there = self.crews[crew].place;
                 let (own, behind) = table.split_at_mut(to);
                 let (behind, cells) = (&behind[..size.width], inner(starts, size.width));
-                let back = ground.back(there, aim.first);
+                let back = topology.back(there, aim.first);
                 window.least(&sums[crew], behind, aim, (back, starts), &mut here);
                 for from in 0..size.states {
-                    if ground.busy(from, there) > aim.most {
+                    if topology.busy(from, there) > aim.most {
                         continue;
                     }
-                    let hop = aim.cost(ground.hop(from, there), 0);
+                    let hop = aim.cost(topology.hop(from, there), 0);
                     let row = &mut own[at + from * size.width..][cells.clone()];
                     for (cell, cost) in row.iter_mut().zip(&here[cells.clone()]) {
                         if *cost != NEVER {
@@ -190,8 +190,8 @@ impl Problem<'_> {
                         }
                     }
                 }
-                if count == 0 && starts.contains(&0) && ground.begins(aim.first, there) {
-                    let cell = &mut own[at + ground.start(aim.first) * size.width];
+                if count == 0 && starts.contains(&0) && topology.begins(aim.first, there) {
+                    let cell = &mut own[at + topology.start(aim.first) * size.width];
                     *cell = (*cell).min(first_stage(&sums[crew], behind, aim));
                 }
             },
@@ -211,7 +211,7 @@ impl Problem<'_> {
             let (behind, cells) = (&behind[..size.width], inner(starts, size.width));
             slowest_stage(&sums[crew], behind, starts, &mut stairs, &mut here);
             for from in 0..size.states {
-                let busy = self.ground.busy(from, there);
+                let busy = self.topology.busy(from, there);
                 let row = &mut own[at + from * size.width..][..size.width];
                 for (cell, slowest) in row[cells.clone()].iter_mut().zip(&here[cells.clone()]) {
                     *cell = (*cell).min((*slowest).max(busy));
@@ -277,7 +277,7 @@ impl Problem<'_> {
                 for (to, crew) in moves {
                     match crew {
                         Some(crew) => {
-                            let state = self.ground.after(*to, self.crews[*crew].place);
+                            let state = self.topology.after(*to, self.crews[*crew].place);
                             let to = size.at((*to, next, state));
                             if let Some(to) = to.filter(|_| !bands[column].is_empty()) {
                                 take(table, (count, at), (*crew, &bands[column]), to);
@@ -301,7 +301,7 @@ impl Problem<'_> {
         let Some(to) = size.at((column, count, 0)) else { return };
         let (own, behind) = table.split_at_mut(to);
         for state in 0..size.states {
-            let passed = self.ground.passed(column, state);
+            let passed = self.topology.passed(column, state);
             let other = &behind[passed * size.width..][..size.width];
             let row = &mut own[at + state * size.width..][..size.width];
             row.iter_mut().zip(other).for_each(|(cell, other)| *cell = (*cell).min(*other));
@@ -336,7 +336,7 @@ impl Problem<'_> {
         // So small that equals are told apart, and so large that a sum of squares fits.
         let whole = self.times.iter().filter_map(|times| times.before().last()).max();
         let unit = whole.map_or(1, |whole| (whole >> SQUARE_BITS).max(1));
-        let begin = size.start(self.ground.start(aim.first))?;
+        let begin = size.start(self.topology.start(aim.first))?;
         cells[begin] = Cell { even: (0, 0), ..Cell::EMPTY };
         let mut best: Option<(Even, usize)> = None;
         for (column, (counts, at)) in size.columns.iter().enumerate() {
@@ -372,10 +372,10 @@ impl Problem<'_> {
         (sums, table, cells): (&[Sums<'_>], &[Cost], &mut [Cell]),
     ) {
         let Here { at, start, count, state, .. } = here;
-        let (cell, ground) = (cells[at], self.ground);
+        let (cell, topology) = (cells[at], self.topology);
         for (to, crew) in &self.moves[column] {
             let Some(crew) = *crew else {
-                if let Some(to) = size.at((*to, count, ground.passed(*to, state)))
+                if let Some(to) = size.at((*to, count, topology.passed(*to, state)))
                     && table[to + start] == table[at]
                 {
                     cell.put(&mut cells[to + start]);
@@ -384,11 +384,11 @@ impl Problem<'_> {
             };
             let there = self.crews[crew].place;
             let no_way = match start {
-                0 => !ground.begins(aim.first, there),
-                _ => ground.busy(state, there) > aim.most,
+                0 => !topology.begins(aim.first, there),
+                _ => topology.busy(state, there) > aim.most,
             };
             let next = if self.stages.is_some() { count + 1 } else { 0 };
-            let to = size.at((*to, next, ground.after(*to, there)));
+            let to = size.at((*to, next, topology.after(*to, there)));
             let Some(to) = to.filter(|_| !no_way) else { continue };
             let step = Step { at, crew, start, left: table[at], from: state, unit: here.unit };
             let rows = (&table[to..to + size.width], &mut cells[to..to + size.width]);
@@ -406,7 +406,7 @@ impl Problem<'_> {
     ) {
         let Step { at, crew, start, left, from, unit } = step;
         let there = self.crews[crew].place;
-        let hop = if start == 0 { 0 } else { self.ground.hop(from, there) };
+        let hop = if start == 0 { 0 } else { self.topology.hop(from, there) };
         let layers = behind.len() - 1;
         let last = sums.last[start].then_some(layers);
         for end in (start + 1..=sums.ends[start] as usize).chain(last) {
@@ -414,7 +414,7 @@ impl Problem<'_> {
                 continue;
             }
             let returns = end == layers && start > 0;
-            let back = if returns { self.ground.back(there, aim.first) } else { 0 };
+            let back = if returns { self.topology.back(there, aim.first) } else { 0 };
             let time = sums.time[end] - sums.time[start];
             let paid =
                 aim.cost(time.saturating_add(hop).saturating_add(back), sums.read(start, end));

@@ -17,10 +17,10 @@ use shoal_protocol::units::{Bytes, LayerRange};
 use super::cells::Way;
 use super::chain::{Problem, Score, Weights};
 use super::cost::{Slices, row_bytes, seats};
-use super::field::{self, Field, rates_of};
 use super::memory::{self, Costs};
 use super::refusal::MeshFit;
 use super::space::{self, Bounds, Member, Space};
+use super::spaces::{self, Spaces, rates_of};
 use super::split::{RankSums, ranks_max};
 use super::{Candidate, Inventory, Job, ModelShape, PlanRefusal, candidates, refusal};
 
@@ -79,7 +79,7 @@ pub(super) fn plan(
         shapes.map(|slice| Costs::of_rank(slice, precision).holding_kv(kv)).collect()
     };
     let costs: Vec<Vec<Costs<'_>>> = (1..=most).map(of).collect();
-    let weights = costs.iter().map(|ranks| field::weights(ranks)).collect();
+    let weights = costs.iter().map(|ranks| spaces::weights(ranks)).collect();
     let search =
         Search { inventory, job, wanted: &wanted, costs: &costs, weights, workers: &workers };
     let found = match wanted.stages {
@@ -155,12 +155,12 @@ impl<'w> Search<'_, 'w> {
         let one = vec![0; self.workers.len()];
         let apart =
             places.iter().any(|place| *place > 0) && self.wanted.ranks.iter().any(|r| *r > 1);
-        let mut here = self.field(&places, workers);
-        let mut everywhere = apart.then(|| self.field(&one, workers));
+        let mut here = self.spaces(&places, workers);
+        let mut everywhere = apart.then(|| self.spaces(&one, workers));
         let most = self.wanted.stages.map_or(workers.min(whole.layers() as usize), |s| s as usize);
         memory::limits_to_try(whole, most).into_iter().find_map(|limits| {
             let here = self.under(&limits, &mut here);
-            let there = everywhere.as_mut().and_then(|field| self.under(&limits, field));
+            let there = everywhere.as_mut().and_then(|spaces| self.under(&limits, spaces));
             match (here, there) {
                 (Some(here), Some(there)) if there.score.0 < here.score.0 => Some(there),
                 (Some(found), _) | (None, Some(found)) => Some(found),
@@ -170,7 +170,7 @@ impl<'w> Search<'_, 'w> {
     }
 
     /// What may be chosen of at most so many workers in these places.
-    fn field(&self, places: &[usize], workers: usize) -> Field<'w> {
+    fn spaces(&self, places: &[usize], workers: usize) -> Spaces<'w> {
         let members = space::members(self.inventory, self.workers, self.job.previous, places);
         let bounds = Bounds {
             ranks: &self.wanted.ranks,
@@ -180,17 +180,17 @@ impl<'w> Search<'_, 'w> {
             willing: !self.wanted.explicit,
         };
         let links = space::links(self.inventory, &members);
-        let spaces = field::spaces(&members, &links, bounds, row_bytes(self.job.shape));
-        Field::new(self.job.shape, (self.costs, self.wanted.reduction), (members, links), spaces)
+        let spaces = spaces::to_search(&members, &links, bounds, row_bytes(self.job.shape));
+        Spaces::new(self.job.shape, (self.costs, self.wanted.reduction), (members, links), spaces)
     }
 
     /// The best layout under these limits. They allow for a step in flight in each of the most stages that
     /// there might be; fewer stages need less, so it is looked at again with that.
-    fn under(&self, limits: &ReplicaLimits, field: &mut Field<'w>) -> Option<Found<'w>> {
+    fn under(&self, limits: &ReplicaLimits, spaces: &mut Spaces<'w>) -> Option<Found<'w>> {
         let mut in_flight = limits.steps_in_flight_max;
         let found = loop {
             let limits = ReplicaLimits { steps_in_flight_max: in_flight, ..limits.clone() };
-            if let Some(found) = self.in_spaces(&limits, field, u64::MAX) {
+            if let Some(found) = self.in_spaces(&limits, spaces, u64::MAX) {
                 break found;
             }
             if self.wanted.stages.is_some() || in_flight <= 2 {
@@ -204,28 +204,28 @@ impl<'w> Search<'_, 'w> {
             // More stages than steps were allowed for: one travels less, where there is no memory for it.
             return Some(found);
         }
-        let again = self.in_spaces(&limits, field, found.score.0);
+        let again = self.in_spaces(&limits, spaces, found.score.0);
         let again = again
             .filter(|again| (again.stages.len() as u32) < needed && again.score <= found.score);
         Some(again.unwrap_or(Found { limits, ..found }))
     }
 
-    /// The best layout of all spaces of a field.
+    /// The best layout of all spaces.
     fn in_spaces(
         &self,
         limits: &ReplicaLimits,
-        field: &mut Field<'w>,
+        spaces: &mut Spaces<'w>,
         bound: u64,
     ) -> Option<Found<'w>> {
-        field.under(self.costs, limits);
+        spaces.under(self.costs, limits);
         let mut best: Option<(Score, Way, usize)> = None;
-        for (index, space) in field.spaces.iter().enumerate() {
+        for (index, space) in spaces.all.iter().enumerate() {
             let problem = Problem {
                 layers: self.costs[0][0].layers(),
-                ground: &space.ground,
+                topology: &space.topology,
                 crews: &space.crews,
-                times: &field.times,
-                reaches: &field.reaches,
+                times: &spaces.times,
+                reaches: &spaces.reaches,
                 moves: &space.space.moves,
                 stages: self.wanted.stages,
                 weights: &self.weights,
@@ -238,7 +238,7 @@ impl<'w> Search<'_, 'w> {
             }
         }
         let (score, way, index) = best?;
-        let stages = self.name(&way, &field.spaces[index].space, &field.members);
+        let stages = self.name(&way, &spaces.all[index].space, &spaces.members);
         Some(Found { score, limits: limits.clone(), stages })
     }
 

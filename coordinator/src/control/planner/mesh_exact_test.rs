@@ -1,6 +1,6 @@
 //! The search against an independent enumeration of all layouts: no gap, in both of its spaces.
 
-use super::super::super::ground::Ground;
+use super::super::super::topology::Topology;
 use super::*;
 
 /// Every layout there is, each looked at as `plan --explain` shows it.
@@ -158,7 +158,7 @@ fn compare(
     let costs: Vec<Vec<Costs<'_>>> = (1..=most)
         .map(|ranks| slices.of(ranks).iter().map(|s| Costs::of_rank(s, shape.stored())).collect())
         .collect();
-    let weights = costs.iter().map(|ranks| field::weights(ranks)).collect();
+    let weights = costs.iter().map(|ranks| spaces::weights(ranks)).collect();
     let search =
         Search { inventory, job: &job, wanted: &wanted, costs: &costs, weights, workers: &workers };
     let limits = memory::limits_to_try(&costs[0][0], 2).remove(0);
@@ -181,15 +181,15 @@ fn compare(
     };
     let (links, row) = (space::links(inventory, &members), row_bytes(shape));
     let spaces = match space {
-        In::NearOrFar => field::near_or_far(found_in, (&members, &order), &links, (bounds, row)),
+        In::NearOrFar => spaces::near_or_far(found_in, (&members, &order), &links, (bounds, row)),
         In::Kinds | In::Chain => {
-            let ground = Ground::each(&links, row, found_in.places(&members));
-            vec![(found_in, ground)]
+            let topology = Topology::each(&links, row, found_in.places(&members));
+            vec![(found_in, topology)]
         }
     };
     let models = (&costs[..], wanted.reduction);
-    let mut field = Field::new(shape, models, (members, links), spaces);
-    let found = search.in_spaces(&limits, &mut field, u64::MAX);
+    let mut spaces = Spaces::new(shape, models, (members, links), spaces);
+    let found = search.in_spaces(&limits, &mut spaces, u64::MAX);
     let empty = ReplicaPlan {
         id: replica,
         deployment: spec.name.clone(),

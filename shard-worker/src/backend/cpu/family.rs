@@ -2,6 +2,7 @@
 
 use shoal_protocol::model::Activation;
 
+use super::check::expect_some_rows;
 use super::experts::{RouteRow, chosen};
 use super::isa::Kernel;
 use super::linear::{SharedMut, one_row};
@@ -410,11 +411,7 @@ impl FamilyOps for CpuOps {
         rows: &[usize],
         out: &mut CpuBuf,
     ) -> Result<(), ComputeError> {
-        let width = x.width;
-        expect("an adapter's input", out.width, width)?;
-        expect_rows("an adapter's input", rows.len(), out.rows_max())?;
-        let last = rows.iter().max().map_or(0, |row| row + 1);
-        expect_rows("the rows of an adapter", last, x.rows_max())?;
+        let width = expect_some_rows("an adapter's input", out, rows, x)?;
         out.contents = self.stamp();
         for (row, to) in rows.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
             to.copy_from_slice(&x.floats.as_slice()[row * width..][..width]);
@@ -428,11 +425,7 @@ impl FamilyOps for CpuOps {
         rows: &[usize],
         out: &mut CpuBuf,
     ) -> Result<(), ComputeError> {
-        let width = x.width;
-        expect("an adapter's output", out.width, width)?;
-        expect_rows("an adapter's output", rows.len(), x.rows_max())?;
-        let last = rows.iter().max().map_or(0, |row| row + 1);
-        expect_rows("the rows of an adapter", last, out.rows_max())?;
+        let width = expect_some_rows("an adapter's output", x, rows, out)?;
         out.contents = self.stamp();
         for (row, x) in rows.iter().zip(x.floats.as_slice().chunks_exact(width)) {
             let to = &mut out.floats.as_mut_slice()[row * width..][..width];

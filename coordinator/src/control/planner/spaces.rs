@@ -10,9 +10,9 @@ use shoal_protocol::units::{Bytes, LayerRange};
 use super::ModelShape;
 use super::chain::{Crew, Reach, Weights};
 use super::cost::{Link, Times, seats, shared};
-use super::ground::Ground;
 use super::memory::{Costs, Needs};
 use super::space::{self, Bounds, Member, Space};
+use super::topology::Topology;
 
 /// Crews x layers x stages of a chain, weighed with its places, up to which the place of each last stage is known:
 /// a step takes some ten nanoseconds, and a chain is searched some four times.
@@ -21,27 +21,27 @@ const EACH_MAX: u64 = 100_000;
 /// One space, and how places enter it.
 pub(super) struct Searched {
     pub space: Space,
-    pub ground: Ground,
+    pub topology: Topology,
     pub crews: Vec<Crew>,
     /// The least room of each crew, which counts for all of it: its ranks need about the same.
     rooms: Vec<Bytes>,
 }
 
 /// See the module.
-pub(super) struct Field<'w> {
+pub(super) struct Spaces<'w> {
     pub members: Vec<Member<'w>>,
-    pub spaces: Vec<Searched>,
+    pub all: Vec<Searched>,
     pub times: Vec<Times>,
     pub reaches: Vec<Reach>,
 }
 
-impl<'w> Field<'w> {
+impl<'w> Spaces<'w> {
     /// Of members, the ways between their places, and these spaces.
     pub fn new(
         shape: &ModelShape,
         (costs, reduction): (&[Vec<Costs<'_>>], Reduction),
         (members, links): (Vec<Member<'w>>, Vec<Vec<Link>>),
-        spaces: Vec<(Space, Ground)>,
+        spaces: Vec<(Space, Topology)>,
     ) -> Self {
         let mut times = Vec::new();
         let mut times_of: BTreeMap<(Vec<u64>, usize), usize> = BTreeMap::new();
@@ -60,16 +60,16 @@ impl<'w> Field<'w> {
             Crew { members: crew.clone(), place, times, reach: 0, held }
         };
         let room = |crew: &Vec<usize>| crew.iter().map(|m| members[*m].worker.free()).min();
-        let spaces = spaces
+        let all = spaces
             .into_iter()
-            .map(|(space, ground)| Searched {
+            .map(|(space, topology)| Searched {
                 crews: space.crews.iter().map(&mut crew_of).collect(),
                 rooms: space.crews.iter().map(|crew| room(crew).unwrap_or_default()).collect(),
                 space,
-                ground,
+                topology,
             })
             .collect();
-        Self { members, spaces, times, reaches: Vec::new() }
+        Self { members, all, times, reaches: Vec::new() }
     }
 
     /// Finds out which layers fit where under these limits.
@@ -79,7 +79,7 @@ impl<'w> Field<'w> {
         // By number of ranks.
         let mut needs: BTreeMap<usize, Vec<Needs>> = BTreeMap::new();
         let layers = costs[0][0].layers();
-        for space in &mut self.spaces {
+        for space in &mut self.all {
             for (crew, room) in space.crews.iter_mut().zip(&space.rooms) {
                 let ranks = crew.members.len();
                 crew.reach = *reach_of.entry((ranks, *room)).or_insert_with(|| {
@@ -94,15 +94,15 @@ impl<'w> Field<'w> {
 }
 
 /// The spaces that are searched: all orders where that is little enough, else some chains.
-pub(super) fn spaces(
+pub(super) fn to_search(
     members: &[Member<'_>],
     links: &[Vec<Link>],
     bounds: Bounds<'_>,
     row_bytes: u64,
-) -> Vec<(Space, Ground)> {
+) -> Vec<(Space, Topology)> {
     if let Some(space) = Space::of_kinds(members, bounds) {
-        let ground = Ground::each(links, row_bytes, space.places(members));
-        return vec![(space, ground)];
+        let topology = Topology::each(links, row_bytes, space.places(members));
+        return vec![(space, topology)];
     }
     let orders = space::orders(members).into_iter();
     let chain = |mut order: Vec<usize>| {
@@ -116,7 +116,7 @@ pub(super) fn spaces(
         let places = space.places(members);
         let each = steps.saturating_mul(space::weight(places.len()));
         if each <= EACH_MAX * space::weight(1) {
-            return vec![(space, Ground::each(links, row_bytes, places))];
+            return vec![(space, Topology::each(links, row_bytes, places))];
         }
         near_or_far(space, (members, &order), links, (bounds, row_bytes))
     };
@@ -129,16 +129,16 @@ pub(super) fn near_or_far(
     (members, order): (&[Member<'_>], &[usize]),
     links: &[Vec<Link>],
     (bounds, row_bytes): (Bounds<'_>, u64),
-) -> Vec<(Space, Ground)> {
+) -> Vec<(Space, Topology)> {
     let chain: Vec<usize> = order.iter().map(|m| members[*m].place).collect();
     let places = space.places(members);
-    let mut spaces = vec![(space, Ground::near_or_far(links, row_bytes, &chain))];
+    let mut spaces = vec![(space, Topology::near_or_far(links, row_bytes, &chain))];
     for place in places {
         let here: Vec<usize> =
             order.iter().copied().filter(|m| members[*m].place == place).collect();
         if here.len() > 1 {
             let space = Space::of_chain(members, &here, bounds);
-            spaces.push((space, Ground::each(links, row_bytes, vec![place])));
+            spaces.push((space, Topology::each(links, row_bytes, vec![place])));
         }
     }
     spaces

@@ -14,7 +14,7 @@ use super::Link;
 
 /// See the module.
 #[derive(Clone, Debug)]
-pub(super) struct Ground {
+pub(super) struct Topology {
     /// What a row takes from a state to a place, in nanoseconds.
     hops: Vec<Vec<u64>>,
     /// How long it keeps the way busy.
@@ -32,7 +32,7 @@ const FAR: usize = 0;
 /// It is in the same.
 const NEAR: usize = 1;
 
-impl Ground {
+impl Topology {
     /// A state for each place; stages that might be first are in `firsts`.
     pub fn each(links: &[Vec<Link>], row_bytes: u64, firsts: Vec<usize>) -> Self {
         let of = |time: &dyn Fn(&Link) -> u64| -> Vec<Vec<u64>> {
@@ -145,17 +145,17 @@ mod tests {
             vec![way(10), way(2), way(30)],
             vec![way(20), way(30), way(3)],
         ];
-        let ground = Ground::near_or_far(&links, 0, &[0, 0, 1, 2, 2]);
+        let topology = Topology::near_or_far(&links, 0, &[0, 0, 1, 2, 2]);
         let ms = |ns: u64| ns / 1_000_000;
         // Behind a worker of the first place: near before the second one, far at the border.
-        assert_eq!((ground.after(1, 0), ground.after(2, 0)), (NEAR, FAR));
-        assert_eq!((ground.passed(1, NEAR), ground.passed(2, NEAR)), (NEAR, FAR));
-        assert_eq!((ms(ground.hop(NEAR, 0)), ms(ground.hop(FAR, 1))), (1, 10));
+        assert_eq!((topology.after(1, 0), topology.after(2, 0)), (NEAR, FAR));
+        assert_eq!((topology.passed(1, NEAR), topology.passed(2, NEAR)), (NEAR, FAR));
+        assert_eq!((ms(topology.hop(NEAR, 0)), ms(topology.hop(FAR, 1))), (1, 10));
         // The worst way from any place before, and so back.
-        assert_eq!((ms(ground.hop(FAR, 2)), ms(ground.hop(NEAR, 2))), (30, 3));
-        assert_eq!(ms(ground.back(2, 0)), 30);
-        assert!(ground.begins(0, 2) && ground.states() == 2);
-        let each = Ground::each(&links, 0, vec![0, 1, 2]);
+        assert_eq!((ms(topology.hop(FAR, 2)), ms(topology.hop(NEAR, 2))), (30, 3));
+        assert_eq!(ms(topology.back(2, 0)), 30);
+        assert!(topology.begins(0, 2) && topology.states() == 2);
+        let each = Topology::each(&links, 0, vec![0, 1, 2]);
         assert_eq!((each.after(3, 2), each.start(1), each.states()), (2, 1, 3));
         assert!(!each.begins(0, 2) && ms(each.back(2, 0)) == 20);
     }
