@@ -157,6 +157,16 @@ impl Coordinator {
         Ended { why, for_good: false }
     }
 
+    /// Stops at once, after it has `failed`. Where the next start would end so too it finds that written down, and does
+    /// no harm before somebody tells it.
+    pub async fn give_up(self, ended: &Ended) {
+        drop(self.running);
+        match ended.for_good {
+            true => self.store.condemn(ended.why.clone()).await,
+            false => self.store.close().await,
+        }
+    }
+
     /// Stops: requests finish (for a few seconds), peers are told, the state is closed. Workers go
     /// on with what they have and look for a coordinator.
     pub async fn drain(self) {

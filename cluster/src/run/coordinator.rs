@@ -70,10 +70,15 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
     let why = tokio::select! {
         why = stop.requested() => why,
         // What is left of it would serve an old picture for ever.
-        ended = coordinator.failed() => return Err(match ended.for_good {
-            true => Failure::refused(ended.why),
-            false => Failure::failed(ended.why),
-        }),
+        ended = coordinator.failed() => {
+            if tokio::time::timeout(DRAIN_TIMEOUT, coordinator.give_up(&ended)).await.is_err() {
+                tracing::warn!(%id, "its state is not closed after {DRAIN_TIMEOUT:?}; ending anyway");
+            }
+            return Err(match ended.for_good {
+                true => Failure::refused(ended.why),
+                false => Failure::failed(ended.why),
+            });
+        }
     };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {

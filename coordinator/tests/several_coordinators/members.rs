@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use shoal_coordinator::Ended;
 use shoal_coordinator::alone::{go_on_alone, survey};
 use shoal_coordinator::config::CoordinatorConfig;
+use shoal_coordinator::{Coordinator, Ended};
 use shoal_protocol::admin::{AdminCall, AdminReply, PeerView, Vote};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{NodeId, Role};
@@ -192,6 +192,14 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
     assert!(for_good, "another start would end so too: {why}");
     assert!(why.contains("an old backup or a copy"), "{why}");
     assert!(why.contains("shoal coordinators remove c3"), "{why}");
+    // Each start has a higher number: the next ones would not be told so. What was said once stays.
+    ghost.give_up(&Ended { why, for_good }).await;
+    for _ in 0..3 {
+        let again =
+            Coordinator::start(config(backup.path())).await.expect_err("it is an old backup");
+        assert!(again.needs_a_person(), "{again}");
+        assert!(again.to_string().contains("an old backup or a copy"), "{again}");
+    }
 }
 
 /// The founder's folder from when it was alone: its own log says that it is a majority by itself.

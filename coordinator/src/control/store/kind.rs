@@ -100,4 +100,14 @@ impl StoreOwner {
             StoreOwner::Etcd(store) => store.close().await,
         }
     }
+
+    /// Closes it, and where the log is in the data folder sees to it that nobody votes with it again.
+    pub async fn condemn(self, why: String) {
+        match self {
+            StoreOwner::Raft(store) => {
+                let _ = tokio::task::spawn_blocking(move || store.condemn(&why)).await;
+            }
+            StoreOwner::Etcd(store) => store.close().await,
+        }
+    }
 }

@@ -37,6 +37,8 @@ const VOTE: Bytes<'_> = TableDefinition::new("raft_vote");
 const THE_SNAPSHOT: u64 = 0;
 const THE_VOTE: u64 = 0;
 const THE_OWNER: u64 = 1;
+/// Why nobody may vote with it, in words. Older builds do not look.
+const THE_VERDICT: u64 = 2;
 
 /// The format of values that this build writes.
 const FORMAT: u8 = 1;
@@ -100,6 +102,9 @@ pub enum DiskError {
         /// Who opens it.
         expected: NodeId,
     },
+    /// Another coordinator said so when it last ran.
+    #[error("{0} (another coordinator said so; the file remembers it, whoever starts it)")]
+    Condemned(String),
 }
 
 impl DiskError {
@@ -110,7 +115,8 @@ impl DiskError {
             | Self::Gap { .. }
             | Self::Value { .. }
             | Self::Older
-            | Self::NotOurs { .. } => true,
+            | Self::NotOurs { .. }
+            | Self::Condemned(_) => true,
             Self::Open(_) | Self::InUse | Self::Io(_) => false,
         }
     }
@@ -147,6 +153,8 @@ pub(super) struct Found {
     pub owner: Option<Owner>,
     /// The log; `None` where there has never been one.
     pub saved: Option<Saved>,
+    /// Why it may not vote, where another coordinator has said so.
+    pub verdict: Option<String>,
 }
 
 impl Disk {
@@ -181,12 +189,21 @@ impl Disk {
         }
     }
 
-    /// Says whose it is, and with which start.
+    /// Says whose it is, and with which start. What was said against it before is over.
     pub fn own(&self, owner: Owner) -> Result<(), DiskError> {
         let bytes = postcard::to_stdvec(&owner).map_err(|error| unwritable(&error))?;
         self.transaction(|transaction| {
             let mut votes = transaction.open_table(VOTE).map_err(io)?;
+            votes.remove(THE_VERDICT).map_err(io)?;
             put(&mut votes, THE_OWNER, &bytes)
+        })
+    }
+
+    /// Says why nobody may vote with it.
+    pub fn condemn(&self, why: &str) -> Result<(), DiskError> {
+        self.transaction(|transaction| {
+            let mut votes = transaction.open_table(VOTE).map_err(io)?;
+            put(&mut votes, THE_VERDICT, why.as_bytes())
         })
     }
 
@@ -261,6 +278,8 @@ fn read(database: &Database) -> Result<Found, DiskError> {
         .transpose()?;
     let hard: HardState =
         decoded(value(VOTE, THE_VOTE, "the vote")?, "the vote")?.unwrap_or_default();
+    let verdict = value(VOTE, THE_VERDICT, "what was said against it")?
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let snapshot: Option<Snapshot> =
         decoded(value(SNAPSHOT, THE_SNAPSHOT, "the snapshot")?, "the snapshot")?;
     let begin = snapshot.as_ref().map_or(0, |snapshot| snapshot.get_metadata().index);
@@ -272,7 +291,7 @@ fn read(database: &Database) -> Result<Found, DiskError> {
     transaction.close().map_err(io)?;
     let known = snapshot.is_some() || hard != HardState::default() || !entries.is_empty();
     let saved = known.then(|| Saved { hard, snapshot: snapshot.unwrap_or_default(), entries });
-    Ok(Found { owner, saved })
+    Ok(Found { owner, saved, verdict })
 }
 
 fn read_entries(

@@ -90,12 +90,12 @@ pub enum WhenEmpty {
 
 /// The thread behind the handles. Dropping it leaves the thread to end with the last handle; `close`
 /// waits for it.
-#[derive(Debug)]
 pub struct RaftStore {
     proposals: mpsc::Sender<Message>,
     network: mpsc::Sender<NetworkEvent>,
     incarnation: Incarnation,
     thread: JoinHandle<()>,
+    opener: Opener,
 }
 
 /// Opens or creates `state.redb` in a folder, as coordinator `me`. Messages for other voters go to
@@ -216,6 +216,7 @@ fn open_with(
     let (published, state) = watch::channel(Arc::clone(voter.state()));
     let (standing, watch_standing) = watch::channel(Standing::default());
     let (members, watch_members) = watch::channel(Members::default());
+    let again = Arc::clone(&opener);
     let parts =
         Parts { me, incarnation, dice, opener, voter, disk, published, standing, members, send };
     let shell = Shell::new(parts);
@@ -231,7 +232,7 @@ fn open_with(
         elsewhere: false,
         heard: Heard::default(),
     };
-    Ok((store, RaftStore { proposals, network, incarnation, thread }))
+    Ok((store, RaftStore { proposals, network, incarnation, thread, opener: again }))
 }
 
 /// Counts this start, and founds the log where that is wanted. On the disk when this returns.
@@ -241,6 +242,10 @@ fn take_ownership(
     empty: WhenEmpty,
 ) -> Result<Incarnation, StartError> {
     let (disk, found) = Disk::open(opener)?;
+    if let Some(why) = found.verdict {
+        disk.close();
+        return Err(DiskError::Condemned(why).into());
+    }
     let last = match found.owner {
         Some(owner) if owner.node != me && found.saved.is_some() => {
             let error = DiskError::NotOurs { found: owner.node, expected: me };
@@ -293,6 +298,27 @@ impl RaftStore {
         // Either fails only where the thread has ended already.
         let _ = self.proposals.blocking_send(Message::Stop);
         let _ = self.thread.join();
+    }
+
+    /// Closes the file and sees to it that nobody votes with it again. Its start number guards against that once
+    /// only: the next start has a higher one. Blocks, as `close` does.
+    pub fn condemn(self, why: &str) {
+        let opener = Arc::clone(&self.opener);
+        self.close();
+        let condemned = Disk::open(&opener).and_then(|(disk, _)| {
+            let condemned = disk.condemn(why);
+            disk.close();
+            condemned
+        });
+        if let Err(error) = condemned {
+            tracing::error!(%error, "cannot write down that this data folder must not be used: do not start it again");
+        }
+    }
+}
+
+impl std::fmt::Debug for RaftStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RaftStore").field("incarnation", &self.incarnation).finish_non_exhaustive()
     }
 }
 
