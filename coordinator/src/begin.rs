@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | nothing | no | it founds a cluster: a CA, a log with one voter |
 //! | nothing | yes | it joins: an identity, an empty log that waits for the leader |
-//! | `identity` or `ca.key`, and `state.redb` | either | it goes on as what it was |
+//! | `identity` or `ca.key`, and `state.redb` | either | it goes on as what it was; a token of another cluster is refused |
 //! | anything else | either | refused: a vote may be lost, or numbers would be given twice |
 
 use std::os::unix::fs::DirBuilderExt;
@@ -15,11 +15,15 @@ use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::identity::Identity;
 use shoal_protocol::quic::join;
+use shoal_protocol::quic::renew::unused_token;
 
+use crate::api::auth::may_listen;
 use crate::config::CoordinatorConfig;
 use crate::control::authority::{Authority, CaFiles};
 use crate::control::peers::Outboxes;
-use crate::control::state::{Change, CoordinatorCommand, Effect, KeyFingerprint, NodeCommand};
+use crate::control::state::{
+    Change, CoordinatorCommand, Effect, KeyFingerprint, NodeCommand, Timestamp,
+};
 use crate::control::store::raft::{self, SendMessage, WhenEmpty};
 use crate::control::store::{self, ControlStore, StoreConfig, StoreOwner};
 use crate::start_error::StartError;
@@ -98,11 +102,27 @@ async fn resume(
     for key in keys {
         begun.authority.keep(key);
     }
+    if let Err(error) = look_at_token(config, &begun) {
+        begun.owner.close().await;
+        return Err(error);
+    }
     if let Some(fresh) = begun.authority.certify(&begun.identity, SystemTime::now())? {
         fresh.save(&config.data.join(IDENTITY_FILE))?;
         begun.identity = fresh;
     }
     Ok(begun)
+}
+
+/// A token is of no use where there is an identity. One of another cluster is a mistake that must not pass in
+/// silence: whoever gave it believes that this coordinator joins that one.
+fn look_at_token(config: &CoordinatorConfig, begun: &Begun) -> Result<(), StartError> {
+    let Some(token) = &config.token else { return Ok(()) };
+    let knows = begun.identity.trusting(begun.authority.told());
+    match unused_token(&knows, token) {
+        Ok(words) => tracing::warn!("{words}"),
+        Err(why) => return Err(StartError::OtherCluster { path: config.data.clone(), why }),
+    }
+    Ok(())
 }
 
 /// Founds a cluster. The state is written before the CA's key, so a founding that is cut off leaves a
@@ -115,6 +135,12 @@ async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     if !begun.store.state().is_new() {
         let (found, missing) = ("the cluster's state", "the CA's key");
         return Err(StartError::Incomplete { path: data.to_owned(), found, missing });
+    }
+    // Nobody has made a key yet, and nothing is founded for a start that is refused.
+    let at = Timestamp::of(SystemTime::now());
+    if !may_listen(&begun.store.state().keys, config.listen, at) {
+        begun.owner.close().await;
+        return Err(StartError::NotLoopback { address: config.listen });
     }
     let begun = finish_founding(config, begun).await?;
     if let Some(ca) = begun.authority.current() {

@@ -1,7 +1,7 @@
 //! ◇ A coordinator: every part built, wired, started, and drained in order.
 //!
 //! ```text
-//! start:  folder ─► store ─► CA, identities ─► endpoint (UDP) ─► listener (TCP) ─► executor, accept loop, api
+//! start:  certificate, ports (UDP, TCP) ─► folder ─► store ─► CA, identities ─► executor, accept loop, api
 //! drain:  api (requests finish) ─► accept loop, executor ─► endpoint (peers are told) ─► store (file closed)
 //! ```
 
@@ -90,6 +90,7 @@ struct Running {
 
 /// What the parts are built on.
 struct Parts<'a> {
+    door: Door,
     me: NodeId,
     store: ControlStore,
     authority: Authority,
@@ -98,12 +99,32 @@ struct Parts<'a> {
     owner: &'a StoreOwner,
 }
 
+/// Where others will find it. It is taken before anything is founded or joined: a start that fails for a
+/// port that is taken leaves no cluster behind, which the next start would go on with.
+struct Door {
+    tls: Option<Arc<Tls>>,
+    endpoint: Endpoint,
+    listener: TcpListener,
+}
+
+impl Door {
+    async fn open(config: &CoordinatorConfig) -> Result<Self, StartError> {
+        let tls = Tls::start(config.tls.clone(), config.listen)?;
+        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew, Alpn::Raft];
+        let endpoint = Endpoint::reserve(config.cluster, &accepts)?;
+        let failed = |source| StartError::Api { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+        Ok(Self { tls, endpoint, listener })
+    }
+}
+
 impl Coordinator {
     /// Starts a coordinator: the first time it founds a cluster, later it finds it again.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, StartError> {
+        let door = Door::open(&config).await?;
         let begun = begin(&config).await?;
         let Begun { me, store, owner, authority, identity, outboxes } = begun;
-        let parts = Parts { me, store, authority, identity, outboxes, owner: &owner };
+        let parts = Parts { door, me, store, authority, identity, outboxes, owner: &owner };
         match Running::start(config, parts).await {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
@@ -177,18 +198,16 @@ impl Coordinator {
 
 impl Running {
     async fn start(config: CoordinatorConfig, parts: Parts<'_>) -> Result<Self, StartError> {
-        let Parts { me, store, authority, identity, outboxes, owner } = parts;
+        let Parts { door, me, store, authority, identity, outboxes, owner } = parts;
+        let Door { tls, endpoint, listener } = door;
         let at = Timestamp::of(SystemTime::now());
         // One that has just joined knows no keys yet; its gate stays shut to others until it does.
         if !store.state().is_new() && !may_listen(&store.state().keys, config.listen, at) {
             return Err(StartError::NotLoopback { address: config.listen });
         }
-        let tls = Tls::start(config.tls, config.listen)?;
         let data = config.data;
-        let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew, Alpn::Raft];
-        let endpoint = Endpoint::bind(config.cluster, Arc::new(identity), &accepts)?;
+        endpoint.renew(Arc::new(identity))?;
         let failed = |source| StartError::Api { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
         let coordinator = CoordinatorView {
             id: me,
             pid: std::process::id(),

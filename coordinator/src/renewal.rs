@@ -16,9 +16,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::id::NodeId;
+use shoal_protocol::outcast::{Outcast, Verdict};
 use shoal_protocol::quic::identity::IdentityError;
+use shoal_protocol::quic::renew::RenewError;
 use shoal_protocol::quic::{AdminContext, Endpoint, EndpointError, Identity};
 use shoal_protocol::trust::{CaFingerprint, Trust};
+use shoal_protocol::units;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -71,6 +74,9 @@ struct Progress {
     distrusted: bool,
     /// The state had this coordinator: if it has it no more, it was removed.
     was_member: bool,
+    /// Who refuses it, and the time that counts for that.
+    outcast: Outcast,
+    began: Instant,
 }
 
 /// A certificate that is not shown.
@@ -102,6 +108,8 @@ impl Renewal {
             enrolled: None,
             distrusted: false,
             was_member: false,
+            outcast: Outcast::default(),
+            began: Instant::now(),
         };
         loop {
             let state = Arc::clone(&changes.borrow_and_update());
@@ -229,7 +237,11 @@ impl Renewal {
 
     /// With that of another coordinator.
     async fn ask(&self, shown: &Identity, ends_soon: bool, progress: &mut Progress) {
-        let Some(renewed) = self.peers.ask_for_certificate(shown).await else { return };
+        let renewed = match self.peers.ask_for_certificate(shown).await {
+            Ok(renewed) => renewed,
+            Err(said) => return self.refused(said, progress).await,
+        };
+        progress.outcast.believed();
         let newer = renewed.trust.revision > shown.trust.revision;
         // A coordinator that lags behind signs what is worth no more than what is here.
         let signing = renewed.trust.signing().is_none_or(|ca| ca == renewed.shows());
@@ -238,6 +250,34 @@ impl Renewal {
             if let Err(error) = self.show(renewed, progress) {
                 tracing::error!(%error, "the new certificate cannot be used");
             }
+        }
+    }
+
+    /// Nobody has renewed its certificate. Whoever was removed hears it from the first who knows; whom nobody
+    /// has to do with any more says so, and ends.
+    async fn refused(&self, said: Vec<(String, RenewError)>, progress: &mut Progress) {
+        let now = units::Instant::default() + progress.began.elapsed();
+        for (who, error) in &said {
+            match error {
+                RenewError::Removed(removed) => return self.peers.end(removed.message.clone()),
+                error if error.refuses_the_node() => {
+                    progress.outcast.refused(who, &error.to_string(), now);
+                }
+                _ => progress.outcast.otherwise(who),
+            }
+        }
+        let known = said.into_iter().map(|(who, _)| who).collect();
+        let verdict = progress.outcast.look(&self.me.to_string(), &known, now);
+        // What the others' addresses lead to now is nothing to one that has a majority, or workers.
+        if verdict != Verdict::Wait
+            && (self.agents.any_connected() || self.store.read().await.is_ok())
+        {
+            return progress.outcast.believed();
+        }
+        match verdict {
+            Verdict::Wait => {}
+            Verdict::Say(words) => tracing::warn!("{words}"),
+            Verdict::End(words) => self.peers.end(words),
         }
     }
 

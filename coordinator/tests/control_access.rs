@@ -125,7 +125,12 @@ async fn an_expired_certificate_is_renewed_for_the_key_on_record_alone() {
     assert!(matches!(elsewhere, Err(RenewError::Connect(_))), "{elsewhere:?}");
 
     cluster.remove(mine.node, false).await.unwrap();
-    assert_eq!(refused(mine).await, ErrorCode::NotFound);
+    match cluster.renew(mine).await {
+        Err(RenewError::Removed(why)) => {
+            assert!(why.message.starts_with("w1 was removed from this cluster"), "{why}");
+        }
+        other => panic!("it is not told: {other:?}"),
+    }
 }
 
 #[tokio::test]

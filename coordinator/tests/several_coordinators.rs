@@ -6,6 +6,7 @@
 mod control_support;
 
 mod several_coordinators {
+    mod beginnings;
     mod ca;
     mod cluster;
     mod members;

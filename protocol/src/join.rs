@@ -73,6 +73,9 @@ pub enum JoinReply {
         /// Whom to believe.
         trust: Trust,
     },
+    /// To whoever asks for a certificate and was removed: its number was given, and is nobody's any more. For
+    /// nodes that speak version 3; others are refused.
+    Removed(WireError),
 }
 
 /// A join token: what an operator copies from one machine to another.

@@ -28,6 +28,7 @@ pub mod mesh;
 pub mod model;
 pub mod neighbours;
 pub mod numerics;
+pub mod outcast;
 pub mod peer;
 pub mod plan;
 #[cfg(feature = "quic")]

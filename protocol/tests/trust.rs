@@ -7,15 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::de::DeserializeOwned;
+use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::join::{JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::join::{JoinError, join};
-use shoal_protocol::quic::renew::renew;
+use shoal_protocol::quic::renew::{is_elsewhere, renew};
 use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, Identity};
 use shoal_protocol::trust::Trust;
 
 const SOON: Duration = Duration::from_secs(5);
+const HOUR: Duration = Duration::from_secs(3600);
 const C1: NodeId = NodeId::coordinator(1);
 const W1: NodeId = NodeId::worker(1);
 
@@ -144,6 +146,47 @@ async fn a_node_that_was_off_comes_back_from_as_long_ago_as_the_past_goes() {
         assert_eq!(renewed.shows(), line.0[n - 1].fingerprint());
         assert_eq!(meet(renewed, line.fresh(C1, 1), Alpn::Control).await, Ok(()));
     }
+}
+
+/// What a node may end for, and what it waits out.
+#[tokio::test]
+async fn who_has_to_do_with_a_node_no_more_is_told_from_who_cannot_help_it_now() {
+    let line = Line::of(2);
+    let mine = line.identity(0, W1);
+    let says = async |answer: JoinReply| {
+        let server = endpoint(line.fresh(C1, 1), &[Alpn::Renew]);
+        let answer = |_: &RenewRequest| answer.clone();
+        let (_, renewed) =
+            tokio::join!(serve(&server, answer), renew(server.local_address(), &mine, SOON));
+        renewed.unwrap_err().refuses_the_node()
+    };
+    let error = |code| WireError::new(code, "words");
+    for (code, expected) in [
+        (ErrorCode::NotFound, true),
+        (ErrorCode::PermissionDenied, true),
+        (ErrorCode::NotReady, false),
+        (ErrorCode::Overloaded, false),
+        (ErrorCode::Draining, false),
+    ] {
+        assert_eq!(says(JoinReply::Refused(error(code))).await, expected, "{code}");
+    }
+    assert!(says(JoinReply::Removed(error(ErrorCode::PermissionDenied))).await);
+
+    let shows = async |server: Identity| {
+        let server = endpoint(server, &[Alpn::Renew]);
+        let accept = async { server.accept().await.unwrap().establish().await };
+        let (_, renewed) = tokio::join!(accept, renew(server.local_address(), &mine, SOON));
+        renewed.unwrap_err().refuses_the_node()
+    };
+    assert!(shows(ca().issue_identity(C1, SystemTime::now()).unwrap()).await, "another cluster");
+    // Two clocks differ.
+    for time in [SystemTime::now() - 48 * HOUR, SystemTime::now() + 48 * HOUR] {
+        assert!(!shows(line.0[0].issue_identity(C1, time).unwrap()).await);
+    }
+    let nobody = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let silent = renew(nobody.local_addr().unwrap(), &mine, Duration::from_millis(200)).await;
+    assert!(!silent.unwrap_err().refuses_the_node());
+    assert!(!is_elsewhere(nobody.local_addr().unwrap(), &mine, Duration::from_millis(200)).await);
 }
 
 #[tokio::test]

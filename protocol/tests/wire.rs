@@ -496,6 +496,8 @@ fn control_messages_have_golden_bytes() {
     check_message("JoinReply", &joined);
     let (node, certificate) = (NodeId::worker(2), vec![4, 5]);
     check_message("JoinAdmitted", &JoinReply::Admitted { node, certificate, trust: trust() });
+    let removed = WireError::new(ErrorCode::PermissionDenied, "w2 was removed");
+    check_message("JoinRemoved", &JoinReply::Removed(removed));
     let versions = VersionRange { min: 1, max: 2 };
     check_message("PeerCaKeyOf", &PeerRequest::CaKeyOf { versions, ca: [1; 32] });
 }

@@ -18,6 +18,7 @@ use shoal_protocol::mesh::{Fact, ZoneName};
 use shoal_protocol::plan::Numerics;
 use shoal_protocol::quic::identity::{IdentityError, write_secret};
 use shoal_protocol::quic::join::{JoinError, join_any};
+use shoal_protocol::quic::renew::{is_elsewhere, not_joined, unused_token};
 use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, EndpointError, Identity, SharedLease, close_code,
 };
@@ -73,6 +74,14 @@ pub enum StartError {
         /// Whose it is.
         node: NodeId,
     },
+    /// The data folder belongs to another cluster than the token.
+    #[error("{}: {why}", data.display())]
+    OtherCluster {
+        /// The data folder.
+        data: PathBuf,
+        /// Which is whose, and what to do.
+        why: String,
+    },
     /// The token is for something else.
     #[error("the token is for a {0}; a worker needs one made with --role worker")]
     WrongToken(Role),
@@ -122,6 +131,7 @@ impl StartError {
             self,
             Self::NoIdentity { .. }
                 | Self::NotAWorker { .. }
+                | Self::OtherCluster { .. }
                 | Self::WrongToken(_)
                 | Self::Coordinators(_)
         )
@@ -170,6 +180,7 @@ impl Worker {
                 (activations.unwrap_or(any_port), requests.unwrap_or(any_port))
             }
         };
+        look_at(&config.join, &kept, &identity);
         let links = Links::start(activations, Arc::clone(&identity))?;
         let cache = ModelCache::new(&config.data, BlobSettings::from_environment());
         let any_port = SocketAddr::new(activations.ip(), 0);
@@ -224,14 +235,18 @@ impl Worker {
         DrainHandle(self.handle.clone())
     }
 
-    /// Runs until it is drained, by its handle or by the coordinator.
-    pub async fn run_until_drained(self) {
+    /// Runs until it is drained, by its handle or by the coordinator. Where it ends because the cluster has
+    /// to do with it no more: why, in words. Another start would end so too.
+    pub async fn run_until_drained(self) -> Option<String> {
         let Self { id, agent, handle, endpoint, intake, links } = self;
         let serve = serve_requests(&endpoint, &intake, &handle);
-        tokio::select! {
-            () = agent.run() => {}
-            () = serve => tracing::error!("{id}'s endpoint for requests is gone"),
-        }
+        let unwanted = tokio::select! {
+            unwanted = agent.run() => unwanted,
+            () = serve => {
+                tracing::error!("{id}'s endpoint for requests is gone");
+                None
+            }
+        };
         endpoint.close(close_code::DRAINING, "the worker is stopping");
         endpoint.drained(GOODBYE_TIMEOUT).await;
         match Arc::try_unwrap(links) {
@@ -239,6 +254,7 @@ impl Worker {
             // Its thread ends with the last of its holders.
             Err(_) => tracing::debug!("the links are still held"),
         }
+        unwanted
     }
 }
 
@@ -321,12 +337,15 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
     let path = config.data.join(IDENTITY_FILE);
     let data = || config.data.clone();
     if let Some(identity) = Identity::load(&path)? {
-        return match identity.node.role {
-            Role::Worker => Ok(identity),
-            Role::Coordinator | Role::Admin => {
-                Err(StartError::NotAWorker { data: data(), node: identity.node })
-            }
-        };
+        if identity.node.role != Role::Worker {
+            return Err(StartError::NotAWorker { data: data(), node: identity.node });
+        }
+        match config.token.as_ref().map(|token| unused_token(&identity, token)) {
+            None => {}
+            Some(Ok(words)) => tracing::warn!("{words}"),
+            Some(Err(why)) => return Err(StartError::OtherCluster { data: data(), why }),
+        }
+        return Ok(identity);
     }
     let token = config.token.as_ref().ok_or_else(|| StartError::NoIdentity { data: data() })?;
     if token.role != Role::Worker {
@@ -338,6 +357,21 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
     let identity = join_any(&config.join, token, JOIN_TIMEOUT).await?;
     identity.save(&path)?;
     Ok(identity)
+}
+
+/// Says so where an address that was given leads to another cluster than the one that this worker has been in.
+fn look_at(given: &[SocketAddr], kept: &[CoordinatorAddress], identity: &Arc<Identity>) {
+    let known = |given: &SocketAddr| kept.iter().any(|kept| kept.cluster == *given);
+    // One that was never welcomed anywhere learns by its conversations who is there.
+    let given = given.iter().filter(|given| !kept.is_empty() && !known(given));
+    for address in given.copied() {
+        let identity = Arc::clone(identity);
+        tokio::spawn(async move {
+            if is_elsewhere(address, &identity, JOIN_TIMEOUT).await {
+                tracing::warn!("{}", not_joined(address, identity.node));
+            }
+        });
+    }
 }
 
 /// The number of this start, kept on disk before anybody hears of it.

@@ -104,7 +104,7 @@ fn two() -> Two {
 
 struct Running {
     drain: DrainHandle,
-    task: JoinHandle<()>,
+    task: JoinHandle<Option<String>>,
     data: Arc<TempDir>,
 }
 
@@ -325,6 +325,21 @@ async fn what_a_removed_coordinator_has_begun_ends_when_the_others_name_it_no_mo
     let ended = tokio::time::timeout(AT_ONCE, again.closed()).await;
     assert!(ended.expect("at once").to_string().contains("removed from the cluster"));
     worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_hears_of_its_removal_ends_and_says_so_and_one_that_is_refused_goes_on() {
+    let cluster = Cluster::new();
+    let c1 = coordinator(&cluster, 1);
+    let worker = start(&cluster, &[&c1], None).await;
+    for (code, words) in [(close_code::REFUSED, "not now"), (close_code::REMOVED, "w1 was removed")]
+    {
+        let connection = within(c1.accept()).await.unwrap().establish().await.unwrap();
+        assert!(!worker.task.is_finished());
+        connection.close(code, words);
+    }
+    let ended = within(worker.task).await.unwrap();
+    assert_eq!(ended.as_deref(), Some("w1 was removed"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -268,11 +268,30 @@ fn a_worker_joins_with_a_token_and_no_other_way() -> Result<()> {
         view.workers.iter().any(|w| w.id.to_string() == "w2" && !w.connected)
     })?;
     let data = folder.path().join("a").to_string_lossy().into_owned();
-    let _again = Process::shoal(["worker", "--join", &join, "--data", &data])?;
+    let again = || Process::shoal(["worker", "--join", &join, "--data", &data]);
+    let back = again()?;
     admin.wait_until("back", Duration::from_secs(10), |view| {
         view.workers.len() == 2
             && view.workers.iter().any(|w| w.id.to_string() == "w2" && w.connected)
     })?;
     admin.wait_for_phase("demo", DeploymentPhase::Ready, Duration::from_secs(5))?;
+
+    // Removed, it ends and says why, and so does its next start: a supervisor does not try it again.
+    up.verb(&["nodes", "remove", "w2", "--force"])?.expect_code(0);
+    let removed = back.finish(Duration::from_secs(15))?.expect_code(3);
+    let is_told = |stderr: &str| {
+        let last = stderr.lines().last().unwrap_or_default();
+        last.starts_with("shoal: w2 was removed from this cluster") && last.contains("empty")
+    };
+    assert!(is_told(&removed.stderr), "{}", removed.stderr);
+    let removed = again()?.finish(Duration::from_secs(15))?.expect_code(3);
+    assert!(is_told(&removed.stderr), "{}", removed.stderr);
+    // Also where its certificate is of a CA that nobody believes any more.
+    up.verb(&["ca", "rotate", "--wait"])?.expect_code(0);
+    let removed = again()?.finish(Duration::from_secs(15))?.expect_code(3);
+    assert!(is_told(&removed.stderr), "{}", removed.stderr);
+    // And with a token of another cluster a folder of this one is not joined elsewhere in silence.
+    let refused = worker(Path::new(&data), &other)?.finish(Duration::from_secs(15))?.expect_code(3);
+    assert!(refused.stderr.contains("this data folder is w2's"), "{}", refused.stderr);
     Ok(())
 }

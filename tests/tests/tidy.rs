@@ -91,6 +91,7 @@ const PURE: &[&str] = &[
     "protocol/src/model/stored.rs",
     "protocol/src/model/table.rs",
     "protocol/src/model/tensors.rs",
+    "protocol/src/outcast.rs",
     "protocol/src/plan.rs",
     "protocol/src/request.rs",
     "protocol/src/trace.rs",

@@ -47,7 +47,7 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
-    address, count, device, kv, name, nonzero, policy, precision, size, store, zone,
+    address, coordinator, count, device, kv, name, nonzero, policy, precision, size, store, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -270,7 +270,7 @@ pub struct CoordinatorArgs {
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub advertise: Option<SocketAddr>,
     /// Join the cluster of the coordinators with these --cluster addresses, instead of founding one
-    #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',')]
+    #[arg(long, value_name = "ADDR", value_parser = coordinator, value_delimiter = ',')]
     pub join: Vec<SocketAddr>,
     /// What lets it in.
     #[command(flatten)]
@@ -340,7 +340,7 @@ The token is needed at the first start with a DIR: the identity it buys is kept 
 #[derive(Debug, Clone, ClapArgs)]
 pub struct WorkerArgs {
     /// The --cluster address of a coordinator, or of several, with commas
-    #[arg(long, value_name = "ADDR", value_parser = address, value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "ADDR", value_parser = coordinator, value_delimiter = ',', required = true)]
     pub join: Vec<SocketAddr>,
     /// What lets it in.
     #[command(flatten)]

@@ -41,6 +41,25 @@ pub fn address(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
+/// Where a coordinator takes the cluster's conversations. Nobody knows the port but whoever chose it.
+pub fn coordinator(text: &str) -> Result<SocketAddr, String> {
+    let bad = |what: &str| {
+        format!(
+            "{what}; write IP:PORT, as a coordinator's --cluster says it, such as 10.0.0.1:4000 (there is no \
+             default port: `shoal coordinators list` shows it)"
+        )
+    };
+    let port = |text: &str| text.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok());
+    match address(text) {
+        Ok(address) if address.port() == 0 => Err(bad(&format!("`{text}` has no port"))),
+        Ok(address) => Ok(address),
+        Err(_) if text.parse::<std::net::IpAddr>().is_ok() || !port(text) => {
+            Err(bad(&format!("`{text}` has no port")))
+        }
+        Err(_) => Err(bad(&format!("`{text}` is no address, and names are not looked up"))),
+    }
+}
+
 /// `localhost:PORT` and `:PORT`, the two names that people type and that need no resolver.
 fn resolve(text: &str) -> Option<SocketAddr> {
     let port = text.strip_prefix("localhost:").or_else(|| text.strip_prefix(':'))?;

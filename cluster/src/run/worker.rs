@@ -55,7 +55,10 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     let handle = worker.drain_handle();
     let mut running = std::pin::pin!(worker.run_until_drained());
     tokio::select! {
-        () = &mut running => {
+        unwanted = &mut running => {
+            if let Some(why) = unwanted {
+                return Err(Failure::refused(why));
+            }
             tracing::info!(%id, "drained by the coordinator");
             return Ok(());
         }

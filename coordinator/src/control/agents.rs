@@ -95,6 +95,11 @@ impl Agents {
         self.changed.subscribe()
     }
 
+    /// Whether a worker is connected.
+    pub fn any_connected(&self) -> bool {
+        self.lock().workers.values().any(|worker| worker.link.is_some())
+    }
+
     /// All workers that have registered, with all that is known of them.
     pub fn observe(&self) -> BTreeMap<NodeId, ObservedWorker> {
         let of = |worker: &Worker| ObservedWorker {

@@ -15,11 +15,12 @@ use shoal_protocol::join::{JoinReply, JoinRequest, MESSAGE_LEN_MAX, RenewRequest
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::{Alpn, Connection, FrameReceiver, close_code};
 use shoal_protocol::trust::Trust;
-use shoal_protocol::version::VersionRange;
+use shoal_protocol::version::{KNOWS_REMOVALS, VersionRange};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::admit::{negotiate, too_old};
 use super::authority::Authority;
+use super::membership::removal;
 use super::registry::KNOWS_TRUST;
 use super::state::{
     Change, ClusterState, Effect, KeyFingerprint, NodeCommand, Refusal, Timestamp, TokenHash,
@@ -122,7 +123,13 @@ impl JoinServer {
         let (mut sender, request) =
             asked.map_err(|_| format!("it said nothing for {REQUEST_TIMEOUT:?}"))??;
         let reply = match self.answer(request).await {
-            Ok(reply) => reply,
+            Ok(reply) => {
+                if let JoinReply::Removed(why) = &reply {
+                    let address = connection.remote_address();
+                    tracing::warn!(%address, "a certificate was refused: {why}");
+                }
+                reply
+            }
             Err(refusal) => {
                 let address = connection.remote_address();
                 tracing::warn!(%address, label = %refusal.code, "a join was refused: {refusal}");
@@ -165,8 +172,16 @@ impl JoinServer {
         let key = CertificateAuthority::key_of_request(&request.csr).map_err(|_| {
             WireError::new(ErrorCode::InvalidRequest, "the signing request cannot be read")
         })?;
-        let (node, state) = (request.node, self.state_for(request.node).await?);
-        let known = state.nodes.get(node).ok_or(Refusal::UnknownNode { node })?;
+        let node = request.node;
+        // Which no majority is needed for: it is so for ever.
+        if let Some(removed) = removal(&self.store.state(), node) {
+            return if_known(removed, request.versions);
+        }
+        let state = self.state_for(node).await?;
+        let Some(known) = state.nodes.get(node) else {
+            let removed = removal(&state, node).ok_or(Refusal::UnknownNode { node })?;
+            return if_known(removed, request.versions);
+        };
         if known.key != KeyFingerprint(key) {
             let words = format!("{node} has another key on record than the one that asks");
             return Err(WireError::new(ErrorCode::PermissionDenied, words));
@@ -236,6 +251,14 @@ impl JoinServer {
             true => Err(too_old("the joiner", speaks, needs)),
             false => Ok(()),
         }
+    }
+}
+
+/// The end, for whoever understands it.
+fn if_known(removed: WireError, versions: VersionRange) -> Result<JoinReply, WireError> {
+    match versions.max >= KNOWS_REMOVALS {
+        true => Ok(JoinReply::Removed(removed)),
+        false => Err(removed),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::time::SystemTime;
 
+use shoal_coordinator::Ended;
 use shoal_protocol::access::AccessCall;
-use shoal_protocol::admin::{AdminReply, Vote};
+use shoal_protocol::admin::{AdminCall, AdminReply, Vote};
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::quic::ca::CertificateAuthority;
@@ -102,6 +103,28 @@ async fn a_coordinator_that_was_off_during_two_rotations_comes_back_where_the_ma
         }
     })
     .await;
+}
+
+/// It knows the CA alone that nobody believes any more, and nobody believes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_coordinator_that_comes_back_after_a_rotation_hears_of_it_and_ends_for_good() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    let (off, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    cluster.kill(off);
+    cluster.join(leader).await;
+    let call = AdminCall::ChangeVoters { add: vec![C[3]], remove: vec![C[off]] };
+    let reply = cluster.operator(leader).await.call_slowly(call).await;
+    assert!(matches!(reply, AdminReply::Accepted), "{reply:?}");
+    cluster.until_votes(leader, &C.into_iter().filter(|c| *c != C[off]).collect::<Vec<_>>()).await;
+    cluster.rotate(leader, true).await;
+    cluster.until_rotated(other, 1).await;
+    cluster.restart(off).await;
+    let Ended { why, for_good } =
+        within("the end of it", cluster.nodes[off].as_mut().unwrap().failed()).await;
+    assert!(for_good, "another start would end so too: {why}");
+    let name = format!("{} was removed from this cluster", C[off]);
+    assert!(why.starts_with(&name) && why.contains("empty"), "{why}");
 }
 
 pub(super) fn ca() -> CertificateAuthority {

@@ -117,6 +117,18 @@ impl Connection {
         self.close_reason().is_some_and(|reason| is_distrust(&reason))
     }
 
+    /// What the peer said, where it has ended the connection because this node was removed from the cluster.
+    pub fn removal(&self) -> Option<String> {
+        match self.close_reason()? {
+            ConnectionError::ApplicationClosed(close)
+                if close.error_code == VarInt::from_u32(super::close_code::REMOVED) =>
+            {
+                Some(String::from_utf8_lossy(&close.reason).into_owned())
+            }
+            _ => None,
+        }
+    }
+
     /// What the transport has counted.
     pub fn stats(&self) -> LinkStats {
         let stats = self.inner.stats();

@@ -42,9 +42,15 @@ impl Endpoint {
         identity: Arc<Identity>,
         accepts: &[Alpn],
     ) -> Result<Self, EndpointError> {
+        let endpoint = Self::reserve(address, accepts)?;
+        endpoint.renew(identity)?;
+        Ok(endpoint)
+    }
+
+    /// Opens a socket for somebody who does not know yet who it is: nobody gets in before `renew` says so.
+    pub fn reserve(address: SocketAddr, accepts: &[Alpn]) -> Result<Self, EndpointError> {
         let mut endpoint = Self::open(address)?;
         endpoint.accepts = accepts.into();
-        endpoint.renew(identity)?;
         Ok(endpoint)
     }
 

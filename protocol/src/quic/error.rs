@@ -111,7 +111,21 @@ pub(super) fn is_distrust(error: &ConnectionError) -> bool {
     CERTIFICATE_ALERTS.into_iter().any(|alert| code == TransportErrorCode::crypto(alert))
 }
 
+/// TLS's alert about a certificate whose time is over, or has not come.
+const OUT_OF_TIME: u8 = 45;
+
 impl ConnectError {
+    /// Whether the certificates are out of their time, by the clock of one side.
+    pub fn is_of_clocks(&self) -> bool {
+        let code = match self {
+            ConnectError::Handshake { source: ConnectionError::TransportError(error), .. } => {
+                error.code
+            }
+            _ => return false,
+        };
+        code == TransportErrorCode::crypto(OUT_OF_TIME)
+    }
+
     /// Whether one side did not believe the other's certificate: it may have expired, or be of a CA
     /// that is believed no more, or not yet.
     pub fn is_distrust(&self) -> bool {

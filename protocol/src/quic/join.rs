@@ -40,6 +40,9 @@ pub enum JoinError {
     /// The coordinator said no.
     #[error("the coordinator refused: {0}")]
     Refused(#[from] WireError),
+    /// The coordinator knows that this node was removed.
+    #[error("{0}")]
+    Removed(#[source] WireError),
     /// There is nobody to ask.
     #[error("no coordinator's address was given: say `--join ADDRESS`")]
     Nowhere,
@@ -56,6 +59,7 @@ impl JoinError {
             JoinError::Endpoint(_)
             | JoinError::Request(_)
             | JoinError::Broken { .. }
+            | JoinError::Removed(_)
             | JoinError::Nowhere => false,
         }
     }
@@ -108,6 +112,7 @@ pub async fn join(
             joined.holding(certificate).map_err(|error| broken(error.to_string()))
         }
         JoinReply::Refused(error) => Err(error.into()),
+        JoinReply::Removed(error) => Err(JoinError::Removed(error)),
     }
 }
 

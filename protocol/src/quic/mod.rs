@@ -49,4 +49,7 @@ pub mod close_code {
     pub const PROTOCOL: u32 = 3;
     /// The layout has changed.
     pub const STALE: u32 = 4;
+    /// The peer was a node of this cluster, and is none any more, for good. Whoever is older than this code
+    /// takes it for any other end.
+    pub const REMOVED: u32 = 5;
 }

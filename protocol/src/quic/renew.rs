@@ -5,15 +5,18 @@
 //! which is made with the key that the cluster has on record. Whoever copies a request gets a
 //! certificate for a key that it does not have.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
 use super::alpn::Alpn;
+use super::close_code;
+use super::endpoint::Endpoint;
 use super::error::ConnectError;
 use super::identity::{Identity, NoNode};
 use super::join::{JoinError, ask};
-use crate::error::WireError;
-use crate::join::{JoinReply, RenewRequest};
+use crate::error::{ErrorCode, WireError};
+use crate::id::NodeId;
+use crate::join::{Hex, JoinReply, JoinToken, RenewRequest};
 use crate::trust::Trust;
 use crate::version::VersionRange;
 
@@ -25,13 +28,16 @@ const MARGIN: Duration = Duration::from_secs(3600);
 #[derive(Debug, thiserror::Error)]
 pub enum RenewError {
     /// No coordinator of this node's CA at that address.
-    #[error("cannot renew the expired certificate: {0}")]
+    #[error("cannot renew the certificate: {0}")]
     Connect(#[source] ConnectError),
     /// The coordinator said no.
-    #[error("the expired certificate is not renewed: {0}")]
+    #[error("the certificate is not renewed: {0}")]
     Refused(#[source] WireError),
+    /// This node was removed from the cluster.
+    #[error("{0}")]
+    Removed(#[source] WireError),
     /// Anything else on the way.
-    #[error("cannot renew the expired certificate: {0}")]
+    #[error("cannot renew the certificate: {0}")]
     Broken(String),
     /// What came is not for this node.
     #[error("the renewed certificate cannot be used: {0}")]
@@ -43,7 +49,24 @@ impl From<JoinError> for RenewError {
         match error {
             JoinError::Connect(error) => RenewError::Connect(error),
             JoinError::Refused(error) => RenewError::Refused(error),
+            JoinError::Removed(error) => RenewError::Removed(error),
             other => RenewError::Broken(other.to_string()),
+        }
+    }
+}
+
+impl RenewError {
+    /// Whether whoever is there has nothing to do with this node, and not only just now: there is no way from
+    /// its CA to one that this node knows, or it has not got this node on record. A certificate out of its
+    /// time says something of clocks, and whoever is not there, or has no majority, says nothing.
+    pub fn refuses_the_node(&self) -> bool {
+        match self {
+            Self::Connect(ConnectError::OtherCluster { .. }) | Self::Removed(_) => true,
+            Self::Connect(error) => error.is_distrust() && !error.is_of_clocks(),
+            Self::Refused(refusal) => {
+                [ErrorCode::NotFound, ErrorCode::PermissionDenied].contains(&refusal.code)
+            }
+            Self::Broken(_) | Self::NotMine(_) => false,
         }
     }
 }
@@ -70,7 +93,25 @@ pub async fn renew(
             Ok(believing(identity, trust).renewed(certificate)?)
         }
         JoinReply::Refused(error) => Err(RenewError::Refused(error)),
+        JoinReply::Removed(error) => Err(RenewError::Removed(error)),
     }
+}
+
+/// Whether a coordinator of another cluster is at `address`, as far as one can see there within `deadline`.
+/// Nothing is asked of it.
+pub async fn is_elsewhere(address: SocketAddr, identity: &Identity, deadline: Duration) -> bool {
+    let any: SocketAddr = match address.is_ipv4() {
+        true => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        false => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let Ok(endpoint) = Endpoint::open(any) else { return false };
+    match endpoint.connect_pinned(address, identity.shows(), Alpn::Renew, deadline).await {
+        Ok(connection) => connection.close(close_code::DONE, "only looking"),
+        Err(ConnectError::OtherCluster { .. }) => return true,
+        Err(_) => return false,
+    }
+    endpoint.drained(Duration::from_millis(200)).await;
+    false
 }
 
 /// A coordinator that lags behind leads nobody back to a CA that was believed before.
@@ -81,11 +122,71 @@ fn believing(identity: &Identity, trust: Trust) -> Identity {
     }
 }
 
+/// What is said of an address of `--join` where a coordinator of another cluster is than `me`'s.
+pub fn not_joined(address: SocketAddr, me: NodeId) -> String {
+    format!(
+        "--join {address} leads to another cluster, which is not joined: this data folder is {me}'s, of a \
+         cluster of its own, and {me} goes on in that one. To join the other one, start on an empty --data with \
+         a token that was made there; to go on with this one, leave the address out"
+    )
+}
+
+/// What is said of a token in a data folder that needs none, where that is worth it. `Err`: it is certainly
+/// of another cluster.
+pub fn unused_token(me: &Identity, token: &JoinToken) -> Result<String, String> {
+    let (node, role) = (me.node, token.role);
+    let names = |ca: &[u8]| format!("{}…", Hex(&ca[..ca.len().min(6)]));
+    let (theirs, ours) = (names(&token.ca_fingerprint), names(&me.shows()));
+    match me.is_of_its_cluster(&token.ca_fingerprint) {
+        Some(true) => Ok(format!(
+            "the token is not used: this data folder is {node}'s, of the same cluster, since it joined"
+        )),
+        None => Ok(format!(
+            "the token is not used: this data folder is {node}'s since it joined. The token names the CA {theirs}, \
+             which {node} does not know: it is from before the CA was rotated, or of another cluster. To join \
+             another one, start on an empty --data"
+        )),
+        Some(false) => Err(format!(
+            "this data folder is {node}'s, which belongs to a cluster already (its CA is {ours}), and the token is \
+             for a {role} of another one (its CA is {theirs}). To join the other one, start on an empty --data; to \
+             go on as {node}, start without the token (--token, SHOAL_TOKEN)"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::NodeId;
+    use crate::id::Role;
     use crate::quic::ca::CertificateAuthority;
+
+    #[test]
+    fn a_token_of_another_cluster_is_told_from_one_that_was_used() {
+        let now = SystemTime::now();
+        let [ours, next, other] = [(); 3].map(|()| CertificateAuthority::create(now).unwrap());
+        let told = |me: &Identity, ca: &CertificateAuthority| {
+            let (ca_fingerprint, secret) = (ca.fingerprint(), [7; 32]);
+            unused_token(me, &JoinToken { role: Role::Worker, ca_fingerprint, secret })
+        };
+        let me = ours.issue_identity(NodeId::worker(4), now).unwrap();
+        assert!(told(&me, &ours).unwrap().contains("of the same cluster"));
+        let refused = told(&me, &other).unwrap_err();
+        let words =
+            ["w4's", "empty --data", "SHOAL_TOKEN", &Hex(&other.fingerprint()[..6]).to_string()];
+        assert!(words.iter().all(|word| refused.contains(*word)), "{refused}");
+        // After a rotation a worker does not know the CA of its token any more, and a coordinator does.
+        let trust = Trust {
+            revision: 4,
+            cas: vec![next.certificate().to_vec()],
+            lineage: vec![ours.introduce(&next, now).unwrap(), ours.certificate().to_vec()],
+        };
+        let worker = me.trusting(trust.for_workers());
+        let worker = Identity { ca: next.certificate().to_vec(), ..worker };
+        assert!(told(&worker, &ours).unwrap().contains("from before the CA was rotated"));
+        let coordinator = next.issue_identity(NodeId::coordinator(2), now).unwrap().trusting(trust);
+        assert!(told(&coordinator, &ours).unwrap().contains("of the same cluster"));
+        assert!(told(&coordinator, &other).is_err());
+    }
 
     #[test]
     fn a_coordinator_that_lags_behind_leads_nobody_back() {

@@ -80,6 +80,11 @@ impl Book {
         self.talks.contains_key(&node)
     }
 
+    /// Whether one of them has welcomed this worker, and talks to it still.
+    pub fn is_welcome(&self) -> bool {
+        self.talks.values().any(Option::is_some)
+    }
+
     /// Whether an address of `--join` is worth a try: nobody who is connected has said who the
     /// coordinators are, and none of those that are known is there.
     pub fn needs_seed(&self, address: SocketAddr) -> bool {

@@ -25,6 +25,7 @@ use tokio::task::{Id, JoinSet};
 use tokio::time::timeout;
 
 use super::book::Book;
+use super::fate::Fate;
 use super::renewal::Renewal;
 use super::session::{Place, Session, Told};
 
@@ -79,6 +80,10 @@ pub(super) struct Coordinators {
     pub book: Arc<watch::Sender<Book>>,
     /// Where that is kept.
     pub file: PathBuf,
+    /// Where a person said that some are.
+    pub seeds: Arc<[String]>,
+    /// What they think of this worker.
+    pub fate: Fate,
 }
 
 impl Coordinators {

@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use super::adapters::Adapters;
 use super::book::Book;
 use super::coordinators::{Coordinators, FILE_NAME, left};
+use super::fate::{Fate, said};
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
 use super::models::Models;
 use super::orders::{Orders, Outranked};
@@ -118,6 +119,7 @@ pub struct Agent {
     orders: Orders,
     reports: watch::Sender<Report>,
     drain: watch::Receiver<bool>,
+    fate: watch::Receiver<Option<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -150,6 +152,7 @@ impl Agent {
         let (reports, reports_inbox) = watch::channel(Report::default());
         let (drain_to, drain) = watch::channel(false);
         let (adapters, (held, held_inbox)) = (Adapters::new(), watch::channel(Vec::new()));
+        let fate = Fate::of(parts.register.node);
         let renewal = Renewal {
             endpoint: parts.endpoint.clone(),
             links: Arc::clone(&parts.links),
@@ -170,6 +173,8 @@ impl Agent {
             lease: parts.lease,
             book: Arc::new(watch::Sender::new(Book::new(&parts.kept))),
             file: parts.models.data.join(FILE_NAME),
+            seeds: parts.seeds.iter().map(ToString::to_string).collect(),
+            fate: fate.clone(),
         };
         let book = Arc::clone(&coordinators.book);
         let mut tasks = JoinSet::new();
@@ -194,22 +199,30 @@ impl Agent {
             orders: Orders::default(),
             reports,
             drain,
+            fate: fate.end(),
         };
         (agent, AgentHandle { drain: drain_to, book })
     }
 
-    /// Runs until it is drained.
-    pub async fn run(mut self) {
+    /// Runs until it is drained; the words of whoever wants it no more, where there is one.
+    pub async fn run(mut self) -> Option<String> {
         let mut ticks = tokio::time::interval(REPORT_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut suspicions = self.links.suspicions();
         let mut draining = false;
+        let mut unwanted = None;
         while !(draining && self.lifecycle.is_empty()) {
             tokio::select! {
                 Some(event) = self.inbox.recv() => self.take(event),
                 Some(news) = self.news_inbox.recv() => self.take(Event::Shard(news)),
                 Some(told) = self.told.recv() => self.take_told(told, &mut draining),
                 () = asked_to_drain(&mut self.drain), if !draining => {
+                    draining = true;
+                    self.handle(lifecycle::Event::Drain);
+                }
+                // What it still serves it may finish.
+                why = said(&mut self.fate), if unwanted.is_none() => {
+                    unwanted = Some(why);
                     draining = true;
                     self.handle(lifecycle::Event::Drain);
                 }
@@ -227,6 +240,7 @@ impl Agent {
         }
         self.tasks.shutdown().await;
         self.probes.shutdown().await;
+        unwanted
     }
 
     fn take_told(&mut self, told: Told, draining: &mut bool) {

@@ -14,6 +14,7 @@ mod book;
 pub(crate) mod calibration;
 mod coordinators;
 mod driver;
+mod fate;
 pub mod inventory;
 pub mod lifecycle;
 pub mod memory;

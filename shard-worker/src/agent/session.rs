@@ -52,6 +52,15 @@ pub(super) enum Place {
     Seed(SocketAddr),
 }
 
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Node(node) => write!(f, "{node}"),
+            Place::Seed(address) => write!(f, "{address}"),
+        }
+    }
+}
+
 /// What a coordinator says, and where answers to it go.
 #[derive(Debug)]
 pub(super) struct Told {
@@ -153,7 +162,15 @@ impl Session {
         pause: &mut Duration,
     ) -> SessionEnd {
         let distrusted = std::mem::take(&mut self.distrusted);
+        let who = self.place.to_string();
         if let Err(error) = self.shared.renewal.refresh(address, distrusted).await {
+            match error.downcast_ref() {
+                Some(error) => {
+                    let (book, seeds) = (self.shared.book.borrow(), &self.shared.seeds);
+                    self.shared.fate.not_renewed(&who, error, &book, seeds);
+                }
+                None => self.shared.fate.otherwise(&who),
+            }
             return SessionEnd::Unreachable(error.to_string());
         }
         let endpoint = &self.shared.endpoint;
@@ -162,6 +179,9 @@ impl Session {
                 Ok(connection) => connection,
                 Err(error) => {
                     self.distrusted = error.is_distrust();
+                    if !self.distrusted {
+                        self.shared.fate.otherwise(&who);
+                    }
                     return SessionEnd::Unreachable(error.to_string());
                 }
             };
@@ -180,6 +200,9 @@ impl Session {
             false => SessionEnd::Taken(node),
         };
         self.distrusted = connection.was_distrusted();
+        if let Some(why) = connection.removal() {
+            self.shared.fate.removed(why);
+        }
         connection.close(close_code::DONE, &end.to_string());
         if begun {
             book.send_modify(|book| book.end(node));
@@ -207,6 +230,7 @@ impl Session {
                 Err(end) => return end,
             };
         *pause = RETRY_PAUSE_MIN;
+        self.shared.fate.believed();
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
         let work = self.shared.work.clone();

@@ -64,7 +64,7 @@ pub struct TestWorker {
     pub to: mpsc::Sender<CoordinatorMessage>,
     pub said: watch::Receiver<Said>,
     pub drain: DrainHandle,
-    pub task: JoinHandle<()>,
+    pub task: JoinHandle<Option<String>>,
     pub data: Arc<TempDir>,
 }
 

@@ -17,7 +17,7 @@ use super::child::{COORDINATOR, Ended, Family, Place};
 use super::{changes, demo};
 use crate::args::UpArgs;
 use crate::client::{AdminClient, Watch};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::progress::{Progress, Stand, stand};
 use crate::output::{json, table};
 
@@ -221,6 +221,10 @@ impl<'a> Follower<'a> {
         }
         if self.args.no_respawn {
             eprintln!("{who} ended: {status}; it is not started again (--no-respawn)");
+        } else if status.code() == Some(Exit::Refused as i32) && ended.place != COORDINATOR {
+            // It was removed: each further start would end so.
+            let tail = self.family.tail(ended.place);
+            eprintln!("{who} ended: {status}; it is not started again{tail}");
         } else {
             eprintln!("{who} ended: {status}; starting it again in {:?}", ended.again_in);
             self.respawns.push((Instant::now() + ended.again_in, ended.place));

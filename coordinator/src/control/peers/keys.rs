@@ -7,7 +7,7 @@ use std::time::Duration;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::peer::{MESSAGE_LEN_MAX, PeerReply, PeerRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
-use shoal_protocol::quic::renew::renew;
+use shoal_protocol::quic::renew::{RenewError, is_elsewhere, not_joined, renew};
 use shoal_protocol::quic::{Alpn, Expect, Identity, close_code};
 use shoal_protocol::trust::CaFingerprint;
 use shoal_protocol::version::VersionRange;
@@ -44,17 +44,41 @@ impl Peers {
     }
 
     /// This identity with a new certificate, if another coordinator signs it: for one that has no key,
-    /// or whose certificates the others do not believe.
-    pub async fn ask_for_certificate(&self, identity: &Identity) -> Option<Identity> {
-        let known: Vec<_> = self.others().into_iter().map(|(_, address)| address).collect();
-        let seeds = self.seeds.iter().filter(|seed| !known.contains(seed));
-        for address in known.iter().chain(seeds) {
-            match renew(*address, identity, RENEW_TIMEOUT).await {
-                Ok(renewed) => return Some(renewed),
-                Err(error) => tracing::debug!(%address, "no certificate from there: {error}"),
+    /// or whose certificates the others do not believe. Else what each of those that it knows said.
+    pub async fn ask_for_certificate(
+        &self,
+        identity: &Identity,
+    ) -> Result<Identity, Vec<(String, RenewError)>> {
+        let mut known: Vec<_> = self.others().into_iter().collect();
+        known.sort();
+        let mut all: Vec<_> =
+            known.iter().map(|(node, at)| (format!("{node} ({at})"), *at)).collect();
+        let elsewhere = |seed: &&SocketAddr| {
+            **seed != self.me.cluster && known.iter().all(|(_, at)| at != *seed)
+        };
+        all.extend(self.seeds.iter().filter(elsewhere).map(|seed| (seed.to_string(), *seed)));
+        let mut said = Vec::new();
+        for (who, address) in all {
+            match renew(address, identity, RENEW_TIMEOUT).await {
+                Ok(renewed) => return Ok(renewed),
+                Err(error) => {
+                    tracing::debug!(%address, "no certificate from there: {error}");
+                    said.push((who, error));
+                }
             }
         }
-        None
+        Err(said)
+    }
+
+    /// Says so where an address that was given leads to another cluster than the one in the data folder, which
+    /// this coordinator goes on with.
+    pub(super) async fn look_at(self, seed: SocketAddr) {
+        let known = self.others().into_iter().any(|(_, at)| at == seed);
+        let Some(identity) = self.endpoint.identity() else { return };
+        if known || seed == self.me.cluster || !is_elsewhere(seed, &identity, RENEW_TIMEOUT).await {
+            return;
+        }
+        tracing::warn!("{}", not_joined(seed, self.me.node));
     }
 
     /// The other coordinators that can be reached.

@@ -127,6 +127,7 @@ impl Peers {
         tasks.spawn(self.clone().agree());
         for seed in self.seeds.iter() {
             tasks.spawn(self.clone().find(*seed));
+            tasks.spawn(self.clone().look_at(*seed));
         }
         loop {
             for (id, outbox) in self.outboxes.all() {

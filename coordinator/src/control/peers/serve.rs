@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use super::Peers;
 use crate::control::admit::{negotiate, reachable};
+use crate::control::membership::removal;
 use crate::control::rotation::entitled;
 use crate::control::state::{ClusterState, Refusal};
 use crate::control::store::Members;
@@ -203,7 +204,7 @@ impl Peers {
             if message.from != id || message.to != u64::from(self.me.node.number) {
                 return Err(format!("a message from {} to {}", message.from, message.to));
             }
-            if is_removed(&self.store.state(), node) {
+            if removal(&self.store.state(), node).is_some() {
                 // It was admitted before; when it comes again it hears why not.
                 return Err(format!("{node} was removed from this cluster"));
             }
@@ -218,20 +219,7 @@ impl Peers {
     }
 }
 
-/// Whether its number was given, and is not there any more.
-fn is_removed(state: &ClusterState, node: NodeId) -> bool {
-    state.nodes.was_given(node) && state.nodes.get(node).is_none()
-}
-
-/// Who is no node of this cluster. Numbers are never given again, so one that was given and is not there
-/// was removed for good, by whatever coordinators there were: it must not go on with the others of its kind.
+/// Who is no node of this cluster. One that was removed must not go on with the others of its kind.
 fn stranger(state: &ClusterState, node: NodeId) -> WireError {
-    if !is_removed(state, node) {
-        return Refusal::UnknownNode { node }.into();
-    }
-    let text = format!(
-        "{node} was removed from this cluster, or given up when the other coordinators went on without \
-         it: what it knows counts no more. Delete its data folder, and join anew on an empty one"
-    );
-    WireError::new(ErrorCode::PermissionDenied, text)
+    removal(state, node).unwrap_or_else(|| Refusal::UnknownNode { node }.into())
 }
