@@ -22,7 +22,7 @@ use crate::config::CoordinatorConfig;
 use crate::control::authority::{Authority, CaFiles};
 use crate::control::peers::Outboxes;
 use crate::control::state::{
-    Change, CoordinatorCommand, Effect, KeyFingerprint, NodeCommand, Timestamp,
+    Change, CoordinatorCommand, Effect, KeyFingerprint, Keys, NodeCommand, Timestamp,
 };
 use crate::control::store::raft::{self, SendMessage, WhenEmpty};
 use crate::control::store::{self, ControlStore, StoreConfig, StoreOwner};
@@ -129,18 +129,18 @@ fn look_at_token(config: &CoordinatorConfig, begun: &Begun) -> Result<(), StartE
 /// state without nodes that anybody relies on, and is begun anew.
 async fn found(config: &CoordinatorConfig) -> Result<Begun, StartError> {
     let data = &config.data;
+    // Nobody has made a key yet, and a start that is refused for that leaves nothing behind.
+    let at = Timestamp::of(SystemTime::now());
+    let empty = !config.store.may_have_state(data);
+    if empty && !may_listen(&Keys::default(), config.listen, at) {
+        return Err(StartError::NotLoopback { address: config.listen });
+    }
     let ca = CertificateAuthority::create(SystemTime::now())?;
     let identity = ca.issue_identity(FOUNDER, SystemTime::now())?;
     let begun = open(config, identity, Authority::holding(ca), WhenEmpty::Found).await?;
     if !begun.store.state().is_new() {
         let (found, missing) = ("the cluster's state", "the CA's key");
         return Err(StartError::Incomplete { path: data.to_owned(), found, missing });
-    }
-    // Nobody has made a key yet, and nothing is founded for a start that is refused.
-    let at = Timestamp::of(SystemTime::now());
-    if !may_listen(&begun.store.state().keys, config.listen, at) {
-        begun.owner.close().await;
-        return Err(StartError::NotLoopback { address: config.listen });
     }
     let begun = finish_founding(config, begun).await?;
     if let Some(ca) = begun.authority.current() {

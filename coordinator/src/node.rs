@@ -33,7 +33,7 @@ use crate::control::executor::{Executor, Shown};
 use crate::control::join::JoinServer;
 use crate::control::membership::Membership;
 use crate::control::models::Models;
-use crate::control::peers::{Myself, Outboxes, Peers};
+use crate::control::peers::{Doom, Myself, Outboxes, Peers};
 use crate::control::rotation::{self, CaServer};
 use crate::control::state::{CoordinatorRecord, Timestamp};
 use crate::control::store::{ControlStore, StoreOwner};
@@ -64,6 +64,8 @@ pub struct Ended {
     pub why: String,
     /// Whether the next start would end so too: it was removed, or would do harm.
     pub for_good: bool,
+    /// Whether nobody may vote with its data folder again.
+    pub condemned: bool,
 }
 
 /// A running coordinator. Dropping it ends its tasks at once; `drain` lets them finish.
@@ -172,17 +174,19 @@ impl Coordinator {
         let part = tokio::select! {
             _ = &mut self.running.api => "the API",
             _ = self.running.tasks.join_next() => "a part of the control plane",
-            why = self.running.peers.ghost() => return Ended { why, for_good: true },
+            Doom { why, condemned } = self.running.peers.ghost() => {
+                return Ended { why, for_good: true, condemned };
+            }
         };
         let why = format!("{part} has ended; the log above says why: start it again");
-        Ended { why, for_good: false }
+        Ended { why, for_good: false, condemned: false }
     }
 
     /// Stops at once, after it has `failed`. Where the next start would end so too it finds that written down, and does
     /// no harm before somebody tells it.
     pub async fn give_up(self, ended: &Ended) {
         drop(self.running);
-        match ended.for_good {
+        match ended.condemned {
             true => self.store.condemn(ended.why.clone()).await,
             false => self.store.close().await,
         }

@@ -277,7 +277,7 @@ impl Renewal {
         match verdict {
             Verdict::Wait => {}
             Verdict::Say(words) => tracing::warn!("{words}"),
-            Verdict::End(words) => self.peers.end(words),
+            Verdict::End(words) => self.peers.leave(words),
         }
     }
 

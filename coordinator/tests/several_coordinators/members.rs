@@ -188,12 +188,13 @@ async fn an_old_backup_is_refused_by_the_others_and_ends_with_advice() {
         cluster.nodes[2].take().unwrap().drain().await;
     }
     let mut ghost = start_when_free(config(backup.path())).await;
-    let Ended { why, for_good } = within("the refusal", ghost.failed()).await;
-    assert!(for_good, "another start would end so too: {why}");
+    let ended = within("the refusal", ghost.failed()).await;
+    let why = &ended.why;
+    assert!(ended.for_good, "another start would end so too: {why}");
     assert!(why.contains("an old backup or a copy"), "{why}");
     assert!(why.contains("shoal coordinators remove c3"), "{why}");
     // Each start has a higher number: the next ones would not be told so. What was said once stays.
-    ghost.give_up(&Ended { why, for_good }).await;
+    ghost.give_up(&ended).await;
     for _ in 0..3 {
         let again =
             Coordinator::start(config(backup.path())).await.expect_err("it is an old backup");
@@ -220,7 +221,7 @@ async fn a_founders_backup_from_when_it_was_alone_ends_with_advice_and_takes_not
 
     let address = CoordinatorConfig { cluster: cluster.addresses[0], ..config(backup.path()) };
     let mut ghost = start_when_free(address).await;
-    let Ended { why, for_good } = within("the end of it", ghost.failed()).await;
+    let Ended { why, for_good, .. } = within("the end of it", ghost.failed()).await;
     assert!(for_good, "{why}");
     assert!(why.contains("this data folder is an old backup"), "{why}");
     assert!(why.contains("shoal coordinators remove c1"), "{why}");

@@ -218,10 +218,10 @@ impl Peers {
 
     /// What another coordinator refuses for good ends this process: it would only do harm.
     fn refused(&self, refusal: &shoal_protocol::error::WireError) {
-        if refusal.code == ErrorCode::PermissionDenied {
-            self.ghost.send_replace(Some(refusal.message.clone()));
-        } else {
-            tracing::warn!("another coordinator refuses this one: {refusal}");
+        match refusal.code {
+            ErrorCode::PermissionDenied => self.end(refusal.message.clone()),
+            ErrorCode::Unsupported => self.leave(refusal.message.clone()),
+            _ => tracing::warn!("another coordinator refuses this one: {refusal}"),
         }
     }
 

@@ -65,12 +65,21 @@ pub struct Peers {
     /// Whether another coordinator has welcomed this start. Until then nothing of the log is listened to:
     /// an old backup would find in it what it has forgotten that it promised.
     welcomed: Arc<AtomicBool>,
-    /// Why this process must end, once another coordinator has said so.
-    ghost: Arc<watch::Sender<Option<String>>>,
+    /// Why this process must end, once another coordinator has said so, or none says anything else.
+    ghost: Arc<watch::Sender<Option<Doom>>>,
     /// Where others may be, for one whose state does not say it yet.
     seeds: Arc<[SocketAddr]>,
     /// Counts how often another coordinator's certificate was not believed, or this one's.
     distrust: Arc<watch::Sender<u64>>,
+}
+
+/// Why a coordinator must end, and would have to at its next start.
+#[derive(Clone, Debug, Default)]
+pub struct Doom {
+    /// In words.
+    pub why: String,
+    /// Its state would do harm, or is of a node that there is no more: nobody may vote with it again.
+    pub condemned: bool,
 }
 
 /// Where a coordinator has been seen.
@@ -150,16 +159,21 @@ impl Peers {
     }
 
     /// Resolves when this process must end, and says why.
-    pub async fn ghost(&self) -> String {
+    pub async fn ghost(&self) -> Doom {
         let mut ghost = self.ghost.subscribe();
         let found = ghost.wait_for(Option::is_some).await;
         // The sender lives as long as this does.
         found.ok().and_then(|why| why.clone()).unwrap_or_default()
     }
 
-    /// This process must end.
+    /// This process must end, and its data folder is never to be used again.
     pub fn end(&self, why: String) {
-        self.ghost.send_replace(Some(why));
+        self.ghost.send_replace(Some(Doom { why, condemned: true }));
+    }
+
+    /// This process must end. Its data folder may be right, and what it was started with wrong.
+    pub fn leave(&self, why: String) {
+        self.ghost.send_replace(Some(Doom { why, condemned: false }));
     }
 
     /// Fires when another coordinator's certificate was not believed, or this one's.

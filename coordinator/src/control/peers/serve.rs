@@ -14,7 +14,7 @@ use shoal_protocol::peer::{
 };
 use shoal_protocol::quic::{Connection, FrameReceiver, close_code};
 use shoal_protocol::trust::CaFingerprint;
-use shoal_protocol::version::VersionRange;
+use shoal_protocol::version::{KNOWS_REMOVALS, VersionRange};
 use tokio::time::timeout;
 
 use super::Peers;
@@ -109,7 +109,10 @@ impl Peers {
                  upgraded needs {needs}: start the newer build on its data folder again",
                 hello.versions.max
             );
-            return Err(WireError::new(ErrorCode::PermissionDenied, text));
+            // Its folder is good for the newer build, which those that condemn folders are told by another code.
+            let knows = hello.versions.max >= KNOWS_REMOVALS;
+            let code = if knows { ErrorCode::Unsupported } else { ErrorCode::PermissionDenied };
+            return Err(WireError::new(code, text));
         }
         let Some(known) = state.nodes.get(node) else { return Err(stranger(&state, node)) };
         let last = known.incarnation;
@@ -160,7 +163,7 @@ impl Peers {
              on an empty folder"
         );
         tracing::error!("{why}");
-        self.ghost.send_replace(Some(why));
+        self.end(why);
     }
 
     /// A CA's key, for a coordinator that is to have it by what all coordinators know: this copy of the state
