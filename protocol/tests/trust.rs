@@ -9,10 +9,10 @@ use std::time::{Duration, SystemTime};
 use serde::de::DeserializeOwned;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{NodeId, Role};
-use shoal_protocol::join::{JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX, RenewRequest};
+use shoal_protocol::join::{Hex, JoinReply, JoinRequest, JoinToken, MESSAGE_LEN_MAX, RenewRequest};
 use shoal_protocol::quic::ca::CertificateAuthority;
 use shoal_protocol::quic::join::{JoinError, join};
-use shoal_protocol::quic::renew::{is_elsewhere, renew};
+use shoal_protocol::quic::renew::{is_elsewhere, renew, unused_token};
 use shoal_protocol::quic::{Alpn, ConnectError, Connection, Endpoint, Expect, Identity};
 use shoal_protocol::trust::Trust;
 
@@ -241,4 +241,32 @@ fn a_certificate_of_a_ca_that_is_not_believed_is_not_taken() {
     assert!(mine.renewed(next.clone()).is_err());
     let renewed = mine.trusting(line.trust(2)).renewed(next).unwrap();
     assert_eq!(renewed.shows(), line.0[1].fingerprint());
+}
+
+#[test]
+fn a_token_of_another_cluster_is_told_from_one_that_was_used() {
+    let now = SystemTime::now();
+    let [ours, next, other] = [ca(), ca(), ca()];
+    let told = |me: &Identity, ca: &CertificateAuthority| {
+        let (ca_fingerprint, secret) = (ca.fingerprint(), [7; 32]);
+        unused_token(me, &JoinToken { role: Role::Worker, ca_fingerprint, secret })
+    };
+    let me = ours.issue_identity(NodeId::worker(4), now).unwrap();
+    assert!(told(&me, &ours).unwrap().contains("of the same cluster"));
+    let refused = told(&me, &other).unwrap_err();
+    let words =
+        ["w4's", "empty --data", "SHOAL_TOKEN", &Hex(&other.fingerprint()[..6]).to_string()];
+    assert!(words.iter().all(|word| refused.contains(*word)), "{refused}");
+    // After a rotation a worker does not know the CA of its token any more, and a coordinator does.
+    let trust = Trust {
+        revision: 4,
+        cas: vec![next.certificate().to_vec()],
+        lineage: vec![ours.introduce(&next, now).unwrap(), ours.certificate().to_vec()],
+    };
+    let worker = me.trusting(trust.for_workers());
+    let worker = Identity { ca: next.certificate().to_vec(), ..worker };
+    assert!(told(&worker, &ours).unwrap().contains("from before the CA was rotated"));
+    let coordinator = next.issue_identity(NodeId::coordinator(2), now).unwrap().trusting(trust);
+    assert!(told(&coordinator, &ours).unwrap().contains("of the same cluster"));
+    assert!(told(&coordinator, &other).is_err());
 }
