@@ -30,6 +30,7 @@ pub mod neighbours;
 pub mod numerics;
 pub mod peer;
 pub mod plan;
+pub mod presence;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod request;

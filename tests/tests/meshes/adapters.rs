@@ -148,7 +148,7 @@ fn refusals(up: &Up) -> Result<()> {
         ("c", "base", "adapters/qwen2-everything", "is this an adapter for another base model?"),
         ("c", "base", "models/llama2-gqa3-bf16", "no adapter: expected adapter_config.json"),
         ("a", "base", "adapters/llama-attention", "`a` is an adapter's name already"),
-        ("ranks", "base", "adapters/llama-attention", "a deployment named `ranks` exists already"),
+        ("ranks", "base", "adapters/llama-attention", "`ranks` is the name of a deployment"),
         ("c", "basis", "adapters/llama-attention", "did you mean `base`?"),
     ] {
         let path = fixture(of)?;

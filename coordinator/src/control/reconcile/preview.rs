@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
-use shoal_protocol::id::{Incarnation, NodeId, ReplicaId, Role};
-use shoal_protocol::plan::{ReplicaPlan, ShardMemory};
+use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, ReplicaId, Role};
+use shoal_protocol::plan::{ReplicaPlan, ShardMemory, StagesAsked};
 
-use super::super::state::{Change, ClusterState, Command, Refusal, Timestamp};
+use super::super::state::{Change, ClusterState, Command, DeploymentCommand, Refusal, Timestamp};
 use super::{Action, Observed, ObservedWorker, Stand, reconcile};
 
 /// The most rounds that are tried: each replica needs four for a move, and replicas that wait for each
@@ -36,6 +36,26 @@ impl Preview {
             of.plans.iter().filter(is_new).cloned().collect()
         };
         (only(before, &self.after), only(&self.after, before))
+    }
+
+    /// Whether all of a deployment would leave a worker that is drained after this change, if its number of
+    /// stages were left open: tried, not guessed.
+    pub fn leaves_with_open_stages(
+        &self,
+        observed: &Observed,
+        node: NodeId,
+        name: &DeploymentName,
+    ) -> bool {
+        let open = DeploymentCommand::Scale {
+            name: name.clone(),
+            replicas: None,
+            stages: StagesAsked::Auto,
+        };
+        let tried = preview(&self.after, observed, Change::Deployment(open));
+        let stays = |plan: &ReplicaPlan| {
+            plan.deployment == *name && plan.nodes().any(|placed| placed == node)
+        };
+        tried.is_ok_and(|tried| !tried.after.plans.iter().any(stays))
     }
 }
 
