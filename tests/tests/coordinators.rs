@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
+use shoal_protocol::admin::{AdminCall, DeploymentPhase};
 use shoal_protocol::id::Role;
 use shoal_protocol::plan::{ModelSource, PretendSpec};
 use shoal_protocol::presence::PresenceView;
@@ -74,20 +74,8 @@ fn next_tokens(stream: &mut Stream) -> Result<Option<Vec<u64>>> {
 
 /// Waits until a coordinator hears the others just so.
 fn until_heard(cluster: &Cluster, by: usize, up: [bool; 3]) -> Result<PresenceView> {
-    let admin = cluster.admin(by)?;
-    let since = Instant::now();
-    loop {
-        let view = match admin.call(AdminCall::Presence)? {
-            AdminReply::Presence(view) => view,
-            other => anyhow::bail!("{other:?} where it was asked who is there"),
-        };
-        let found: Vec<bool> = view.coordinators.iter().map(|heard| heard.up).collect();
-        if found == up {
-            return Ok(view);
-        }
-        anyhow::ensure!(since.elapsed() < START_TIMEOUT, "{up:?} where {view:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    let is_so = |view: &PresenceView| view.coordinators.iter().map(|heard| heard.up).eq(up);
+    cluster.admin(by)?.wait_until_heard(START_TIMEOUT, is_so)
 }
 
 /// What the CLI prints at a coordinator.

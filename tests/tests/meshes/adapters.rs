@@ -123,6 +123,10 @@ fn adapters_are_served_by_name_beside_their_base_over_stages_and_ranks() -> Resu
         "{models}"
     );
     refusals(&up)?;
+    let said = up.verb(&["chat", "rb", "--ask", "What is 47 plus 38?", "--max-tokens", "4"])?;
+    ensure!(said.code() == Some(0) && !said.stdout.trim().is_empty(), "{said:?}");
+    let unknown = up.verb(&["chat", "rc", "--ask", "?"])?;
+    ensure!(unknown.stderr.contains("no deployment or adapter `rc`"), "{unknown:?}");
 
     // It goes, and the others stay.
     up.verb(&["adapters", "unload", "a"])?.expect_code(0);
