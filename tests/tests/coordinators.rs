@@ -180,7 +180,7 @@ fn without_a_majority_changes_wait_and_inference_does_not() -> Result<()> {
     let refused = cluster.admin(2)?.call(call.clone()).unwrap_err().to_string();
     assert!(refused.contains("the change was not stored within"), "{refused}");
     // Whoever waited hears for whom, and how long they have been silent.
-    let missing = "no majority of the coordinators: not heard are c1 for 1";
+    let missing = "no majority of the coordinators: not heard are c1 for ";
     for words in [missing, " s and c2 for ", "a change needs 2 of the 3 that vote"] {
         assert!(refused.contains(words), "{words:?} is not in {refused}");
     }
