@@ -248,7 +248,7 @@ fn doing(call: &AdminCall) -> Option<String> {
         }
         AdminCall::ChangeVoters { .. } => Some("waiting until it is so".to_owned()),
         AdminCall::Status | AdminCall::Watch | AdminCall::Presence => None,
-        _ => Some("waiting for a majority of the coordinators".to_owned()),
+        _ => Some("waiting for the coordinators to agree".to_owned()),
     }
 }
 

@@ -17,6 +17,9 @@ const ROUNDS_MAX: usize = 4 * super::super::state::REPLICAS_MAX as usize;
 /// The time between rounds: beyond every wait, so that nothing is put off.
 const PAUSE: Duration = Duration::from_secs(60);
 
+/// Who tries: nobody has this identity.
+const NOBODY: NodeId = NodeId { role: Role::Admin, number: 0 };
+
 /// The change tried on a copy.
 #[derive(Clone, Debug)]
 pub struct Preview {
@@ -65,7 +68,10 @@ pub fn preview(
     observed: &Observed,
     change: Change,
 ) -> Result<Preview, Refusal> {
-    let mut trial = Trial { state: state.clone(), observed: observed.clone(), sequence: 0 };
+    // What was tried on this copy before counts as an earlier start.
+    let incarnation = Incarnation(state.last_incarnation(NOBODY).0 + 1);
+    let (state, observed) = (state.clone(), observed.clone());
+    let mut trial = Trial { state, observed, incarnation, sequence: 0 };
     trial.apply(change)?;
     trial.observed.history.clear();
     trial.observed.follows = false;
@@ -98,17 +104,16 @@ pub fn preview(
 struct Trial {
     state: ClusterState,
     observed: Observed,
+    incarnation: Incarnation,
     sequence: u64,
 }
 
 impl Trial {
     fn apply(&mut self, change: Change) -> Result<(), Refusal> {
         self.sequence += 1;
-        // Nobody has this identity.
-        let client = NodeId { role: Role::Admin, number: 0 };
         let command = Command {
-            client,
-            incarnation: Incarnation(1),
+            client: NOBODY,
+            incarnation: self.incarnation,
             sequence: self.sequence,
             at: Timestamp(0),
             change,
