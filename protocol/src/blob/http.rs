@@ -2,6 +2,7 @@
 //!
 //! What came before an answer broke off is kept, and only the rest is asked for again. A status that may
 //! pass (429, 5xx) is waited for as long as the origin says, within our patience; any other is final.
+//! Where nobody is there at all, whoever waits (`shoal deploy`) is told after a few tries.
 
 use std::fmt;
 use std::io::{ErrorKind, Read};
