@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::access::{AccessCall, AccessReply};
+use shoal_protocol::adapters::AdapterCall;
 use shoal_protocol::admin::{AdminCall, AdminReply, AdminRequest, ClusterView, MESSAGE_LEN_MAX};
 use shoal_protocol::id::Role;
 use shoal_protocol::join::Hex;
+use shoal_protocol::presence::PresenceView;
 use shoal_protocol::quic::{
     AdminContext, Alpn, Connection, Endpoint, Expect, FrameReceiver, close_code,
 };
@@ -23,6 +25,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for an answer. A deployment is accepted after each worker has read the model's
 /// headers, which on a cold network file system, or from a hub, takes a while.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long nothing is said about what is waited for.
+const SAY_AFTER: Duration = Duration::from_secs(1);
 
 /// How long to wait until what was sent has been taken.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -87,8 +92,9 @@ impl AdminClient {
 
     /// One question, one answer. A refusal is a `Failure` with the coordinator's words.
     pub async fn call(&self, call: AdminCall) -> Result<AdminReply, Failure> {
+        let doing = doing(&call);
         let exchange = async { self.ask(call).await?.next().await };
-        let answer = tokio::time::timeout(CALL_TIMEOUT, exchange)
+        let answer = tokio::time::timeout(CALL_TIMEOUT, saying(doing, exchange))
             .await
             .map_err(|_| Failure::unreachable(format!("no answer within {CALL_TIMEOUT:?}")))?;
         // Whether it is believed a client hears only after its handshake.
@@ -143,6 +149,15 @@ impl AdminClient {
         match self.call(AdminCall::Status).await? {
             AdminReply::Status(view) => Ok(*view),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Which coordinators are there. `None` from one of an older build, which ends the conversation at a
+    /// question that it does not know.
+    pub async fn presence(&self) -> Option<PresenceView> {
+        match tokio::time::timeout(CONNECT_TIMEOUT, self.call(AdminCall::Presence)).await {
+            Ok(Ok(AdminReply::Presence(view))) => Some(view),
+            _ => None,
         }
     }
 
@@ -205,6 +220,38 @@ impl Watch {
     }
 }
 
+/// Says what is done where it is not done at once.
+async fn saying<T>(doing: Option<String>, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    tokio::select! {
+        done = &mut work => return done,
+        () = tokio::time::sleep(SAY_AFTER) => {}
+    }
+    if let Some(doing) = doing {
+        eprintln!("{doing} …");
+    }
+    work.await
+}
+
+/// What a call waits for that may take longer than a person thinks that nothing happens.
+fn doing(call: &AdminCall) -> Option<String> {
+    match call {
+        AdminCall::Deploy { source, .. } | AdminCall::DeployMesh { source, .. } => {
+            let first = match source.is_fetched() {
+                true => "asking for",
+                false => "reading",
+            };
+            Some(format!("{first} {source}: the coordinator first, then each worker"))
+        }
+        AdminCall::Adapters(AdapterCall::Load { path, .. }) => {
+            Some(format!("reading {path}: the coordinator first, then each worker"))
+        }
+        AdminCall::ChangeVoters { .. } => Some("waiting until it is so".to_owned()),
+        AdminCall::Status | AdminCall::Watch | AdminCall::Presence => None,
+        _ => Some("waiting for the coordinators to agree".to_owned()),
+    }
+}
+
 /// An answer to another question than ours.
 pub fn unexpected(reply: &AdminReply) -> Failure {
     let what = match reply {
@@ -217,6 +264,7 @@ pub fn unexpected(reply: &AdminReply) -> Failure {
         AdminReply::Change(_) => "a change",
         AdminReply::Upgrade(_) => "how an upgrade stands",
         AdminReply::Adapters(_) => "an answer about adapters",
+        AdminReply::Presence(_) => "which coordinators are there",
     };
     Failure::failed(format!("the coordinator answered another question: {what} came"))
 }

@@ -300,6 +300,7 @@ impl Running {
         .tracing(config.tracer)
         .with_prefix_affinity(config.prefix_affinity)
         .with_runtime_adapters(config.runtime_adapters.then_some(adapter_server))
+        .of_cluster(store.clone())
         .behind(gate);
         let api_context = match tls {
             Some(tls) => api_context.over(tls),

@@ -11,6 +11,7 @@ use prometheus::{
     HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use shoal_protocol::error::ErrorCode;
+use shoal_protocol::presence::PresenceView;
 use shoal_protocol::trace::SpanCounts;
 
 use crate::router::Standing;
@@ -18,6 +19,7 @@ use crate::serving::ServingTable;
 use resumes::Resumes;
 use way::Way;
 
+mod presence;
 mod reported;
 mod resumes;
 mod routing;
@@ -186,11 +188,13 @@ impl Telemetry {
         stale_events: u64,
         standings: &[(String, Standing)],
         spans: Option<SpanCounts>,
+        presence: Option<&PresenceView>,
     ) -> Result<String, prometheus::Error> {
         let mut families = self.registry.gather();
         families.extend(reported::families(table, stale_events)?);
         families.extend(routing::families(standings)?);
         families.extend(spans.map_or(Ok(Vec::new()), spans::families)?);
+        families.extend(presence.map_or(Ok(Vec::new()), presence::families)?);
         // The encoder refuses a family that nothing has a value for.
         families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)
@@ -311,7 +315,7 @@ mod tests {
     use super::*;
 
     fn has(telemetry: &Telemetry, line: &str) {
-        let text = telemetry.render(&ServingTable::default(), 0, &[], None).expect("renders");
+        let text = telemetry.render(&ServingTable::default(), 0, &[], None, None).expect("renders");
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
 

@@ -178,6 +178,7 @@ fn admin_calls() -> Vec<AdminCall> {
             dry_run: true,
         },
         AdminCall::Adapters(_) => AdminCall::Adapters(AdapterCall::Unload { name: name() }),
+        AdminCall::Presence => AdminCall::Presence,
     });
     calls.extend(access_calls().into_iter().map(AdminCall::Access));
     calls

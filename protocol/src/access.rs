@@ -164,7 +164,8 @@ pub struct NodeView {
     pub starts: u64,
     /// The version of its binary; empty before it first registered.
     pub build: String,
-    /// Whether the answering coordinator has it on a link; `None` for roles without one.
+    /// Whether the answering coordinator has a worker on a link, or hears a coordinator; `None` for operators,
+    /// and of a coordinator where an older build answers.
     pub connected: Option<bool>,
     /// Whether a layer is placed on it.
     pub placed: bool,

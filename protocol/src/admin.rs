@@ -15,6 +15,7 @@ use crate::error::WireError;
 use crate::id::{DeploymentName, NodeId, ReplicaId, Role};
 use crate::mesh::MeshAsk;
 use crate::plan::{ModelSource, Plan, Precision, ReplicaPlan, StagesAsked};
+use crate::presence::PresenceView;
 use crate::upgrade::{UpgradeCall, UpgradeView};
 use crate::version::VersionRange;
 
@@ -127,6 +128,8 @@ pub enum AdminCall {
     },
     /// Adapters beside a deployment. Since version 3.
     Adapters(AdapterCall),
+    /// Which coordinators are there? Since version 3.
+    Presence,
 }
 
 /// What the coordinator answers.
@@ -153,6 +156,8 @@ pub enum AdminReply {
     Upgrade(UpgradeView),
     /// To `Adapters`.
     Adapters(AdapterReply),
+    /// To `Presence`.
+    Presence(PresenceView),
 }
 
 /// The whole cluster, as the answering coordinator sees it.

@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use shoal_protocol::admin::{AdminCall, DeploymentPhase};
 use shoal_protocol::id::Role;
 use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::presence::PresenceView;
 use shoal_tests::api::{Api, Event, Stream};
 use shoal_tests::proc::cluster::START_TIMEOUT;
-use shoal_tests::proc::{Cluster, Process, Signal};
+use shoal_tests::proc::{Cluster, Finished, Process, Signal};
 
 /// 2 ms a token over two stages: a stream of 400 tokens outlasts an election.
 const MODEL: PretendSpec = PretendSpec {
@@ -71,6 +72,59 @@ fn next_tokens(stream: &mut Stream) -> Result<Option<Vec<u64>>> {
     }
 }
 
+/// Waits until a coordinator hears the others just so.
+fn until_heard(cluster: &Cluster, by: usize, up: [bool; 3]) -> Result<PresenceView> {
+    let is_so = |view: &PresenceView| view.coordinators.iter().map(|heard| heard.up).eq(up);
+    cluster.admin(by)?.wait_until_heard(START_TIMEOUT, is_so)
+}
+
+/// What the CLI prints at a coordinator.
+fn verb(cluster: &Cluster, at: usize, args: &[&str]) -> Result<Finished> {
+    let context = cluster.context(at).to_string_lossy().into_owned();
+    let args = args.iter().copied().chain(["--context", &context]);
+    Process::shoal(args)?.finish(START_TIMEOUT)
+}
+
+/// Whether a table has a row that begins and ends with these words.
+fn has_row(table: &str, begins: &str, ends: &str) -> bool {
+    table.lines().any(|line| line.starts_with(begins) && line.contains(ends))
+}
+
+#[test]
+fn a_dead_coordinator_is_seen_by_each_that_lives_also_by_those_that_do_not_talk_to_it() -> Result<()>
+{
+    let mut cluster = Cluster::start(3, 0)?;
+    // Followers, of which each hears the leader alone unless it looks.
+    let leader = cluster.leader(0)?;
+    let (dead, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    for by in 0..3 {
+        until_heard(&cluster, by, [true; 3])?;
+    }
+    cluster.signal_coordinator(dead, Signal::KILL)?;
+    let mut up = [true; 3];
+    up[dead] = false;
+    let name = format!("c{} ", dead + 1);
+    for by in [leader, other] {
+        let view = until_heard(&cluster, by, up)?;
+        assert_eq!(view.no_majority, None, "two of three");
+        let list = verb(&cluster, by, &["coordinators", "list"])?.expect_code(0).stdout;
+        assert!(has_row(&list, &name, "silent for"), "{list}");
+        assert!(has_row(&list, &format!("c{} ", by + 1), " up"), "{list}");
+        let status = verb(&cluster, by, &["status"])?.expect_code(0).stdout;
+        assert!(has_row(&status, &name, "silent for"), "{status}");
+        let nodes = verb(&cluster, by, &["nodes", "list"])?.expect_code(0).stdout;
+        assert!(has_row(&nodes, &name, " down "), "{nodes}");
+        let metrics = Api::new(&cluster.api(by), "").get("/metrics")?.body;
+        let line = format!("shoal_coordinator_up{{coordinator=\"c{}\"}} 0", dead + 1);
+        assert!(metrics.as_str().is_some_and(|text| text.contains(&line)), "no {line}");
+    }
+    cluster.restart_coordinator(dead)?;
+    for by in 0..3 {
+        until_heard(&cluster, by, [true; 3])?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_stream_through_another_coordinator_does_not_notice_the_leaders_death() -> Result<()> {
     let mut cluster = Cluster::start(3, 2)?;
@@ -125,6 +179,18 @@ fn without_a_majority_changes_wait_and_inference_does_not() -> Result<()> {
     let call = AdminCall::CreateToken { role: Role::Worker, uses: 1, expires_s: 60 };
     let refused = cluster.admin(2)?.call(call.clone()).unwrap_err().to_string();
     assert!(refused.contains("the change was not stored within"), "{refused}");
+    // Whoever waited hears for whom, and how long they have been silent.
+    let missing = "no majority of the coordinators: not heard are c1 for ";
+    for words in [missing, " s and c2 for ", "a change needs 2 of the 3 that vote"] {
+        assert!(refused.contains(words), "{words:?} is not in {refused}");
+    }
+    let status = verb(&cluster, 2, &["status"])?.expect_code(0).stdout;
+    assert!(status.contains(missing), "{status}");
+    let nodes = verb(&cluster, 2, &["nodes", "list"])?.expect_code(1).stderr;
+    // And was told meanwhile that it waits.
+    for words in [missing, "could not be read", "waiting for the coordinators to agree …"] {
+        assert!(nodes.contains(words), "{words:?} is not in {nodes}");
+    }
     assert_eq!(tokens(&cluster, 2)?, expected);
     cluster.signal_coordinator(1, Signal::CONT)?;
     cluster.leader(2)?;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase, Vote};
 use shoal_protocol::id::Role;
 use shoal_protocol::plan::{ModelSource, PretendSpec};
+use shoal_protocol::presence::PresenceView;
 use shoal_tests::api::Api;
 use shoal_tests::proc::{Admin, Process, Signal};
 use tempfile::TempDir;
@@ -151,6 +152,17 @@ fn every_coordinator_on_etcd_gets_the_cas_key_and_the_ca_rotates() -> Result<()>
     assert!(listed.contains("signs") && listed.contains("not believed"), "{listed}");
     assert_eq!(list(third.text("context"))?, listed);
     second.admin()?.wait_until("two", START_TIMEOUT, all_vote(2))?;
+    // With an etcd nobody has anything to say to another one: who dies is missed all the same.
+    until_the_other_is(&second, true)?;
+    drop(third);
+    until_the_other_is(&second, false)
+}
+
+/// Waits until a coordinator of two hears the other one, or does not.
+fn until_the_other_is(coordinator: &Coordinator, up: bool) -> Result<()> {
+    let other = |view: &PresenceView| view.coordinators.last().is_some_and(|heard| heard.up == up);
+    let found = coordinator.admin()?.wait_until_heard(START_TIMEOUT, other)?;
+    assert_eq!(found.no_majority, None, "etcd has the majority");
     Ok(())
 }
 

@@ -162,6 +162,31 @@ fn what_does_not_pass_is_refused_with_the_hub_and_the_reason() -> Result<()> {
 }
 
 #[test]
+fn where_no_hub_is_whoever_deploys_hears_it_soon_and_a_worker_tries_on() -> Result<()> {
+    // Nobody listens at the one; the other is no name, which the resolver says without asking anybody.
+    for endpoint in ["http://127.0.0.1:1", "http://no..hub"] {
+        let data = tempfile::tempdir()?;
+        let patience = Patience { first_pause: Duration::from_millis(1), tries: 7, ..PATIENCE };
+        let settings =
+            BlobSettings { endpoint: endpoint.to_owned(), patience, ..BlobSettings::default() };
+        let cache = ModelCache::new(data.path(), BlobSettings { hub_cache: None, ..settings });
+        let tries = |error: BlobError| match error {
+            BlobError::Unreachable { tries, why, .. } if why.contains("nobody is reached") => tries,
+            error => panic!("{endpoint}: {error}"),
+        };
+        let never = AtomicBool::new(false);
+        let waited = cache.pin(&source("main")).expect_err("no hub");
+        assert_eq!(tries(waited), 4, "{endpoint}");
+        // Its commit is known, so its files are the first that is asked for.
+        let waited = cache.prepare(&source(COMMIT), Side::Text, &never).expect_err("no hub");
+        assert_eq!(tries(waited), 4, "{endpoint}");
+        let worker = cache.prepare(&source(COMMIT), Side::Weights, &never).expect_err("no hub");
+        assert_eq!(tries(worker), 7, "{endpoint}");
+    }
+    Ok(())
+}
+
+#[test]
 fn who_gives_a_model_up_does_not_wait_for_a_hub_that_is_down() -> Result<()> {
     let hub = Hub::serve(&demo(), REPO, None)?;
     let data = tempfile::tempdir()?;

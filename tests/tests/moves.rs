@@ -213,9 +213,12 @@ fn what_cannot_be_moved_stays_and_says_why() -> Result<()> {
     let drained = up.verb(&["drain", "w1", "--wait", "--timeout", "10m"])?.expect_code(1);
     let waited = since.elapsed();
     assert!(waited < Duration::from_secs(30), "{waited:?}");
-    for words in
-        ["cannot leave w1", "2 stages were asked for, but 1 workers", "waiting does not help"]
-    {
+    for words in [
+        "cannot leave w1: a drain needs a place",
+        "2 stages were asked for, but 1 workers",
+        "with fewer stages it would fit: `shoal scale slow --stages auto`, or start another worker",
+        "waiting does not help",
+    ] {
         assert!(drained.stderr.contains(words), "{words:?} is not in {}", drained.stderr);
     }
     let rollout = up.verb(&["rollout", "status", "slow", "--timeout", "1s"])?.expect_code(1);

@@ -352,7 +352,32 @@ fn builds_lead_and_follow_each_other_and_take_each_others_snapshots() -> Result<
     let late = cluster.join_coordinator(newer)?;
     serves(&cluster, late, &expected)?;
     ensure!(cluster.leader(newer)? == newer, "it does not lead any more");
-    held_back(&cluster, newer, "c1, c3, c4, w1 and w2 are")
+    held_back(&cluster, newer, "c1, c3, c4, w1 and w2 are")?;
+    each_builds_cli_asks_the_other(&cluster, &older, (0, newer))
+}
+
+/// An operator's machine is upgraded before the cluster, or after it.
+fn each_builds_cli_asks_the_other(
+    cluster: &Cluster,
+    older: &Path,
+    (at_older, at_newer): (usize, usize),
+) -> Result<()> {
+    let ask = |binary: &Path, at: usize, verb: [&str; 2]| -> Result<String> {
+        let context = cluster.context(at).to_string_lossy().into_owned();
+        let args = verb.into_iter().chain(["--context", &context]);
+        Ok(Process::shoal_at(binary, args)?.finish(WITHIN)?.expect_code(0).stdout)
+    };
+    let list = ["coordinators", "list"];
+    // The older one does not say who is there, and the newer one of both builds.
+    let said = ask(shoal(), at_older, list)?;
+    ensure!(said.contains("LINK") && !said.contains(" up"), "{said}");
+    let said = ask(shoal(), at_newer, list)?;
+    ensure!(said.lines().filter(|line| line.ends_with(" up")).count() == 4, "{said}");
+    let said = ask(older, at_newer, list)?;
+    ensure!(said.contains("votes") && !said.contains("LINK"), "{said}");
+    let said = ask(older, at_newer, ["nodes", "list"])?;
+    ensure!(said.lines().any(|line| line.starts_with("c1 ") && line.contains(" up ")), "{said}");
+    Ok(())
 }
 
 /// Makes one of three lead: a leader that stops hands over to the only one that is there, and that has

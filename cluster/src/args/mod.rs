@@ -429,7 +429,7 @@ Where the API needs a key, the environment variable SHOAL_API_KEY holds it.";
 /// `shoal chat`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct ChatArgs {
-    /// The deployment [default: the only one]
+    /// The deployment, or an adapter beside one [default: the only deployment]
     #[arg(value_parser = name)]
     pub name: Option<DeploymentName>,
     /// Ask this, print the answer and end

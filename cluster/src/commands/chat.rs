@@ -4,13 +4,14 @@ use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use shoal_protocol::admin::{ClusterView, DeploymentPhase};
+use shoal_protocol::adapters::{AdapterCall, AdapterReply, AdapterView};
+use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView, DeploymentPhase};
 use shoal_protocol::id::DeploymentName;
 
 use super::sse;
 use crate::args::ChatArgs;
-use crate::client::AdminClient;
-use crate::failure::Failure;
+use crate::client::{AdminClient, unexpected};
+use crate::failure::{Exit, Failure};
 use crate::output::json::url;
 
 /// How long to wait for the API to accept a connection.
@@ -23,8 +24,13 @@ const TOKEN_TIMEOUT: Duration = Duration::from_secs(300);
 pub async fn run(args: ChatArgs) -> Result<(), Failure> {
     let client = AdminClient::open(args.cluster.context.as_deref()).await?;
     let view = client.status().await?;
+    let is_deployed = |name: &DeploymentName| view.deployments.iter().any(|d| d.name == *name);
+    let model = match &args.name {
+        Some(name) if !is_deployed(name) => choose_adapter(name, &adapters(&client).await?, &view),
+        _ => choose(args.name, &view),
+    };
     client.close().await;
-    let model = choose(args.name, &view)?;
+    let model = model?;
     let api = view.coordinator.api;
     if view.coordinator.tls {
         return Err(Failure::failed(format!(
@@ -73,6 +79,37 @@ fn choose(name: Option<DeploymentName>, view: &ClusterView) -> Result<Deployment
             deployment.name,
             if deployment.reason.is_empty() { "it loads" } else { &deployment.reason }
         ))),
+    }
+}
+
+/// The adapters that there are: none, where an older build ends the conversation at the question.
+async fn adapters(client: &AdminClient) -> Result<Vec<AdapterView>, Failure> {
+    match client.call(AdminCall::Adapters(AdapterCall::List)).await {
+        Ok(AdminReply::Adapters(AdapterReply::List(all))) => Ok(all),
+        Ok(other) => Err(unexpected(&other)),
+        Err(failure) if failure.exit == Exit::Unreachable => Ok(Vec::new()),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// An adapter answers as its deployment does.
+fn choose_adapter(
+    name: &DeploymentName,
+    adapters: &[AdapterView],
+    view: &ClusterView,
+) -> Result<DeploymentName, Failure> {
+    let Some(adapter) = adapters.iter().find(|adapter| adapter.name == *name) else {
+        let deployed = view.deployments.iter().map(|deployment| &deployment.name);
+        let names = deployed.chain(adapters.iter().map(|adapter| &adapter.name));
+        let names: Vec<&str> = names.map(DeploymentName::as_str).collect();
+        return Err(super::no_such("deployment or adapter", name, &names));
+    };
+    match adapter.held {
+        0 => {
+            let why = if adapter.reason.is_empty() { "it loads" } else { &adapter.reason };
+            Err(Failure::refused(format!("the adapter {name} is not ready: {why}")))
+        }
+        _ => Ok(name.clone()),
     }
 }
 
@@ -222,8 +259,11 @@ fn refusal(status: u16, body: &mut dyn BufRead) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use shoal_protocol::admin::CoordinatorView;
+    use shoal_protocol::id::{AdapterId, NodeId};
+    use shoal_protocol::plan::Plan;
+
     use super::*;
-    use crate::failure::Exit;
 
     fn answer(events: &str) -> (Result<String, Failure>, String) {
         let mut out = Vec::new();
@@ -243,6 +283,42 @@ mod tests {
         assert_eq!((result.unwrap_err().message.as_str(), out.as_str()), ("w2 was lost", "8\n"));
         let (result, _) = answer(&chunk("8"));
         assert!(result.unwrap_err().message.contains("hung up"));
+    }
+
+    #[test]
+    fn an_adapter_is_talked_to_by_its_name_once_a_replica_has_it() {
+        let view = ClusterView {
+            coordinator: CoordinatorView {
+                id: NodeId::coordinator(1),
+                pid: 1,
+                build: String::new(),
+                api: ([127, 0, 0, 1], 1).into(),
+                cluster: ([127, 0, 0, 1], 1).into(),
+                tls: false,
+            },
+            workers: Vec::new(),
+            deployments: Vec::new(),
+            plan: Plan::default(),
+            coordinators: Vec::new(),
+        };
+        let name = |text: &str| DeploymentName::new(text).unwrap();
+        let adapter = |text, held, reason: &str| AdapterView {
+            name: name(text),
+            id: AdapterId(1),
+            deployment: name("base"),
+            path: "/a".to_owned(),
+            created_s: 0,
+            held,
+            replicas: 1,
+            reason: reason.to_owned(),
+        };
+        let all = [adapter("support", 1, ""), adapter("later", 0, "w1 reads it")];
+        let choose = |text| choose_adapter(&name(text), &all, &view);
+        assert_eq!(choose("support").unwrap(), name("support"));
+        let waits = choose("later").unwrap_err();
+        assert_eq!(waits.message, "the adapter later is not ready: w1 reads it");
+        let unknown = choose("suport").unwrap_err().message;
+        assert_eq!(unknown, "there is no deployment or adapter `suport`; did you mean `support`?");
     }
 
     #[test]

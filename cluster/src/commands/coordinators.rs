@@ -6,7 +6,7 @@ use shoal_protocol::id::NodeId;
 use crate::args::CoordinatorsCommand;
 use crate::client::{AdminClient, unexpected};
 use crate::failure::Failure;
-use crate::output::table;
+use crate::output::coordinators;
 use crate::run;
 
 /// Does what was typed.
@@ -15,11 +15,16 @@ pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
         CoordinatorsCommand::List(args) => {
             let client = AdminClient::open(args.cluster.context.as_deref()).await?;
             let view = client.status().await?;
+            let presence = client.presence().await;
             client.close().await;
-            match args.json {
-                true => super::print_json(&view.coordinators),
-                false => super::print(&table::coordinators(&view).to_string()),
+            if args.json {
+                return super::print_json(&coordinators::list(&view, presence.as_ref()));
             }
+            super::print(&coordinators::table(&view, presence.as_ref()).to_string())?;
+            if let Some(why) = presence.and_then(|presence| presence.no_majority) {
+                eprintln!("{why}");
+            }
+            Ok(())
         }
         CoordinatorsCommand::Add(args) => {
             let client = AdminClient::open(args.cluster.context.as_deref()).await?;

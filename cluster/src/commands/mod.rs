@@ -31,17 +31,23 @@ const ALIKE_MIN: f64 = 0.75;
 
 /// That there is no such deployment, and which one was probably meant.
 fn no_such_deployment(name: &DeploymentName, view: &ClusterView) -> Failure {
-    let names = || view.deployments.iter().map(|d| d.name.as_str());
-    let nearest = names()
+    let names: Vec<&str> = view.deployments.iter().map(|d| d.name.as_str()).collect();
+    no_such("deployment", name, &names)
+}
+
+/// That nothing of this kind has the name, and which one was probably meant.
+fn no_such(kind: &str, name: &DeploymentName, names: &[&str]) -> Failure {
+    let nearest = names
+        .iter()
         .map(|known| (strsim::jaro_winkler(known, name.as_str()), known))
         .filter(|(alike, _)| *alike >= ALIKE_MIN)
         .max_by(|a, b| a.0.total_cmp(&b.0));
     let advice = match nearest {
         Some((_, known)) => format!("did you mean `{known}`?"),
-        None if view.deployments.is_empty() => "nothing is deployed".to_owned(),
-        None => format!("there is {}", names().collect::<Vec<_>>().join(", ")),
+        None if names.is_empty() => "nothing is deployed".to_owned(),
+        None => format!("there is {}", names.join(", ")),
     };
-    Failure::refused(format!("there is no deployment `{name}`; {advice}"))
+    Failure::refused(format!("there is no {kind} `{name}`; {advice}"))
 }
 
 /// Says no where there is no such deployment.

@@ -9,10 +9,12 @@ use shoal_protocol::control::*;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::*;
 use shoal_protocol::plan::*;
+use shoal_protocol::presence::{HeardView, PresenceView};
 use shoal_protocol::units::{Bytes, LayerRange};
 
+use super::coordinators::Status;
 use super::progress::{Stand, stand};
-use super::{json, table};
+use super::{coordinators, json, table};
 
 pub(super) fn check(file: &str, found: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/output/golden").join(file);
@@ -153,15 +155,52 @@ fn cluster() -> ClusterView {
 
 #[test]
 fn golden_status() {
-    check("status.txt", &table::status(&cluster()));
+    check("status.txt", &table::status(&cluster(), None));
     let empty = ClusterView {
         workers: Vec::new(),
         deployments: Vec::new(),
         plan: Plan::default(),
         ..cluster()
     };
-    check("status-empty.txt", &table::status(&empty));
-    check("status.json", &(json::line(&cluster()).unwrap() + "\n"));
+    check("status-empty.txt", &table::status(&empty, None));
+    check("status.json", &(json::line(&Status::new(&cluster(), None)).unwrap() + "\n"));
+}
+
+/// One of three is heard, and says so: no majority.
+#[test]
+fn golden_silent_coordinators() {
+    let peer = |number| PeerView {
+        id: NodeId::coordinator(number),
+        cluster: ([10, 0, 0, number as u8], 4000).into(),
+        build: "0.1.0".to_owned(),
+        vote: Vote::Voter,
+        leads: false,
+    };
+    let heard = |number, up, heard_ms_ago| HeardView {
+        node: NodeId::coordinator(number),
+        up,
+        heard_ms_ago,
+    };
+    let view = ClusterView {
+        coordinators: (1..=3).map(peer).collect(),
+        workers: Vec::new(),
+        deployments: Vec::new(),
+        plan: Plan::default(),
+        ..cluster()
+    };
+    let presence = PresenceView {
+        coordinators: vec![
+            heard(1, true, Some(0)),
+            heard(2, false, Some(12_345)),
+            heard(3, false, None),
+        ],
+        no_majority: Some("no majority of the coordinators: …".to_owned()),
+    };
+    check("status-silent.txt", &table::status(&view, Some(&presence)));
+    let line = json::line(&Status::new(&view, Some(&presence))).unwrap();
+    check("status-silent.json", &(line + "\n"));
+    // As an older build answers.
+    check("coordinators-unheard.txt", &coordinators::table(&view, None).to_string());
 }
 
 #[test]
@@ -231,7 +270,7 @@ fn a_long_reason_makes_no_wide_table() {
     view.deployments[2].reason = "word ".repeat(100) + "\nand more";
     let error = WireError::new(ErrorCode::BadModel, "word ".repeat(100));
     view.workers[1].shards[0].state = ShardState::Failed(error);
-    let text = table::status(&view);
+    let text = table::status(&view, None);
     let rows = text.lines().filter(|line| !line.contains("word"));
     assert!(rows.clone().all(|line| line.chars().count() < 100), "{text}");
     assert!(text.contains("\n  odd: word ") && text.contains("\n    and more\n"), "{text}");
@@ -241,7 +280,7 @@ fn a_long_reason_makes_no_wide_table() {
 fn who_left_for_good_is_no_row() {
     let mut view = cluster();
     view.workers[0].connected = false;
-    let text = table::status(&view);
+    let text = table::status(&view, None);
     // A stage waits for the first, nothing for the fifth.
     assert!(text.contains("\nw1      down"), "{text}");
     assert!(text.contains("nothing is placed on them: w5\n") && !text.contains("\nw5"), "{text}");

@@ -3,6 +3,7 @@
 pub mod access;
 pub mod adapters;
 pub mod ca;
+pub mod coordinators;
 pub mod json;
 pub mod progress;
 pub mod table;

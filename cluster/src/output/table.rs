@@ -8,6 +8,9 @@ use shoal_protocol::admin::{
 use shoal_protocol::control::{ShardReport, ShardState};
 use shoal_protocol::id::{NodeId, StageIndex};
 use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
+use shoal_protocol::presence::PresenceView;
+
+use super::coordinators;
 
 /// Spaces between two columns.
 const GAP: usize = 2;
@@ -68,18 +71,22 @@ impl fmt::Display for Table {
 }
 
 /// `shoal status`.
-pub fn status(view: &ClusterView) -> String {
+pub fn status(view: &ClusterView, presence: Option<&PresenceView>) -> String {
     let c = &view.coordinator;
     let mut out = format!(
-        "coordinator {} (pid {}, shoal {})\n  public API  {}/v1\n  cluster     {}\n\n",
+        "coordinator {} (pid {}, shoal {})\n  public API  {}/v1\n  cluster     {}\n",
         c.id,
         c.pid,
         c.build,
         super::json::url(c.api, c.tls),
         c.cluster
     );
+    if let Some(why) = presence.and_then(|presence| presence.no_majority.as_deref()) {
+        out.push_str(&format!("  {why}; what is served goes on\n"));
+    }
+    out.push('\n');
     if view.coordinators.len() > 1 {
-        out.push_str(&coordinators(view).to_string());
+        out.push_str(&coordinators::table(view, presence).to_string());
         out.push('\n');
     }
     if view.workers.is_empty() {
@@ -172,21 +179,6 @@ fn numerics(replica: &ReplicaPlan) -> String {
         false => replica.numerics.to_string(),
         true => format!("{}, resume not exact", replica.numerics),
     }
-}
-
-/// The coordinators: who votes, who leads.
-pub fn coordinators(view: &ClusterView) -> Table {
-    let mut table = Table::new(&["COORDINATOR", "ADDRESS", "BUILD", "VOTE", "LEADS"]);
-    for peer in &view.coordinators {
-        table.row([
-            peer.id.to_string(),
-            peer.cluster.to_string(),
-            peer.build.clone(),
-            peer.vote.as_str().to_owned(),
-            if peer.leads { "leads" } else { NOTHING }.to_owned(),
-        ]);
-    }
-    table
 }
 
 /// `1/2`: replicas that take requests, of those that are wanted.

@@ -13,6 +13,7 @@ use shoal_protocol::error::ErrorCode;
 use super::ApiContext;
 use super::error::{ApiError, Reason};
 use super::openai::models::is_ready;
+use crate::control::store::ControlStore;
 
 /// When a prober should look again.
 const READY_RETRY: Duration = Duration::from_secs(1);
@@ -78,7 +79,8 @@ pub async fn metrics(State(context): State<Arc<ApiContext>>) -> Result<Response,
     let table = context.table.borrow().clone();
     let standings = context.places.standings(&table);
     let (stale, spans) = (context.dispatcher.stale_events(), context.tracer.counts());
-    let text = context.telemetry.render(&table, stale, &standings, spans);
+    let presence = context.control.as_ref().map(ControlStore::presence);
+    let text = context.telemetry.render(&table, stale, &standings, spans, presence.as_ref());
     let text = text.map_err(|error| {
         tracing::error!(%error, "the metrics cannot be rendered");
         ApiError::new(ErrorCode::Internal, "the metrics cannot be rendered")

@@ -49,6 +49,7 @@ use shoal_protocol::trace::Tracer;
 use tokio::sync::watch;
 
 use crate::control::adapters::AdapterServer;
+use crate::control::store::ControlStore;
 use crate::dispatch::Dispatcher;
 use crate::recovery::Resumer;
 use crate::router;
@@ -113,6 +114,8 @@ pub struct ApiContext {
     prefix_affinity: bool,
     /// Where adapters are loaded and unloaded, if clients may.
     adapters: Option<AdapterServer>,
+    /// Who says which coordinators are there, where there are some.
+    control: Option<ControlStore>,
     resumer: Resumer,
     tracer: Tracer,
     unread: Unread,
@@ -195,6 +198,7 @@ impl ApiContext {
             places,
             prefix_affinity: false,
             adapters: None,
+            control: None,
             resumer,
             tracer: Tracer::off(),
             unread: Unread::none(),
@@ -220,6 +224,11 @@ impl ApiContext {
     pub fn with_policy(self, policy: Policy) -> Self {
         let places = Arc::new(Places::new(policy, self.limits.admission));
         Self { resumer: self.resumer.through(Arc::clone(&places)), places, ..self }
+    }
+
+    /// The same, with metrics of the coordinators.
+    pub fn of_cluster(self, control: ControlStore) -> Self {
+        Self { control: Some(control), ..self }
     }
 
     /// The same request plane, behind this gate.

@@ -9,6 +9,7 @@ use shoal_protocol::access::{
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::Hex;
+use shoal_protocol::presence::PresenceView;
 
 use super::agents::Agents;
 use super::reconcile::ObservedWorker;
@@ -71,7 +72,8 @@ impl AccessServer {
             }
             AccessCall::ListNodes => {
                 let state = self.store.read().await?;
-                Ok(AccessReply::Nodes(node_views(&state, &self.agents.observe())))
+                let heard = self.store.presence();
+                Ok(AccessReply::Nodes(node_views(&state, &self.agents.observe(), &heard)))
             }
             AccessCall::RemoveNode { node, force } => self.remove_node(operator, node, force).await,
             AccessCall::RotateCa { skip_absent } => self.ca.rotate(operator, skip_absent).await,
@@ -153,14 +155,22 @@ fn token_view(token: &Token) -> TokenView {
     }
 }
 
-fn node_views(state: &ClusterState, seen: &BTreeMap<NodeId, ObservedWorker>) -> Vec<NodeView> {
+fn node_views(
+    state: &ClusterState,
+    seen: &BTreeMap<NodeId, ObservedWorker>,
+    heard: &PresenceView,
+) -> Vec<NodeView> {
+    let is_there = |node: NodeId| match node.role {
+        Role::Worker => Some(seen.get(&node).is_some_and(|worker| worker.connected)),
+        Role::Coordinator => Some(heard.of(node).is_some_and(|heard| heard.up)),
+        Role::Admin => None,
+    };
     let nodes = state.nodes.iter().map(|(node, known)| NodeView {
         node,
         joined_s: known.joined.0,
         starts: known.incarnation.map_or(0, |incarnation| incarnation.0),
         build: known.build.clone(),
-        connected: (node.role == Role::Worker)
-            .then(|| seen.get(&node).is_some_and(|worker| worker.connected)),
+        connected: is_there(node),
         placed: is_placed(state, node).is_some(),
     });
     nodes.collect()

@@ -208,6 +208,7 @@ impl AdminServer {
                 let answer = self.adapters.answer(operator.to_string(), call);
                 Ok(AdminReply::Adapters(answer.await?))
             }
+            AdminCall::Presence => Ok(AdminReply::Presence(self.store.presence())),
             AdminCall::Scale { name, replicas, stages, dry_run } => {
                 let scale = DeploymentCommand::Scale { name: name.clone(), replicas, stages };
                 self.scale(operator, &name, scale, dry_run).await

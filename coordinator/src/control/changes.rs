@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use shoal_protocol::admin::{AdminReply, ChangeView, DeploymentPhase};
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::NodeId;
+use shoal_protocol::id::{NodeId, ReplicaId};
 use shoal_protocol::plan::{ReplicaPlan, StagesAsked};
 use shoal_protocol::units::Bytes;
 
 use super::agents::Agents;
 use super::planner::{Rate, loads, speed};
-use super::reconcile::{Action, Observed, Preview, preview};
+use super::reconcile::{Action, Observed, Preview, Stand, preview};
 use super::shape::ModelShape;
 use super::state::{Change, ClusterState, DeploymentCommand, DrainCommand};
 use super::store::ControlStore;
@@ -122,13 +122,29 @@ fn view(state: &ClusterState, observed: &Observed, change: &Change, tried: &Prev
         }
     }
     if let Change::Drain(DrainCommand::Begin { node }) = change {
-        for (id, stand) in &tried.stands {
-            if tried.after.plans.get(*id).is_some_and(|plan| plan.nodes().any(|n| n == *node)) {
-                explanation.push(format!("{id} cannot leave {node}: {}", stand.reason));
-            }
-        }
+        explanation.extend(what_stays(observed, *node, tried));
     }
     ChangeView { before, after, explanation }
+}
+
+/// What a drain leaves where it is, what it lacks, and what would do.
+fn what_stays(observed: &Observed, node: NodeId, tried: &Preview) -> Vec<String> {
+    let one = |(id, stand): &(ReplicaId, Stand)| {
+        let plan = tried.after.plans.get(*id)?;
+        let name = plan.nodes().any(|placed| placed == node).then_some(&plan.deployment)?;
+        let way = match tried.leaves_with_open_stages(observed, node, name) {
+            true => format!(
+                "with fewer stages it would fit: `shoal scale {name} --stages auto`, or start"
+            ),
+            false => "start".to_owned(),
+        };
+        Some(format!(
+            "{id} cannot leave {node}: a drain needs a place for its layers, as they were asked for, on the \
+             workers that stay, and there is none ({}); {way} another worker",
+            stand.reason
+        ))
+    };
+    tried.stands.iter().filter_map(one).collect()
 }
 
 /// Whether a step is worth a line: that a layout takes over once it is ready goes without saying.

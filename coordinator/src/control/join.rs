@@ -204,7 +204,9 @@ impl JoinServer {
             return self.store.read().await;
         }
         match tokio::time::timeout(MAJORITY_PATIENCE, self.store.read()).await {
-            Ok(Err(ReadError::NoQuorum)) | Err(_) => Ok(self.store.state()),
+            Ok(Err(ReadError::NoQuorum | ReadError::NoMajority(_))) | Err(_) => {
+                Ok(self.store.state())
+            }
             Ok(read) => read,
         }
     }

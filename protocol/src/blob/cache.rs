@@ -73,7 +73,7 @@ impl ModelCache {
     /// Finds out which revision is meant now, and names that one for ever.
     pub fn pin(&self, source: &ModelSource) -> Result<ModelSource, BlobError> {
         let (never, settings) = (AtomicBool::new(false), &self.0.settings);
-        let named = self.named(source)?;
+        let named = self.named_for(source, self.0.http.waited_for())?;
         let pinned = |commit: String| with_revision(source, commit);
         if name::is_commit(&named.commit) {
             return Ok(pinned(named.commit));
@@ -97,7 +97,11 @@ impl ModelCache {
         side: Side,
         cancel: &AtomicBool,
     ) -> Result<PathBuf, BlobError> {
-        let named = self.named(source)?;
+        // Whoever deploys waits for the text side; the weights take their time.
+        let named = match side {
+            Side::Text => self.named_for(source, self.0.http.waited_for())?,
+            Side::Weights => self.named(source)?,
+        };
         if let Some(snapshot) = self.snapshot(&named, side) {
             return Ok(snapshot);
         }
@@ -209,13 +213,17 @@ impl ModelCache {
     }
 
     fn named(&self, source: &ModelSource) -> Result<Named, BlobError> {
-        let Inner { root, settings, http, .. } = &*self.0;
+        self.named_for(source, self.0.http.clone())
+    }
+
+    fn named_for(&self, source: &ModelSource, http: Http) -> Result<Named, BlobError> {
+        let Inner { root, settings, .. } = &*self.0;
         match source {
             ModelSource::Hub { repo, revision } => {
                 let repo: RepoId = repo.parse()?;
                 name::check_revision(revision)?;
                 let place = root.join("hub").join(repo.folder()).join(name::segment(revision));
-                let origin = Box::new(Hub::new(http.clone(), settings, repo.clone()));
+                let origin = Box::new(Hub::new(http, settings, repo.clone()));
                 Ok(Named { origin, place, commit: revision.clone(), repo: Some(repo) })
             }
             ModelSource::ObjectStore { url, revision } => {
@@ -224,7 +232,7 @@ impl ModelCache {
                     name::check_revision(revision)?;
                 }
                 let place = root.join("s3").join(at.folder()).join(name::segment(revision));
-                let origin = Box::new(ObjectStore::new(http.clone(), settings, at));
+                let origin = Box::new(ObjectStore::new(http, settings, at));
                 Ok(Named { origin, place, commit: revision.clone(), repo: None })
             }
             ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {

@@ -2,9 +2,10 @@
 //!
 //! What came before an answer broke off is kept, and only the rest is asked for again. A status that may
 //! pass (429, 5xx) is waited for as long as the origin says, within our patience; any other is final.
+//! Where nobody is there at all, whoever waits (`shoal deploy`) is told after a few tries.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -18,6 +19,13 @@ use super::settings::Patience;
 
 /// The longest pause between two tries, whatever an origin asks for.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// Tries of somebody who waits, where nobody is there: the name is not known, or nobody answers under it. A
+/// moment's hiccup passes within them, and what is wrong for good is said within two seconds.
+const NOBODY_TRIES: u32 = 4;
+
+/// No such try begins later than this after the first: a way that swallows everything is told after one.
+const NOBODY_WITHIN: Duration = Duration::from_secs(5);
 
 /// How soon a pause notices that nobody waits any more.
 const CANCEL_LOOK: Duration = Duration::from_millis(50);
@@ -51,6 +59,8 @@ pub(super) struct Request {
 pub(super) struct Http {
     agent: Agent,
     patience: Patience,
+    /// Whether a person waits for the answer.
+    is_waited_for: bool,
 }
 
 /// What one try came to.
@@ -59,6 +69,8 @@ enum Tried {
     Done,
     /// Try again, after what the origin says.
     Again(String, Option<Duration>),
+    /// The same, and there is no origin.
+    Nobody(String),
     /// It would be the same again.
     Final(BlobError),
 }
@@ -92,7 +104,12 @@ impl Http {
             .timeout_recv_response(Some(patience.read))
             .timeout_per_read(Some(patience.read))
             .build();
-        Self { agent: config.new_agent(), patience }
+        Self { agent: config.new_agent(), patience, is_waited_for: false }
+    }
+
+    /// The same for somebody who waits: that nobody is there they hear soon.
+    pub fn waited_for(&self) -> Self {
+        Self { is_waited_for: true, ..self.clone() }
     }
 
     /// The whole of something small.
@@ -138,7 +155,7 @@ impl Http {
             call = call.header(*name, value);
         }
         let call = call.config().max_redirects(request.redirects()).build().call();
-        let mut response = call.map_err(|error| Tried::Again(error.to_string(), None))?;
+        let mut response = call.map_err(|error| failed(&error))?;
         if !matches!(response.status().as_u16(), 200 | 206) {
             return Err(request.refusal(&mut response));
         }
@@ -190,9 +207,16 @@ impl Http {
         let mut tries = 0;
         loop {
             tries += 1;
+            let mut bounds = (self.patience.tries, self.patience.within);
             let (why, asked) = match attempt(cancel) {
                 (Tried::Done, _) => return Ok(()),
                 (Tried::Final(error), _) => return Err(error),
+                (Tried::Nobody(why), _) => {
+                    if self.is_waited_for {
+                        bounds = (bounds.0.min(NOBODY_TRIES), bounds.1.min(NOBODY_WITHIN));
+                    }
+                    (why, None)
+                }
                 (Tried::Again(why, asked), moved) => {
                     // What moves is not stuck, however often it breaks.
                     if moved {
@@ -202,7 +226,7 @@ impl Http {
                 }
             };
             let wait = asked.unwrap_or(pause).min(PAUSE_MAX);
-            if tries >= self.patience.tries || begun.elapsed() + wait > self.patience.within {
+            if tries >= bounds.0 || begun.elapsed() + wait > bounds.1 {
                 return Err(BlobError::Unreachable {
                     origin: request.origin.clone(),
                     what: request.what.clone(),
@@ -244,7 +268,7 @@ impl Http {
         let call = config.timeout_recv_body(Some(slowest)).build().call();
         let mut response = match call {
             Ok(response) => response,
-            Err(error) => return Tried::Again(error.to_string(), None),
+            Err(error) => return failed(&error),
         };
         match (response.status().as_u16(), &part) {
             (200, Part::Whole { .. }) => {}
@@ -267,6 +291,33 @@ impl Http {
             Broken::Cancelled => Tried::Final(BlobError::Cancelled),
             Broken::Off(why) => Tried::Again(why, None),
         })
+    }
+}
+
+/// What a call without an answer means for the next one.
+fn failed(error: &ureq::Error) -> Tried {
+    if !is_nobody_there(error) {
+        return Tried::Again(error.to_string(), None);
+    }
+    let words = format!(
+        "nobody is reached there ({error}): see that this machine has a way to it, or say a proxy (HTTPS_PROXY)"
+    );
+    Tried::Nobody(words)
+}
+
+/// Whether nobody was found to ask.
+fn is_nobody_there(error: &ureq::Error) -> bool {
+    match error {
+        ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => true,
+        ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => true,
+        ureq::Error::Io(error) => match error.kind() {
+            ErrorKind::ConnectionRefused
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable => true,
+            // The standard library has no kind for what a resolver says.
+            _ => error.to_string().starts_with("failed to lookup address information"),
+        },
+        _ => false,
     }
 }
 

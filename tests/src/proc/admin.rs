@@ -11,6 +11,7 @@ use shoal_protocol::admin::{
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::mesh::MeshAsk;
 use shoal_protocol::plan::ModelSource;
+use shoal_protocol::presence::PresenceView;
 use shoal_protocol::quic::{AdminContext, Alpn, Connection, Endpoint, Expect};
 use shoal_protocol::version::VersionRange;
 use tokio::runtime::Runtime;
@@ -19,6 +20,9 @@ use tokio::time::{Instant, timeout_at};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often it is asked for what is not told by itself.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A connection to a coordinator.
 #[derive(Debug)]
@@ -116,6 +120,27 @@ impl Admin {
                 }
             }
         })
+    }
+
+    /// Waits until the coordinator hears the others as wanted.
+    pub fn wait_until_heard(
+        &self,
+        within: Duration,
+        wanted: impl Fn(&PresenceView) -> bool,
+    ) -> Result<PresenceView> {
+        let until = Instant::now() + within;
+        loop {
+            match self.call(AdminCall::Presence)? {
+                AdminReply::Presence(view) if wanted(&view) => return Ok(view),
+                AdminReply::Presence(view) if Instant::now() > until => {
+                    bail!("not heard as wanted within {within:?}: {view:?}")
+                }
+                AdminReply::Presence(_) => {}
+                other => bail!("{other:?} where it was asked who is there"),
+            }
+            // Nothing tells of silence.
+            self.runtime.block_on(async { tokio::time::sleep(LOOK_EVERY).await });
+        }
     }
 
     /// Waits until a deployment is in a phase.

@@ -123,6 +123,10 @@ fn adapters_are_served_by_name_beside_their_base_over_stages_and_ranks() -> Resu
         "{models}"
     );
     refusals(&up)?;
+    let said = up.verb(&["chat", "rb", "--ask", "What is 47 plus 38?", "--max-tokens", "4"])?;
+    ensure!(said.code() == Some(0) && !said.stdout.trim().is_empty(), "{said:?}");
+    let unknown = up.verb(&["chat", "rc", "--ask", "?"])?;
+    ensure!(unknown.stderr.contains("no deployment or adapter `rc`"), "{unknown:?}");
 
     // It goes, and the others stay.
     up.verb(&["adapters", "unload", "a"])?.expect_code(0);
@@ -148,7 +152,7 @@ fn refusals(up: &Up) -> Result<()> {
         ("c", "base", "adapters/qwen2-everything", "is this an adapter for another base model?"),
         ("c", "base", "models/llama2-gqa3-bf16", "no adapter: expected adapter_config.json"),
         ("a", "base", "adapters/llama-attention", "`a` is an adapter's name already"),
-        ("ranks", "base", "adapters/llama-attention", "a deployment named `ranks` exists already"),
+        ("ranks", "base", "adapters/llama-attention", "`ranks` is the name of a deployment"),
         ("c", "basis", "adapters/llama-attention", "did you mean `base`?"),
     ] {
         let path = fixture(of)?;

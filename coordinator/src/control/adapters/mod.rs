@@ -179,7 +179,7 @@ impl AdapterServer {
         let unknown = || Refusal::UnknownDeployment { name: deployment.clone() };
         let of = state.deployments.get(deployment).ok_or_else(unknown)?;
         if state.deployments.get(name).is_some() {
-            return Err(Refusal::NameTaken { name: name.clone() }.into());
+            return Err(is_a_deployment(name));
         }
         if state.adapters.get(name).is_some() {
             return Err(Refusal::AdapterNameTaken { name: name.clone() }.into());
@@ -253,6 +253,15 @@ impl AdapterServer {
             }
         }
     }
+}
+
+/// Both are models to clients, which tell them apart by nothing but their names.
+fn is_a_deployment(name: &DeploymentName) -> WireError {
+    let words = format!(
+        "`{name}` is the name of a deployment, and clients choose an adapter by its name as they do a deployment: \
+         give the adapter another name"
+    );
+    WireError::new(ErrorCode::AlreadyExists, words)
 }
 
 /// Tells the workers which adapters there should be, on every change, until `stop` becomes true.

@@ -11,6 +11,7 @@
 mod carrier;
 mod keys;
 mod outbox;
+mod presence;
 mod serve;
 mod versions;
 
@@ -134,6 +135,7 @@ impl Peers {
         tasks.spawn(self.clone().announce());
         tasks.spawn(self.clone().present());
         tasks.spawn(self.clone().agree());
+        tasks.spawn(self.clone().look_after_all());
         for seed in self.seeds.iter() {
             tasks.spawn(self.clone().find(*seed));
             tasks.spawn(self.clone().look_at(*seed));

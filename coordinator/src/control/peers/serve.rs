@@ -57,6 +57,7 @@ impl Peers {
             PeerRequest::Log(hello) => {
                 match self.admit(node, &hello, connection.remote_address()) {
                     Ok(version) => {
+                        self.store.heard_from(node);
                         (PeerReply::Welcome { version, coordinators: self.addresses() }, true)
                     }
                     Err(refusal) => {
@@ -207,6 +208,7 @@ impl Peers {
             if message.from != id || message.to != u64::from(self.me.node.number) {
                 return Err(format!("a message from {} to {}", message.from, message.to));
             }
+            self.store.heard_from(node);
             if removal(&self.store.state(), node).is_some() {
                 // It was admitted before; when it comes again it hears why not.
                 return Err(format!("{node} was removed from this cluster"));

@@ -189,6 +189,52 @@ fn a_refusal_shows_the_arithmetic() {
     assert!(text.contains("one layer alone needs more than a worker has"), "{text}");
 }
 
+/// What is advised is tried here as it is advised.
+#[test]
+fn where_the_number_of_stages_binds_another_one_is_advised() {
+    // 800 MiB of weights.
+    let shape = pretend(8, 100 * MIB);
+    for (budgets, asked, words) in [
+        (
+            &[500 * MIB; 3][..],
+            1,
+            "It would fit with --stages 2 on these workers, or with more memory a worker.",
+        ),
+        (&[250 * MIB; 4], 1, "It would fit with --stages 4 on these workers, or"),
+        // A small one in the way.
+        (
+            &[900 * MIB, MIB],
+            2,
+            "with --stages 1 on these workers, or with 1 more worker with 900.0 MiB each, or",
+        ),
+        (
+            &[500 * MIB],
+            1,
+            "It would fit with 1 more worker with 500.0 MiB each and another --stages than 1 (or none), or",
+        ),
+        (
+            &[500 * MIB, 300 * MIB],
+            2,
+            "It would fit with 1 more worker with 500.0 MiB each, or with more",
+        ),
+    ] {
+        let refusal = planned(&inventory(budgets), &shape, Some(asked), None).unwrap_err();
+        let text = refusal.to_string();
+        assert!(text.contains(words), "{asked} stages: {text}");
+        let PlanRefusal::DoesNotFit(sums) = refusal else { panic!("{text}") };
+        if let Some(stages) = sums.stages_instead {
+            planned(&inventory(budgets), &shape, Some(stages), None).unwrap();
+        }
+        if let Some(more) = sums.more_workers {
+            let mut budgets = budgets.to_vec();
+            let roomiest = budgets.iter().copied().max().unwrap();
+            budgets.extend(vec![roomiest; more.count]);
+            let stages = Some(asked).filter(|_| !more.open_stages);
+            planned(&inventory(&budgets), &shape, stages, None).unwrap();
+        }
+    }
+}
+
 #[test]
 fn impossible_meshes_are_refused() {
     let shape = pretend(4, MIB);
@@ -408,7 +454,8 @@ fn a_smaller_precision_is_advised_where_it_fits() {
     let weights = costs.weights(LayerRange::new(0, 4)).0;
     let refusal = planned(&inventory(&[weights * 3 / 4]), &shape, None, None).unwrap_err();
     let PlanRefusal::DoesNotFit(sums) = &refusal else { panic!("{refusal}") };
-    assert_eq!((sums.smaller, sums.more_workers), (Some(Precision::Bf16), Some(1)), "{refusal}");
+    let more = sums.more_workers.map(|more| more.count);
+    assert_eq!((sums.smaller, more), (Some(Precision::Bf16), Some(1)), "{refusal}");
     assert!(
         refusal.to_string().ends_with(", or with --precision bf16, or with more memory a worker.")
     );

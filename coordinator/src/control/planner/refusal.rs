@@ -5,6 +5,7 @@ use std::fmt;
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
+use shoal_protocol::mesh::MeshAsked;
 use shoal_protocol::plan::{Numerics, Precision, ShardMemory};
 use shoal_protocol::units::{Bytes, LayerRange};
 
@@ -147,10 +148,23 @@ pub struct DoesNotFit {
     pub stages: Vec<StageNeed>,
     /// What each worker has left, of which budget.
     pub workers: Vec<(NodeId, Bytes, Bytes)>,
+    /// The number of stages that was asked for.
+    pub asked: Option<u32>,
+    /// Where one was asked for, the nearest other one that would do on these workers.
+    pub stages_instead: Option<u32>,
     /// How many more workers like the roomiest one would do; `None` where no number does.
-    pub more_workers: Option<usize>,
+    pub more_workers: Option<MoreWorkers>,
     /// A smaller precision that would do on these workers.
     pub smaller: Option<Precision>,
+}
+
+/// Workers that would do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MoreWorkers {
+    /// How many.
+    pub count: usize,
+    /// Whether they are of use only with another number of stages than was asked for.
+    pub open_stages: bool,
 }
 
 /// What one stage needs.
@@ -188,9 +202,16 @@ impl fmt::Display for DoesNotFit {
         let has: Bytes = self.workers.iter().map(|(_, free, _)| *free).sum();
         writeln!(f, "  in all: needs {needs}, has {has}")?;
         let mut ways = Vec::new();
-        if let Some(n) = self.more_workers {
-            let (workers, with) = (if n == 1 { "worker" } else { "workers" }, self.roomiest());
-            ways.push(format!("{n} more {workers} with {with} each"));
+        if let Some(stages) = self.stages_instead {
+            ways.push(format!("--stages {stages} on these workers"));
+        }
+        if let Some(MoreWorkers { count, open_stages }) = self.more_workers {
+            let (workers, with) = (if count == 1 { "worker" } else { "workers" }, self.roomiest());
+            let stages = match (open_stages, self.asked) {
+                (true, Some(asked)) => format!(" and another --stages than {asked} (or none)"),
+                _ => String::new(),
+            };
+            ways.push(format!("{count} more {workers} with {with} each{stages}"));
         }
         if let Some(precision) = self.smaller {
             ways.push(format!("--precision {precision}"));
@@ -258,13 +279,45 @@ pub(super) fn does_not_fit(
     workers: &[&Candidate],
     stages: usize,
 ) -> PlanRefusal {
+    let asked = match job.ask.mesh {
+        Some(MeshAsked::Exactly(mesh)) => Some(mesh.stages),
+        Some(MeshAsked::Auto) => None,
+        None => job.spec.stages,
+    };
+    let stages_instead = asked.and_then(|asked| stages_instead(costs, workers, asked));
     PlanRefusal::DoesNotFit(Box::new(DoesNotFit {
         precision: costs.precision(),
         stages: needs(costs, stages),
         workers: workers.iter().map(|w| (w.node, w.free(), w.budget)).collect(),
-        more_workers: more_workers(costs, workers, job.spec.stages),
-        smaller: smaller(job, costs, workers),
+        asked,
+        stages_instead,
+        more_workers: enough_workers(costs, workers, asked, stages_instead.is_some()),
+        smaller: smaller(job, costs, workers, asked),
     }))
+}
+
+/// The number of stages nearest to what was asked for that fits on these workers; of two the larger.
+fn stages_instead(costs: &Costs<'_>, workers: &[&Candidate], asked: u32) -> Option<u32> {
+    let (shape, held) = (costs.shape(), (costs.precision(), costs.kv()));
+    let most = shape.layers().min(u32::try_from(workers.len()).unwrap_or(u32::MAX));
+    let mut others: Vec<u32> = (1..=most).filter(|stages| *stages != asked).collect();
+    others.sort_by_key(|stages| (stages.abs_diff(asked), std::cmp::Reverse(*stages)));
+    others.into_iter().find(|stages| fits(shape, held, workers, Some(*stages)))
+}
+
+/// Workers that would do with the stages that were asked for; where none do, and no other number of stages
+/// does on the workers that there are, those that would do with another number.
+fn enough_workers(
+    costs: &Costs<'_>,
+    workers: &[&Candidate],
+    asked: Option<u32>,
+    fits_otherwise: bool,
+) -> Option<MoreWorkers> {
+    let enough = |asked, open_stages| {
+        more_workers(costs, workers, asked).map(|count| MoreWorkers { count, open_stages })
+    };
+    let is_bound = asked.is_some() && !fits_otherwise;
+    enough(asked, false).or_else(|| enough(None, true).filter(|_| is_bound))
 }
 
 /// The cut that workers without a bound would get, under the least generous limits.
@@ -291,9 +344,8 @@ fn needs(costs: &Costs<'_>, stages: usize) -> Vec<StageNeed> {
     cuts.iter().map(|cut| StageNeed { layers: cut.layers, memory: memory(cut.layers) }).collect()
 }
 
-/// The least number of workers like the roomiest one, with nothing else on them, that would do; the
-/// number of stages is then left open. More workers never make a model fit worse, so the number is
-/// found by halving.
+/// The least number of workers like the roomiest one, with nothing else on them, that would do in so many
+/// stages, or in any number. More workers never make a model fit worse, so the number is found by halving.
 fn more_workers(costs: &Costs<'_>, workers: &[&Candidate], asked: Option<u32>) -> Option<usize> {
     let (shape, held) = (costs.shape(), (costs.precision(), costs.kv()));
     let model = workers.iter().max_by_key(|worker| worker.budget)?;
@@ -302,8 +354,7 @@ fn more_workers(costs: &Costs<'_>, workers: &[&Candidate], asked: Option<u32>) -
     let fits_with = |n: usize| {
         let mut workers = workers.to_vec();
         workers.extend(std::iter::repeat_n(&extra, n));
-        // Where the number of stages was asked for, roomier workers may do; else leave it open.
-        fits(shape, held, &workers, asked) || fits(shape, held, &workers, None)
+        fits(shape, held, &workers, asked)
     };
     if !fits_with(most) {
         return None;
@@ -321,13 +372,18 @@ fn more_workers(costs: &Costs<'_>, workers: &[&Candidate], asked: Option<u32>) -
 }
 
 /// The largest smaller precision that fits these workers; of two of the same size the stored one.
-fn smaller(job: &Job<'_>, costs: &Costs<'_>, workers: &[&Candidate]) -> Option<Precision> {
+fn smaller(
+    job: &Job<'_>,
+    costs: &Costs<'_>,
+    workers: &[&Candidate],
+    asked: Option<u32>,
+) -> Option<Precision> {
     let half = match job.shape.stored() {
         Precision::F16 => Precision::F16,
         _ => Precision::Bf16,
     };
     [half, Precision::Q8_0, Precision::Q4K].into_iter().find(|choice| {
         choice.is_smaller_than(costs.precision())
-            && fits(job.shape, (*choice, costs.kv()), workers, job.spec.stages)
+            && fits(job.shape, (*choice, costs.kv()), workers, asked)
     })
 }

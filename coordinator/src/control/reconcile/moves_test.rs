@@ -319,3 +319,17 @@ fn another_numerics_contract_is_another_layout() {
     let summed = ReplicaPlan { numerics: Numerics::N1Sum, ..plan.clone() };
     assert!(same_layout(plan, plan) && !same_layout(plan, &summed));
 }
+
+#[test]
+fn what_a_drain_lacks_is_fewer_stages_only_where_those_have_room() {
+    // 60 MiB of weights in two stages, on two workers.
+    for (memory, fits) in [(420, true), (45, false)] {
+        let world = served(2, Some(2), 1, memory);
+        let node = NodeId::worker(1);
+        let drain = Change::Drain(DrainCommand::Begin { node });
+        let tried = preview(&world.state, &world.observed, drain).unwrap();
+        assert_eq!(tried.difference(&world.state).1, [], "it stays where it is");
+        let leaves = tried.leaves_with_open_stages(&world.observed, node, &name());
+        assert_eq!(leaves, fits, "{memory} MiB a worker");
+    }
+}

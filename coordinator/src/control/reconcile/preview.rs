@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use shoal_protocol::control::{ShardCounters, ShardReport, ShardState};
-use shoal_protocol::id::{Incarnation, NodeId, ReplicaId, Role};
-use shoal_protocol::plan::{ReplicaPlan, ShardMemory};
+use shoal_protocol::id::{DeploymentName, Incarnation, NodeId, ReplicaId, Role};
+use shoal_protocol::plan::{ReplicaPlan, ShardMemory, StagesAsked};
 
-use super::super::state::{Change, ClusterState, Command, Refusal, Timestamp};
+use super::super::state::{Change, ClusterState, Command, DeploymentCommand, Refusal, Timestamp};
 use super::{Action, Observed, ObservedWorker, Stand, reconcile};
 
 /// The most rounds that are tried: each replica needs four for a move, and replicas that wait for each
@@ -16,6 +16,9 @@ const ROUNDS_MAX: usize = 4 * super::super::state::REPLICAS_MAX as usize;
 
 /// The time between rounds: beyond every wait, so that nothing is put off.
 const PAUSE: Duration = Duration::from_secs(60);
+
+/// Who tries: nobody has this identity.
+const NOBODY: NodeId = NodeId { role: Role::Admin, number: 0 };
 
 /// The change tried on a copy.
 #[derive(Clone, Debug)]
@@ -37,6 +40,26 @@ impl Preview {
         };
         (only(before, &self.after), only(&self.after, before))
     }
+
+    /// Whether all of a deployment would leave a worker that is drained after this change, if its number of
+    /// stages were left open: tried, not guessed.
+    pub fn leaves_with_open_stages(
+        &self,
+        observed: &Observed,
+        node: NodeId,
+        name: &DeploymentName,
+    ) -> bool {
+        let open = DeploymentCommand::Scale {
+            name: name.clone(),
+            replicas: None,
+            stages: StagesAsked::Auto,
+        };
+        let tried = preview(&self.after, observed, Change::Deployment(open));
+        let stays = |plan: &ReplicaPlan| {
+            plan.deployment == *name && plan.nodes().any(|placed| placed == node)
+        };
+        tried.is_ok_and(|tried| !tried.after.plans.iter().any(stays))
+    }
 }
 
 /// Tries a change.
@@ -45,7 +68,10 @@ pub fn preview(
     observed: &Observed,
     change: Change,
 ) -> Result<Preview, Refusal> {
-    let mut trial = Trial { state: state.clone(), observed: observed.clone(), sequence: 0 };
+    // What was tried on this copy before counts as an earlier start.
+    let incarnation = Incarnation(state.last_incarnation(NOBODY).0 + 1);
+    let (state, observed) = (state.clone(), observed.clone());
+    let mut trial = Trial { state, observed, incarnation, sequence: 0 };
     trial.apply(change)?;
     trial.observed.history.clear();
     trial.observed.follows = false;
@@ -78,17 +104,16 @@ pub fn preview(
 struct Trial {
     state: ClusterState,
     observed: Observed,
+    incarnation: Incarnation,
     sequence: u64,
 }
 
 impl Trial {
     fn apply(&mut self, change: Change) -> Result<(), Refusal> {
         self.sequence += 1;
-        // Nobody has this identity.
-        let client = NodeId { role: Role::Admin, number: 0 };
         let command = Command {
-            client,
-            incarnation: Incarnation(1),
+            client: NOBODY,
+            incarnation: self.incarnation,
             sequence: self.sequence,
             at: Timestamp(0),
             change,

@@ -10,6 +10,7 @@
 pub mod etcd;
 mod heard;
 mod kind;
+mod presence;
 pub mod raft;
 
 use std::sync::Arc;
@@ -17,10 +18,14 @@ use std::time::Duration;
 
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
+use shoal_protocol::presence::PresenceView;
+use shoal_protocol::units::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use heard::Heard;
 pub use kind::{OpenError, StoreConfig, StoreOwner, open};
+pub use presence::NoMajority;
+use presence::Presence;
 
 use super::state::{Change, ClusterState, Effect, Refusal};
 
@@ -45,6 +50,10 @@ pub struct ControlStore {
     standing: watch::Receiver<Standing>,
     members: watch::Receiver<Members>,
     heard: Heard,
+    me: NodeId,
+    presence: Presence,
+    /// From when on `presence` counts.
+    origin: std::time::Instant,
     /// Whether another service has the log, and does the voting.
     elsewhere: bool,
 }
@@ -97,6 +106,9 @@ pub enum ReadError {
         "the state could not be read within {READ_TIMEOUT:?}: no majority of the coordinators answers"
     )]
     NoQuorum,
+    /// The same, and who does not answer is known.
+    #[error("the state could not be read within {READ_TIMEOUT:?}: {0}")]
+    NoMajority(NoMajority),
     /// The disk failed, so this coordinator takes no part until it has been read again.
     #[error(
         "the state could not be read: {why}; free or repair the disk under the data folder: it is tried \
@@ -120,9 +132,10 @@ pub enum ReadError {
 impl From<ReadError> for WireError {
     fn from(error: ReadError) -> Self {
         let code = match &error {
-            ReadError::NoQuorum | ReadError::Storage { .. } | ReadError::Unavailable { .. } => {
-                ErrorCode::StorageFailed
-            }
+            ReadError::NoQuorum
+            | ReadError::NoMajority(_)
+            | ReadError::Storage { .. }
+            | ReadError::Unavailable { .. } => ErrorCode::StorageFailed,
             ReadError::Stopped => ErrorCode::Draining,
         };
         WireError::new(code, error.to_string())
@@ -154,6 +167,12 @@ pub enum ProposeError {
          taken later"
     )]
     TimedOut,
+    /// The same, and why is known.
+    #[error(
+        "the change was not stored within {PROPOSE_TIMEOUT:?}: {0}; `shoal status` shows whether it was taken \
+         later"
+    )]
+    NoMajority(NoMajority),
     /// The store is another service, and that does not take it. What is there can still be read.
     #[error(
         "the change could not be stored: {why}; what runs goes on: try again when the store answers \
@@ -171,6 +190,7 @@ impl From<ProposeError> for WireError {
             ProposeError::Refused(refusal) => refusal.code(),
             ProposeError::Storage { .. }
             | ProposeError::Unavailable { .. }
+            | ProposeError::NoMajority(_)
             | ProposeError::TimedOut => ErrorCode::StorageFailed,
             ProposeError::Stopped => ErrorCode::Draining,
         };
@@ -200,9 +220,12 @@ impl ControlStore {
             sent.map_err(|_| ProposeError::Stopped)?;
             answer.await.map_err(|_| ProposeError::Stopped)?
         };
-        match tokio::time::timeout(PROPOSE_TIMEOUT, exchange).await {
-            Ok(answer) => answer,
-            Err(_) => Err(ProposeError::TimedOut),
+        let answer = tokio::time::timeout(PROPOSE_TIMEOUT, exchange).await;
+        match answer.unwrap_or(Err(ProposeError::TimedOut)) {
+            Err(ProposeError::TimedOut) => {
+                Err(self.missing().map_or(ProposeError::TimedOut, ProposeError::NoMajority))
+            }
+            answer => answer,
         }
     }
 
@@ -230,10 +253,50 @@ impl ControlStore {
             sent.map_err(|_| ReadError::Stopped)?;
             answer.await.map_err(|_| ReadError::Stopped)?
         };
-        match tokio::time::timeout(READ_TIMEOUT, exchange).await {
-            Ok(answer) => answer.map(|()| self.state()),
-            Err(_) => Err(ReadError::NoQuorum),
+        let answer = tokio::time::timeout(READ_TIMEOUT, exchange).await;
+        match answer.unwrap_or(Err(ReadError::NoQuorum)) {
+            Err(ReadError::NoQuorum) => {
+                Err(self.missing().map_or(ReadError::NoQuorum, ReadError::NoMajority))
+            }
+            answer => answer.map(|()| self.state()),
         }
+    }
+
+    /// Who is missing, where nobody leads and too few of those that vote are heard.
+    fn missing(&self) -> Option<NoMajority> {
+        if self.elsewhere || self.standing.borrow().leader.is_some() {
+            return None;
+        }
+        self.presence.missing(self.me, &self.members.borrow().voters, self.now())
+    }
+
+    /// Which coordinators are heard, for people.
+    pub fn presence(&self) -> PresenceView {
+        let (state, now) = (self.state(), self.now());
+        let all = state.coordinators.iter().map(|(node, _)| node);
+        PresenceView {
+            coordinators: all.map(|node| self.presence.view(self.me, node, now)).collect(),
+            no_majority: self.missing().map(|missing| missing.to_string()),
+        }
+    }
+
+    /// Another coordinator was heard.
+    pub fn heard_from(&self, node: NodeId) {
+        self.presence.heard(node, self.now());
+    }
+
+    /// How long ago another coordinator was heard; `None`: not since this one started.
+    pub fn silence_of(&self, node: NodeId) -> Option<Duration> {
+        self.presence.silence(node, self.now())
+    }
+
+    /// Forgets of whom it was heard that does not belong to the cluster any more.
+    pub fn keep_heard(&self, is_member: impl Fn(NodeId) -> bool) {
+        self.presence.keep(is_member);
+    }
+
+    fn now(&self) -> Instant {
+        Instant(0) + self.origin.elapsed()
     }
 
     /// Who leads, again on every change.

@@ -33,7 +33,7 @@ use self::keys::Keys;
 pub use self::options::{EtcdConfig, OptionsError, TlsFiles};
 pub use self::voter::Clock;
 use self::voter::{Follow, Voter};
-use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Standing};
+use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Presence, Standing};
 
 /// Commands that stand in etcd beside the snapshot, at most, while a coordinator leads: half of them
 /// again for a snapshot that fails once.
@@ -157,6 +157,9 @@ fn start(etcd: Etcd, tail: tail::Tail, client: NodeId, clock: Clock) -> (Control
         standing,
         members,
         heard: Heard::default(),
+        me: client,
+        presence: Presence::default(),
+        origin: std::time::Instant::now(),
         elsewhere: true,
     };
     (store, EtcdStore { proposals, incarnation, voter, election })

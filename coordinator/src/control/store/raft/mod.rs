@@ -33,7 +33,7 @@ use self::alone::Heritage;
 use self::core::{CoreError, Saved, Voter};
 use self::disk::{Disk, DiskError, Opener, Owner};
 use self::shell::{Parts, Shell};
-use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Standing};
+use super::{ControlStore, Heard, Members, Message, PROPOSALS_MAX, Presence, Standing};
 use crate::control::state::{ClusterState, Timestamp};
 
 pub use self::alone::AloneError;
@@ -231,6 +231,9 @@ fn open_with(
         members: watch_members,
         elsewhere: false,
         heard: Heard::default(),
+        me,
+        presence: Presence::default(),
+        origin: std::time::Instant::now(),
     };
     Ok((store, RaftStore { proposals, network, incarnation, thread, opener: again }))
 }
