@@ -39,6 +39,8 @@ impl ServingTable {
 pub struct ServedAdapter {
     /// The number that requests for it carry.
     pub id: AdapterId,
+    /// What its files are. A state that was restored gives numbers again.
+    pub fingerprint: [u8; 32],
     /// The deployment of its base model.
     pub base: DeploymentName,
 }

@@ -102,6 +102,8 @@ const PURE: &[&str] = &[
     "protocol/src/upgrade.rs",
     "protocol/src/version.rs",
     "protocol/src/weights.rs",
+    "shard-worker/src/agent/adapters/ledger.rs",
+    "shard-worker/src/agent/adapters/tries.rs",
     "shard-worker/src/agent/book.rs",
     "shard-worker/src/agent/lifecycle.rs",
     "shard-worker/src/agent/orders.rs",

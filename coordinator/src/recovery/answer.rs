@@ -105,7 +105,7 @@ impl Resumer {
             base: deployment.base().clone(),
             sequence,
             running: None,
-            recovery: Recovery::new(deployment.created),
+            recovery: Recovery::new(deployment.created).with(deployment.adapter.clone()),
             last: None,
             alone: None,
             origin: Instant::now(),
@@ -197,6 +197,11 @@ impl LastingAnswer {
         ended: Ended,
     ) -> Result<(), RecoveryError> {
         if let Ended::Error(error) | Ended::Unbegun(error) = &ended {
+            if self.is_unloaded(error) {
+                self.last = Some((Loss::Final, error.to_string()));
+                trace.lost("unloaded");
+                return Err(self.give_up(GiveUp::Unloaded));
+            }
             place.failed(error.code());
         }
         let ticket = &place.ticket;
@@ -219,6 +224,13 @@ impl LastingAnswer {
             (Err(GiveUp::AsItIs), Ended::Error(error) | Ended::Unbegun(error)) => Err(error.into()),
             (Err(verdict), _) => Err(self.give_up(verdict)),
         }
+    }
+
+    /// Whether it has ended because its adapter was let go: that is no fault of the replica.
+    fn is_unloaded(&self, error: &DispatchError) -> bool {
+        let table = self.resumer.table.borrow();
+        let served = table.get(&self.deployment).map(|served| served.as_ref());
+        self.recovery.is_unloaded(error.code(), served)
     }
 
     fn give_up(&self, verdict: GiveUp) -> RecoveryError {
@@ -246,9 +258,7 @@ impl LastingAnswer {
         let since = std::time::Instant::now();
         loop {
             let table = Arc::clone(&self.resumer.table.borrow_and_update());
-            // Another adapter under the same name says other words.
             let deployment = table.get(&self.deployment);
-            let deployment = deployment.filter(|d| d.adapter_id() == self.sequence.adapter);
             let (now, places) = (self.now(), &self.resumer.places);
             let served = deployment.map(|d| d.as_ref());
             let next = self.recovery.next_attempt(now, dice(), served, || places.may_retry());

@@ -23,7 +23,7 @@ use shoal_protocol::id::{Attempt, Generation, ReplicaId};
 use shoal_protocol::units::Instant;
 
 use crate::dispatch::DispatchError;
-use crate::serving::{ServedDeployment, ServedReplica};
+use crate::serving::{ServedAdapter, ServedDeployment, ServedReplica};
 
 /// The first wait before the same layout is asked again: a refusal costs a round trip.
 pub const BACKOFF_FIRST: Duration = Duration::from_millis(20);
@@ -116,6 +116,8 @@ impl Loss {
 pub struct Recovery {
     /// When the deployment was made: another one under the same name is another model.
     created: u64,
+    /// The adapter that it is computed with: another one says other words, whatever its name.
+    adapter: Option<ServedAdapter>,
     attempt: Attempt,
     /// Whether this attempt has brought an event.
     progressed: bool,
@@ -185,6 +187,8 @@ pub enum GiveUp {
     },
     /// The deployment is gone.
     Undeployed,
+    /// The adapter is gone.
+    Unloaded,
     /// The deployment cannot be served as it is.
     Hopeless {
         /// The deployment's words.
@@ -197,6 +201,7 @@ impl Recovery {
     pub fn new(created: u64) -> Self {
         Self {
             created,
+            adapter: None,
             attempt: Attempt(0),
             progressed: false,
             promised: false,
@@ -209,6 +214,11 @@ impl Recovery {
             avoided: BTreeMap::new(),
             full: None,
         }
+    }
+
+    /// The same, computed with this adapter.
+    pub fn with(self, adapter: Option<ServedAdapter>) -> Self {
+        Self { adapter, ..self }
     }
 
     /// The same, of a request others of whose answers are under way: that a head has no room for this one is
@@ -323,14 +333,31 @@ impl Recovery {
         Ok(Next::Ask(self.avoided(now)))
     }
 
+    /// Whether an attempt has ended with this because its adapter was let go while it waited or was
+    /// preempted: numbers that are not finite are computed then.
+    pub fn is_unloaded(&self, code: ErrorCode, deployment: Option<&ServedDeployment>) -> bool {
+        let is_there = deployment.is_some_and(|deployment| self.is_of(deployment));
+        code == ErrorCode::ComputeFailed && self.adapter.is_some() && !is_there
+    }
+
+    /// Whether this is the very thing that the answer began with: a name can be given again.
+    fn is_of(&self, deployment: &ServedDeployment) -> bool {
+        deployment.created == self.created && deployment.adapter == self.adapter
+    }
+
+    fn what_is_gone(&self) -> GiveUp {
+        if self.adapter.is_some() { GiveUp::Unloaded } else { GiveUp::Undeployed }
+    }
+
     /// What to do now, the deployment being as it is.
     pub fn next(
         &self,
         now: Instant,
         deployment: Option<&ServedDeployment>,
     ) -> Result<Move, GiveUp> {
-        let same = deployment.filter(|deployment| deployment.created == self.created);
-        let Some(deployment) = same else { return Err(GiveUp::Undeployed) };
+        let Some(deployment) = deployment.filter(|deployment| self.is_of(deployment)) else {
+            return Err(self.what_is_gone());
+        };
         if deployment.phase == DeploymentPhase::Failed {
             return Err(GiveUp::Hopeless { reason: deployment.reason.clone() });
         }

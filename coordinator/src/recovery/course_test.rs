@@ -127,6 +127,32 @@ fn there_is_nothing_to_wait_for_where_the_deployment_is_gone_or_cannot_be_served
 }
 
 #[test]
+fn an_answer_goes_on_with_the_very_adapter_that_it_began_with() {
+    let adapter = |id, fingerprint| ServedAdapter {
+        id: shoal_protocol::id::AdapterId(id),
+        fingerprint: [fingerprint; 32],
+        base: DeploymentName::new("base").expect("a name"),
+    };
+    let with = |adapter| ServedDeployment { adapter, ..deployment(vec![replica(1, 3)]) };
+    let recovery = Recovery::new(7).with(Some(adapter(5, 1)));
+    let same = with(Some(adapter(5, 1)));
+    assert_eq!(recovery.next(NOW, Some(&same)), Ok(Move::Ask));
+    assert!(!recovery.is_unloaded(ErrorCode::ComputeFailed, Some(&same)), "the model's own fault");
+    // The same name, and even the same number: a state was restored.
+    for other in
+        [Some(with(Some(adapter(5, 2)))), Some(with(Some(adapter(6, 1)))), Some(with(None)), None]
+    {
+        assert_eq!(recovery.next(NOW, other.as_ref()), Err(GiveUp::Unloaded), "{other:?}");
+        assert!(recovery.is_unloaded(ErrorCode::ComputeFailed, other.as_ref()));
+        assert!(!recovery.is_unloaded(ErrorCode::DeadlineExceeded, other.as_ref()));
+    }
+    // An answer of a model has none.
+    let of_base = Recovery::new(7);
+    assert_eq!(of_base.next(NOW, Some(&same)), Err(GiveUp::Undeployed));
+    assert!(!of_base.is_unloaded(ErrorCode::ComputeFailed, None));
+}
+
+#[test]
 fn errors_are_told_apart_by_whose_fault_they_are() {
     let check = |code, expected| {
         let error = DispatchError::Failed { code, message: String::new() };

@@ -33,6 +33,17 @@ pub enum RecoveryError {
         /// What had ended the attempt.
         last: String,
     },
+    /// Its adapter went away meanwhile.
+    #[error(
+        "the adapter `{name}` was unloaded before the answer could end ({last}); ask for one that \
+         `GET /v1/models` names"
+    )]
+    Unloaded {
+        /// The adapter.
+        name: String,
+        /// What had ended the attempt.
+        last: String,
+    },
     /// The deployment cannot be served as it is.
     #[error("the answer cannot go on, because the model `{name}` cannot be served: {reason}")]
     Hopeless {
@@ -62,7 +73,9 @@ impl RecoveryError {
         match self {
             RecoveryError::Attempt(error) => error.code(),
             RecoveryError::Quarantined { .. } => ErrorCode::Quarantined,
-            RecoveryError::Undeployed { .. } => ErrorCode::NotFound,
+            RecoveryError::Undeployed { .. } | RecoveryError::Unloaded { .. } => {
+                ErrorCode::NotFound
+            }
             RecoveryError::Hopeless { .. } => ErrorCode::NotReady,
             RecoveryError::OutOfTime { .. } => ErrorCode::DeadlineExceeded,
         }
@@ -74,6 +87,7 @@ impl RecoveryError {
         match verdict {
             GiveUp::Quarantined { losses } => Self::Quarantined { losses, last },
             GiveUp::Hopeless { reason } => Self::Hopeless { name, reason },
+            GiveUp::Unloaded => Self::Unloaded { name, last },
             // `AsItIs` is only said of an error that is at hand.
             GiveUp::Undeployed | GiveUp::AsItIs => Self::Undeployed { name, last },
         }

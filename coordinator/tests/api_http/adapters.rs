@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use shoal_coordinator::serving::{ServedAdapter, ServingTable};
 use shoal_protocol::admin::DeploymentPhase;
+use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{AdapterId, DeploymentName};
 
 use super::client::{get, post};
@@ -21,10 +22,16 @@ fn name(text: &str) -> DeploymentName {
 
 /// Puts adapter `fish` beside `demo`, at its last replica alone.
 fn serve_fish(setup: &Setup, number: u32) {
+    serve_fish_of(setup, number, 7);
+}
+
+/// The same, whose files are these.
+fn serve_fish_of(setup: &Setup, number: u32, files: u8) {
     let mut table = ServingTable::clone(&setup.table.borrow());
     let demo = table.deployments[&name("demo")].as_ref().clone();
     let last = demo.replicas.len() - 1;
-    let adapter = ServedAdapter { id: AdapterId(number), base: name("demo") };
+    let fingerprint = [files; 32];
+    let adapter = ServedAdapter { id: AdapterId(number), fingerprint, base: name("demo") };
     let mut fish = demo;
     (fish.name, fish.adapter, fish.created) = (name("fish"), Some(adapter), 1_700_000_009);
     fish.replicas.iter_mut().take(last).for_each(|replica| replica.ready = false);
@@ -72,6 +79,39 @@ async fn an_answer_of_an_adapter_goes_on_with_the_same_number() {
     assert_eq!(answer.status, 200, "{}", answer.body);
     let numbers: Vec<_> = setup.head.requests().iter().map(|request| request.adapter).collect();
     assert_eq!(numbers, [Some(AdapterId(5)), Some(AdapterId(5))]);
+}
+
+#[tokio::test]
+async fn an_answer_whose_adapter_goes_ends_with_words_about_it_and_never_with_another_ones() {
+    let unloaded = |setup: &Setup| {
+        let mut table = ServingTable::clone(&setup.table.borrow());
+        table.adapters.clear();
+        setup.table.send_replace(Arc::new(table));
+    };
+    // The same name and number, as after a restore, but not the same files.
+    let replaced = |setup: &Setup| serve_fish_of(setup, 5, 8);
+    let not_finite = End::Failed(ErrorCode::ComputeFailed, "numbers that are not finite");
+    let cases: [(&str, End, &dyn Fn(&Setup)); 3] = [
+        ("it waited, or was preempted", not_finite, &unloaded),
+        ("its head was lost", End::Cut, &unloaded),
+        ("its head was lost", End::Cut, &replaced),
+    ];
+    for (case, end, change) in cases {
+        let setup = Setup::new().await;
+        let tokens = setup.says("3 is the answer.");
+        let pace = Duration::from_millis(100);
+        setup.head.set_first([Script { tokens: tokens[..2].to_vec(), pace, end }]);
+        serve_fish(&setup, 5);
+        let http = setup.http;
+        let asked = tokio::spawn(async move { post(http, COMPLETIONS, &ask("fish")).await });
+        setup.head.sees(|seen| seen.requests.len() == 1).await;
+        change(&setup);
+        let answer = asked.await.expect("no panic");
+        assert_eq!(answer.status, 404, "{case}: {}", answer.body);
+        let words = "the adapter `fish` was unloaded before the answer could end";
+        assert!(answer.body.contains(words), "{case}: {}", answer.body);
+        assert_eq!(setup.head.requests().len(), 1, "{case}: nobody else is asked");
+    }
 }
 
 #[tokio::test]

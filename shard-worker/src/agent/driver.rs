@@ -151,7 +151,8 @@ impl Agent {
         let (told_to, told) = mpsc::channel(TOLD_MAX);
         let (reports, reports_inbox) = watch::channel(Report::default());
         let (drain_to, drain) = watch::channel(false);
-        let (adapters, (held, held_inbox)) = (Adapters::new(), watch::channel(Vec::new()));
+        let (adapters, (held, held_inbox)) =
+            (Adapters::new(parts.budget), watch::channel(Vec::new()));
         let fate = Fate::of(parts.register.node);
         let renewal = Renewal {
             endpoint: parts.endpoint.clone(),
@@ -179,7 +180,7 @@ impl Agent {
         let book = Arc::clone(&coordinators.book);
         let mut tasks = JoinSet::new();
         tasks.spawn(coordinators.run(parts.seeds));
-        tasks.spawn(adapters.clone().keep(parts.models.clone(), parts.budget, held));
+        tasks.spawn(adapters.clone().keep(parts.models.clone(), held));
         let agent = Self {
             lifecycle: Lifecycle::new(parts.budget),
             links: parts.links,
@@ -308,6 +309,9 @@ impl Agent {
                     Some(model) if keep => self.kept.insert(key, model).is_none(),
                     _ => false,
                 };
+                if !kept {
+                    self.adapters.gone(key);
+                }
                 self.handle(lifecycle::Event::Stopped { key, kept });
             }
         }
@@ -343,14 +347,18 @@ impl Agent {
             }
             Action::Start(id, assignment) => {
                 let model = self.loads.remove(&id).and_then(|mut load| load.model.take());
-                self.start_shard(assignment, model)
+                self.start_shard(assignment, model, None)
             }
             Action::Adopt(from, assignment) => {
                 let model = self.kept.remove(&from);
-                self.start_shard(assignment, model)
+                let failed = self.start_shard(assignment, model, Some(from));
+                // Where it could not be started the model has gone with it.
+                self.adapters.gone(from);
+                failed
             }
             Action::Forget(key) => {
                 self.kept.remove(&key);
+                self.adapters.gone(key);
                 None
             }
             Action::Stop(key, how, why) => self.stop(key, how, why),
@@ -381,6 +389,7 @@ impl Agent {
         &mut self,
         assignment: Assignment,
         model: Option<LoadedModel>,
+        heir_of: Option<ShardKey>,
     ) -> Option<lifecycle::Event> {
         let key = ShardKey::of(&assignment);
         let broken = |why: String| {
@@ -393,7 +402,7 @@ impl Agent {
                 if let Some(head) = shard.head() {
                     self.heads.insert(key.replica, head.clone());
                 }
-                self.adapters.begin(key, assignment, shard.adapters().clone());
+                self.adapters.begin(key, assignment, shard.adapters().clone(), heir_of);
                 self.shards.insert(key, shard);
                 None
             }

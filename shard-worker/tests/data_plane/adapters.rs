@@ -111,6 +111,18 @@ async fn until_held(workers: &mut [TestWorker], generation: u64, expected: &[u32
     }
 }
 
+/// Waits until just these have failed; their words.
+async fn until_failed(worker: &mut TestWorker, expected: &[u32]) -> Vec<(u32, String)> {
+    let failed = |said: &Said| {
+        let all = said.adapters.iter().flat_map(|held| &held.failed);
+        all.map(|(id, error)| (id.0, error.message.clone())).collect::<Vec<_>>()
+    };
+    let has = |said: &Said| failed(said).iter().map(|(id, _)| id).eq(expected);
+    let mut said = worker.said.clone();
+    let waited = tokio::time::timeout(PATIENCE, said.wait_for(has)).await;
+    failed(&waited.expect("they fail in time").expect("the worker lives"))
+}
+
 fn with(adapter: Option<u32>, prompt: &Prompt) -> Generate {
     let count = prompt.continuation_ids.len() as u32;
     Generate { adapter: adapter.map(AdapterId), ..request(&prompt.prompt_ids, count) }
@@ -175,9 +187,40 @@ async fn an_adapter_that_does_not_fit_is_named_and_the_others_are_held() {
     changed.fingerprint = [9; 32];
     want(&workers, 1, &[spec(3, "qwen2-everything"), changed, spec(5, "llama-attention")]).await;
     until_held(&mut workers, 1, &[5]).await;
-    let said = workers[0].said.borrow().adapters.clone();
-    let failed: Vec<_> = said[0].failed.iter().map(|(id, e)| (id.0, e.message.clone())).collect();
-    assert_eq!(failed.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [3, 4]);
+    let failed = until_failed(&mut workers[0], &[3, 4]).await;
     assert!(failed[0].1.contains("is this an adapter for another base model?"), "{failed:?}");
     assert!(failed[1].1.contains("these are not the files of adapter"), "{failed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_is_tried_again_and_what_hangs_holds_nobody_up() {
+    let cluster = Cluster::new();
+    let mut workers = start(&cluster, 1).await;
+    let all = nodes(&workers);
+    deploy(&plan(1, &all, &[3], &[1]), &mut workers).await;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |place: &str, spec: AdapterSpec| AdapterSpec {
+        path: folder.path().join(place).display().to_string(),
+        ..spec
+    };
+    let (away, hangs) =
+        (at("away", spec(3, "llama-attention")), at("hangs", spec(4, "llama-attention")));
+    std::fs::create_dir(&hangs.path).unwrap();
+    // Nobody ever writes to it: whoever opens it waits for ever, as at a mount whose server is gone.
+    let pipe = Path::new(&hangs.path).join("adapter_config.json");
+    assert!(std::process::Command::new("mkfifo").arg(pipe).status().unwrap().success());
+    want(&workers, 1, &[away.clone(), hangs.clone(), spec(5, "llama-everything")]).await;
+    until_held(&mut workers, 1, &[5]).await;
+    let failed = until_failed(&mut workers[0], &[3]).await;
+    assert!(failed[0].1.contains("no adapter: expected adapter_config.json"), "{failed:?}");
+    // The folder is there now; nobody says so.
+    let from = fixtures().join("adapters/llama-attention");
+    std::fs::create_dir(&away.path).unwrap();
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::copy(from.join(file), Path::new(&away.path).join(file)).unwrap();
+    }
+    until_held(&mut workers, 1, &[3, 5]).await;
+    assert_eq!(until_failed(&mut workers[0], &[]).await, []);
+    want(&workers, 2, &[away, hangs]).await;
+    until_held(&mut workers, 1, &[3]).await;
 }

@@ -38,8 +38,12 @@ const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 /// reconciler.
 const SHOW_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Adapters that one coordinator reads at once: each costs a disk as much as it has, whether its client has
-/// hung up or not.
+/// How long a coordinator reads an adapter before it says that it cannot: a mount may hang for ever. With
+/// what follows it is less than the two minutes that the CLI waits.
+const READ_PATIENCE: Duration = Duration::from_secs(45);
+
+/// Adapters that one coordinator reads at once, with those that hang: each costs a disk as much as it has,
+/// whether its client has hung up or not.
 const READ_AT_ONCE: usize = 4;
 
 static READERS: Semaphore = Semaphore::const_new(READ_AT_ONCE);
@@ -196,14 +200,17 @@ impl AdapterServer {
         };
         let (base, folder) = (base.clone(), path.clone());
         let place = READERS.try_acquire().map_err(|_| {
-            let words = format!("{READ_AT_ONCE} adapters are being read already; try again");
+            let words = format!(
+                "{READ_AT_ONCE} adapters are being read already; try again, and if it stays so look whether \
+                 the disks and mounts of their folders hang"
+            );
             WireError::new(ErrorCode::Overloaded, words)
         })?;
         let opened = tokio::task::spawn_blocking(move || {
             let _place = place;
             Opened::open(Path::new(&folder), &base)
         });
-        let opened = opened.await.map_err(|error| {
+        let opened = read_in_time(path, opened).await?.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the adapter: {error}"))
         })?;
         let bad = |error: &dyn std::fmt::Display| {
@@ -264,6 +271,17 @@ fn is_a_deployment(name: &DeploymentName) -> WireError {
     WireError::new(ErrorCode::AlreadyExists, words)
 }
 
+/// What is read there, unless that takes too long.
+async fn read_in_time<T>(path: &str, read: impl Future<Output = T>) -> Result<T, WireError> {
+    tokio::time::timeout(READ_PATIENCE, read).await.map_err(|_| {
+        let words = format!(
+            "reading {path} has taken {} s at this coordinator: is its disk or its mount away?",
+            READ_PATIENCE.as_secs()
+        );
+        WireError::new(ErrorCode::DeadlineExceeded, words)
+    })
+}
+
 /// Tells the workers which adapters there should be, on every change, until `stop` becomes true.
 pub async fn tell(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
     let mut state = store.watch();
@@ -274,5 +292,17 @@ pub async fn tell(store: ControlStore, agents: Agents, mut stop: watch::Receiver
             changed = state.changed() => if changed.is_err() { return },
             _ = stop.wait_for(|stop| *stop) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_folder_that_hangs_is_said_by_name() {
+        let error =
+            read_in_time("/mnt/sql", std::future::pending::<()>()).await.expect_err("too long");
+        assert!(error.message.starts_with("reading /mnt/sql has taken 45 s at this coordinator"));
     }
 }

@@ -127,7 +127,7 @@ fn served(
         DeploymentPhase::Ready if replicas.iter().any(|replica| replica.ready) => {
             (DeploymentPhase::Ready, base.reason.clone())
         }
-        // Nobody tries again what failed: there is nothing to wait for.
+        // It is tried again, once a minute at last: nobody is kept waiting for that.
         DeploymentPhase::Ready if replicas.iter().all(failed) => {
             (DeploymentPhase::Failed, reason(name, &stands))
         }
@@ -140,7 +140,11 @@ fn served(
         replicas,
         reason,
         phase,
-        adapter: Some(ServedAdapter { id: adapter.id, base: base.name.clone() }),
+        adapter: Some(ServedAdapter {
+            id: adapter.id,
+            fingerprint: adapter.fingerprint,
+            base: base.name.clone(),
+        }),
         ..ServedDeployment::clone(base)
     }
 }

@@ -19,6 +19,7 @@ mod pairs;
 mod patience;
 mod preview;
 mod replica;
+mod spread;
 mod suspects;
 mod tell;
 mod words;
@@ -125,6 +126,8 @@ pub struct History {
     refused: Option<(Question, String)>,
     /// What a move was last not possible for, and why.
     stuck: Option<(moves::Wish, String)>,
+    /// Whether it shares a worker with another replica.
+    stacked: spread::Stacked,
     /// Workers at which layouts have failed.
     suspects: Suspects,
     /// Workers that do not reach each other.

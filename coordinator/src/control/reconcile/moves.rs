@@ -1,5 +1,5 @@
 //! A replica that serves and is to be somewhere else: off a drained worker, or spread anew because it
-//! was asked for.
+//! was asked for. What nobody asks for and is better all the same: `spread`.
 //!
 //! ```text
 //! as it would be planned now ─► Confirm
@@ -62,6 +62,9 @@ impl Round<'_> {
         let Some((why, cause)) = self.why_move(deployment, plan, history) else {
             history.stuck = None;
             let reason = pace_words(history, reason);
+            if let Some(moves) = self.spread(deployment, plan, history, &reason) {
+                return moves;
+            }
             return Stand { settled: true, ..stand(DeploymentPhase::Ready, reason) };
         };
         let drained = cause == Cause::Drained;

@@ -32,7 +32,7 @@ impl Suspects {
         }
     }
 
-    fn failures(&self, node: NodeId, now: Instant) -> u32 {
+    pub(super) fn failures(&self, node: NodeId, now: Instant) -> u32 {
         self.0.get(&node).filter(|(_, until)| now < *until).map_or(0, |(failures, _)| *failures)
     }
 

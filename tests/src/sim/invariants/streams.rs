@@ -67,7 +67,7 @@ impl World {
             Ended::OutOfTime => late,
             Ended::GaveUp(GiveUp::Quarantined { .. }) => answer.fruitless >= POISON_MIN,
             Ended::GaveUp(GiveUp::AsItIs) => late || loss == Loss::Crowded,
-            Ended::GaveUp(GiveUp::Undeployed) => gone,
+            Ended::GaveUp(GiveUp::Undeployed | GiveUp::Unloaded) => gone,
             Ended::GaveUp(GiveUp::Hopeless { .. }) => false,
         };
         if !honest {
