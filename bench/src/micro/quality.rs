@@ -64,7 +64,7 @@ fn divergence_max(held: Precision, kv: KvPrecision) -> f64 {
         KvPrecision::Bf16 => 2e-5,
         KvPrecision::Q8_0 => 1e-4,
     };
-    weights.max(cache)
+    f64::max(weights, cache)
 }
 
 /// Runs it on the demo model, which lies in the repository.
