@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | nothing | no | it founds a cluster: a CA, a log with one voter |
 //! | nothing | yes | it joins: an identity, an empty log that waits for the leader |
-//! | `identity` or `ca.key`, and `state.redb` | either | it goes on as what it was; a token of another cluster is refused |
+//! | `identity` or `ca.key`, and `state.redb` | either | it goes on as what it was, and says so where a token is given |
 //! | anything else | either | refused: a vote may be lost, or numbers would be given twice |
 
 use std::os::unix::fs::DirBuilderExt;
@@ -102,27 +102,15 @@ async fn resume(
     for key in keys {
         begun.authority.keep(key);
     }
-    if let Err(error) = look_at_token(config, &begun) {
-        begun.owner.close().await;
-        return Err(error);
+    if let Some(token) = &config.token {
+        let knows = begun.identity.trusting(begun.authority.told());
+        tracing::warn!("{}", unused_token(&knows, token));
     }
     if let Some(fresh) = begun.authority.certify(&begun.identity, SystemTime::now())? {
         fresh.save(&config.data.join(IDENTITY_FILE))?;
         begun.identity = fresh;
     }
     Ok(begun)
-}
-
-/// A token is of no use where there is an identity. One of another cluster is a mistake that must not pass in
-/// silence: whoever gave it believes that this coordinator joins that one.
-fn look_at_token(config: &CoordinatorConfig, begun: &Begun) -> Result<(), StartError> {
-    let Some(token) = &config.token else { return Ok(()) };
-    let knows = begun.identity.trusting(begun.authority.told());
-    match unused_token(&knows, token) {
-        Ok(words) => tracing::warn!("{words}"),
-        Err(why) => return Err(StartError::OtherCluster { path: config.data.clone(), why }),
-    }
-    Ok(())
 }
 
 /// Founds a cluster. The state is written before the CA's key, so a founding that is cut off leaves a

@@ -15,7 +15,7 @@ use shoal_protocol::control::CoordinatorAddress;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::plan::Plan;
 use shoal_protocol::quic::{Accepting, AdminContext, Alpn, Endpoint, Identity, close_code};
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -53,6 +53,9 @@ const JOINERS_MAX: usize = 256;
 /// How long the error may take to reach clients whose answers are not complete within
 /// `api::Limits::drain`. Then their connections are cut.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Connections that wait to be accepted: a burst of clients that start together.
+const API_BACKLOG: u32 = 1024;
 
 /// How long peers may take to hear of the end.
 const DRAIN_PEERS: Duration = Duration::from_millis(500);
@@ -106,7 +109,8 @@ struct Parts<'a> {
 struct Door {
     tls: Option<Arc<Tls>>,
     endpoint: Endpoint,
-    listener: TcpListener,
+    /// Bound, and not listening yet: whoever asks too early is refused at once.
+    socket: TcpSocket,
 }
 
 impl Door {
@@ -115,8 +119,14 @@ impl Door {
         let accepts = [Alpn::Control, Alpn::Admin, Alpn::Join, Alpn::Renew, Alpn::Raft];
         let endpoint = Endpoint::reserve(config.cluster, &accepts)?;
         let failed = |source| StartError::Api { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
-        Ok(Self { tls, endpoint, listener })
+        let socket = match config.listen.is_ipv4() {
+            true => TcpSocket::new_v4(),
+            false => TcpSocket::new_v6(),
+        };
+        let socket = socket.map_err(failed)?;
+        // As `TcpListener::bind` does: a coordinator that starts again takes over the port of its last start.
+        socket.set_reuseaddr(true).and_then(|()| socket.bind(config.listen)).map_err(failed)?;
+        Ok(Self { tls, endpoint, socket })
     }
 }
 
@@ -203,7 +213,7 @@ impl Coordinator {
 impl Running {
     async fn start(config: CoordinatorConfig, parts: Parts<'_>) -> Result<Self, StartError> {
         let Parts { door, me, store, authority, identity, outboxes, owner } = parts;
-        let Door { tls, endpoint, listener } = door;
+        let Door { tls, endpoint, socket } = door;
         let at = Timestamp::of(SystemTime::now());
         // One that has just joined knows no keys yet; its gate stays shut to others until it does.
         if !store.state().is_new() && !may_listen(&store.state().keys, config.listen, at) {
@@ -212,6 +222,7 @@ impl Running {
         let data = config.data;
         endpoint.renew(Arc::new(identity))?;
         let failed = |source| StartError::Api { address: config.listen, source };
+        let listener = socket.listen(API_BACKLOG).map_err(failed)?;
         let coordinator = CoordinatorView {
             id: me,
             pid: std::process::id(),

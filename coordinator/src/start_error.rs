@@ -76,14 +76,6 @@ pub enum StartError {
         /// The data folder.
         path: PathBuf,
     },
-    /// The data folder belongs to another cluster than the token.
-    #[error("{}: {why}", path.display())]
-    OtherCluster {
-        /// The data folder.
-        path: PathBuf,
-        /// Which is whose, and what to do.
-        why: String,
-    },
     /// The token is for something else.
     #[error("this token is for a {role}; make one with `shoal token create --role coordinator`")]
     WrongToken {
@@ -129,7 +121,6 @@ impl StartError {
         match self {
             Self::Incomplete { .. }
             | Self::NoToken { .. }
-            | Self::OtherCluster { .. }
             | Self::WrongToken { .. }
             | Self::NoCoordinator { .. } => true,
             Self::Store(OpenError::Raft(error)) => error.needs_a_person(),

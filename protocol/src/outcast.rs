@@ -68,6 +68,8 @@ impl Outcast {
     /// Somebody could not be reached, or said something else.
     pub fn otherwise(&mut self, who: &str) {
         self.refusals.remove(who);
+        // It is not all of them now: what counts is a time without a pause.
+        self.all = None;
         if self.refusals.is_empty() {
             self.believed();
         }

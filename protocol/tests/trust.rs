@@ -252,11 +252,13 @@ fn a_token_of_another_cluster_is_told_from_one_that_was_used() {
         unused_token(me, &JoinToken { role: Role::Worker, ca_fingerprint, secret })
     };
     let me = ours.issue_identity(NodeId::worker(4), now).unwrap();
-    assert!(told(&me, &ours).unwrap().contains("of the same cluster"));
-    let refused = told(&me, &other).unwrap_err();
-    let words =
-        ["w4's", "empty --data", "SHOAL_TOKEN", &Hex(&other.fingerprint()[..6]).to_string()];
-    assert!(words.iter().all(|word| refused.contains(*word)), "{refused}");
+    assert!(told(&me, &ours).contains("of the same cluster"));
+    let said = told(&me, &other);
+    let words = ["w4's", "empty --data", &Hex(&other.fingerprint()[..6]).to_string()];
+    assert!(words.iter().all(|word| said.contains(*word)), "{said}");
+    // One that was made while this worker was off, after a rotation that it has missed, is of its cluster: it says
+    // that it does not know, and goes on.
+    assert!(told(&me, &next).contains("rotated before or since"));
     // After a rotation a worker does not know the CA of its token any more, and a coordinator does.
     let trust = Trust {
         revision: 4,
@@ -265,8 +267,8 @@ fn a_token_of_another_cluster_is_told_from_one_that_was_used() {
     };
     let worker = me.trusting(trust.for_workers());
     let worker = Identity { ca: next.certificate().to_vec(), ..worker };
-    assert!(told(&worker, &ours).unwrap().contains("from before the CA was rotated"));
+    assert!(told(&worker, &ours).contains("rotated before or since"));
     let coordinator = next.issue_identity(NodeId::coordinator(2), now).unwrap().trusting(trust);
-    assert!(told(&coordinator, &ours).unwrap().contains("of the same cluster"));
-    assert!(told(&coordinator, &other).is_err());
+    assert!(told(&coordinator, &ours).contains("of the same cluster"));
+    assert!(told(&coordinator, &other).contains("does not know"));
 }

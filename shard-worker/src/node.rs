@@ -74,14 +74,6 @@ pub enum StartError {
         /// Whose it is.
         node: NodeId,
     },
-    /// The data folder belongs to another cluster than the token.
-    #[error("{}: {why}", data.display())]
-    OtherCluster {
-        /// The data folder.
-        data: PathBuf,
-        /// Which is whose, and what to do.
-        why: String,
-    },
     /// The token is for something else.
     #[error("the token is for a {0}; a worker needs one made with --role worker")]
     WrongToken(Role),
@@ -131,7 +123,6 @@ impl StartError {
             self,
             Self::NoIdentity { .. }
                 | Self::NotAWorker { .. }
-                | Self::OtherCluster { .. }
                 | Self::WrongToken(_)
                 | Self::Coordinators(_)
         )
@@ -340,10 +331,8 @@ async fn identity_of(config: &WorkerConfig) -> Result<Identity, StartError> {
         if identity.node.role != Role::Worker {
             return Err(StartError::NotAWorker { data: data(), node: identity.node });
         }
-        match config.token.as_ref().map(|token| unused_token(&identity, token)) {
-            None => {}
-            Some(Ok(words)) => tracing::warn!("{words}"),
-            Some(Err(why)) => return Err(StartError::OtherCluster { data: data(), why }),
+        if let Some(token) = &config.token {
+            tracing::warn!("{}", unused_token(&identity, token));
         }
         return Ok(identity);
     }

@@ -290,8 +290,9 @@ fn a_worker_joins_with_a_token_and_no_other_way() -> Result<()> {
     up.verb(&["ca", "rotate", "--wait"])?.expect_code(0);
     let removed = again()?.finish(Duration::from_secs(15))?.expect_code(3);
     assert!(is_told(&removed.stderr), "{}", removed.stderr);
-    // And with a token of another cluster a folder of this one is not joined elsewhere in silence.
+    // And a token of another cluster is not passed over in silence.
     let refused = worker(Path::new(&data), &other)?.finish(Duration::from_secs(15))?.expect_code(3);
     assert!(refused.stderr.contains("this data folder is w2's"), "{}", refused.stderr);
+    assert!(is_told(&refused.stderr), "{}", refused.stderr);
     Ok(())
 }

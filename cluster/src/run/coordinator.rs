@@ -68,7 +68,8 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
         Announcement::Coordinator { id, api, cluster, context }.print();
     }
     let why = tokio::select! {
-        why = stop.requested() => why,
+        // A verdict must not be lost to a stop that comes with it: the next start would be refused no more.
+        biased;
         // What is left of it would serve an old picture for ever.
         ended = coordinator.failed() => {
             if tokio::time::timeout(DRAIN_TIMEOUT, coordinator.give_up(&ended)).await.is_err() {
@@ -79,6 +80,7 @@ async fn serve(args: CoordinatorArgs, otlp: &Otlp) -> Result<(), Failure> {
                 false => Failure::failed(ended.why),
             });
         }
+        why = stop.requested() => why,
     };
     tracing::info!(%id, "{why}; draining");
     tokio::select! {

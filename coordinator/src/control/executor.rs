@@ -227,6 +227,7 @@ impl Executor {
             now: self.now(),
             since: self.since,
             follows: self.leads.is_none(),
+            tried: false,
             workers: self.members(state),
             history,
         };

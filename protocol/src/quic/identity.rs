@@ -12,8 +12,8 @@ use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 
-use crate::id::{NodeId, Role};
-use crate::trust::{CaFingerprint, PAST_MAX, Trust, fingerprint};
+use crate::id::NodeId;
+use crate::trust::{CaFingerprint, Trust, fingerprint};
 
 /// The DNS name in every node's certificate. Who a node is stands in the URI name beside it.
 pub(crate) const TLS_NAME: &str = "node.shoal.internal";
@@ -157,19 +157,11 @@ impl Identity {
         fingerprint(&self.ca)
     }
 
-    /// Whether a CA is one of this node's cluster: `None` where it may be one from so long ago that this node
-    /// remembers it no more. Workers remember none from before the ones that they believe.
-    pub fn is_of_its_cluster(&self, ca: &CaFingerprint) -> Option<bool> {
-        let trust = &self.trust;
-        let all = trust.cas.iter().chain(&trust.lineage).chain([&self.ca]);
-        if all.into_iter().any(|known| fingerprint(known) == *ca) {
-            return Some(true);
-        }
-        let remembers_all = match self.node.role {
-            Role::Coordinator => trust.lineage.len() < 2 * PAST_MAX,
-            Role::Worker | Role::Admin => false,
-        };
-        (trust.revision == 0 || remembers_all).then_some(false)
+    /// Whether it knows a CA as one of its cluster. One that it does not know may be all the same: from before those
+    /// that it remembers, or from a rotation that it has missed.
+    pub fn knows(&self, ca: &CaFingerprint) -> bool {
+        let all = self.trust.cas.iter().chain(&self.trust.lineage).chain([&self.ca]);
+        all.into_iter().any(|known| fingerprint(known) == *ca)
     }
 
     /// The certificates of the CAs that it believes.

@@ -131,27 +131,23 @@ pub fn not_joined(address: SocketAddr, me: NodeId) -> String {
     )
 }
 
-/// What is said of a token in a data folder that needs none, where that is worth it. `Err`: it is certainly
-/// of another cluster.
-pub fn unused_token(me: &Identity, token: &JoinToken) -> Result<String, String> {
-    let (node, role) = (me.node, token.role);
-    let names = |ca: &[u8]| format!("{}…", Hex(&ca[..ca.len().min(6)]));
-    let (theirs, ours) = (names(&token.ca_fingerprint), names(&me.shows()));
-    match me.is_of_its_cluster(&token.ca_fingerprint) {
-        Some(true) => Ok(format!(
+/// What is said of a token in a data folder that needs none. It is no more than said: a token of a cluster whose CA was
+/// rotated while this node was off looks like one of another cluster, and this node must come back with it.
+pub fn unused_token(me: &Identity, token: &JoinToken) -> String {
+    let node = me.node;
+    if me.knows(&token.ca_fingerprint) {
+        return format!(
             "the token is not used: this data folder is {node}'s, of the same cluster, since it joined"
-        )),
-        None => Ok(format!(
-            "the token is not used: this data folder is {node}'s since it joined. The token names the CA {theirs}, \
-             which {node} does not know: it is from before the CA was rotated, or of another cluster. To join \
-             another one, start on an empty --data"
-        )),
-        Some(false) => Err(format!(
-            "this data folder is {node}'s, which belongs to a cluster already (its CA is {ours}), and the token is \
-             for a {role} of another one (its CA is {theirs}). To join the other one, start on an empty --data; to \
-             go on as {node}, start without the token (--token, SHOAL_TOKEN)"
-        )),
+        );
     }
+    let names = |ca: &[u8]| format!("{}…", Hex(&ca[..ca.len().min(6)]));
+    format!(
+        "the token is not used: this data folder is {node}'s, which belongs to a cluster already (its CA is {}). The \
+         token names the CA {}, which {node} does not know: the CA was rotated before or since, or the token is of \
+         another cluster. To join another one, start on an empty --data",
+        names(&me.shows()),
+        names(&token.ca_fingerprint)
+    )
 }
 
 #[cfg(test)]

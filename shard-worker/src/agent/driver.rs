@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use super::adapters::Adapters;
 use super::book::Book;
 use super::coordinators::{Coordinators, FILE_NAME, left};
-use super::fate::{Fate, said};
+use super::fate::{END_WITHIN, Fate, said};
 use super::lifecycle::{self, Action, Lifecycle, LoadId, ShardKey, Stop};
 use super::models::Models;
 use super::orders::{Orders, Outranked};
@@ -211,7 +211,7 @@ impl Agent {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut suspicions = self.links.suspicions();
         let mut draining = false;
-        let mut unwanted = None;
+        let (mut unwanted, mut end) = (None, tokio::time::Instant::now());
         while !(draining && self.lifecycle.is_empty()) {
             tokio::select! {
                 Some(event) = self.inbox.recv() => self.take(event),
@@ -223,10 +223,11 @@ impl Agent {
                 }
                 // What it still serves it may finish.
                 why = said(&mut self.fate), if unwanted.is_none() => {
-                    unwanted = Some(why);
+                    (unwanted, end) = (Some(why), tokio::time::Instant::now() + END_WITHIN);
                     draining = true;
                     self.handle(lifecycle::Event::Drain);
                 }
+                () = tokio::time::sleep_until(end), if unwanted.is_some() => break,
                 // A suspicion is news that does not wait for the next tick.
                 Ok(()) = suspicions.changed() => {
                     self.reports.send_replace(self.report());

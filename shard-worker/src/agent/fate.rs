@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_protocol::id::NodeId;
 use shoal_protocol::outcast::{Outcast, Verdict};
@@ -12,6 +12,9 @@ use shoal_protocol::units;
 use tokio::sync::watch;
 
 use super::book::Book;
+
+/// How long a worker that nobody wants may take to end: as long as one that is told to stop. What it reads may hang.
+pub(super) const END_WITHIN: Duration = Duration::from_secs(8);
 
 /// Waits for the words of the end.
 pub(super) async fn said(fate: &mut watch::Receiver<Option<String>>) -> String {

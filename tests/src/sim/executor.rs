@@ -186,6 +186,7 @@ impl World {
             now: Instant(self.now - process.started),
             since: Instant(0),
             follows: process.executor.leads.is_none(),
+            tried: false,
             workers: self.members(process),
             history: std::mem::take(&mut process.executor.history),
         };

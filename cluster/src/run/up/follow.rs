@@ -203,7 +203,8 @@ impl<'a> Follower<'a> {
     fn mourn(&mut self, ended: Ended) -> Result<(), Failure> {
         let who = self.family.who(ended.place).to_owned();
         let status = ended.status;
-        if self.args.no_respawn && ended.place == COORDINATOR {
+        let for_good = status.code() == Some(Exit::Refused as i32);
+        if (self.args.no_respawn || for_good) && ended.place == COORDINATOR {
             return Err(Failure::failed(format!(
                 "{who} ended: {status}{}",
                 self.family.tail(ended.place)
@@ -221,7 +222,7 @@ impl<'a> Follower<'a> {
         }
         if self.args.no_respawn {
             eprintln!("{who} ended: {status}; it is not started again (--no-respawn)");
-        } else if status.code() == Some(Exit::Refused as i32) && ended.place != COORDINATOR {
+        } else if for_good {
             // It was removed: each further start would end so.
             let tail = self.family.tail(ended.place);
             eprintln!("{who} ended: {status}; it is not started again{tail}");

@@ -17,6 +17,9 @@ use super::carrier::{GreetError, Greeted};
 /// How often it is looked whether somebody is silent: several times before that is said (`SILENT_AFTER`).
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How often somebody is asked who has said no: both sides log it.
+const REFUSED_AGAIN: Duration = Duration::from_secs(10);
+
 /// Who was heard within this needs no conversation for it: leaders are heard every 50 ms.
 const TALKS: Duration = Duration::from_secs(1);
 
@@ -56,9 +59,9 @@ impl Peers {
             if let Some(address) = self.address_of(node).filter(|_| !talks) {
                 match self.greet(address, Expect::Node(node)).await {
                     Ok(greeted) => self.hold(node, greeted).await,
-                    // Whoever says no is there.
+                    // Whoever says no makes no majority with this one.
                     Err(GreetError::Refused(_) | GreetError::TooOld { .. }) => {
-                        self.store.heard_from(node);
+                        tokio::time::sleep(REFUSED_AGAIN).await;
                     }
                     Err(GreetError::Unreachable(_) | GreetError::Late) => {}
                 }

@@ -75,6 +75,8 @@ pub struct Observed {
     /// Whether another one leads, or nobody: then nothing is done here, nobody is blamed for what
     /// nobody was told from here, and what is to be done is only foreseen.
     pub follows: bool,
+    /// Whether this is a copy on which a change is tried: what would come in its own time belongs to no change.
+    pub tried: bool,
     /// The workers that have registered since then.
     pub workers: BTreeMap<NodeId, ObservedWorker>,
     /// What the last round left.

@@ -74,7 +74,7 @@ pub fn preview(
     let mut trial = Trial { state, observed, incarnation, sequence: 0 };
     trial.apply(change)?;
     trial.observed.history.clear();
-    trial.observed.follows = false;
+    (trial.observed.follows, trial.observed.tried) = (false, true);
     trial.observed.workers.values_mut().for_each(obey);
     let mut steps = Vec::new();
     let mut stands = Vec::new();

@@ -44,7 +44,8 @@ impl Stacked {
     /// It has a worker of its own, or nobody has one for it.
     fn rest(&mut self, now: Instant) {
         (self.since, self.refused) = (None, None);
-        if now.since(self.moved) >= STACKED_FOR_MAX {
+        // Longer than the longest wait, or each move after that one would be the first.
+        if now.since(self.moved) >= 2 * STACKED_FOR_MAX {
             self.moves = 0;
         }
     }
@@ -66,6 +67,9 @@ impl Round<'_> {
         reason: &str,
     ) -> Option<Stand> {
         let now = self.observed.now;
+        if self.observed.tried {
+            return None;
+        }
         let Some(why) = self.why_spread(deployment, plan) else {
             history.stacked.rest(now);
             return None;

@@ -116,9 +116,16 @@ fn a_place_that_is_lost_time_and_again_is_waited_for_longer_each_time() {
         world.drain_it(2, true);
         world.drain_it(2, false);
     }
-    // Where nothing has moved for an hour, it is forgotten.
-    world.after(480);
+    // The longest wait is an hour, and stays so.
+    for wait in [480, 960, 1920, 3600, 3600, 3600] {
+        assert_eq!(world.after(wait - 1), [""; 0], "{wait}");
+        assert!(world.after(1)[0].contains("it shares w1 with r1"), "{wait}");
+        world.drain_it(2, true);
+        world.drain_it(2, false);
+    }
+    // Where nothing has moved for two, it is forgotten.
     world.after(3600);
+    world.after(7200);
     world.drain_it(2, true);
     world.drain_it(2, false);
     assert!(!world.after(30).is_empty());

@@ -93,8 +93,9 @@ impl fmt::Display for NoMajority {
         let silent: Vec<_> = self.silent.iter().map(one).collect();
         write!(
             f,
-            "no majority of the coordinators: not heard {} {}; a change needs {} of the {} that vote: start \
-             them, or, where they are lost for ever, `shoal coordinators recover-alone`",
+            "no majority of the coordinators: not heard {} {}; a change needs {} of the {} that vote. See whether they \
+             run: then this one is cut off, and they may go on without it; else start them, or, where they are \
+             lost for ever, `shoal coordinators recover-alone`",
             if silent.len() == 1 { "is" } else { "are" },
             silent.join(" and "),
             self.needs,
@@ -139,8 +140,8 @@ mod tests {
         assert_eq!(
             words,
             "no majority of the coordinators: not heard are c2 for 14 s and c3 since this coordinator started; \
-             a change needs 2 of the 3 that vote: start them, or, where they are lost for ever, `shoal \
-             coordinators recover-alone`"
+             a change needs 2 of the 3 that vote. See whether they run: then this one is cut off, and they may go \
+             on without it; else start them, or, where they are lost for ever, `shoal coordinators recover-alone`"
         );
         assert_eq!(presence.missing(C1, &[C1], at(14_000)), None, "alone it is a majority");
         // One that has no vote does not count itself.

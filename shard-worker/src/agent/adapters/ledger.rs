@@ -373,7 +373,7 @@ impl Ledger {
         let words = match hang.iter().find(|read| read.spec.path == spec.path) {
             Some(read) => format!(
                 "reading {} for another try or shard goes on since {} s: nothing else is read there \
-                 before that ends; is its disk or its mount away?",
+                 before that ends; is its disk or its mount away? If it is there again, restart the worker",
                 spec.path,
                 now.at.since(read.since).as_secs()
             ),

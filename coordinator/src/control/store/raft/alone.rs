@@ -44,7 +44,10 @@ pub enum AloneError {
         me: NodeId,
     },
     /// Nobody is there to be given up.
-    #[error("{me} is the only coordinator already: start it")]
+    #[error(
+        "{me} is the only coordinator already: start it (where that is refused for what another one once said, put its \
+         backup in its place again)"
+    )]
     Already {
         /// Whose log it is.
         me: NodeId,

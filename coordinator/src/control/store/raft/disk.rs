@@ -103,7 +103,10 @@ pub enum DiskError {
         expected: NodeId,
     },
     /// Another coordinator said so when it last ran.
-    #[error("{0} (another coordinator said so; the file remembers it, whoever starts it)")]
+    #[error(
+        "{0} (said when it last ran, and remembered by its file. What undoes it: its backup put in its place again, where \
+         whoever said it is gone; `shoal coordinators recover-alone`, where all others are)"
+    )]
     Condemned(String),
 }
 
