@@ -16,6 +16,7 @@ use shoal_protocol::units::Instant;
 
 use super::super::planner::{Candidate, Inventory};
 use super::super::state::Deployment;
+use super::health;
 use super::replica::stand;
 use super::words::place_of;
 use super::{Action, History, Question, Round, Stand};
@@ -107,13 +108,14 @@ impl Round<'_> {
         Some(Stand { settled: true, ..stand(DeploymentPhase::Ready, told) })
     }
 
-    /// Why it is to be moved, where all of them have a layout and none is under way.
+    /// Why it is to be moved, where all of them serve and none is under way.
     fn why_spread(&self, deployment: &Deployment, plan: &ReplicaPlan) -> Option<String> {
         if deployment.replicas.len() < 2 {
             return None;
         }
         let of_all = || self.plans.iter().filter(|one| one.deployment == plan.deployment);
-        if of_all().count() != deployment.replicas.len() {
+        let all_serve = of_all().all(|one| health::is_up(one, self.observed));
+        if of_all().count() != deployment.replicas.len() || !all_serve {
             return None;
         }
         let (shared, older) = of_all().filter(|other| other.id < plan.id).find_map(|older| {

@@ -87,7 +87,7 @@ fn who_shares_a_worker_stays_where_nothing_is_better() {
         for _ in 0..3 {
             assert_eq!(world.after(31), [""; 0], "{what}");
         }
-        assert_eq!(world.shares(), ["r1: w1", "r2: w1"], "{what}");
+        assert_eq!(world.shares()[..2], ["r1: w1", "r2: w1"], "{what}");
     };
     stays("it is drained again", &|world| {
         world.drain_it(2, true);
