@@ -176,7 +176,7 @@ async fn a_removed_worker_is_out_at_once_and_its_layers_go_elsewhere() {
     let AccessReply::Nodes(nodes) = listed else { panic!("{listed:?}") };
     let shown: Vec<_> = nodes.iter().map(|n| (n.node.to_string(), n.connected, n.placed)).collect();
     let expected = [
-        ("c1", None, false),
+        ("c1", Some(true), false),
         ("w1", Some(true), true),
         ("w3", Some(true), true),
         ("w4", Some(false), false),
