@@ -134,10 +134,11 @@ impl Coordinator {
     /// Starts a coordinator: the first time it founds a cluster, later it finds it again.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, StartError> {
         let door = Door::open(&config).await?;
-        let begun = begin(&config).await?;
+        // Both are large, and whoever starts one holds it on its own.
+        let begun = Box::pin(begin(&config)).await?;
         let Begun { me, store, owner, authority, identity, outboxes } = begun;
         let parts = Parts { door, me, store, authority, identity, outboxes, owner: &owner };
-        match Running::start(config, parts).await {
+        match Box::pin(Running::start(config, parts)).await {
             Ok(running) => Ok(Self { running, store: owner }),
             Err(error) => {
                 // Whoever tries again must not find the folder in use.

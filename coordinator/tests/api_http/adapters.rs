@@ -91,7 +91,8 @@ async fn an_answer_whose_adapter_goes_ends_with_words_about_it_and_never_with_an
     // The same name and number, as after a restore, but not the same files.
     let replaced = |setup: &Setup| serve_fish_of(setup, 5, 8);
     let not_finite = End::Failed(ErrorCode::ComputeFailed, "numbers that are not finite");
-    let cases: [(&str, End, &dyn Fn(&Setup)); 3] = [
+    type Change<'a> = &'a dyn Fn(&Setup);
+    let cases: [(&str, End, Change<'_>); 3] = [
         ("it waited, or was preempted", not_finite, &unloaded),
         ("its head was lost", End::Cut, &unloaded),
         ("its head was lost", End::Cut, &replaced),

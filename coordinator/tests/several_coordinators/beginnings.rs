@@ -36,17 +36,17 @@ async fn a_folder_of_one_cluster_goes_on_in_it_whatever_token_is_given() {
     let elsewhere = other.operator(0).await.token(Role::Coordinator, 2, 60).await;
     let used = cluster.operator(0).await.token(Role::Coordinator, 1, 60).await;
     cluster.join(0).await;
-    for index in 0..2 {
+    for (index, id) in C.into_iter().enumerate().take(2) {
         cluster.nodes[index].take().unwrap().drain().await;
         let join = vec![other.node(0).cluster_address()];
         let again = CoordinatorConfig { join, ..config(cluster.data(index)) };
         let joins = CoordinatorConfig { token: Some(elsewhere.clone()), ..again.clone() };
         let node = start(joins).await.unwrap();
-        assert_eq!(node.id(), C[index]);
+        assert_eq!(node.id(), id);
         assert_eq!(other.node(0).view().coordinators.len(), 1, "it is not in that one");
         node.drain().await;
         // One that was made here may lie about.
         let joins = CoordinatorConfig { token: Some(used.clone()), ..again };
-        assert_eq!(start(joins).await.unwrap().id(), C[index]);
+        assert_eq!(start(joins).await.unwrap().id(), id);
     }
 }
