@@ -4,10 +4,12 @@
 //!
 //! ```text
 //! refused by one of those it knows ─► said, and again ─► refused by all of them, without a pause ─► the end
+//!                                                     └─► by more than half, for a quarter of an hour ─► the end
 //! anybody who believes it ─► nothing has happened
 //! ```
 //!
-//! Silence is no refusal: a node that is cut off from the others waits for ever. Nor is a coordinator that
+//! Silence is no refusal: a node that is cut off from the others waits for ever. One that is silent for good (its
+//! machine is lost, which is why it was replaced) cannot keep a node waiting that most of the others refuse. Nor is a coordinator that
 //! has no majority, or a certificate that is out of its time: whoever is back renews it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +21,10 @@ use crate::units::Instant;
 /// an old backup leads for 2 s before the others find it, a clock is set within a minute of a boot: what
 /// mends itself has mended itself by then, and what has not is a person's to mend.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long more than half of them must refuse it, where the others are silent: these may come back, but without those
+/// they decide nothing.
+pub const PATIENCE_WITH_MOST: Duration = Duration::from_secs(900);
 
 /// How often it is said.
 const SAY_EVERY: Duration = Duration::from_secs(30);
@@ -39,6 +45,8 @@ pub struct Outcast {
     first: Option<Instant>,
     /// Since when it has been all of them.
     all: Option<Instant>,
+    /// Since when it has been more than half of them.
+    most: Option<Instant>,
     said: Option<Instant>,
 }
 
@@ -87,20 +95,20 @@ impl Outcast {
             self.believed();
             return Verdict::Wait;
         }
-        match self.refusals.len() == known.len() {
-            true => self.all.get_or_insert(now),
-            false => self.all.insert(now),
-        };
-        let (first, all) = (self.first.unwrap_or(now), self.all.unwrap_or(now));
-        if self.refusals.len() == known.len() && now.since(all) >= PATIENCE {
-            return Verdict::End(self.words(me, known.len(), now.since(first), None));
+        let (refusing, first) = (self.refusals.len(), self.first.unwrap_or(now));
+        let left = [
+            left(&mut self.all, refusing == known.len(), PATIENCE, now),
+            left(&mut self.most, 2 * refusing > known.len(), PATIENCE_WITH_MOST, now),
+        ];
+        let left = left.into_iter().flatten().min();
+        if left == Some(Duration::ZERO) {
+            return Verdict::End(self.words(me, known.len(), now.since(first), left));
         }
         if self.said.is_some_and(|said| now.since(said) < SAY_EVERY) {
             return Verdict::Wait;
         }
         self.said = Some(now);
-        let left = PATIENCE.saturating_sub(now.since(all));
-        Verdict::Say(self.words(me, known.len(), now.since(first), Some(left)))
+        Verdict::Say(self.words(me, known.len(), now.since(first), left))
     }
 
     fn words(&self, me: &str, known: usize, since: Duration, left: Option<Duration>) -> String {
@@ -113,11 +121,9 @@ impl Outcast {
         let reasons: Vec<_> =
             self.refusals.iter().map(|(by, (_, why))| format!("{by}: {why}")).collect();
         let next = match left {
-            None => "It ends now".to_owned(),
-            Some(left) if refusing == known => {
-                format!("It ends in {} s if that stays so", left.as_secs())
-            }
-            Some(_) => "It goes on trying".to_owned(),
+            Some(Duration::ZERO) => "It ends now".to_owned(),
+            Some(left) => format!("It ends in {} s if that stays so", left.as_secs()),
+            None => "It goes on trying".to_owned(),
         };
         format!(
             "{me} belongs to no cluster that it can find: for {} s {who} ({}). {next}. Was it removed, was it off \
@@ -128,6 +134,17 @@ impl Outcast {
             reasons.join("; "),
         )
     }
+}
+
+/// What is left of a patience that runs while something `is` so.
+fn left(
+    since: &mut Option<Instant>,
+    is: bool,
+    patience: Duration,
+    now: Instant,
+) -> Option<Duration> {
+    *since = is.then(|| since.unwrap_or(now));
+    since.map(|since| patience.saturating_sub(now.since(since)))
 }
 
 #[cfg(test)]
@@ -177,12 +194,24 @@ mod tests {
     }
 
     #[test]
-    fn who_is_cut_off_from_one_of_them_is_told_and_never_ends() {
+    fn who_is_cut_off_from_one_of_them_is_told_and_ends_only_where_most_refuse_it_for_long() {
+        let all = ["c1", "c2", "c3", "c4"];
+        let said = refuse(&mut Outcast::default(), &["c1", "c2"], &all, (0, 3600));
+        assert!(!ends(&said), "half are no majority: {said:?}");
+        let Some(Verdict::Say(last)) = said.last() else { panic!("{said:?}") };
+        assert!(last.contains("2 of the 4 coordinators") && last.contains("goes on"), "{last}");
+        // One whose machine is lost is silent for good.
         let mut outcast = Outcast::default();
-        let said = refuse(&mut outcast, &["c1", "c2"], &["c1", "c2", "c3"], (0, 3600));
+        let said = refuse(&mut outcast, &all[..3], &all, (0, 895));
         assert!(!ends(&said), "{said:?}");
         let Some(Verdict::Say(last)) = said.last() else { panic!("{said:?}") };
-        assert!(last.contains("2 of the 3 coordinators") && last.contains("goes on"), "{last}");
+        assert!(last.contains("3 of the 4") && last.contains("ends in"), "{last}");
+        assert!(ends(&refuse(&mut outcast, &all[..3], &all, (900, 900))));
+        // Where it was not most of them for a moment, it begins anew.
+        let mut outcast = Outcast::default();
+        assert!(!ends(&refuse(&mut outcast, &all[..3], &all, (0, 600))));
+        assert!(!ends(&refuse(&mut outcast, &all[..2], &all, (605, 700))));
+        assert!(!ends(&refuse(&mut outcast, &all[..3], &all, (705, 1600))));
         // Silence of all of them is nothing at all.
         let mut silent = Outcast::default();
         silent.otherwise("c1");

@@ -115,6 +115,10 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal worker --join 10.0.0.1 --data d", "`10.0.0.1` has no port; write IP:PORT"),
         ("shoal worker --join one --data d", "there is no default port"),
         ("shoal worker --join 10.0.0.1:0 --data d", "has no port; write IP:PORT"),
+        (
+            "shoal worker --join 127.0.0.1:99999 --data d",
+            "the port of `127.0.0.1:99999` is not one",
+        ),
         ("shoal worker --join one:4000 --data d", "names are not looked up; write IP:PORT"),
         ("shoal worker --join 127.0.0.1:1 --data d --token abc", "shoal token create"),
         ("shoal undeploy -- -x", "begins with a letter"),

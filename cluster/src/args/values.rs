@@ -49,12 +49,16 @@ pub fn coordinator(text: &str) -> Result<SocketAddr, String> {
              default port: `shoal coordinators list` shows it)"
         )
     };
-    let port = |text: &str| text.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok());
+    let digits = |port: &str| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
+    let port = |text: &str| text.rsplit_once(':').is_some_and(|(_, port)| digits(port));
     match address(text) {
         Ok(address) if address.port() == 0 => Err(bad(&format!("`{text}` has no port"))),
         Ok(address) => Ok(address),
         Err(_) if text.parse::<std::net::IpAddr>().is_ok() || !port(text) => {
             Err(bad(&format!("`{text}` has no port")))
+        }
+        Err(_) if text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_err()) => {
+            Err(bad(&format!("the port of `{text}` is not one from 1 to 65535")))
         }
         Err(_) => Err(bad(&format!("`{text}` is no address, and names are not looked up"))),
     }

@@ -61,7 +61,7 @@ pub enum ConnectError {
     /// Whoever is there belongs to another cluster than the token.
     #[error(
         "the coordinator at {address} is of another cluster than this token or certificate, or its CA was \
-         rotated too often since; make a token there, with `shoal token create --role worker`"
+         rotated too often since; a token that was made there (`shoal token create`) lets it in"
     )]
     OtherCluster {
         /// Which address.
