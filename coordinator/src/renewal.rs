@@ -259,7 +259,7 @@ impl Renewal {
         let now = units::Instant::default() + progress.began.elapsed();
         for (who, error) in &said {
             match error {
-                RenewError::Removed(removed) => return self.peers.end(removed.message.clone()),
+                RenewError::Removed(removed) => return self.peers.leave(removed.message.clone()),
                 error if error.refuses_the_node() => {
                     progress.outcast.refused(who, &error.to_string(), now);
                 }

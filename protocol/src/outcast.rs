@@ -8,9 +8,9 @@
 //! anybody who believes it ─► nothing has happened
 //! ```
 //!
-//! Silence is no refusal: a node that is cut off from the others waits for ever. One that is silent for good (its
-//! machine is lost, which is why it was replaced) cannot keep a node waiting that most of the others refuse. Nor is a coordinator that
-//! has no majority, or a certificate that is out of its time: whoever is back renews it.
+//! Silence is no refusal: a node that is cut off from the others waits for ever. Nor is a coordinator that has no
+//! majority, or a certificate that is out of its time: whoever is back renews it. But one coordinator that is silent
+//! for good (its machine is lost, which is why it was replaced) keeps no node waiting that most of the others refuse.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

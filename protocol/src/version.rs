@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
 /// | 3 | adapters ([`KNOWS_ADAPTERS`]): a number in `OpenHeader` and `GenerateHeader` where 0 was; `WorkerMessage::Adapters`, `CoordinatorMessage::Adapters`, `AdminCall::Adapters` and its reply, `Change::Adapter` |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
-/// | 3 | removals in words that a node acts on ([`KNOWS_REMOVALS`]): `JoinReply::Removed` |
+/// | 3 | removals in words that a node acts on ([`KNOWS_REMOVALS`]): `JoinReply::Removed`; a start number that was used before is refused with `AlreadyExists` |
 /// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
 /// | 3 | which coordinators are there: `AdminCall::Presence` and its reply |
 pub const PROTOCOL_VERSION: u16 = 3;
@@ -58,7 +58,8 @@ pub const KNOWS_KV: u16 = 3;
 /// From here on nodes know families beside Llama, Qwen2 and Qwen3.
 pub const KNOWS_FAMILIES: u16 = 3;
 
-/// From here on a node that asks for a certificate is told that it was removed, and ends.
+/// From here on a node that asks for a certificate is told that it was removed, and ends, and a coordinator is told by a
+/// code of its own that its start number was used before.
 pub const KNOWS_REMOVALS: u16 = 3;
 
 /// From here on nodes can serve encoders. One is deployed only where every member can.

@@ -219,23 +219,13 @@ impl Peers {
     /// What another coordinator refuses for good ends this process: it would only do harm.
     fn refused(&self, refusal: &shoal_protocol::error::WireError) {
         match refusal.code {
-            // One that others follow, or that follows one, was written off by who cannot hear them: it ends, and a
-            // person may start it again.
-            ErrorCode::PermissionDenied if self.is_in_agreement() => {
-                self.leave(refusal.message.clone());
-            }
-            ErrorCode::PermissionDenied => self.end(refusal.message.clone()),
-            ErrorCode::Unsupported => self.leave(refusal.message.clone()),
+            // Its next start would have a higher number, and be let in.
+            ErrorCode::AlreadyExists => self.end(refusal.message.clone()),
+            // The next start is told so too. Whoever says it may be one that went on alone while a majority was only
+            // out of its sight: that one's folders must not be spoilt by a word.
+            ErrorCode::PermissionDenied => self.leave(refusal.message.clone()),
             _ => tracing::warn!("another coordinator refuses this one: {refusal}"),
         }
-    }
-
-    /// Whether it has a leader, in a cluster that it belongs to, beside others that vote. An old backup is welcomed
-    /// nowhere and so has none, or leads itself alone.
-    fn is_in_agreement(&self) -> bool {
-        let member = self.store.state().nodes.get(self.me.node).is_some();
-        let led = self.store.standing().borrow().leader.is_some();
-        member && led && self.store.members().borrow().voters.len() > 1
     }
 
     /// Says where this coordinator is, to one that may know the others, until the state knows it too:

@@ -110,10 +110,7 @@ impl Peers {
                  upgraded needs {needs}: start the newer build on its data folder again",
                 hello.versions.max
             );
-            // Its folder is good for the newer build, which those that condemn folders are told by another code.
-            let knows = hello.versions.max >= KNOWS_REMOVALS;
-            let code = if knows { ErrorCode::Unsupported } else { ErrorCode::PermissionDenied };
-            return Err(WireError::new(code, text));
+            return Err(WireError::new(ErrorCode::PermissionDenied, text));
         }
         let Some(known) = state.nodes.get(node) else { return Err(stranger(&state, node)) };
         let last = known.incarnation;
@@ -127,7 +124,10 @@ impl Peers {
                  an old backup or a copy: what it voted since is lost. Remove it (`shoal coordinators \
                  remove {node}`) and join anew on an empty folder"
             );
-            return Err(WireError::new(ErrorCode::PermissionDenied, text));
+            // A code of its own, by which whoever knows it sees to it that nobody votes with this folder again.
+            let knows = hello.versions.max >= KNOWS_REMOVALS;
+            let code = if knows { ErrorCode::AlreadyExists } else { ErrorCode::PermissionDenied };
+            return Err(WireError::new(code, text));
         }
         let hello = PeerHello { cluster: reachable(hello.cluster, remote), ..hello.clone() };
         self.saw(node, hello.cluster);

@@ -98,8 +98,8 @@ impl Round<'_> {
             history.stacked.refused = Some(question);
             return None;
         };
-        history.stacked.rest(now);
-        (history.stacked.moves, history.stacked.moved) = (history.stacked.moves + 1, now);
+        let moves = history.stacked.moves + 1;
+        history.stacked = Stacked { moves, moved: now, ..Stacked::default() };
         let told =
             format!("{reason}; {why}: {} is being made: {}", next.generation, place_of(&next));
         self.plans.push(next.clone());
