@@ -14,10 +14,10 @@ use crate::processes::Host;
 use crate::scenarios::Settings;
 use crate::workload::model::Shape;
 
-const TOKENS: u32 = 16;
+const TOKENS: u32 = 48;
 
 /// Streams at once: what fills both stages.
-const STREAMS: u64 = 8;
+const STREAMS: u64 = 16;
 
 /// A control group that has half a processor. It goes with this.
 struct Half(PathBuf);
@@ -26,10 +26,10 @@ impl Half {
     fn make() -> Result<Self> {
         let (folder, quota): (&str, &[(&str, &str)]) =
             match Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-                true => ("/sys/fs/cgroup/shoal-bench-half", &[("cpu.max", "50000 100000")]),
+                true => ("/sys/fs/cgroup/shoal-bench-half", &[("cpu.max", "5000 10000")]),
                 false => (
                     "/sys/fs/cgroup/cpu/shoal-bench-half",
-                    &[("cpu.cfs_period_us", "100000"), ("cpu.cfs_quota_us", "50000")],
+                    &[("cpu.cfs_period_us", "10000"), ("cpu.cfs_quota_us", "5000")],
                 ),
             };
         let half = Self(PathBuf::from(folder));
@@ -43,8 +43,13 @@ impl Half {
     /// What enters it before it becomes the worker.
     fn prefix(&self) -> Vec<String> {
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.0.display());
-        ["sh", "-c", &enter, "sh"].map(str::to_owned).to_vec()
+        [&["sh", "-c", &enter, "sh"].map(str::to_owned)[..], &on_processor(1)].concat()
     }
+}
+
+/// What binds a worker to one processor: machines of their own do not push each other aside.
+fn on_processor(number: usize) -> Vec<String> {
+    ["taskset", "-c", &number.to_string()].map(str::to_owned).to_vec()
 }
 
 impl Drop for Half {
@@ -61,7 +66,10 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let half = Half::make();
     let (hosts, how) = match &half {
         Ok(half) => (
-            vec![Host::default(), Host { prefix: half.prefix(), ..Host::default() }],
+            vec![
+                Host { prefix: on_processor(0), ..Host::default() },
+                Host { prefix: half.prefix(), ..Host::default() },
+            ],
             "one of them in a control group with half a processor".to_owned(),
         ),
         Err(error) => (
@@ -122,6 +130,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
 fn of_optimum(plan: &PlanView, shape: Shape) -> Result<f64> {
     let replica = plan.replicas.first().context("no replica")?;
     let rates = line(plan, &format!("{} ", replica.id))?;
+    eprintln!("    {rates}");
     let rate = |stage: usize| -> Result<f64> {
         let node = replica.stages[stage].shards[0].node;
         // `w1 reads 11.3GiB/s (measured)`.
