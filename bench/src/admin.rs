@@ -19,6 +19,9 @@ use tokio::time::timeout;
 /// How long the admin API may take to answer, and a deployment without weights to be ready.
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long the cluster may take to be as wanted: a billion weights are rounded to four bits by one thread.
+const WANTED_TIMEOUT: Duration = Duration::from_secs(180);
+
 /// A connection to a coordinator.
 #[derive(Debug)]
 pub struct Admin {
@@ -107,8 +110,8 @@ impl Admin {
             bail!("the coordinator ended the watch")
         };
         self.runtime
-            .block_on(async { timeout(ADMIN_TIMEOUT, watch).await? })
-            .with_context(|| format!("the cluster is not {what} within {ADMIN_TIMEOUT:?}"))
+            .block_on(async { timeout(WANTED_TIMEOUT, watch).await? })
+            .with_context(|| format!("the cluster is not {what} within {WANTED_TIMEOUT:?}"))
     }
 }
 

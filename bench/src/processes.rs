@@ -60,6 +60,14 @@ impl Default for Host {
     }
 }
 
+impl Host {
+    /// One that is bound to a processor: workers push each other aside no more than machines of their own do.
+    pub fn on(processor: usize) -> Self {
+        let prefix = ["taskset", "-c", &processor.to_string()].map(str::to_owned).to_vec();
+        Self { prefix, ..Self::default() }
+    }
+}
+
 #[derive(Debug)]
 struct Node {
     name: String,

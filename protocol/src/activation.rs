@@ -12,7 +12,7 @@
 //! Open body:    SamplingRecord (40 B), StepHeader.tokens x u32
 //! Samples body: samples x SampleRecord (24 B), candidates x CandidateRecord (8 B),
 //!               samples x SamplesHeader.width f32, little-endian: what an encoder made of each
-//! rank r  ◄─► LinkHello, then Partial ◄─► rank q of the same stage
+//! rank r  ◄─► LinkHello, Near, then Partial ◄─► rank q of the same stage
 //! ```
 //!
 //! Rows of one sequence are adjacent and in order of position. A grant names the sequence's next
@@ -82,6 +82,18 @@ flat! {
         pub generation: u64,
         /// Counts the rounds of the link from 0.
         pub round: u64,
+    }
+}
+
+flat! {
+    /// What one tensor rank says of a socket of their machine beside their link. The one that was dialled
+    /// begins, each answers a yes, and the third one counts: partial results go there from then on. A no
+    /// ends it: they go over the link.
+    pub struct Near = 16 {
+        /// The layout.
+        pub generation: u64,
+        /// 1 for yes: it listens there, it has come there, both are there. Else 0.
+        pub yes: u64,
     }
 }
 

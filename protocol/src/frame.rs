@@ -43,6 +43,9 @@ pub enum FrameKind {
     /// What one tensor rank tells another in the middle of a step: `activation::Partial`. Only between
     /// workers that run ranks (`version::KNOWS_RANKS`).
     Partial = 7,
+    /// Two ranks that may be on one machine agree on a shorter way for their partial results:
+    /// `activation::Near`. The first frames behind the greeting of such a link.
+    Near = 8,
     /// A coordinator asks a head to go on with a sequence: `request::GenerateHeader`.
     Generate = 16,
     /// A head answers with one token: `request::TokenHeader`, candidate records.
@@ -74,6 +77,7 @@ impl FrameKind {
         FrameKind::Trace,
         FrameKind::Partial,
         FrameKind::Vector,
+        FrameKind::Near,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// | 2 | who speaks what ([`KNOWS_VERSIONS`]): `Change::Version`, `AdminCall::Upgrade`, `AdminReply::Upgrade` |
 /// | 2 | one CA after another ([`KNOWS_TRUST`]): `Change::Authority`, `CoordinatorMessage::Trust`, `WorkerMessage::Trusts`, `JoinReply::Admitted`, `PeerRequest::CaKeyOf`, `AccessCall`'s CA calls and their replies |
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
-/// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::Partial`, `Numerics::N1Sum` |
+/// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::{Partial, Near}`, `Numerics::N1Sum` |
 /// | 3 | meshes ([`KNOWS_MESHES`]): `WorkerMessage::Facts`, `AdminCall::DeployMesh` and `ScaleMesh`, `DeploymentCommand::CreateMesh` and `ScaleMesh` |
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K`, `Mxfp4` |

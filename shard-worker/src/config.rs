@@ -34,6 +34,9 @@ pub struct WorkerConfig {
     pub builtin: Vec<BuiltinModel>,
     /// The failure domain that it stands in.
     pub zone: Option<ZoneName>,
+    /// Whether its tensor ranks talk to those of its own machine over QUIC too, as between machines: to measure
+    /// what that costs.
+    pub ranks_apart: bool,
     /// Where it tells what it does for requests that are traced.
     pub tracer: Tracer,
 }

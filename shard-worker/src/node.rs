@@ -179,7 +179,8 @@ impl Worker {
         let blobs = Blobs::start(at, Arc::clone(&identity), cache.clone())?;
         let threads = std::num::NonZeroUsize::new(device.threads as usize);
         let (facts, ways) = facts(config.zone, threads, device.memory);
-        let links = Arc::new(links.tracing(config.tracer).measuring(ways.clone()));
+        let links = links.tracing(config.tracer).measuring(ways.clone());
+        let links = Arc::new(if config.ranks_apart { links.apart() } else { links });
         let blobs = blobs.measuring(ways);
         let endpoint = Endpoint::bind(requests, Arc::clone(&identity), &[Alpn::Requests])?;
         let register = Register {
@@ -439,6 +440,7 @@ mod tests {
             device: "cpu".to_owned(),
             builtin: Vec::new(),
             zone: None,
+            ranks_apart: false,
             tracer: shoal_protocol::trace::Tracer::off(),
         };
         let error = Worker::start(config.clone()).await.unwrap_err().to_string();

@@ -126,6 +126,7 @@ async fn start(cluster: &Cluster, join: &[&Endpoint], data: Option<Arc<TempDir>>
         device: "cpu".to_owned(),
         builtin: Vec::new(),
         zone: None,
+        ranks_apart: false,
         tracer: shoal_protocol::trace::Tracer::off(),
     };
     let worker = Worker::start(config).await.unwrap();

@@ -85,32 +85,34 @@ async fn answers(cluster: &Cluster, head: &TestWorker) -> Vec<Vec<(TokenId, u32,
     answers
 }
 
+/// Over sockets of their machine, and over QUIC as between machines.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_mesh_draws_what_one_shard_draws() {
-    let cluster = Cluster::new();
-    let mut workers = start(&cluster, 5).await;
-    let nodes = nodes(&workers);
-    deploy(&mesh_of(WIDE, 1, &nodes[..1], &[1]), &mut workers[..1]).await;
-    let alone = answers(&cluster, &workers[0]).await;
-    assert_eq!(
-        alone[0].iter().map(|(token, ..)| *token).collect::<Vec<_>>(),
-        continuation(&WIDE, &requests()[0].tokens, 20)
-    );
-    let meshes: [&[u32]; 6] = [&[2], &[5], &[2, 2], &[1, 3, 1], &[3, 1], &[1, 4]];
-    for (generation, mesh) in (2..).zip(meshes) {
-        let count = mesh.iter().sum::<u32>() as usize;
-        let plan = mesh_of(WIDE, generation, &nodes[..count], mesh);
-        deploy(&plan, &mut workers[..count]).await;
-        assert_eq!(answers(&cluster, &workers[0]).await, alone, "{mesh:?}");
-        for worker in &mut workers[..count] {
-            worker
-                .until("all blocks are free", |r| r.heads.iter().all(|h| h.blocks_used == 0))
-                .await;
+    for ranks_apart in [false, true] {
+        let cluster = Cluster { ranks_apart, ..Cluster::new() };
+        let mut workers = start(&cluster, 5).await;
+        let nodes = nodes(&workers);
+        deploy(&mesh_of(WIDE, 1, &nodes[..1], &[1]), &mut workers[..1]).await;
+        let alone = answers(&cluster, &workers[0]).await;
+        assert_eq!(
+            alone[0].iter().map(|(token, ..)| *token).collect::<Vec<_>>(),
+            continuation(&WIDE, &requests()[0].tokens, 20)
+        );
+        let meshes: [&[u32]; 6] = [&[2], &[5], &[2, 2], &[1, 3, 1], &[3, 1], &[1, 4]];
+        for (generation, mesh) in (2..).zip(meshes) {
+            let count = mesh.iter().sum::<u32>() as usize;
+            let plan = mesh_of(WIDE, generation, &nodes[..count], mesh);
+            deploy(&plan, &mut workers[..count]).await;
+            assert_eq!(answers(&cluster, &workers[0]).await, alone, "{mesh:?}");
+            for worker in &mut workers[..count] {
+                worker
+                    .until("all blocks are free", |r| r.heads.iter().all(|h| h.blocks_used == 0))
+                    .await;
+            }
         }
     }
 }
 
-/// The last event of a stream, and how long it took from `begun`.
 async fn last_event(stream: &mut Stream, begun: Instant) -> (HeadEvent, Duration) {
     loop {
         match stream.next().await.expect("a last event") {
@@ -133,8 +135,8 @@ fn slow() -> PretendSpec {
 /// In a mesh of 2x2, w1 w2 | w3 w4.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rank_that_dies_ends_the_streams_with_its_name_and_the_others_serve_again() {
-    for victim in [1, 3] {
-        let cluster = Cluster::new();
+    for (victim, ranks_apart) in [(1, false), (3, false), (3, true)] {
+        let cluster = Cluster { ranks_apart, ..Cluster::new() };
         let mut workers = start(&cluster, 4).await;
         let all = nodes(&workers);
         deploy(&mesh_of(slow(), 1, &all, &[2, 2]), &mut workers).await;

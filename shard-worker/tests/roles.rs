@@ -28,6 +28,7 @@ fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
         | FrameKind::Close
         | FrameKind::Samples
         | FrameKind::Partial
+        | FrameKind::Near
         | FrameKind::Token
         | FrameKind::Done
         | FrameKind::Failed

@@ -19,6 +19,9 @@ pub async fn run(args: WorkerArgs) -> Result<(), Failure> {
     outcome
 }
 
+/// Set to anything but 0, the tensor ranks of this worker talk to those of its machine over QUIC.
+const APART_VARIABLE: &str = "SHOAL_RANKS_APART";
+
 async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
     let mut stop = Stop::listen(args.child.lifeline)?;
     let join = args.join;
@@ -37,6 +40,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
         device: args.device,
         builtin: builtin::ALL.to_vec(),
         zone: args.zone,
+        ranks_apart: std::env::var_os(APART_VARIABLE).is_some_and(|value| value != "0"),
         tracer: otlp.tracer(),
     };
     let worker = tokio::select! {

@@ -64,6 +64,14 @@ impl Connection {
         self.inner.local_ip()
     }
 
+    /// Bytes that both ends can work out and nobody else, others for each label (RFC 5705, RFC 8446 7.5);
+    /// nothing where the transport has none.
+    pub fn shared_secret(&self, label: &str) -> Option<[u8; 32]> {
+        let mut secret = [0; 32];
+        self.inner.export_keying_material(&mut secret, label.as_bytes(), &[]).ok()?;
+        Some(secret)
+    }
+
     /// A new stream in both directions.
     pub async fn open_bi(&self) -> Result<(FrameSender, FrameReceiver), ConnectionError> {
         let (send, receive) = self.inner.open_bi().await?;

@@ -1,6 +1,6 @@
 //! What travels from protocol version 3 on: chunks of weights, links between ranks, models of origins.
 
-use shoal_protocol::activation::Partial;
+use shoal_protocol::activation::{Near, Partial};
 use shoal_protocol::adapters::{
     AdapterCall, AdapterReply, AdapterSpec, AdapterView, DeploymentAdapters, HeldAdapters,
     WantedAdapters,
@@ -127,6 +127,8 @@ fn what_travels_from_version_3_on_has_golden_bytes() {
     assert!(postcard::to_stdvec(&ASK).unwrap().len() <= ASK_LEN_MAX);
     let partial = check_flat(partial());
     check_golden("Partial", &framed(FrameKind::Partial, &partial, &[1, 2, 3, 4]));
+    let near = check_flat(Near { generation: 7, yes: 1 });
+    check_golden("Near", &framed(FrameKind::Near, &near, &[]));
     check_golden("LinkHelloOfRanks", &framed(FrameKind::LinkHello, &check_flat(hello()), &[]));
     assert_eq!((hello().from_rank(), hello().to_rank()), (RankIndex(1), RankIndex(2)));
 }
@@ -145,6 +147,10 @@ fn damaged_messages_of_version_3_are_refused_without_a_panic() {
     let body = [7; 64];
     bombard(37, &framed(FrameKind::Partial, &flat_bytes(&partial()), &body), |_, header, _| {
         let _ = Partial::read_from(header);
+    });
+    let near = flat_bytes(&Near { generation: 7, yes: 1 });
+    bombard(42, &framed(FrameKind::Near, &near, &[]), |_, header, _| {
+        let _ = Near::read_from(header);
     });
     bombard(38, &framed(FrameKind::LinkHello, &flat_bytes(&hello()), &[]), |_, header, _| {
         if let Ok(hello) = LinkHello::read_from(header) {

@@ -1,14 +1,16 @@
 //! ● What this worker's kernels read of weights in a second: the planner's measure of a worker.
 //!
 //! ```text
-//! whoever else measures here is done ─► pack matrices (30 ms at most) ─► products of one row with all of them
+//! whoever else measures here is done ─► matrices of zeros (50 ms at most) ─► products of one row with all of them
 //! (50 ms at most) ─► fastest round x the share of its processors that a group gets
 //!                                      ─► the same with all processors, once in a while for all workers of a
 //!                                         machine: what they share
 //! ```
 //!
-//! The kernels are the real ones, with the worker's threads; the matrices are larger than caches where
-//! there is time to make them so, since decoding reads each weight once a token. The fastest round counts:
+//! The kernels are the real ones, with the worker's threads; the matrices are taken out of the caches before each
+//! round, since decoding reads each weight once a token, and a cache of 32 MiB keeps a fifth of 64 MiB that are read
+//! again and again. Memory enough to do without that takes too long to be had: a new page costs a virtual machine
+//! as much as reading it thirty times. The fastest round counts:
 //! whatever else runs for a moment says nothing about the worker. What always holds it back, a quota of its
 //! control group, is read and counted.
 
@@ -25,19 +27,22 @@ use shoal_protocol::units::Bytes;
 
 use super::inventory::CPU;
 use crate::backend::cpu::{CpuOps, Isa};
-use crate::backend::{Linear, Ops, WeightBuilder};
+use crate::backend::{Linear, Ops};
 
 /// How long a calibration may take in all: as much as nobody notices at the start of a process.
-const CALIBRATION_MAX: Duration = Duration::from_millis(80);
+const CALIBRATION_MAX: Duration = Duration::from_millis(100);
 
 /// Of that, how long to make matrices.
-const PACKING_MAX: Duration = Duration::from_millis(30);
+const MAKING_MAX: Duration = Duration::from_millis(50);
 
 /// A matrix of 512 x 1024 in bf16 is 1 MiB: one round looks at the clock often enough.
 const SHAPE: (usize, usize) = (512, 1024);
 
-/// The most matrices: 64 MiB are more than most last-level caches hold.
+/// The most matrices: 64 MiB are more than most last-level caches hold, where those cannot be emptied.
 const MATRICES_MAX: usize = 64;
+
+/// So many are made at once.
+const AT_ONCE: usize = 16;
 
 /// Of a worker's memory, one part of so many may be taken for the matrices, for as long as it takes.
 const MEMORY_SHARE: u64 = 8;
@@ -147,18 +152,20 @@ fn stream(threads: usize, memory: Bytes) -> Option<f64> {
     let each = outputs as u64 * Precision::Bf16.row_bytes(cols as u64);
     let most = (memory.0 / MEMORY_SHARE / each).clamp(1, MATRICES_MAX as u64) as usize;
     let mut ops = CpuOps::new(threads, Isa::from_environment().ok()?).ok()?;
-    let zeros = vec![0; each as usize];
-    let mut matrices = Vec::new();
-    while matrices.len() < most && (matrices.is_empty() || start.elapsed() < PACKING_MAX) {
-        let builder = ops.weight_builders(Precision::Bf16, &[SHAPE]).ok()?.pop()?;
-        builder.pack_rows(0, Precision::Bf16, &zeros).ok()?;
-        matrices.push(Linear { weight: builder.finish().ok()?, bias: None });
+    let mut matrices: Vec<Linear<CpuOps>> = Vec::new();
+    while matrices.len() < most && (matrices.is_empty() || start.elapsed() < MAKING_MAX) {
+        let shapes = vec![SHAPE; AT_ONCE.min(most - matrices.len())];
+        let builders = ops.weight_builders(Precision::Bf16, &shapes).ok()?.into_iter();
+        matrices.extend(builders.map(|builder| Linear { weight: builder.zeros(), bias: None }));
     }
     let input = ops.buffer(1, cols).ok()?;
     let mut output = ops.buffer(1, outputs).ok()?;
     let mut fastest = Duration::MAX;
-    // The first round brings the pages in; one more is measured even where time is up.
+    // The first round brings the instructions in; one more is measured even where time is up.
     for round in 0.. {
+        for Linear { weight, .. } in &matrices {
+            weight.leave_caches();
+        }
         let begun = Instant::now();
         for matrix in &matrices {
             ops.linear(&input, 1, matrix, &mut output).ok()?;

@@ -34,6 +34,8 @@ use tokio::task::JoinHandle;
 use super::counters::Counters;
 use super::dial::dial;
 use super::door::{Expected, Port, Waiting, accept_all};
+use super::meet::Meeting;
+use super::near::Near;
 use super::ring::{LinkPlan, Neighbour};
 use super::ways::{Meter, Ways};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame, RankEnd};
@@ -102,6 +104,7 @@ pub struct Links {
     work: Work,
     tracer: Tracer,
     ways: Option<Ways>,
+    may_meet: bool,
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -146,6 +149,7 @@ impl Links {
             work,
             tracer,
             ways,
+            may_meet: true,
             stop,
             thread,
         })
@@ -160,6 +164,12 @@ impl Links {
     /// The same; what links tell of their ways is noted there.
     pub fn measuring(mut self, ways: Ways) -> Self {
         self.ways = Some(ways);
+        self
+    }
+
+    /// The same; ranks talk over links alone, as if each worker had a machine of its own.
+    pub fn apart(mut self) -> Self {
+        self.may_meet = false;
         self
     }
 
@@ -212,6 +222,7 @@ impl Links {
             counters: Arc::clone(&ends.counters),
             work: ends.work.clone(),
             ways: self.ways.clone(),
+            may_meet: self.may_meet,
             open: Mutex::default(),
         };
         Attached { leave: Some(leave), task: self.runtime.spawn(shard.run(ends, pulses, left)) }
@@ -273,6 +284,7 @@ struct LinkedShard {
     counters: Arc<Counters>,
     work: watch::Receiver<usize>,
     ways: Option<Ways>,
+    may_meet: bool,
     /// What is to be closed with words. Held for a push, never over an await.
     open: Mutex<Vec<Connection>>,
 }
@@ -352,15 +364,51 @@ impl LinkedShard {
 
     /// The lower rank dials.
     async fn exchange(&self, with: Neighbour, end: RankEnd, pulse: &Pulse) -> LinkLost {
-        let (connection, sender, receiver) = match self.plan.split.rank < with.rank.0 {
+        let dialler = self.plan.split.rank < with.rank.0;
+        let (connection, mut sender, mut receiver) = match dialler {
             true => self.missed(&with, dial(&self.endpoint, &self.plan, &with, true)).await,
             false => self.missed(&with, self.accepted(with, true)).await,
         };
+        let RankEnd { told, heard, near, bytes_max } = end;
+        let meeting = Meeting {
+            connection: &connection,
+            streams: (&mut sender, &mut receiver),
+            generation: self.plan.generation.0,
+            dialler,
+            may: self.may_meet,
+        };
+        let met = meeting.meet().await.and_then(|socket| {
+            let end = socket.map(|socket| Near::new(socket, bytes_max)).transpose();
+            end.map_err(|error| LinkEnd::Gone(error.to_string()))
+        });
+        let mut guard = match met {
+            Ok(Some((end, guard))) => {
+                tracing::debug!(replica = %self.plan.replica, "on one machine with {with}");
+                // The compute thread takes it with its first round; where it has ended, so does this.
+                let _ = near.send(end);
+                Some(guard)
+            }
+            Ok(None) => {
+                drop(near);
+                None
+            }
+            Err(end) => return with.ended(Err(end), &connection).await,
+        };
         self.up(&connection).await;
-        let streams = (sender, receiver);
+        let (streams, queues) = ((sender, receiver), (told, heard));
         let meters = [self.meter(&with, &connection), self.meter(&with, &connection)];
+        let watch = (pulse, meters);
+        let gone = async {
+            match &mut guard {
+                Some(guard) => guard.lost().await,
+                None => std::future::pending().await,
+            }
+        };
         let end = tokio::select! {
-            end = wire::exchange(streams, &connection, end, &self.plan, (pulse, meters)) => end,
+            // First: a compute thread that has said so has ended, and its queues with it.
+            biased;
+            why = gone => Err(LinkEnd::Gone(why)),
+            end = wire::exchange(streams, &connection, queues, bytes_max, &self.plan, watch) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
         with.ended(end, &connection).await

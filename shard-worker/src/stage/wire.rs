@@ -17,11 +17,12 @@ use shoal_protocol::quic::{
 };
 use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::TraceHeader;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::adapters::AdapterOrder;
 use super::buffer::{BufferPool, HiddenBuffer};
 use super::counters::Counters;
+use super::near::Near;
 use super::ring::LinkPlan;
 use super::ways::Meter;
 
@@ -335,6 +336,8 @@ pub struct RankEnd {
     pub told: mpsc::Receiver<Bytes>,
     /// What the other one tells this rank.
     pub heard: mpsc::Sender<Bytes>,
+    /// Where the shorter way goes, if there is one; dropped where this link is the way.
+    pub near: oneshot::Sender<Near>,
     /// The longest message.
     pub bytes_max: usize,
 }
@@ -343,11 +346,11 @@ pub struct RankEnd {
 pub(super) async fn exchange(
     (mut sender, mut receiver): (FrameSender, FrameReceiver),
     connection: &Connection,
-    end: RankEnd,
+    (mut told, heard): (mpsc::Receiver<Bytes>, mpsc::Sender<Bytes>),
+    bytes_max: usize,
     plan: &LinkPlan,
     (pulse, [mut sent, got]): (&Pulse, [Meter; 2]),
 ) -> Result<(), LinkEnd> {
-    let RankEnd { mut told, heard, bytes_max } = end;
     let generation = plan.generation.0;
     let tell = async {
         for round in 0.. {

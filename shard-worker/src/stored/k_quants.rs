@@ -3,7 +3,7 @@
 //! Eight parts of 32 weights (sixteen of 16 in Q6_K) have a small whole number each that, times the
 //! block's own scale, is theirs.
 
-use super::blocks::{Block, Encode, half_at, put_half};
+use super::blocks::{Block, Encode, half_at, nearest, put_half};
 
 /// Weights of a part.
 const PART: usize = 32;
@@ -94,8 +94,8 @@ fn round_parts(values: &[f32], block: &mut [u8], search: &Search) -> [u8; PART *
     put_half(block, 0, scale_max / 63.0);
     put_half(block, 2, least_max / 63.0);
     for (j, part) in parts.iter().enumerate() {
-        let scale = (inverse(scale_max) * part.scale).round_ties_even().min(63.0) as u8;
-        let least = (inverse(least_max) * part.least).round_ties_even().min(63.0) as u8;
+        let scale = nearest(inverse(scale_max) * part.scale).min(63.0) as u8;
+        let least = nearest(inverse(least_max) * part.least).min(63.0) as u8;
         put_six_bits(&mut block[Q4K::PARTS_AT..], j, scale, least);
     }
     let (d, least) = (half_at(block, 0), half_at(block, 2));
@@ -104,7 +104,7 @@ fn round_parts(values: &[f32], block: &mut [u8], search: &Search) -> [u8; PART *
         let (scale, m) = six_bits(&block[Q4K::PARTS_AT..], j);
         let (scale, m) = (d * f32::from(scale), least * f32::from(m));
         for (number, value) in numbers.iter_mut().zip(values).filter(|_| scale != 0.0) {
-            let q = ((value + m) / scale).round_ties_even().clamp(0.0, search.number_max);
+            let q = nearest((value + m) / scale).clamp(0.0, search.number_max);
             *number = q as u8;
         }
     }
@@ -131,9 +131,8 @@ impl Part {
         if max == min {
             return Self { scale: 0.0, least: -min };
         }
-        let number = |value: f32, inverse: f32| {
-            (inverse * (value - min)).round_ties_even().clamp(0.0, number_max)
-        };
+        let number =
+            |value: f32, inverse: f32| nearest(inverse * (value - min)).clamp(0.0, number_max);
         let error = |inverse: f32, scale: f32, least: f32| {
             let one = |value: &f32| {
                 let distance = scale * number(*value, inverse) + least - value;
@@ -277,14 +276,14 @@ impl Encode for Q6K {
         put_half(block, Self::SCALE_AT, 1.0 / inverse);
         let d = half_at(block, Self::SCALE_AT);
         for (j, (scale, values)) in scales.iter().zip(values.chunks(Self::SHARE)).enumerate() {
-            let scale = (inverse * scale).round_ties_even().clamp(-128.0, 127.0) as i8;
+            let scale = nearest(inverse * scale).clamp(-128.0, 127.0) as i8;
             block[Self::SCALES_AT + j] = scale as u8;
             let step = d * f32::from(scale);
             for (k, value) in values.iter().enumerate() {
                 let number = if step == 0.0 {
                     Self::ZERO
                 } else {
-                    (value / step).round_ties_even().clamp(-32.0, 31.0) + Self::ZERO
+                    nearest(value / step).clamp(-32.0, 31.0) + Self::ZERO
                 };
                 let [(low, low_by), (high, high_by)] = Self::places(j * Self::SHARE + k);
                 block[low] |= (number as u8 & 0xF) << low_by;
@@ -306,7 +305,7 @@ fn scale_around_zero(values: &[f32]) -> f32 {
         let inverse = -(32.0 + 0.1 * f32::from(step)) / most;
         let (mut sum_xl, mut sum_l2) = (0.0_f32, 0.0_f32);
         for value in values {
-            let l = (inverse * value).round_ties_even().clamp(-32.0, 31.0);
+            let l = nearest(inverse * value).clamp(-32.0, 31.0);
             let weight = value * value;
             sum_xl += weight * value * l;
             sum_l2 += weight * l * l;

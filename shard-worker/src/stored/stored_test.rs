@@ -138,3 +138,13 @@ fn a_value_becomes_the_nearest_number_of_eight_bits() {
     }
     assert_eq!(to_e4m3(1e9), 0x7E);
 }
+
+#[test]
+fn rounding_is_that_of_the_standard_library() {
+    let halves = (-4096..4096).map(|n| n as f32 / 2.0);
+    let around = halves.flat_map(|x| [x.next_down(), x, x.next_up()]);
+    for x in around.chain(weights(3, 4096).into_iter().map(|x| x * 2000.0)) {
+        assert_eq!(blocks::nearest(x), x.round_ties_even(), "{x:e}");
+        assert_eq!(blocks::nearest_away(x), x.round(), "{x:e}");
+    }
+}

@@ -87,13 +87,15 @@ pub struct Said {
 pub struct Cluster {
     pub ca: CertificateAuthority,
     pub coordinator: Endpoint,
+    /// Whether its workers act as if each had a machine of its own.
+    pub ranks_apart: bool,
 }
 
 impl Cluster {
     pub fn new() -> Self {
         let ca = CertificateAuthority::create(SystemTime::now()).unwrap();
         let coordinator = endpoint(&ca, NodeId::coordinator(1), &[Alpn::Control]);
-        Self { ca, coordinator }
+        Self { ca, coordinator, ranks_apart: false }
     }
 
     pub fn identity(&self, node: NodeId) -> Identity {
@@ -123,6 +125,7 @@ impl Cluster {
             device: "cpu".to_owned(),
             builtin: Vec::new(),
             zone: None,
+            ranks_apart: self.ranks_apart,
             tracer: shoal_protocol::trace::Tracer::off(),
         };
         let worker = Worker::start(config).await.unwrap();

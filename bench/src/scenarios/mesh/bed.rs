@@ -103,6 +103,12 @@ impl Bed {
         }
     }
 
+    /// Answers a prompt of so many tokens with so many.
+    pub fn answer(&self, served: &Served, prompt_tokens: usize, tokens: u32) -> Result<()> {
+        let body = client::body(&served.name, &prompt(3, prompt_tokens, served.vocab), tokens);
+        client::stream(&self.agent, &self.cluster.url(0), &body, |_| true).map(drop)
+    }
+
     /// Milliseconds between tokens of one stream.
     pub fn token_ms(&self, served: &Served, tokens: u32) -> Result<f64> {
         let body = client::body(&served.name, &prompt(7, PROMPT, served.vocab), tokens);

@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use shoal_protocol::mesh::Objective;
+use shoal_protocol::plan::BLOCK_TOKENS;
 
 use super::bed::{Bed, Served, Wanted, line, predicted_ms, words};
 use crate::cluster::process_memory;
@@ -15,10 +16,13 @@ use crate::workload::model::Shape;
 
 const TOKENS: u32 = 32;
 
+/// A prompt that fills the largest step, so that all buffers are used; and the tokens behind it.
+const LONG: (usize, u32) = (600, 8);
+
 /// By how much a prediction may be wrong.
 const ERROR_MAX: f64 = 0.10;
 
-/// By how much a shard's weights may take more or less than the plan says.
+/// By how much a shard may take more or less than the plan says.
 const MEMORY_ERROR_MAX: f64 = 0.02;
 
 const MESHES: [&str; 4] = ["1x1", "2x1", "1x2", "2x2"];
@@ -30,15 +34,16 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let mut section = Section::new(
         "Predicted against measured",
         format!(
-            "{} M parameters in bf16; four workers with one thread each on this machine, which also runs the coordinator and \
+            "{} M parameters in bf16; four workers with one thread each, two bound to each processor of this machine, which also runs the coordinator and \
              the client. Predicted is what `shoal plan --explain` says of a token of one stream before any was made; measured is \
-             the mean distance of {TOKENS} tokens, the median of {} streams. Memory: the anonymous memory of each worker's \
-             process, once the mesh is there and before it serves, beyond what it was without, against the weights of its plan.",
+             the mean distance of {TOKENS} tokens, the median of {} streams. Memory: by how much the anonymous memory of each worker's \
+             process has grown with the mesh and a prompt of {} tokens, against weights, buffers and that prompt's KV blocks in its plan.",
             shape.parameters() / 1_000_000,
             settings.pairs,
+            LONG.0
         ),
     );
-    let bed = Bed::start((0..4).map(|_| Host::default()).collect(), None)?;
+    let bed = Bed::start([0, 1, 0, 1].map(Host::on).to_vec(), None)?;
     for mesh in MESHES {
         let wanted = Wanted {
             model: &model,
@@ -49,7 +54,8 @@ pub fn run(settings: &Settings) -> Result<Section> {
         };
         let before: Vec<u64> = memory(&bed)?;
         let served = bed.serve("served", wanted)?;
-        weights(&bed, &served, &before, (mesh, &mut section))?;
+        bed.answer(&served, LONG.0, LONG.1)?;
+        bytes(&bed, &served, &before, (mesh, &mut section))?;
         let plan = bed.explain(&served)?;
         let predicted = predicted_ms(&plan)?;
         // The first stream warms up: pages of weights are there, caches are made.
@@ -79,7 +85,7 @@ fn memory(bed: &Bed) -> Result<Vec<u64>> {
     bed.cluster.worker_pids().into_iter().map(|pid| process_memory(pid, "RssAnon")).collect()
 }
 
-fn weights(
+fn bytes(
     bed: &Bed,
     served: &Served,
     before: &[u64],
@@ -88,18 +94,32 @@ fn weights(
     let after = memory(bed)?;
     let plan = bed.explain(served)?;
     let mut worst: (f64, String) = (0.0, String::new());
+    let blocks = (LONG.0 as u64 + u64::from(LONG.1)).div_ceil(BLOCK_TOKENS.into());
+    let all: u64 = plan.replicas.iter().map(|r| u64::from(r.limits.kv_blocks)).sum();
     for shard in plan.replicas.iter().flat_map(|r| &r.stages).flat_map(|stage| &stage.shards) {
         let index = shard.node.number as usize - 1;
         let grown = after[index].saturating_sub(before[index]) as f64;
-        let planned = shard.memory.weights.0 as f64;
+        let memory = &shard.memory;
+        let kv = memory.kv.0 / all.max(1) * blocks;
+        let planned = (memory.weights + memory.activations).0 + kv;
+        let planned = planned as f64;
         let error = (grown - planned).abs() / planned;
         if error >= worst.0 {
             let mib = |bytes: f64| (bytes / f64::from(1 << 20)).round();
-            worst = (error, format!("{}: {} MiB of {} MiB", shard.node, mib(grown), mib(planned)));
+            let weights = mib(memory.weights.0 as f64);
+            worst = (
+                error,
+                format!(
+                    "{}: {} MiB of {} MiB, of which weights {weights}",
+                    shard.node,
+                    mib(grown),
+                    mib(planned)
+                ),
+            );
         }
     }
     section.at_most(
-        format!("{mesh}: weights in memory against the plan, the worst shard"),
+        format!("{mesh}: bytes in memory against the plan, the worst shard"),
         worst.0,
         format!("{} ({})", significant(worst.0), worst.1),
         MEMORY_ERROR_MAX,

@@ -43,13 +43,8 @@ impl Half {
     /// What enters it before it becomes the worker.
     fn prefix(&self) -> Vec<String> {
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.0.display());
-        [&["sh", "-c", &enter, "sh"].map(str::to_owned)[..], &on_processor(1)].concat()
+        [&["sh", "-c", &enter, "sh"].map(str::to_owned)[..], &Host::on(1).prefix].concat()
     }
-}
-
-/// What binds a worker to one processor: machines of their own do not push each other aside.
-fn on_processor(number: usize) -> Vec<String> {
-    ["taskset", "-c", &number.to_string()].map(str::to_owned).to_vec()
 }
 
 impl Drop for Half {
@@ -66,10 +61,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let half = Half::make();
     let (hosts, how) = match &half {
         Ok(half) => (
-            vec![
-                Host { prefix: on_processor(0), ..Host::default() },
-                Host { prefix: half.prefix(), ..Host::default() },
-            ],
+            vec![Host::on(0), Host { prefix: half.prefix(), ..Host::default() }],
             "one of them in a control group with half a processor".to_owned(),
         ),
         Err(error) => (

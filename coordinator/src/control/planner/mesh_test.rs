@@ -286,6 +286,31 @@ fn workers_of_one_machine_are_alike_unless_one_is_held_back() {
     assert_eq!(uneven, [1, 11], "two have half of it, and latency is asked for");
 }
 
+/// They tell each other twice a layer, which costs a tenth there; also where that are too many to look at all.
+#[test]
+fn ranks_of_a_stage_are_on_one_machine() {
+    let shape = dense(12, 8);
+    let on = |workers: usize, ask| {
+        let mut all = inventory(&vec![8 * GIB; workers]);
+        let machines = workers / 2;
+        for (n, worker) in all.workers.iter_mut().enumerate() {
+            worker.machine = Some(([10, 0, 0, (n % machines) as u8].into(), None));
+        }
+        let plan = planned(&all, &shape, mesh(ask), None).unwrap();
+        for stage in &plan.stages {
+            let of = |node| all.workers.iter().find(|w| w.node == node).unwrap().machine;
+            let machines: Vec<_> = stage.shards.iter().map(|shard| of(shard.node)).collect();
+            assert!(machines.iter().all(|m| *m == machines[0]), "{}", words(&plan));
+        }
+        let told: u64 = predict(&plan, &shape, &all).stages.iter().map(|stage| stage.told_ns).sum();
+        all.workers.iter_mut().for_each(|worker| worker.machine = None);
+        let apart: u64 = predict(&plan, &shape, &all).stages.iter().map(|s| s.told_ns).sum();
+        assert!(told * 5 < apart, "{told} of {apart}");
+    };
+    on(4, "2x2");
+    on(64, "4x2");
+}
+
 #[test]
 fn ranks_of_a_stage_are_in_one_zone_and_replicas_in_different_ones() {
     let shape = pretend(8, 100 * MIB);

@@ -78,6 +78,8 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         let rates: Vec<u64> = crew.iter().map(rate).map(|rate| rate.unwrap_or(assumed)).collect();
         let pairs = crew.iter().flat_map(|a| crew.iter().map(move |b| (*a, *b)));
         let link = pairs.map(|(a, b)| way(a, b)).fold(Link::NEAR, Link::worse);
+        let all_there: Option<Vec<&Candidate>> = crew.iter().copied().collect();
+        let link = all_there.map_or(link, |crew| link.of_ranks(&crew));
         let compute_ns = Times::compute_only(shape, &costs, &rates).of(stage.layers);
         let all = Times::new(shape, &costs, &rates, (link, reduction)).of(stage.layers);
         let last = crew.first().copied().flatten();

@@ -44,16 +44,18 @@ impl<'w> Spaces<'w> {
         spaces: Vec<(Space, Topology)>,
     ) -> Self {
         let mut times = Vec::new();
-        let mut times_of: BTreeMap<(Vec<u64>, usize), usize> = BTreeMap::new();
+        let mut times_of: BTreeMap<(Vec<u64>, usize, bool), usize> = BTreeMap::new();
         let mut crew_of = |crew: &Vec<usize>| {
             let costs = &costs[crew.len() - 1];
             let place = members[crew[0]].place;
             let rates = rates_of(&members, crew);
             let by_rank: Vec<u64> = seats(costs, &rates).iter().map(|seat| rates[*seat]).collect();
             let next = times.len();
-            let times = *times_of.entry((by_rank, place)).or_insert_with_key(|(by_rank, place)| {
-                let over = (links[*place][*place], reduction);
-                times.push(Times::new(shape, costs, by_rank, over));
+            let workers: Vec<_> = crew.iter().map(|m| members[*m].worker).collect();
+            let link = links[place][place].of_ranks(&workers);
+            let key = (by_rank, place, link == Link::BESIDE);
+            let times = *times_of.entry(key).or_insert_with_key(|(by_rank, ..)| {
+                times.push(Times::new(shape, costs, by_rank, (link, reduction)));
                 next
             });
             let held = crew.iter().filter_map(|m| members[*m].held?.of(crew.len())).collect();

@@ -72,6 +72,9 @@ const _: () = assert!(PANEL as u64 == PANEL_OUTPUTS, "plans count the padding of
 /// Columns that are transposed at once: 16 rows of them fit the first-level cache twice over.
 const PACK_COLS: usize = 128;
 
+/// The smallest page of any system that this runs on.
+const PAGE: usize = 4 << 10;
+
 /// Matrices begin at multiples of so many bytes: at a cache line.
 const ALIGN: usize = 64;
 
@@ -121,6 +124,17 @@ impl Packed {
     fn panel_mut(&self, panel: usize) -> *mut u8 {
         // In bounds: see `start`; `wrapping_add` leaves the proof to the access.
         self.memory.as_mut_ptr::<u8>().wrapping_add(self.start + panel * self.panel_bytes())
+    }
+
+    /// Nothing of it is in a cache after this, where the processor can be told so: what is read next comes from
+    /// memory.
+    pub(crate) fn leave_caches(&self) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        for at in (0..self.panels() * self.panel_bytes()).step_by(ALIGN) {
+            let line = self.panel(0).wrapping_add(at);
+            // SAFETY: the instruction is one of every x86-64, and changes no memory; the line is one of this matrix.
+            unsafe { std::arch::x86_64::_mm_clflush(line) };
+        }
     }
 
     /// Writes the exact values of row `row` to `to`, which is `cols` long; `row` is below
@@ -173,6 +187,18 @@ impl PackedBuilder {
             claimed: (0..outputs.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
         };
         Ok(shapes.iter().zip(starts).map(builder).collect())
+    }
+
+    /// The matrix with zeros in all rows that were not packed, and all its pages there: what is only measured
+    /// with needs no values, and packing takes longer than measuring.
+    pub(crate) fn zeros(self) -> Packed {
+        let packed = self.packed;
+        for at in (0..packed.panels() * packed.panel_bytes()).step_by(PAGE) {
+            let byte = packed.panel_mut(0).wrapping_add(at);
+            // SAFETY: inside of this matrix, of which there is no other owner. It is the byte that is there.
+            unsafe { byte.write_volatile(byte.read_volatile()) };
+        }
+        packed
     }
 
     fn bad_row(&self, row: usize, how: &'static str) -> BackendError {
