@@ -118,6 +118,10 @@ fn a_dead_coordinator_is_seen_by_each_that_lives_also_by_those_that_do_not_talk_
         let line = format!("shoal_coordinator_up{{coordinator=\"c{}\"}} 0", dead + 1);
         assert!(metrics.as_str().is_some_and(|text| text.contains(&line)), "no {line}");
     }
+    // What is refused is told, and nothing of what has not happened.
+    let removed = verb(&cluster, leader, &["coordinators", "remove", name.trim()])?.expect_code(3);
+    let lines: Vec<_> = removed.stderr.lines().collect();
+    assert!(lines.len() == 1 && lines[0].ends_with("add NEW --replace OLD`)"), "{lines:?}");
     cluster.restart_coordinator(dead)?;
     for by in 0..3 {
         until_heard(&cluster, by, [true; 3])?;
