@@ -190,11 +190,22 @@ fn without_a_majority_changes_wait_and_inference_does_not() -> Result<()> {
     }
     let status = verb(&cluster, 2, &["status"])?.expect_code(0).stdout;
     assert!(status.contains(missing), "{status}");
-    let nodes = verb(&cluster, 2, &["nodes", "list"])?.expect_code(1).stderr;
+    let keys = verb(&cluster, 2, &["keys", "list"])?.expect_code(1).stderr;
     // And was told meanwhile that it waits.
     for words in [missing, "could not be read", "waiting for the coordinators to agree …"] {
-        assert!(nodes.contains(words), "{words:?} is not in {nodes}");
+        assert!(keys.contains(words), "{words:?} is not in {keys}");
     }
+    // What it last knew it shows at once, and says that it is that.
+    let listed = verb(&cluster, 2, &["nodes", "list"])?.expect_code(0);
+    let as_of = ["\n  as of 20", "Z: nothing newer is known here: ", missing];
+    for words in ["\nc3 ", " up ", "\nw1 "].into_iter().chain(as_of) {
+        assert!(listed.stdout.contains(words), "{words:?} is not in {}", listed.stdout);
+    }
+    assert!(!listed.stderr.contains("waiting"), "{}", listed.stderr);
+    let listed = verb(&cluster, 2, &["nodes", "list", "--json"])?.expect_code(0).stdout;
+    let listed: Value = serde_json::from_str(&listed)?;
+    assert!(listed["no_majority"].as_str().is_some_and(|why| why.starts_with(missing)));
+    assert!(listed["as_of_s"].is_u64() && listed["nodes"].as_array().is_some_and(|n| n.len() > 5));
     assert_eq!(tokens(&cluster, 2)?, expected);
     cluster.signal_coordinator(1, Signal::CONT)?;
     cluster.leader(2)?;
