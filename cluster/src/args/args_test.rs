@@ -105,6 +105,11 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal scale demo --kv bf16", "--kv"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
+        ("shoal up --worker-memory 600KiB", "a worker needs as much"),
+        (
+            "shoal worker --join 127.0.0.1:1 --data d --memory 1KiB",
+            "a budget of 1.0 KiB holds nothing",
+        ),
         ("shoal up --listen 127.0.0.1", "127.0.0.1:8000"),
         ("shoal up --listen here", "write IP:PORT"),
         ("shoal up --workers 0", "from 1 up"),
