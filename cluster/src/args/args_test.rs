@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use clap::CommandFactory;
+use shoal_protocol::id::NodeId;
 
 use super::values::duration;
 use super::*;
@@ -64,8 +65,17 @@ fn values_are_read() {
 fn a_worker_has_two_names() {
     for line in ["shoal drain w12", "shoal drain worker-12 --wait --timeout 30s"] {
         let Command::Drain(drain) = parse(line).unwrap().command else { panic!("not drain") };
-        assert_eq!(drain.node.to_string(), "w12", "{line}");
+        assert_eq!(drain.nodes, [NodeId::worker(12)], "{line}");
     }
+    let Command::Drain(drain) = parse("shoal drain w2 worker-3 --wait").unwrap().command else {
+        panic!("not drain")
+    };
+    assert_eq!(drain.nodes, [2, 3].map(NodeId::worker));
+    let Command::Undrain(undrain) = parse("shoal undrain w2 w3").unwrap().command else {
+        panic!("not undrain")
+    };
+    assert_eq!(undrain.nodes, [2, 3].map(NodeId::worker));
+    assert!(parse("shoal drain").is_err() && parse("shoal drain w2 c1").is_err());
     let Command::Scale(scale) = parse("shoal scale m --stages auto").unwrap().command else {
         panic!("not scale")
     };
