@@ -137,7 +137,7 @@ async fn a_leader_whose_disk_hangs_while_the_ca_is_rotated_leads_on() {
 /// Where a file's scratch file is to be there is a pipe that nobody reads: whoever opens it waits, until this is
 /// dropped, or a test that waits for the one who waits has failed.
 struct Hanging {
-    over: Option<std::sync::mpsc::Sender<()>>,
+    over: Option<std::sync::mpsc::SyncSender<()>>,
     ends: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -146,7 +146,7 @@ impl Hanging {
         let pipe = file.with_extension(format!("scratch-{}", std::process::id()));
         let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
         assert!(made.success());
-        let (over, is_over) = std::sync::mpsc::channel();
+        let (over, is_over) = std::sync::mpsc::sync_channel(0);
         let ends = std::thread::spawn(move || {
             let _ = is_over.recv_timeout(DEADLINE * 2);
             // For both, it opens without waiting, and lets the other one in.
