@@ -15,6 +15,7 @@ pub mod node;
 pub mod recovery;
 mod renewal;
 pub mod router;
+mod seldom;
 pub mod serving;
 mod start_error;
 pub mod telemetry;

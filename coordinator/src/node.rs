@@ -39,6 +39,7 @@ use crate::control::state::{CoordinatorRecord, Timestamp};
 use crate::control::store::{ControlStore, StoreOwner};
 use crate::dispatch::Dispatcher;
 use crate::renewal::{Renewal, first_context};
+use crate::seldom::Seldom;
 use crate::serving::ServingTable;
 use crate::start_error::StartError;
 use crate::telemetry::Telemetry;
@@ -299,6 +300,7 @@ impl Running {
             membership: membership.clone(),
             members: Semaphore::new(MEMBERS_MAX),
             joiners: Semaphore::new(JOINERS_MAX),
+            refused: Seldom::default(),
         };
         let dispatcher = Dispatcher::new(endpoint.clone());
         let api_context = ApiContext::new(
@@ -373,6 +375,7 @@ struct Servers {
     membership: Membership,
     members: Semaphore,
     joiners: Semaphore,
+    refused: Seldom,
 }
 
 impl Servers {
@@ -394,9 +397,14 @@ impl Servers {
     }
 
     async fn converse(self: Arc<Self>, incoming: Accepting) {
+        let address = incoming.remote_address();
         let connection = match incoming.establish().await {
             Ok(connection) => connection,
-            Err(error) => return tracing::info!("{error}"),
+            Err(error) => {
+                // Whoever is not believed tries again several times a second.
+                let words = self.refused.say(&address.to_string(), &error.to_string());
+                return words.into_iter().for_each(|words| tracing::info!("{words}"));
+            }
         };
         let places = match connection.alpn().without_client_certificate() {
             true => &self.joiners,

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Every step is taken again whenever anything changes, and is nothing where it was taken: a crash
-//! between any two of them is gone on from.
+//! between any two of them is gone on from. All coordinators take them at the same moments, each step with
+//! writes that are synced, so these are made aside: on threads that carry nothing of the log.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use shoal_protocol::id::NodeId;
 use shoal_protocol::outcast::{Outcast, Verdict};
 use shoal_protocol::quic::identity::IdentityError;
 use shoal_protocol::quic::renew::RenewError;
-use shoal_protocol::quic::{AdminContext, Endpoint, EndpointError, Identity};
+use shoal_protocol::quic::{AdminContext, Endpoint, EndpointError, Identity, aside};
 use shoal_protocol::trust::{CaFingerprint, Trust};
 use shoal_protocol::units;
 use tokio::sync::watch;
@@ -164,7 +165,8 @@ impl Renewal {
             && let Some(key) = self.authority.current()
         {
             let files = CaFiles::of(&self.data);
-            match if files.has(&signing) { Ok(()) } else { files.save(&key) } {
+            let keep = move || if files.has(&signing) { Ok(()) } else { files.save(&key) };
+            match aside(keep).await {
                 Ok(()) => progress.kept = Some(signing),
                 Err(error) => tracing::error!(%error, "the CA's key cannot be kept"),
             }
@@ -173,7 +175,8 @@ impl Renewal {
 
     async fn get_key(&self, state: &ClusterState, ca: CaFingerprint, signs: bool) {
         let files = CaFiles::of(&self.data);
-        let kept = files.load().unwrap_or_default();
+        let on_disk = files.clone();
+        let kept = aside(move || on_disk.load()).await.unwrap_or_default();
         if let Some(key) = kept.into_iter().find(|key| key.fingerprint() == ca) {
             return self.authority.keep(key);
         }
@@ -182,8 +185,12 @@ impl Renewal {
         }
         let founding = state.authorities.is_empty();
         let Some(key) = self.peers.ask_for_key(&ca, founding).await else { return };
-        match if signs { files.save(&key) } else { files.save_next(&key) } {
-            Ok(()) => {
+        let keep = move || match signs {
+            true => files.save(&key).map(|()| key),
+            false => files.save_next(&key).map(|()| key),
+        };
+        match aside(keep).await {
+            Ok(key) => {
                 self.authority.keep(key);
                 tracing::info!("this coordinator holds the CA's key now");
             }
@@ -200,7 +207,7 @@ impl Renewal {
         let fresh = signed && shown.trust == told && age < RENEW_PERIOD;
         let context_missing = self.authority.current().is_some() && !self.context.exists();
         if (!fresh || context_missing)
-            && let Err(error) = self.renew(&shown, told, progress)
+            && let Err(error) = self.renew(&shown, told, progress).await
         {
             tracing::error!(%error, "certificates could not be renewed; trying again");
         }
@@ -218,7 +225,7 @@ impl Renewal {
     }
 
     /// With the key of its own.
-    fn renew(
+    async fn renew(
         &self,
         shown: &Identity,
         told: Trust,
@@ -226,10 +233,12 @@ impl Renewal {
     ) -> Result<(), ShowError> {
         match self.authority.certify(shown, SystemTime::now())? {
             Some(renewed) => {
-                self.show(renewed, progress)?;
-                write_context(&self.authority, self.endpoint.local_address(), &self.context)?;
+                self.show(renewed, progress).await?;
+                let (authority, path) = (self.authority.clone(), self.context.clone());
+                let cluster = self.endpoint.local_address();
+                aside(move || write_context(&authority, cluster, &path)).await?;
             }
-            None if shown.trust != told => self.show(shown.trusting(told), progress)?,
+            None if shown.trust != told => self.show(shown.trusting(told), progress).await?,
             None => {}
         }
         Ok(())
@@ -247,7 +256,7 @@ impl Renewal {
         let signing = renewed.trust.signing().is_none_or(|ca| ca == renewed.shows());
         if newer || (signing && renewed.shows() != shown.shows()) || ends_soon {
             tracing::info!("another coordinator has renewed this one's certificate");
-            if let Err(error) = self.show(renewed, progress) {
+            if let Err(error) = self.show(renewed, progress).await {
                 tracing::error!(%error, "the new certificate cannot be used");
             }
         }
@@ -281,11 +290,17 @@ impl Renewal {
         }
     }
 
-    fn show(&self, identity: Identity, progress: &mut Progress) -> Result<(), ShowError> {
-        identity.save(&self.data.join(IDENTITY_FILE))?;
-        self.endpoint.renew(Arc::new(identity))?;
+    async fn show(&self, identity: Identity, progress: &mut Progress) -> Result<(), ShowError> {
+        let identity = Arc::new(identity);
+        self.keep(&identity).await?;
+        self.endpoint.renew(identity)?;
         progress.issued = SystemTime::now();
         Ok(())
+    }
+
+    async fn keep(&self, identity: &Arc<Identity>) -> Result<(), IdentityError> {
+        let (identity, path) = (Arc::clone(identity), self.data.join(IDENTITY_FILE));
+        aside(move || identity.save(&path)).await
     }
 
     /// Writes down how far this coordinator has come.
@@ -323,7 +338,7 @@ impl Renewal {
     async fn report_own_key(
         &self,
         state: &ClusterState,
-        shown: &Identity,
+        shown: &Arc<Identity>,
         progress: &mut Progress,
     ) {
         let own = shown.key_fingerprint().map(KeyFingerprint);
@@ -335,9 +350,7 @@ impl Renewal {
         };
         progress.enrolled = Some(Instant::now());
         // It must be here to be of use.
-        if self.data.join(IDENTITY_FILE).exists()
-            || shown.save(&self.data.join(IDENTITY_FILE)).is_ok()
-        {
+        if self.data.join(IDENTITY_FILE).exists() || self.keep(shown).await.is_ok() {
             let own = AuthorityCommand::OwnKey { node: self.me, key };
             self.propose(Change::Authority(own)).await;
         }

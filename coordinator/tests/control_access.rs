@@ -188,6 +188,11 @@ async fn a_removed_worker_is_out_at_once_and_its_layers_go_elsewhere() {
         nodes
     };
     assert_eq!(sorted(shown), sorted(expected.to_vec()));
+    // It knows the same by itself.
+    let known = cluster.access(AccessCall::ListNodesKnown).await.unwrap();
+    let AccessReply::NodesKnown(known) = known else { panic!("{known:?}") };
+    assert_eq!((known.nodes, known.no_majority), (nodes, None));
+    assert!(known.as_of_s > 0);
 }
 
 #[tokio::test]

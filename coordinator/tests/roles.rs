@@ -134,6 +134,7 @@ fn access_calls() -> Vec<AccessCall> {
         AccessCall::RotateCa { .. } => AccessCall::RotateCa { skip_absent: true },
         AccessCall::ListCas => AccessCall::ListCas,
         AccessCall::RenewAdmin { .. } => AccessCall::RenewAdmin { csr: vec![1] },
+        AccessCall::ListNodesKnown => AccessCall::ListNodesKnown,
     })
 }
 

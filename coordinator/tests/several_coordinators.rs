@@ -10,4 +10,5 @@ mod several_coordinators {
     mod ca;
     mod cluster;
     mod members;
+    mod refusals;
 }

@@ -58,6 +58,9 @@ pub enum AccessCall {
         /// A certificate signing request, DER.
         csr: Vec<u8>,
     },
+    /// All nodes, as the answering coordinator knows them by itself: at once, and also without a majority. Since
+    /// version 3.
+    ListNodesKnown,
 }
 
 /// What a coordinator answers.
@@ -85,6 +88,8 @@ pub enum AccessReply {
         /// Whom to believe.
         trust: Trust,
     },
+    /// To `ListNodesKnown`.
+    NodesKnown(NodesKnown),
 }
 
 /// The secret stays out of logs.
@@ -98,6 +103,7 @@ impl fmt::Debug for AccessReply {
             AccessReply::Done => f.write_str("Done"),
             AccessReply::Cas(view) => f.debug_tuple("Cas").field(view).finish(),
             AccessReply::Renewed { .. } => f.write_str("Renewed"),
+            AccessReply::NodesKnown(known) => f.debug_tuple("NodesKnown").field(known).finish(),
         }
     }
 }
@@ -169,6 +175,17 @@ pub struct NodeView {
     pub connected: Option<bool>,
     /// Whether a layer is placed on it.
     pub placed: bool,
+}
+
+/// The nodes, as one coordinator knows them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodesKnown {
+    /// By role and number.
+    pub nodes: Vec<NodeView>,
+    /// When what it knows was last changed, in seconds since 1970: it knows of nothing that was decided later.
+    pub as_of_s: u64,
+    /// Why it knows no more, where there is no majority.
+    pub no_majority: Option<String>,
 }
 
 /// The cluster's CAs.

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 /// | 3 | removals in words that a node acts on ([`KNOWS_REMOVALS`]): `JoinReply::Removed`; a start number that was used before is refused with `AlreadyExists` |
 /// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
-/// | 3 | which coordinators are there: `AdminCall::Presence` and its reply |
+/// | 3 | which coordinators are there: `AdminCall::Presence` and its reply; `AccessCall::ListNodesKnown` and its reply |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From here on the log has room for what a node speaks, and for commands that wait until all speak it.

@@ -118,6 +118,10 @@ fn a_dead_coordinator_is_seen_by_each_that_lives_also_by_those_that_do_not_talk_
         let line = format!("shoal_coordinator_up{{coordinator=\"c{}\"}} 0", dead + 1);
         assert!(metrics.as_str().is_some_and(|text| text.contains(&line)), "no {line}");
     }
+    // What is refused is told, and nothing of what has not happened.
+    let removed = verb(&cluster, leader, &["coordinators", "remove", name.trim()])?.expect_code(3);
+    let lines: Vec<_> = removed.stderr.lines().collect();
+    assert!(lines.len() == 1 && lines[0].ends_with("add NEW --replace OLD`)"), "{lines:?}");
     cluster.restart_coordinator(dead)?;
     for by in 0..3 {
         until_heard(&cluster, by, [true; 3])?;
@@ -186,11 +190,22 @@ fn without_a_majority_changes_wait_and_inference_does_not() -> Result<()> {
     }
     let status = verb(&cluster, 2, &["status"])?.expect_code(0).stdout;
     assert!(status.contains(missing), "{status}");
-    let nodes = verb(&cluster, 2, &["nodes", "list"])?.expect_code(1).stderr;
+    let keys = verb(&cluster, 2, &["keys", "list"])?.expect_code(1).stderr;
     // And was told meanwhile that it waits.
     for words in [missing, "could not be read", "waiting for the coordinators to agree …"] {
-        assert!(nodes.contains(words), "{words:?} is not in {nodes}");
+        assert!(keys.contains(words), "{words:?} is not in {keys}");
     }
+    // What it last knew it shows at once, and says that it is that.
+    let listed = verb(&cluster, 2, &["nodes", "list"])?.expect_code(0);
+    let as_of = ["\n  as of 20", "Z: nothing newer is known here: ", missing];
+    for words in ["\nc3 ", " up ", "\nw1 "].into_iter().chain(as_of) {
+        assert!(listed.stdout.contains(words), "{words:?} is not in {}", listed.stdout);
+    }
+    assert!(!listed.stderr.contains("waiting"), "{}", listed.stderr);
+    let listed = verb(&cluster, 2, &["nodes", "list", "--json"])?.expect_code(0).stdout;
+    let listed: Value = serde_json::from_str(&listed)?;
+    assert!(listed["no_majority"].as_str().is_some_and(|why| why.starts_with(missing)));
+    assert!(listed["as_of_s"].is_u64() && listed["nodes"].as_array().is_some_and(|n| n.len() > 5));
     assert_eq!(tokens(&cluster, 2)?, expected);
     cluster.signal_coordinator(1, Signal::CONT)?;
     cluster.leader(2)?;

@@ -138,6 +138,47 @@ fn no_request_fails_while_a_deployment_is_scaled_up_and_down() -> Result<()> {
 }
 
 #[test]
+fn several_workers_are_drained_in_one_command_and_none_where_a_name_is_unknown() -> Result<()> {
+    let (up, admin) = up(3, "600MiB")?;
+    slow(&admin, 1)?;
+    let draining = |wanted: &[&str]| {
+        let marked = |view: &ClusterView| -> Vec<String> {
+            let marked = view.workers.iter().filter(|worker| worker.draining);
+            marked.map(|worker| worker.id.to_string()).collect()
+        };
+        admin.wait_until("marked", MOVE_TIMEOUT, |view| marked(view) == wanted)
+    };
+    let holds = |view: &ClusterView| places(view, "slow")[0][0].to_string();
+    let view = settled(&admin, "slow", |places| places.len() == 1)?;
+    let (all, holder) = (["w1", "w2", "w3"], holds(&view));
+    let refused = up.verb(&["drain", &holder, "w9"])?.expect_code(3).stderr;
+    assert!(refused.contains("w9") && !refused.contains("nothing new"), "{refused}");
+    draining(&[])?;
+
+    let stays = all.into_iter().rfind(|name| *name != holder).context("a third")?;
+    let go: Vec<&str> = all.into_iter().filter(|name| *name != stays).collect();
+    let drained = up.verb(&[&["drain", "--wait"], &go[..]].concat())?.expect_code(0).stderr;
+    for name in &go {
+        let words = format!("{name}: it holds nothing; it can be stopped");
+        assert!(drained.contains(&words), "{words:?} is not in {drained}");
+    }
+    assert_eq!(holds(&draining(&go)?), stays);
+    up.verb(&[&["undrain"], &go[..]].concat())?.expect_code(0);
+    draining(&[])?;
+
+    // Nobody is left for what the last of them holds; with the other two it works all the same.
+    let drained = up.verb(&[&["drain", "--wait"], &all[..]].concat())?.expect_code(1).stderr;
+    let words = format!("1 of 3 are not drained: {stays}; above it is said why");
+    assert!(drained.contains(&words), "{words:?} is not in {drained}");
+    for name in go {
+        assert!(drained.contains(&format!("{name}: it holds nothing")), "{drained}");
+    }
+    draining(&all)?;
+    up.stop(&[])?;
+    Ok(())
+}
+
+#[test]
 fn no_request_fails_while_a_worker_is_drained() -> Result<()> {
     let (up, admin) = up(3, "600MiB")?;
     slow(&admin, 2)?;

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use clap::CommandFactory;
+use shoal_protocol::id::NodeId;
 
 use super::values::duration;
 use super::*;
@@ -64,8 +65,17 @@ fn values_are_read() {
 fn a_worker_has_two_names() {
     for line in ["shoal drain w12", "shoal drain worker-12 --wait --timeout 30s"] {
         let Command::Drain(drain) = parse(line).unwrap().command else { panic!("not drain") };
-        assert_eq!(drain.node.to_string(), "w12", "{line}");
+        assert_eq!(drain.nodes, [NodeId::worker(12)], "{line}");
     }
+    let Command::Drain(drain) = parse("shoal drain w2 worker-3 --wait").unwrap().command else {
+        panic!("not drain")
+    };
+    assert_eq!(drain.nodes, [2, 3].map(NodeId::worker));
+    let Command::Undrain(undrain) = parse("shoal undrain w2 w3").unwrap().command else {
+        panic!("not undrain")
+    };
+    assert_eq!(undrain.nodes, [2, 3].map(NodeId::worker));
+    assert!(parse("shoal drain").is_err() && parse("shoal drain w2 c1").is_err());
     let Command::Scale(scale) = parse("shoal scale m --stages auto").unwrap().command else {
         panic!("not scale")
     };
@@ -105,6 +115,11 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal scale demo --kv bf16", "--kv"),
         ("shoal up --worker-memory lots", "600MiB"),
         ("shoal up --worker-memory 0", "a budget of nothing"),
+        ("shoal up --worker-memory 600KiB", "a worker needs as much"),
+        (
+            "shoal worker --join 127.0.0.1:1 --data d --memory 1KiB",
+            "a budget of 1.0 KiB holds nothing",
+        ),
         ("shoal up --listen 127.0.0.1", "127.0.0.1:8000"),
         ("shoal up --listen here", "write IP:PORT"),
         ("shoal up --workers 0", "from 1 up"),

@@ -47,7 +47,7 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
-    address, coordinator, count, device, kv, name, nonzero, policy, precision, size, store, zone,
+    address, coordinator, count, device, kv, memory, name, nonzero, policy, precision, store, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -204,7 +204,7 @@ pub struct UpArgs {
     pub kv: Option<KvPrecision>,
     /// A hard budget for each worker's weights + KV + activations, such as 600MiB [default: an even
     /// share of the memory that is free]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub worker_memory: Option<Bytes>,
     /// Compute threads of each worker [default: an even share of the cores]
     #[arg(long, value_name = "T", value_parser = count)]
@@ -353,7 +353,7 @@ pub struct WorkerArgs {
     pub addresses: WorkerAddressArgs,
     /// A hard budget for weights + KV + activations, such as 600MiB [default: most of the memory
     /// that is free]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub memory: Option<Bytes>,
     /// Compute threads [default: as many as cores]
     #[arg(long, value_name = "T", value_parser = count)]

@@ -49,7 +49,8 @@ pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:
   shoal drain w2 --dry-run      what would move where, and what could not
   shoal drain w2 --wait         ... and wait until it holds nothing: then it can be stopped
-  shoal undrain w2              it may hold something again
+  shoal drain w2 w3 --wait      both; nothing happens where one of the names is unknown
+  shoal undrain w2 w3           they may hold something again
 
 --wait ends with 1 after some seconds where something cannot leave the worker, and says what is missing;
 the worker stays marked.";
@@ -57,16 +58,16 @@ the worker stays marked.";
 /// `shoal drain`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DrainArgs {
-    /// The worker: w2, or worker-2
-    #[arg(value_parser = worker)]
-    pub node: NodeId,
-    /// Wait until it holds nothing
+    /// The workers: w2, or worker-2
+    #[arg(required = true, value_name = "WORKER", value_parser = worker)]
+    pub nodes: Vec<NodeId>,
+    /// Wait until they hold nothing
     #[arg(long)]
     pub wait: bool,
-    /// How long to wait
+    /// How long to wait, for all of them
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration, requires = "wait")]
     pub timeout: Duration,
-    /// Show what would move where, and change nothing
+    /// Show what would move where, of each if it were drained alone, and change nothing
     #[arg(long, conflicts_with = "wait")]
     pub dry_run: bool,
     /// Which cluster.
@@ -77,9 +78,9 @@ pub struct DrainArgs {
 /// `shoal undrain`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UndrainArgs {
-    /// The worker: w2, or worker-2
-    #[arg(value_parser = worker)]
-    pub node: NodeId,
+    /// The workers: w2, or worker-2
+    #[arg(required = true, value_name = "WORKER", value_parser = worker)]
+    pub nodes: Vec<NodeId>,
     /// Which cluster.
     #[command(flatten)]
     pub cluster: ClusterArgs,

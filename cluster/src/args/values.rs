@@ -12,6 +12,7 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::plan::{KvPrecision, Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
+use shoal_shard_worker::agent::inventory::MEMORY_MIN;
 
 /// For defaults, which are from 1 up.
 pub const fn nonzero(n: u32) -> NonZeroU32 {
@@ -70,12 +71,16 @@ fn resolve(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::from(([127, 0, 0, 1], port.parse().ok()?)))
 }
 
-/// A number of bytes, not 0.
-pub fn size(text: &str) -> Result<Bytes, String> {
+/// The memory of a worker, which holds something.
+pub fn memory(text: &str) -> Result<Bytes, String> {
     match text.parse::<Bytes>() {
         Ok(Bytes(0)) => {
             Err("a budget of nothing holds nothing; write a size such as 600MiB".into())
         }
+        Ok(bytes) if bytes < MEMORY_MIN => Err(format!(
+            "a budget of {bytes} holds nothing: a layer with its cache and its buffers takes about {MEMORY_MIN} even of \
+             the built-in demo model, so a worker needs as much; write a size such as 600MiB"
+        )),
         Ok(bytes) => Ok(bytes),
         Err(error) => Err(error.to_string()),
     }

@@ -1,11 +1,12 @@
 //! `shoal coordinators list | add | remove | recover-alone`.
 
+use shoal_protocol::access::{AccessCall, AccessReply};
 use shoal_protocol::admin::{AdminCall, AdminReply};
 use shoal_protocol::id::NodeId;
 
 use crate::args::CoordinatorsCommand;
 use crate::client::{AdminClient, unexpected};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::coordinators;
 use crate::run;
 
@@ -41,7 +42,14 @@ pub async fn run(command: CoordinatorsCommand) -> Result<(), Failure> {
             change(&client, &[], &args.nodes).await?;
             eprintln!("{}", say(&args.nodes, "is removed", "are removed"));
             eprintln!(
-                "stop its process, and delete its data folder: its number is never given again"
+                "{}",
+                match args.nodes.len() {
+                    1 =>
+                        "stop its process, and delete its data folder: its number is never given again",
+                    _ => {
+                        "stop their processes, and delete their data folders: their numbers are never given again"
+                    }
+                }
             );
             rotate(&client, args.keep_ca).await
         }
@@ -74,25 +82,91 @@ async fn rotate(client: &AdminClient, keep: bool) -> Result<(), Failure> {
 }
 
 async fn change(client: &AdminClient, add: &[NodeId], remove: &[NodeId]) -> Result<(), Failure> {
+    let there = members(client, remove).await?;
     let call = AdminCall::ChangeVoters { add: add.to_vec(), remove: remove.to_vec() };
-    let called = client.call(call).await.map_err(|failure| match remove.is_empty() {
-        true => failure,
-        // Some of them may be removed, and the CA whose key they have is not rotated.
-        false => {
-            let message = format!(
-                "{failure}; whoever of them `shoal coordinators list` does not show is removed, and has the \
-                 CA's key: say this again, or `shoal ca rotate`"
-            );
-            Failure { message, ..failure }
+    match client.call(call).await {
+        Ok(AdminReply::Accepted) => Ok(()),
+        Ok(other) => Err(unexpected(&other)),
+        Err(failure) => {
+            let left = match there.is_empty() {
+                true => Ok(Vec::new()),
+                false => members(client, &there).await,
+            };
+            Err(half_done(failure, &there, left.ok().as_deref()))
         }
-    });
-    match called? {
-        AdminReply::Accepted => Ok(()),
-        other => Err(unexpected(&other)),
     }
+}
+
+/// Those of `nodes` that belong to the cluster, by what all coordinators know.
+async fn members(client: &AdminClient, nodes: &[NodeId]) -> Result<Vec<NodeId>, Failure> {
+    if nodes.is_empty() {
+        return Ok(Vec::new());
+    }
+    match client.ask_access(AccessCall::ListNodes).await? {
+        AccessReply::Nodes(all) => {
+            let is_there = |node: &NodeId| all.iter().any(|known| known.node == *node);
+            Ok(nodes.iter().copied().filter(is_there).collect())
+        }
+        other => Err(super::unexpected_access(&other)),
+    }
+}
+
+/// What has failed, and what of it has happened all the same: whoever is removed has the CA's key, and that CA is not
+/// rotated. `left`: who is there still of those that were; `None` where nobody knows.
+fn half_done(failure: Failure, there: &[NodeId], left: Option<&[NodeId]>) -> Failure {
+    let also = match left {
+        Some(left) => {
+            let gone: Vec<_> = there.iter().copied().filter(|node| !left.contains(node)).collect();
+            // Nothing has changed where it was refused.
+            if gone.is_empty() && failure.exit == Exit::Refused {
+                return failure;
+            }
+            if gone.is_empty() {
+                let message = format!(
+                    "{failure}; {} to the cluster still: say this again when that is mended",
+                    say(left, "belongs", "belong")
+                );
+                return Failure { message, ..failure };
+            }
+            format!("{}, and the CA is not rotated", say(&gone, "is removed", "are removed"))
+        }
+        None => "whoever of them `shoal coordinators list` does not show is removed".to_owned(),
+    };
+    let message =
+        format!("{failure}; {also}: say `shoal ca rotate`, since what was removed has its key");
+    Failure { message, ..failure }
 }
 
 fn say(nodes: &[NodeId], one: &str, several: &str) -> String {
     let names: Vec<_> = nodes.iter().map(NodeId::to_string).collect();
     format!("{} {}", names.join(", "), if nodes.len() == 1 { one } else { several })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_failed_says_what_has_happened_all_the_same_and_nothing_else() {
+        let [c2, c3] = [2, 3].map(NodeId::coordinator);
+        let check = |left: Option<&[NodeId]>, expected: &str| {
+            let failure = half_done(Failure::refused("no"), &[c2, c3], left);
+            assert_eq!((failure.exit, failure.message.as_str()), (Exit::Refused, expected));
+        };
+        check(Some(&[c2, c3]), "no");
+        let late = half_done(Failure::failed("too late"), &[c3], Some(&[c3])).message;
+        assert_eq!(
+            late,
+            "too late; c3 belongs to the cluster still: say this again when that is mended"
+        );
+        check(
+            Some(&[c3]),
+            "no; c2 is removed, and the CA is not rotated: say `shoal ca rotate`, since what was removed has its key",
+        );
+        check(
+            None,
+            "no; whoever of them `shoal coordinators list` does not show is removed: say `shoal ca rotate`, \
+             since what was removed has its key",
+        );
+    }
 }

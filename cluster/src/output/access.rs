@@ -81,16 +81,35 @@ pub fn tokens(tokens: &[TokenView]) -> String {
 pub struct NodeList<'a> {
     version: u32,
     nodes: &'a [NodeView],
+    /// Null where it is what all coordinators know.
+    as_of_s: Option<u64>,
+    /// Why it is not; null where it is.
+    no_majority: Option<&'a str>,
 }
 
-impl<'a> From<&'a [NodeView]> for NodeList<'a> {
-    fn from(nodes: &'a [NodeView]) -> Self {
-        Self { version: 1, nodes }
+impl<'a> NodeList<'a> {
+    /// These nodes, and since when nothing newer is known, where that is so.
+    pub fn new(nodes: &'a [NodeView], as_of: Option<AsOf<'a>>) -> Self {
+        let as_of_s = as_of.map(|as_of| as_of.at_s);
+        let no_majority = as_of.map(|as_of| as_of.why.unwrap_or(MAJORITY_BACK));
+        Self { version: 1, nodes, as_of_s, no_majority }
     }
 }
 
+/// What one coordinator knew by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct AsOf<'a> {
+    /// When that was last changed, in seconds since 1970.
+    pub at_s: u64,
+    /// Why it knows nothing newer.
+    pub why: Option<&'a str>,
+}
+
+/// It answered between the two questions.
+const MAJORITY_BACK: &str = "no majority of the coordinators a moment ago; ask again";
+
 /// `shoal nodes list`.
-pub fn nodes(nodes: &[NodeView]) -> String {
+pub fn nodes(nodes: &[NodeView], as_of: Option<AsOf<'_>>) -> String {
     let mut table = Table::new(&["NODE", "ROLE", "LINK", "PLACED", "STARTS", "JOINED", "BUILD"]);
     let or_nothing = |text: &str| if text.is_empty() { NOTHING } else { text }.to_owned();
     for node in nodes {
@@ -104,6 +123,10 @@ pub fn nodes(nodes: &[NodeView]) -> String {
             utc(node.joined_s),
             or_nothing(&node.build),
         ]);
+    }
+    if let Some(AsOf { at_s, why }) = as_of {
+        let words = format!("nothing newer is known here: {}", why.unwrap_or(MAJORITY_BACK));
+        table.note(&format!("as of {}", utc(at_s)), &words);
     }
     table.to_string()
 }

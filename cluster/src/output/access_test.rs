@@ -62,8 +62,11 @@ fn golden_nodes() {
         node(NodeId::worker(12), Some(false), false, 0),
         node(NodeId::admin(1), None, false, 0),
     ];
-    check("nodes.txt", &nodes(&list));
-    check("nodes.json", &(json::line(&NodeList::from(&list[..])).unwrap() + "\n"));
+    check("nodes.txt", &nodes(&list, None));
+    check("nodes.json", &(json::line(&NodeList::new(&list, None)).unwrap() + "\n"));
+    let as_of = Some(AsOf { at_s: NOW, why: Some("no majority of the coordinators: …") });
+    check("nodes-known.txt", &nodes(&list, as_of));
+    check("nodes-known.json", &(json::line(&NodeList::new(&list, as_of)).unwrap() + "\n"));
 }
 
 #[test]

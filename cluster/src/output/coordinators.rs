@@ -6,7 +6,7 @@ use shoal_protocol::admin::{ClusterView, CoordinatorView, DeploymentView, PeerVi
 use shoal_protocol::plan::Plan;
 use shoal_protocol::presence::{HeardView, PresenceView};
 
-use super::table::Table;
+use super::table::{Shared, Table, shared};
 
 const NOTHING: &str = "-";
 
@@ -68,11 +68,20 @@ pub fn list<'a>(view: &'a ClusterView, presence: Option<&PresenceView>) -> Vec<C
 pub struct Status<'a> {
     coordinator: &'a CoordinatorView,
     workers: &'a [WorkerView],
-    deployments: &'a [DeploymentView],
+    deployments: Vec<Deployment<'a>>,
     plan: &'a Plan,
     coordinators: Vec<Coordinator<'a>>,
     /// Who is missing; null where nobody is, or an older build has answered.
     no_majority: Option<&'a str>,
+}
+
+/// A deployment in JSON.
+#[derive(Debug, Serialize)]
+struct Deployment<'a> {
+    #[serde(flatten)]
+    view: &'a DeploymentView,
+    /// The workers whose loss takes several of its replicas.
+    shared: Vec<Shared>,
 }
 
 impl<'a> Status<'a> {
@@ -81,6 +90,8 @@ impl<'a> Status<'a> {
         let ClusterView { coordinator, workers, deployments, plan, .. } = view;
         let no_majority = presence.and_then(|presence| presence.no_majority.as_deref());
         let coordinators = list(view, presence);
+        let one = |deployment| Deployment { view: deployment, shared: shared(view, deployment) };
+        let deployments = deployments.iter().map(one).collect();
         Self { coordinator, workers, deployments, plan, coordinators, no_majority }
     }
 }

@@ -277,6 +277,47 @@ fn a_long_reason_makes_no_wide_table() {
 }
 
 #[test]
+fn replicas_that_the_loss_of_one_worker_takes_are_said() {
+    let check = |on: &[(DeploymentPhase, &[u32])], expected: &str| {
+        let mut view = cluster();
+        view.deployments.truncate(1);
+        let replicas = on.iter().zip(1..).map(|((phase, _), id)| ReplicaView {
+            id: ReplicaId(id),
+            phase: *phase,
+            reason: String::new(),
+            settled: true,
+            next: None,
+        });
+        view.deployments[0].replicas = replicas.collect();
+        let plans = on.iter().zip(1..).map(|((_, workers), id)| {
+            let stages = replica().stages.into_iter().zip(*workers);
+            let stages = stages.map(|(stage, worker)| StagePlan {
+                shards: vec![shard(*worker, 1_000_000)],
+                ..stage
+            });
+            ReplicaPlan { id: ReplicaId(id), stages: stages.collect(), ..replica() }
+        });
+        view.plan.replicas = plans.collect();
+        let text = table::status(&view, None);
+        assert!(text.contains(&format!("  {expected}  ")), "{expected:?} is not in {text}");
+        json::line(&Status::new(&view, None)).unwrap()
+    };
+    use DeploymentPhase::{Loading, Ready};
+    let json = check(&[(Ready, &[1]), (Ready, &[1])], "2/2, both on w1");
+    assert!(json.contains(r#""shared":[{"worker":"w1","replicas":[1,2]}]"#), "{json}");
+    let json = check(&[(Ready, &[1, 2]), (Ready, &[3, 4])], "2/2");
+    assert!(json.contains(r#""shared":[]"#), "{json}");
+    // One of them is not there yet.
+    check(&[(Ready, &[1]), (Loading, &[1])], "1/2");
+    // Both have a part there.
+    check(&[(Ready, &[1, 2]), (Ready, &[2, 3])], "2/2, both on w2");
+    check(&[(Ready, &[1, 2]), (Ready, &[2, 1])], "2/2, both on w1 and w2");
+    check(&[(Ready, &[1]), (Ready, &[1]), (Ready, &[1])], "3/3, all on w1");
+    check(&[(Ready, &[1, 2]), (Ready, &[1, 2]), (Ready, &[1, 3])], "3/3, all on w1, 2 on w2");
+    check(&[(Ready, &[1]), (Ready, &[2]), (Ready, &[1])], "3/3, 2 on w1");
+}
+
+#[test]
 fn who_left_for_good_is_no_row() {
     let mut view = cluster();
     view.workers[0].connected = false;

@@ -1,12 +1,14 @@
 //! Views as text for people. Every function is pure and returns what is to be printed.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use serde::Serialize;
 use shoal_protocol::admin::{
-    ChangeView, ClusterView, DeploymentPhase, DeploymentView, PlanView, WorkerView,
+    ChangeView, ClusterView, DeploymentPhase, DeploymentView, PlanView, ReplicaView, WorkerView,
 };
 use shoal_protocol::control::{ShardReport, ShardState};
-use shoal_protocol::id::{NodeId, StageIndex};
+use shoal_protocol::id::{NodeId, ReplicaId, StageIndex};
 use shoal_protocol::plan::{ReplicaPlan, ShardPlan};
 use shoal_protocol::presence::PresenceView;
 
@@ -162,7 +164,7 @@ fn deployments(view: &ClusterView) -> Table {
         table.row([
             deployment.name.to_string(),
             phase(deployment.phase).to_owned(),
-            serving(deployment),
+            serving(view, deployment),
             of(ReplicaPlan::mesh),
             of(|r| r.precision.to_string()),
             of(numerics),
@@ -181,11 +183,50 @@ fn numerics(replica: &ReplicaPlan) -> String {
     }
 }
 
-/// `1/2`: replicas that take requests, of those that are wanted.
-fn serving(deployment: &DeploymentView) -> String {
-    let ready = |phase| phase == DeploymentPhase::Ready;
-    let serving = deployment.replicas.iter().filter(|replica| ready(replica.phase)).count();
-    format!("{serving}/{}", deployment.replicas.len())
+/// `1/2`: replicas that take requests, of those that are wanted; and `2/2, both on w1` where the loss of one
+/// worker takes several of them.
+fn serving(view: &ClusterView, deployment: &DeploymentView) -> String {
+    let serving = deployment.replicas.iter().filter(|replica| is_ready(replica)).count();
+    let mut out = format!("{serving}/{}", deployment.replicas.len());
+    // As many replicas at once, and the workers on which they are.
+    let mut groups: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+    for Shared { worker, replicas } in shared(view, deployment) {
+        groups.entry(replicas.len()).or_default().push(worker.to_string());
+    }
+    for (count, workers) in groups.into_iter().rev() {
+        let how_many = match count {
+            2 if serving == 2 => "both".to_owned(),
+            _ if serving == count => "all".to_owned(),
+            _ => count.to_string(),
+        };
+        out.push_str(&format!(", {how_many} on {}", workers.join(" and ")));
+    }
+    out
+}
+
+fn is_ready(replica: &ReplicaView) -> bool {
+    replica.phase == DeploymentPhase::Ready
+}
+
+/// A worker whose loss takes several replicas of a deployment.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Shared {
+    worker: NodeId,
+    /// Those that take requests and have a layer there.
+    replicas: Vec<ReplicaId>,
+}
+
+/// The workers that several replicas of a deployment share, of those that take requests.
+pub fn shared(view: &ClusterView, deployment: &DeploymentView) -> Vec<Shared> {
+    let ready =
+        |id| deployment.replicas.iter().any(|replica| replica.id == id && is_ready(replica));
+    let mut on: BTreeMap<NodeId, Vec<ReplicaId>> = BTreeMap::new();
+    for replica in replicas(view, deployment).filter(|replica| ready(replica.id)) {
+        let nodes: BTreeSet<NodeId> = replica.nodes().collect();
+        nodes.into_iter().for_each(|node| on.entry(node).or_default().push(replica.id));
+    }
+    let several = on.into_iter().filter(|(_, replicas)| replicas.len() > 1);
+    several.map(|(worker, replicas)| Shared { worker, replicas }).collect()
 }
 
 /// What a change would come to.

@@ -13,6 +13,9 @@ use std::time::Duration;
 
 use shoal_protocol::error::WireError;
 use shoal_protocol::quic::ConnectError;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 use crate::failure::Failure;
 
@@ -28,9 +31,45 @@ pub fn log_to_stderr(default: &str) {
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false);
+        .with_ansi(false)
+        .event_format(OneLine(tracing_subscriber::fmt::format()));
     // It fails only where a subscriber is set already, and then logs go there.
     let _ = subscriber.try_init();
+}
+
+/// One event, one line: what is said of a model, or what a peer said, may have several, and whoever reads a log line
+/// by line would take the second one for an event.
+struct OneLine<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for OneLine<F>
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        let mut text = String::new();
+        self.0.format_event(context, Writer::new(&mut text), event)?;
+        writeln!(writer, "{}", in_one_line(&text))
+    }
+}
+
+/// The lines of a text behind each other, without what else moves a terminal's cursor.
+fn in_one_line(text: &str) -> String {
+    let lines = text.lines().map(|line| line.trim().replace(char::is_control, " "));
+    lines.filter(|line| !line.is_empty()).fold(String::new(), |said, line| {
+        let link = match said.chars().last() {
+            None => "",
+            Some(':' | ';' | ',') => " ",
+            Some(_) => "; ",
+        };
+        said + link + &line
+    })
 }
 
 /// A start that failed, in words, with the code that its cause deserves. `needs_a_person`: the next start would
@@ -80,6 +119,41 @@ mod tests {
         Listen(#[source] io::Error),
         #[error("cannot join")]
         Join(#[source] WireError),
+    }
+
+    /// Takes what is logged.
+    #[derive(Clone, Default)]
+    struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn one_event_is_one_line_of_the_log() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .with_ansi(false)
+            .event_format(OneLine(tracing_subscriber::fmt::format().without_time()));
+        tracing::subscriber::with_default(subscriber.finish(), || {
+            tracing::warn!(node = "w1", "Loading:\n  layer 1\r\n\n\tlayer 2\n");
+            tracing::info!("ready");
+        });
+        let bytes = log.0.lock().unwrap().clone();
+        let text = String::from_utf8(bytes).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(lines[0].starts_with("WARN") && lines[0].contains("node=\"w1\""), "{text}");
+        assert!(lines[0].contains("Loading: layer 1; layer 2"), "{text}");
+        assert!(lines[1].ends_with("ready"), "{text}");
     }
 
     #[test]

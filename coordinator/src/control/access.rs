@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use shoal_protocol::access::{
-    AccessCall, AccessReply, KeyLimits, KeyName, KeyView, NodeView, TokenView,
+    AccessCall, AccessReply, KeyLimits, KeyName, KeyView, NodeView, NodesKnown, TokenView,
 };
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
@@ -74,6 +74,15 @@ impl AccessServer {
                 let state = self.store.read().await?;
                 let heard = self.store.presence();
                 Ok(AccessReply::Nodes(node_views(&state, &self.agents.observe(), &heard)))
+            }
+            // Whoever asks for this has no majority, so there is nothing to wait for.
+            AccessCall::ListNodesKnown => {
+                let (state, heard) = (self.store.state(), self.store.presence());
+                Ok(AccessReply::NodesKnown(NodesKnown {
+                    nodes: node_views(&state, &self.agents.observe(), &heard),
+                    as_of_s: state.clock().0,
+                    no_majority: heard.no_majority,
+                }))
             }
             AccessCall::RemoveNode { node, force } => self.remove_node(operator, node, force).await,
             AccessCall::RotateCa { skip_absent } => self.ca.rotate(operator, skip_absent).await,

@@ -1,5 +1,6 @@
 //! One CA after another: who has its key, and who is believed meanwhile.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use shoal_coordinator::Ended;
@@ -103,6 +104,65 @@ async fn a_coordinator_that_was_off_during_two_rotations_comes_back_where_the_ma
         }
     })
     .await;
+}
+
+/// A disk that takes its time to sync must not hold up what the coordinators say to each other: here it hangs under
+/// the leader, beside which no other thread is left to the runtime.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_leader_whose_disk_hangs_while_the_ca_is_rotated_leads_on() {
+    let cluster = Cluster::of_three().await;
+    let leader = cluster.leader(0).await;
+    let asked = (leader + 1) % 3;
+    let hangs = Hanging::beside(&cluster.data(leader).join("identity"));
+    cluster.rotate(asked, false).await;
+    // The others have come along, by a log that the leader drives.
+    within("all but the leader's part", async {
+        loop {
+            let rotation = cluster.cas(asked).await.rotation.unwrap();
+            if rotation.waits_for == [C[leader]] {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    })
+    .await;
+    for index in 0..3 {
+        assert_eq!(cluster.leader(index).await, leader);
+    }
+    drop(hangs);
+    let view = cluster.until_rotated(asked, 1).await;
+    assert_eq!(cluster.shows(leader), view.cas[0].fingerprint);
+}
+
+/// Where a file's scratch file is to be there is a pipe that nobody reads: whoever opens it waits, until this is
+/// dropped, or a test that waits for the one who waits has failed.
+struct Hanging {
+    over: Option<std::sync::mpsc::SyncSender<()>>,
+    ends: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Hanging {
+    fn beside(file: &Path) -> Self {
+        let pipe = file.with_extension(format!("scratch-{}", std::process::id()));
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let (over, is_over) = std::sync::mpsc::sync_channel(0);
+        let ends = std::thread::spawn(move || {
+            let _ = is_over.recv_timeout(DEADLINE * 2);
+            // For both, it opens without waiting, and lets the other one in.
+            let read = std::fs::OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+            std::fs::remove_file(&pipe).unwrap();
+            drop(read);
+        });
+        Self { over: Some(over), ends: Some(ends) }
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        drop(self.over.take());
+        let _ = self.ends.take().map(std::thread::JoinHandle::join);
+    }
 }
 
 /// It knows the CA alone that nobody believes any more, and nobody believes it.

@@ -13,6 +13,7 @@
 
 mod accept;
 mod alpn;
+mod aside;
 pub mod ca;
 mod connection;
 mod context;
@@ -28,6 +29,7 @@ mod tls;
 
 pub use accept::Accepting;
 pub use alpn::{Alpn, Expect};
+pub use aside::aside;
 pub use connection::{Connection, LinkStats};
 pub use context::AdminContext;
 pub use endpoint::Endpoint;

@@ -1,5 +1,6 @@
 //! What travels from protocol version 3 on: chunks of weights, links between ranks, models of origins.
 
+use shoal_protocol::access::{AccessCall, AccessReply, NodeView, NodesKnown};
 use shoal_protocol::activation::{Near, Partial};
 use shoal_protocol::adapters::{
     AdapterCall, AdapterReply, AdapterSpec, AdapterView, DeploymentAdapters, HeldAdapters,
@@ -106,8 +107,24 @@ fn adapters_listed() -> AdminReply {
     }]))
 }
 
+fn nodes_known() -> AdminReply {
+    let node = NodeView {
+        node: NodeId::worker(2),
+        joined_s: 1_795_274_400,
+        starts: 3,
+        build: "0.1.0".to_owned(),
+        connected: Some(true),
+        placed: false,
+    };
+    let no_majority = Some("no majority of the coordinators".to_owned());
+    let known = NodesKnown { nodes: vec![node], as_of_s: 1_795_274_500, no_majority };
+    AdminReply::Access(AccessReply::NodesKnown(known))
+}
+
 #[test]
 fn what_travels_from_version_3_on_has_golden_bytes() {
+    check_message("AdminListNodesKnown", &AdminCall::Access(AccessCall::ListNodesKnown));
+    check_message("AdminNodesKnown", &nodes_known());
     check_message("WorkerBlobs", &of_worker());
     check_message("CoordinatorBlobs", &of_coordinator());
     check_message("CoordinatorAdapters", &wanted_adapters());
@@ -143,6 +160,7 @@ fn damaged_messages_of_version_3_are_refused_without_a_panic() {
     bombard_message(39, &wanted_adapters());
     bombard_message(40, &held_adapters());
     bombard_message(41, &load_adapter());
+    bombard_message(42, &nodes_known());
     bombard_message(36, &assigned(object_store()));
     let body = [7; 64];
     bombard(37, &framed(FrameKind::Partial, &flat_bytes(&partial()), &body), |_, header, _| {

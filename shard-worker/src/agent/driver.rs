@@ -160,6 +160,7 @@ impl Agent {
             blobs: parts.models.blobs.clone(),
             file: parts.models.data.join(IDENTITY_FILE),
             asked: Default::default(),
+            order: Default::default(),
             said: watch::Sender::new(0),
         };
         let coordinators = Coordinators {

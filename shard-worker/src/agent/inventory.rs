@@ -10,6 +10,11 @@ use crate::agent::memory;
 /// The only device of this version.
 pub const CPU: &str = "cpu";
 
+/// The least that a worker joins with. One layer of the built-in demo model, which is 96 wide, takes about as much
+/// with the cache of its context and the buffers of steps of 128 rows; a worker with less would stand in every list
+/// and in no plan.
+pub const MEMORY_MIN: Bytes = Bytes::mib(1);
+
 /// What a worker cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum InventoryError {
@@ -25,6 +30,13 @@ pub enum InventoryError {
          free some, raise the limit, or give the budget with --memory"
     )]
     NoMemory,
+    /// What there is holds nothing.
+    #[error(
+        "{0} of memory hold nothing: a layer with its cache and its buffers takes about {MEMORY_MIN} even of the \
+         built-in demo model, so a worker needs as much; give the budget with --memory, such as 600MiB, or free as \
+         much"
+    )]
+    TooLittle(Bytes),
 }
 
 /// The device, with what the operator said or what the system has.
@@ -43,6 +55,9 @@ pub fn device(
     };
     if memory.0 == 0 {
         return Err(InventoryError::NoMemory);
+    }
+    if memory < MEMORY_MIN {
+        return Err(InventoryError::TooLittle(memory));
     }
     Ok(DeviceInfo {
         name: CPU.to_owned(),
@@ -79,6 +94,11 @@ mod tests {
         let info = device("cpu", Some(Bytes::mib(600)), NonZeroUsize::new(3)).unwrap();
         assert_eq!((info.memory, info.threads), (Bytes::mib(600), 3));
         assert!(info.description.ends_with("3 threads"), "{}", info.description);
+        for bytes in [1, 1 << 10, (1 << 20) - 1] {
+            let error = device("cpu", Some(Bytes(bytes)), None).unwrap_err();
+            assert!(error.to_string().contains("takes about 1.0 MiB"), "{error}");
+        }
+        assert_eq!(device("cpu", Some(MEMORY_MIN), None).unwrap().memory, MEMORY_MIN);
         let error = device("cuda:0", None, None).unwrap_err();
         assert!(error.to_string().contains("cuda:0"), "{error}");
     }

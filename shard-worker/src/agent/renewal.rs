@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use shoal_protocol::control::WorkerMessage;
 use shoal_protocol::quic::renew::{is_due, renew};
-use shoal_protocol::quic::{Endpoint, Identity};
+use shoal_protocol::quic::{Endpoint, Identity, aside};
 use shoal_protocol::trust::{BadTrust, Trust, fingerprint};
 use tokio::sync::watch;
 
@@ -55,6 +55,9 @@ impl Asked {
 /// Whatever stands between a worker and its next certificate; it goes into the log.
 type Fault = Box<dyn std::error::Error + Send + Sync>;
 
+/// The right to take a certificate, as long as it is held.
+type Turn = tokio::sync::OwnedMutexGuard<()>;
+
 /// Where a new certificate has to go.
 #[derive(Debug)]
 pub(super) struct Renewal {
@@ -66,8 +69,10 @@ pub(super) struct Renewal {
     pub blobs: Option<Blobs>,
     /// Where the identity is kept for the next start.
     pub file: PathBuf,
-    /// Shared by the sessions; held while a certificate is taken, so that two do not mix.
+    /// Shared by the sessions.
     pub asked: Mutex<Asked>,
+    /// Held while a certificate is taken, so that two do not mix.
+    pub order: Arc<tokio::sync::Mutex<()>>,
     /// Counts what there is to say of whom this worker believes and what it shows.
     pub said: watch::Sender<u64>,
 }
@@ -100,10 +105,9 @@ impl Renewal {
 
     /// Takes the answer. Where it cannot be used the present certificate stays, and the next answer
     /// may be better.
-    pub fn take(&self, certificate: Vec<u8>) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.try_take(certificate) {
-            Ok(()) => asked.taken = Some(Instant::now()),
+    pub async fn take(&self, certificate: Vec<u8>) {
+        match self.try_take(certificate).await {
+            Ok(()) => self.note_taken(),
             Err(error) => tracing::error!("the new certificate cannot be used: {error}"),
         }
     }
@@ -114,11 +118,11 @@ impl Renewal {
         match self.endpoint.identity() {
             Some(present) if distrusted || is_due(&present, SystemTime::now()) => {
                 let renewed = renew(address, &present, RENEW_TIMEOUT).await?;
-                let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+                let turn = self.turn().await;
                 // Other conversations may have brought something since.
                 let Some(present) = self.endpoint.identity() else { return Ok(()) };
-                self.show(onward(&present, renewed, SystemTime::now())?)?;
-                asked.taken = Some(Instant::now());
+                self.show(onward(&present, renewed, SystemTime::now())?, turn).await?;
+                self.note_taken();
                 tracing::info!("the certificate was believed no more and is renewed");
                 Ok(())
             }
@@ -127,12 +131,12 @@ impl Renewal {
     }
 
     /// Believes these from now on, where that is newer than what it knows.
-    pub fn believe(&self, trust: Trust) -> Result<(), BadTrust> {
+    pub async fn believe(&self, trust: Trust) -> Result<(), BadTrust> {
         trust.check()?;
-        let _order = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn().await;
         if let Some(present) = self.endpoint.identity()
             && trust.revision > present.trust.revision
-            && let Err(error) = self.show(present.trusting(trust))
+            && let Err(error) = self.show(present.trusting(trust), turn).await
         {
             tracing::error!("the CAs that came cannot be kept: {error}");
         }
@@ -148,23 +152,41 @@ impl Renewal {
         Some(WorkerMessage::Trusts { trusts, shows: identity.shows() })
     }
 
-    fn try_take(&self, certificate: Vec<u8>) -> Result<(), Fault> {
+    async fn try_take(&self, certificate: Vec<u8>) -> Result<(), Fault> {
+        let turn = self.turn().await;
         let Some(present) = self.endpoint.identity() else { return Ok(()) };
         let renewed = present.renewed(certificate)?;
-        self.show(onward(&present, renewed, SystemTime::now())?)
+        self.show(onward(&present, renewed, SystemTime::now())?, turn).await
     }
 
-    fn show(&self, renewed: Identity) -> Result<(), Fault> {
-        let renewed = Arc::new(renewed);
-        renewed.save(&self.file)?;
-        self.links.renew(Arc::clone(&renewed))?;
-        if let Some(blobs) = &self.blobs {
-            blobs.renew(Arc::clone(&renewed))?;
-        }
-        self.endpoint.renew(renewed)?;
-        self.said.send_modify(|n| *n += 1);
-        tracing::debug!("the certificate is renewed");
-        Ok(())
+    fn note_taken(&self) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.taken = Some(Instant::now());
+    }
+
+    async fn turn(&self) -> Turn {
+        Arc::clone(&self.order).lock_owned().await
+    }
+
+    /// Keeps it and shows it, aside: the beats of the conversation that brought it go on. Its turn ends with the
+    /// work, also where that conversation has ended.
+    async fn show(&self, renewed: Identity, turn: Turn) -> Result<(), Fault> {
+        let (links, blobs) = (Arc::clone(&self.links), self.blobs.clone());
+        let (endpoint, file, said) = (self.endpoint.clone(), self.file.clone(), self.said.clone());
+        aside(move || {
+            let _turn = turn;
+            let renewed = Arc::new(renewed);
+            renewed.save(&file)?;
+            links.renew(Arc::clone(&renewed))?;
+            if let Some(blobs) = &blobs {
+                blobs.renew(Arc::clone(&renewed))?;
+            }
+            endpoint.renew(renewed)?;
+            said.send_modify(|n| *n += 1);
+            tracing::debug!("the certificate is renewed");
+            Ok(())
+        })
+        .await
     }
 }
 

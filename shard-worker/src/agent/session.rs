@@ -304,9 +304,11 @@ async fn register(
 async fn listen(mut receiver: FrameReceiver, renewal: &Renewal, ear: Ear<'_>) -> SessionEnd {
     loop {
         match receiver.message(MESSAGE_LEN_MAX).await {
-            Ok(Some(CoordinatorMessage::Renewed { certificate })) => renewal.take(certificate),
+            Ok(Some(CoordinatorMessage::Renewed { certificate })) => {
+                renewal.take(certificate).await;
+            }
             Ok(Some(CoordinatorMessage::Trust { trust, signs })) => {
-                if let Err(bad) = renewal.believe(trust) {
+                if let Err(bad) = renewal.believe(trust).await {
                     return bad.into();
                 }
                 // Where the answers are many, it is said again.

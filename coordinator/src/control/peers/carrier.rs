@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use super::Peers;
 use super::outbox::Outbox;
 use crate::control::state::{Change, CoordinatorCommand};
+use crate::control::store::Side;
 use crate::control::store::raft::NetworkEvent;
 
 /// How long a peer may take to be reached and to say `Welcome`: longer than a busy machine needs, and
@@ -178,12 +179,19 @@ impl Peers {
         match timeout(GREET_TIMEOUT, exchange).await.unwrap_or(Err(GreetError::Late)) {
             Ok((sender, version)) => {
                 self.welcomed.store(true, Ordering::Relaxed);
+                if let Some(node) = connection.peer() {
+                    self.store.welcomes(node, Side::There);
+                }
                 Ok(Greeted { connection, sender, version })
             }
             Err(error) => {
                 self.note_distrust(connection.was_distrusted());
-                if let GreetError::Refused(refusal) = &error {
-                    self.refused(refusal);
+                match (&error, connection.peer()) {
+                    (GreetError::Refused(refusal), Some(node)) => self.refused(node, refusal),
+                    (GreetError::TooOld { .. }, Some(node)) => {
+                        self.store.refuses(node, Side::Here, error.to_string());
+                    }
+                    _ => {}
                 }
                 connection.close(close_code::DONE, "");
                 Err(error)
@@ -217,14 +225,20 @@ impl Peers {
     }
 
     /// What another coordinator refuses for good ends this process: it would only do harm.
-    fn refused(&self, refusal: &shoal_protocol::error::WireError) {
+    fn refused(&self, node: NodeId, refusal: &shoal_protocol::error::WireError) {
+        self.store.refuses(node, Side::There, refusal.message.clone());
         match refusal.code {
             // Its next start would have a higher number, and be let in.
             ErrorCode::AlreadyExists => self.end(refusal.message.clone()),
             // The next start is told so too. Whoever says it may be one that went on alone while a majority was only
             // out of its sight: that one's folders must not be spoilt by a word.
             ErrorCode::PermissionDenied => self.leave(refusal.message.clone()),
-            _ => tracing::warn!("another coordinator refuses this one: {refusal}"),
+            _ => {
+                let words = self.refused.say(&format!("{node} answers"), &refusal.to_string());
+                if let Some(words) = words {
+                    tracing::warn!(%node, "another coordinator refuses this one: {words}");
+                }
+            }
         }
     }
 
@@ -248,7 +262,11 @@ impl Peers {
                     let _ = timeout(FIND_EVERY, connection.closed()).await;
                     connection.close(close_code::DONE, "");
                 }
-                Err(error) => tracing::info!(%seed, "no coordinator was found there: {error}"),
+                Err(error) => {
+                    if let Some(words) = self.refused.say(&seed.to_string(), &error.to_string()) {
+                        tracing::info!(%seed, "no coordinator was found there: {words}");
+                    }
+                }
             }
             tokio::time::sleep(FIND_EVERY).await;
         }

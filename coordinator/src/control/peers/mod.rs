@@ -33,6 +33,7 @@ pub use outbox::Outboxes;
 use super::authority::Authority;
 use super::store::ControlStore;
 use super::store::raft::NetworkEvent;
+use crate::seldom::Seldom;
 
 /// Coordinators that are remembered at once: those of the state, and a joiner or two.
 const ADDRESSES_MAX: usize = 64;
@@ -70,6 +71,8 @@ pub struct Peers {
     ghost: Arc<watch::Sender<Option<Doom>>>,
     /// Where others may be, for one whose state does not say it yet.
     seeds: Arc<[SocketAddr]>,
+    /// What is refused several times a second is not said so often.
+    refused: Arc<Seldom>,
     /// Counts how often another coordinator's certificate was not believed, or this one's.
     distrust: Arc<watch::Sender<u64>>,
 }
@@ -118,6 +121,7 @@ impl Peers {
             welcomed: Arc::default(),
             ghost: Arc::new(watch::Sender::new(None)),
             seeds: Arc::default(),
+            refused: Arc::default(),
             distrust: Arc::new(watch::Sender::new(0)),
         }
     }

@@ -22,8 +22,8 @@ use crate::control::admit::{negotiate, reachable};
 use crate::control::membership::removal;
 use crate::control::rotation::entitled;
 use crate::control::state::{ClusterState, Refusal};
-use crate::control::store::Members;
 use crate::control::store::raft::NetworkEvent;
+use crate::control::store::{Members, Side};
 
 /// How long a peer may take to say what it wants.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -58,9 +58,11 @@ impl Peers {
                 match self.admit(node, &hello, connection.remote_address()) {
                     Ok(version) => {
                         self.store.heard_from(node);
+                        self.store.welcomes(node, Side::Here);
                         (PeerReply::Welcome { version, coordinators: self.addresses() }, true)
                     }
                     Err(refusal) => {
+                        self.store.refuses(node, Side::Here, refusal.message.clone());
                         self.doubt_myself(node).await;
                         (PeerReply::Refused(refusal), false)
                     }
@@ -75,8 +77,10 @@ impl Peers {
                 (key.unwrap_or_else(PeerReply::Refused), false)
             }
         };
-        if let PeerReply::Refused(refusal) = &reply {
-            tracing::warn!(%node, "a coordinator was refused: {refusal}");
+        if let PeerReply::Refused(refusal) = &reply
+            && let Some(words) = self.refused.say(&format!("{node} asks"), &refusal.to_string())
+        {
+            tracing::warn!(%node, "a coordinator was refused: {words}");
         }
         let sent = timeout(REQUEST_TIMEOUT, sender.send_message(&reply, MESSAGE_LEN_MAX)).await;
         let sent = sent.map_err(|_| format!("it read no answer for {REQUEST_TIMEOUT:?}"))?;

@@ -7,6 +7,7 @@ use shoal_protocol::access::{AccessReply, CaEntry, CaStanding, CaView, RotationV
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::NodeId;
 use shoal_protocol::join::Hex;
+use shoal_protocol::quic::aside;
 use shoal_protocol::quic::ca::{CaError, CertificateAuthority};
 use shoal_protocol::trust::{CaFingerprint, fingerprint};
 use tokio::sync::Mutex;
@@ -84,7 +85,6 @@ impl CaServer {
     async fn begin(&self, asked_by: NodeId, skip_absent: bool) -> Result<(), WireError> {
         let now = SystemTime::now();
         let present = self.authority.required()?;
-        let failed = |error: CaError| WireError::new(ErrorCode::Internal, error.to_string());
         let next = CertificateAuthority::create(now).map_err(failed)?;
         let introduction = present.introduce(&next, now).map_err(failed)?;
         let begin = AuthorityCommand::Begin {
@@ -104,14 +104,14 @@ impl CaServer {
             return Ok(());
         }
         // Before it is on this disk nobody hears of it: a crash must not lose what others wait for.
-        self.files.save_next(&next).map_err(failed)?;
+        let next = self.save_next(next).await?;
         let made = next.fingerprint();
         let name = Hex(&made).to_string();
         self.authority.keep(next);
         match self.store.propose(begin).await {
             Ok(_) => tracing::info!(%asked_by, ca = name, "the CA's rotation begins"),
             Err(ProposeError::Refused(refusal)) => {
-                self.discard(&made)?;
+                self.discard(&made).await?;
                 // Somebody else was faster.
                 if refusal != Refusal::RotationUnderWay {
                     return Err(refusal.into());
@@ -124,17 +124,25 @@ impl CaServer {
     }
 
     /// The key of a CA that never comes goes, and makes room for that of the one that does.
-    fn discard(&self, made: &CaFingerprint) -> Result<(), WireError> {
-        let failed = |error: CaError| WireError::new(ErrorCode::Internal, error.to_string());
+    async fn discard(&self, made: &CaFingerprint) -> Result<(), WireError> {
         self.authority.drop_key(made);
-        self.files.drop_next(made).map_err(failed)?;
+        let (files, made) = (self.files.clone(), *made);
+        aside(move || files.drop_next(&made)).await.map_err(failed)?;
         let state = self.store.state();
         let begun = state.authorities.rotation().filter(|rotation| rotation.signs.is_none());
         match begun.and_then(|rotation| self.authority.key_of(&rotation.ca())) {
             // What was saved here took its place.
-            Some(key) => self.files.save_next(&key).map_err(failed),
+            Some(key) => self.save_next(key).await.map(|_| ()),
             None => Ok(()),
         }
+    }
+
+    async fn save_next<K>(&self, key: K) -> Result<K, WireError>
+    where
+        K: std::borrow::Borrow<CertificateAuthority> + Send + 'static,
+    {
+        let files = self.files.clone();
+        aside(move || files.save_next(key.borrow()).map(|()| key)).await.map_err(failed)
     }
 
     /// The CAs, and how far a rotation is.
@@ -160,6 +168,10 @@ impl CaServer {
         tracing::info!(%operator, "an operator's certificate is renewed");
         Ok(AccessReply::Renewed { certificate, trust: self.authority.trust().for_workers() })
     }
+}
+
+fn failed(error: CaError) -> WireError {
+    WireError::new(ErrorCode::Internal, error.to_string())
 }
 
 /// The CAs, for people.

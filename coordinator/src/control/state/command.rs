@@ -333,7 +333,8 @@ pub enum Refusal {
     /// So many coordinators cannot vote.
     #[error(
         "{count} coordinators cannot vote: say 1, 3 or 5, since an even number survives no more losses \
-         than one less; add or remove two at once, or `--replace` one"
+         than one less; add or remove two at once, or let another take the place of one (`shoal coordinators \
+         add NEW --replace OLD`)"
     )]
     BadVoters {
         /// How many were asked for.

@@ -24,8 +24,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use heard::Heard;
 pub use kind::{OpenError, StoreConfig, StoreOwner, open};
-pub use presence::NoMajority;
 use presence::Presence;
+pub use presence::{NoMajority, Side};
 
 use super::state::{Change, ClusterState, Effect, Refusal};
 
@@ -283,6 +283,16 @@ impl ControlStore {
     /// Another coordinator was heard.
     pub fn heard_from(&self, node: NodeId) {
         self.presence.heard(node, self.now());
+    }
+
+    /// One of the two will not speak with the other, and says why.
+    pub fn refuses(&self, node: NodeId, who: Side, why: String) {
+        self.presence.refused(node, who, why, self.now());
+    }
+
+    /// It will, after all.
+    pub fn welcomes(&self, node: NodeId, who: Side) {
+        self.presence.welcomed(node, who);
     }
 
     /// How long ago another coordinator was heard; `None`: not since this one started.
