@@ -171,7 +171,7 @@ fn what_the_converter_wrote_is_the_model_that_it_was_made_of() {
 
 #[test]
 fn ranks_read_their_own_experts_and_heads_out_of_merged_tensors() {
-    let shared = ["mixtral-bf16", "deepseek3-bf16", "gpt-oss-mxfp4", "phi3-short", "qwen2-moe"];
+    let shared = ["mixtral-bf16", "deepseek3-bf16", "gpt-oss-mxfp4", "phi3-long", "qwen2-moe"];
     for converted in all().into_iter().filter(|converted| shared.contains(&converted.case)) {
         let name = converted.case;
         let to = tempfile::tempdir().unwrap();
