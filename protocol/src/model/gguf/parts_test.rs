@@ -41,7 +41,7 @@ fn model() -> (tempfile::TempDir, impl Fn(u64) -> PathBuf) {
 }
 
 fn refusal(path: &Path) -> String {
-    crate::model::Checkpoint::open(path).err().expect("a refusal").to_string()
+    crate::model::Checkpoint::open(path).expect_err("a refusal").to_string()
 }
 
 #[test]
