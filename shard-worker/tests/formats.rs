@@ -129,6 +129,11 @@ fn turned(values: &[f32], columns: usize, dim: usize) -> Vec<f32> {
 
 /// Candle writes the model as a GGUF file, every matrix as this type.
 fn write_gguf(checkpoint: &Checkpoint, dtype: GgmlDType, to: &Path) {
+    write_gguf_parts(checkpoint, dtype, &[to]);
+}
+
+/// The same in parts, the metadata in the first.
+fn write_gguf_parts(checkpoint: &Checkpoint, dtype: GgmlDType, to: &[&Path]) {
     let spec = checkpoint.spec();
     let name_of = |tensor: &TensorSpec| {
         let name = tensor.name.replace("model.layers.", "blk.");
@@ -163,7 +168,7 @@ fn write_gguf(checkpoint: &Checkpoint, dtype: GgmlDType, to: &Path) {
             (name_of(tensor), QTensor::quantize(&found, dtype).unwrap())
         })
         .collect();
-    use gguf_file::Value::{F32, String as Text, U32};
+    use gguf_file::Value::{F32, I32, String as Text, U16, U32};
     let values: Vec<(&str, gguf_file::Value)> = vec![
         ("general.architecture", Text("llama".into())),
         ("llama.block_count", U32(spec.layers)),
@@ -175,10 +180,18 @@ fn write_gguf(checkpoint: &Checkpoint, dtype: GgmlDType, to: &Path) {
         ("llama.context_length", U32(spec.context_max)),
         ("llama.rope.dimension_count", U32(spec.head_dim)),
     ];
-    let values: Vec<(&str, &gguf_file::Value)> = values.iter().map(|(k, v)| (*k, v)).collect();
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let mut file = std::fs::File::create(to).unwrap();
-    gguf_file::write(&mut file, &values, &tensors).unwrap();
+    for (number, file) in to.iter().enumerate() {
+        let mut values = if number == 0 { values.clone() } else { Vec::new() };
+        if to.len() > 1 {
+            values.push(("split.no", U16(number as u16)));
+            values.push(("split.count", U16(to.len() as u16)));
+            values.push(("split.tensors.count", I32(tensors.len() as i32)));
+        }
+        let values: Vec<_> = values.iter().map(|(key, value)| (*key, value)).collect();
+        let own = tensors.iter().skip(number).step_by(to.len());
+        let own: Vec<_> = own.map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        gguf_file::write(&mut std::fs::File::create(file).unwrap(), &values, &own).unwrap();
+    }
 }
 
 /// The same model with what the blocks of a file stand for as plain values.
@@ -250,6 +263,33 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
         if let Some(held) = stored.held() {
             assert_eq!(gguf.spec().stored, held);
             assert_same_bits(&logits(&gguf, held), &expected, &format!("{stored} as {held}"));
+        }
+    }
+}
+
+#[test]
+fn blocks_in_parts_are_held_as_they_are_stored() {
+    let (_folder, model) = random_model(WIDE);
+    let mut dice = Dice(6);
+    let tokens: Vec<u32> = (0..20).map(|_| dice.below(301) as u32).collect();
+    for (dtype, held, ranks) in
+        [(GgmlDType::Q4K, Precision::Q4K, 1), (GgmlDType::Q8_0, Precision::Q8_0, 2)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("whole.gguf");
+        write_gguf(&model, dtype, &file);
+        let parts = [1, 2, 3].map(|n| folder.path().join(format!("parts-0000{n}-of-00003.gguf")));
+        write_gguf_parts(&model, dtype, &[&parts[0], &parts[1], &parts[2]]);
+        let (whole, parts) =
+            (Checkpoint::open(&file).unwrap(), Checkpoint::open(&parts[1]).unwrap());
+        assert_eq!((whole.spec(), parts.spec().stored), (parts.spec(), held));
+        for ranks in 1..=ranks {
+            let logits = |checkpoint: &Checkpoint| {
+                let (cuts, ranks) = (vec![0, 1, 2], vec![ranks, ranks]);
+                let setup = Setup { cuts, ranks, ..Setup::plain(checkpoint.spec()) };
+                Chain::load(checkpoint, &setup).transcript(&tokens, 10, 20, &blocks())
+            };
+            assert_same_bits(&logits(&parts), &logits(&whole), &format!("{held}, {ranks} ranks"));
         }
     }
 }

@@ -174,6 +174,33 @@ fn any_split_draws_the_same_tokens() -> Result<()> {
     Ok(())
 }
 
+/// llama.cpp's converter cut it, transformers said what it answers.
+#[test]
+fn a_model_in_parts_is_served_whichever_part_is_named() -> Result<()> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let folder = tempfile::tempdir()?;
+    let part = |number: u32| format!("mixtral-bf16-0000{number}-of-00003.gguf");
+    for number in 1..=3 {
+        std::fs::copy(fixtures.join("gguf").join(part(number)), folder.path().join(part(number)))?;
+    }
+    let tokenizer = fixtures.join("models/qwen2-tied-bf16/tokenizer.json");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.json"))?;
+    let model = Some(folder.path().join(part(2)));
+    let up = Up::start(&UpOptions { model, ..UpOptions::flags("--workers 2 --stages 2") })?;
+    let case = std::fs::read_to_string(fixtures.join("cases/mixtral-bf16.json"))?;
+    let case: Value = serde_json::from_str(&case)?;
+    let api = Api::new(up.url(), "mixtral-bf16");
+    for prompt in case["prompts"].as_array().context("prompts")? {
+        let asked = json!({
+            "max_tokens": 40, "temperature": 0.0, "ignore_eos": true, "return_token_ids": true,
+        });
+        let answer = api.complete(prompt["prompt_ids"].clone(), asked)?.ok()?;
+        assert_eq!(json!(answer.token_ids()), prompt["continuation_ids"]);
+    }
+    up.stop(&[])?;
+    Ok(())
+}
+
 /// Runs a verb that must find the cluster by itself.
 fn newest(up: &Up, args: &[&str], stdin: Option<&str>) -> Result<shoal_tests::proc::Finished> {
     let mut command = Command::new(shoal());

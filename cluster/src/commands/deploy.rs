@@ -1,5 +1,6 @@
 //! `shoal deploy MODEL`: asks for it, and waits until it is served.
 
+use std::borrow::Cow;
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
 use shoal_protocol::blob::{ObjectUrl, name};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
+use shoal_protocol::model::gguf;
 use shoal_protocol::plan::{KvPrecision, ModelSource, Precision};
 
 use super::rollout;
@@ -134,7 +136,7 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
             folder.display()
         ))
     })?;
-    let is_gguf = absolute.extension().is_some_and(|end| end == "gguf");
+    let is_gguf = folder.extension().is_some_and(|end| end == "gguf") && absolute.is_file();
     if !absolute.is_dir() && !is_gguf {
         return Err(Failure::refused(format!(
             "{} is not a folder; a model is a folder with config.json, weights (safetensors, or a \
@@ -142,11 +144,26 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
             folder.display()
         )));
     }
+    // A link to such a file keeps its name, which says what part of a model it is.
+    let absolute = match folder.parent().filter(|_| is_gguf) {
+        Some(parent) => {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            let file = gguf::first_part(folder);
+            let parent = parent.canonicalize().map_err(|error| {
+                Failure::refused(format!("cannot read {}: {error}", parent.display()))
+            })?;
+            parent.join(file.file_name().unwrap_or_default())
+        }
+        None => absolute,
+    };
     let path = absolute
         .to_str()
         .ok_or_else(|| Failure::refused(format!("the path {} is not UTF-8", absolute.display())))?;
-    let named = if is_gguf { absolute.file_stem() } else { absolute.file_name() };
-    let name = default_name(&named.unwrap_or_default().to_string_lossy())?;
+    let named: Cow<'_, str> = match is_gguf {
+        true => gguf::stem(&absolute).into(),
+        false => absolute.file_name().unwrap_or_default().to_string_lossy(),
+    };
+    let name = default_name(&named)?;
     Ok((ModelSource::Folder { path: path.to_owned() }, name))
 }
 
@@ -177,6 +194,29 @@ mod tests {
         let path = model.canonicalize().unwrap().to_str().unwrap().to_owned();
         assert_eq!(source, ModelSource::Folder { path });
         assert_eq!(name.as_str(), "tiny-1.5");
+    }
+
+    #[test]
+    fn a_model_in_parts_is_named_by_its_first_whichever_is_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        let blob = path("blob");
+        std::fs::write(&blob, "GGUF").unwrap();
+        // The hub's own cache has links with the names.
+        for number in 1..=3 {
+            let link = path(&format!("Big-Q4_K_M-0000{number}-of-00003.gguf"));
+            std::os::unix::fs::symlink(&blob, link).unwrap();
+        }
+        let first = path("Big-Q4_K_M-00001-of-00003.gguf").to_str().unwrap().to_owned();
+        for given in ["Big-Q4_K_M-00001-of-00003.gguf", "Big-Q4_K_M-00003-of-00003.gguf"] {
+            let (source, name) = source_of(Some(&path(given))).unwrap();
+            assert_eq!(source, ModelSource::Folder { path: first.clone() });
+            assert_eq!(name.as_str(), "Big-Q4_K_M");
+        }
+        std::fs::write(path("fish-1.gguf"), "GGUF").unwrap();
+        let (source, name) = source_of(Some(&path("fish-1.gguf"))).unwrap();
+        let alone = path("fish-1.gguf").to_str().unwrap().to_owned();
+        assert_eq!((source, name.as_str()), (ModelSource::Folder { path: alone }, "fish-1"));
     }
 
     #[test]

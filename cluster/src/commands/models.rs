@@ -10,7 +10,7 @@ use crate::failure::Failure;
 
 /// What is read; docs/FORMATS.md says more.
 const FILES: &str = "safetensors (f32, bf16, f16, fp8, gptq and awq of 4 bits, mxfp4 of gpt-oss), PyTorch \
-                     state dicts, GGUF (llama, qwen2, qwen3)";
+                     state dicts, GGUF (also in parts)";
 
 /// Prints the families and precisions.
 pub fn run(args: &ModelsArgs) -> Result<(), Failure> {

@@ -10,45 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::{Map, Value as Json, json};
 use shoal_protocol::model::gguf::Value;
 
-/// The pattern that cuts a text before its parts become tokens, as `tokenizer.ggml.pre` names it.
-struct Pattern {
-    names: &'static [&'static str],
-    /// None: GPT-2's own, which the byte-level step has.
-    regex: Option<&'static str>,
-    nfc: bool,
-    /// Whether a part that is a token is one, whatever the merges say.
-    ignore_merges: bool,
-    /// Whether a text begins with the first token where the file does not say.
-    begins: bool,
-}
-
-const PATTERNS: [Pattern; 3] = [
-    Pattern {
-        names: &["gpt-2", "gpt2"],
-        regex: None,
-        nfc: false,
-        ignore_merges: false,
-        begins: false,
-    },
-    Pattern {
-        names: &["llama-bpe", "llama3", "llama-v3"],
-        regex: Some(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        nfc: false,
-        ignore_merges: true,
-        begins: true,
-    },
-    Pattern {
-        names: &["qwen2", "deepseek-r1-qwen"],
-        regex: Some(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        nfc: true,
-        ignore_merges: false,
-        begins: false,
-    },
-];
+use super::gguf_patterns::{self, Pattern};
 
 /// What would lie beside a model's weights.
 pub(super) struct TextFiles {
@@ -185,22 +147,20 @@ fn byte_level(
     values: &BTreeMap<String, Value>,
     tokens: &[Token<'_>],
 ) -> Result<(Map<String, Json>, bool), String> {
-    let known = || -> Vec<_> { PATTERNS.iter().flat_map(|pattern| pattern.names).collect() };
     let pre = values.get("tokenizer.ggml.pre").and_then(Value::as_str).ok_or_else(|| {
         format!(
             "it has no `tokenizer.ggml.pre`, so how it cuts a text is not known (supported: {:?}); put \
              the model's tokenizer.json beside the file",
-            known()
+            Pattern::known()
         )
     })?;
-    let pattern =
-        PATTERNS.iter().find(|pattern| pattern.names.contains(&pre)).ok_or_else(|| {
-            format!(
-                "`tokenizer.ggml.pre` is `{pre}`; supported: {:?}; or put the model's tokenizer.json \
-                 beside the file",
-                known()
-            )
-        })?;
+    let pattern = Pattern::named(pre).ok_or_else(|| {
+        format!(
+            "`tokenizer.ggml.pre` is `{pre}`; supported: {:?}; or put the model's tokenizer.json \
+             beside the file",
+            Pattern::known()
+        )
+    })?;
     let merges = values.get("tokenizer.ggml.merges").and_then(Value::as_list);
     let merges = merges.ok_or("it has no `tokenizer.ggml.merges`")?;
     let pair = |merge: &Value| {
@@ -210,28 +170,14 @@ fn byte_level(
     };
     let merges: Option<Vec<Json>> = merges.iter().map(pair).collect();
     let merges = merges.ok_or("a merge in `tokenizer.ggml.merges` is no two tokens")?;
-    let byte_level = |use_regex: bool| {
-        json!({
-            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
-            "use_regex": use_regex,
-        })
-    };
-    let pre_tokenizer = match pattern.regex {
-        None => byte_level(true),
-        Some(regex) => json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false},
-            byte_level(false),
-        ]}),
-    };
     let mut tokenizer = whole(json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
         "ignore_merges": pattern.ignore_merges, "vocab": vocabulary(tokens), "merges": merges,
     }));
-    let normalizer = if pattern.nfc { json!({"type": "NFC"}) } else { Json::Null };
-    tokenizer.insert("normalizer".into(), normalizer);
-    tokenizer.insert("pre_tokenizer".into(), pre_tokenizer);
-    tokenizer.insert("decoder".into(), byte_level(true));
+    tokenizer.insert("normalizer".into(), pattern.normalizer());
+    tokenizer.insert("pre_tokenizer".into(), pattern.pre_tokenizer());
+    tokenizer.insert("decoder".into(), gguf_patterns::byte_level(true));
     Ok((tokenizer, pattern.begins))
 }
 

@@ -147,3 +147,49 @@ fn what_is_not_known_is_refused_by_name() {
         assert!(why.contains(word), "{why}");
     }
 }
+
+/// What llama.cpp's own converter made of tokenizers (`tests/fixtures/make_gguf_text.py`), and what the
+/// tokenizers themselves make of texts.
+#[test]
+fn texts_are_the_tokens_of_the_tokenizer_that_the_converter_read() {
+    #[derive(serde::Deserialize)]
+    struct Recorded {
+        text: String,
+        ids: Vec<u32>,
+        decoded: String,
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gguf/text");
+    let mut named = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(&folder).expect("fixtures") {
+        let file = entry.expect("a readable folder").path();
+        if file.extension().is_none_or(|end| end != "gguf") {
+            continue;
+        }
+        let header = shoal_protocol::model::gguf::Gguf::read(&file).expect("a GGUF file");
+        let ours = built(&header.values);
+        let recorded = std::fs::read(file.with_extension("json")).expect("its texts");
+        let recorded: Vec<Recorded> = serde_json::from_slice(&recorded).expect("texts");
+        assert!(recorded.len() > 10);
+        let name = file.file_stem().expect("a name").to_string_lossy().into_owned();
+        for Recorded { text, ids, decoded } in recorded {
+            let found = ours.encode(text.as_str(), true).expect("encoded");
+            assert_eq!(found.get_ids(), ids, "{name}: {text:?}");
+            assert_eq!(ours.decode(&ids, true).expect("text"), decoded, "{name}: {text:?}");
+        }
+        named.insert(name);
+    }
+    let expected = [
+        "command-r",
+        "dbrx",
+        "deepseek-llm",
+        "deepseek-v3",
+        "gemma",
+        "gpt-4o",
+        "phi-3",
+        "refact",
+        "smaug-bpe",
+        "starcoder",
+        "tekken",
+    ];
+    assert!(named.iter().eq(expected.iter()), "{named:?}");
+}

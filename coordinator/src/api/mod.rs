@@ -13,6 +13,7 @@ mod fields;
 mod gate;
 mod generate;
 mod generation;
+mod gguf_patterns;
 mod gguf_text;
 mod health;
 mod messages;

@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use shoal_protocol::id::TokenId;
-use shoal_protocol::model::gguf::Gguf;
-use shoal_protocol::model::gguf_of;
+use shoal_protocol::model::gguf::{Gguf, gguf_of};
 use tokenizers::Tokenizer;
 use tokio::sync::{OnceCell, Semaphore};
 

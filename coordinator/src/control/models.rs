@@ -167,4 +167,32 @@ mod tests {
         let error = open(&alone).expect_err("a broken tokenizer");
         assert!(error.message.contains("tokenizer.json"), "{error}");
     }
+
+    #[test]
+    fn a_gguf_model_in_parts_is_one_model_whichever_part_is_named() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        let folder = tempfile::tempdir().expect("a folder");
+        let models = Models::new(folder.path().join("data"), Vec::new());
+        let open = |path: &Path| {
+            let path = path.to_str().expect("UTF-8").to_owned();
+            models.open(&ModelSource::Folder { path })
+        };
+        let part = |number: u32| format!("mixtral-bf16-0000{number}-of-00003.gguf");
+        for number in 1..=3 {
+            let from = fixtures.join("gguf").join(part(number));
+            std::fs::copy(from, folder.path().join(part(number))).expect("a copy");
+        }
+        let tokenizer = fixtures.join("models/qwen2-tied-bf16/tokenizer.json");
+        std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("a copy");
+        let (model, shape) = open(folder.path()).expect("a good model");
+        assert_eq!((shape.layers(), shape.vocab()), (3, 259));
+        for number in 1..=3 {
+            let (other, _) = open(&folder.path().join(part(number))).expect("the same model");
+            assert_eq!(other.fingerprint, model.fingerprint, "part {number}");
+        }
+        std::fs::remove_file(folder.path().join(part(2))).expect("removed");
+        let error = open(&folder.path().join(part(3))).expect_err("a part less");
+        assert_eq!(error.code, ErrorCode::BadModel);
+        assert!(error.message.contains(&part(2)) && error.message.contains("missing"), "{error}");
+    }
 }

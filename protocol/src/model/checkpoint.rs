@@ -13,18 +13,19 @@ use std::sync::Arc;
 use crate::model::encoder::EncoderSpec;
 use crate::model::files::WeightFiles;
 use crate::model::gguf;
+use crate::model::options::NormKind;
 use crate::model::safetensors::HeaderTensor;
 use crate::model::scheme::Scheme;
 use crate::model::spec::{ModelSpec, SpecError};
 use crate::model::split::{Part, TensorPart};
 use crate::model::stored::{RowOrder, StoredPart, StoredScales, StoredType};
-use crate::model::tensors::TensorSpec;
+use crate::model::tensors::{TensorRole, TensorSpec};
 use crate::plan::Precision;
 use crate::units::LayerRange;
 
 /// The largest `config.json`; published ones have a few KiB.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
@@ -105,7 +106,7 @@ pub enum CheckpointError {
     ManyGguf {
         /// The folder.
         folder: PathBuf,
-        /// Their names.
+        /// Their names; of a model in parts that of the first.
         files: Vec<String>,
     },
     /// A GGUF file is damaged, or holds what is not read.
@@ -210,7 +211,7 @@ impl Checkpoint {
     /// Opens a folder, or a GGUF file. Reads `config.json`, the index if there is one, and the header of every weights file; checks
     /// that each tensor of the model is there, whole, and of the right shape and a readable type.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
-        if let Some(file) = gguf_of(folder)? {
+        if let Some(file) = gguf::gguf_of(folder)? {
             return Self::open_gguf(folder, file);
         }
         let config_file = folder.join(CONFIG);
@@ -277,13 +278,14 @@ impl Checkpoint {
     }
 
     fn open_gguf(folder: &Path, file: PathBuf) -> Result<Self, CheckpointError> {
-        let gguf::Found { mut spec, tensors, header } = gguf::open(&file)?;
-        let matrices = tensors.iter().filter(|(tensor, _)| tensor.is_matrix);
-        spec.stored = widest(&matrices.map(|(_, location)| location.dtype).collect());
+        let gguf::Found { mut spec, tensors, parts } = gguf::open(&file)?;
+        spec.stored = gguf_stored(&tensors);
         let mut hasher = blake3::Hasher::new();
         hash_part(&mut hasher, b"gguf");
-        hasher.update(&header.file_len.to_le_bytes());
-        hasher.update(&header.header_hash);
+        for header in parts.headers() {
+            hasher.update(&header.file_len.to_le_bytes());
+            hasher.update(&header.header_hash);
+        }
         let tensors = tensors.into_iter().map(|(tensor, location)| (tensor.name, location));
         Ok(Self {
             folder: folder.to_owned(),
@@ -295,7 +297,7 @@ impl Checkpoint {
         })
     }
 
-    /// The GGUF file, where the model is one.
+    /// The GGUF file, or the first of its parts, where the model is one.
     pub fn gguf(&self) -> Option<&Path> {
         self.gguf.as_deref()
     }
@@ -320,16 +322,27 @@ impl Checkpoint {
     pub fn tensors(&self, layers: LayerRange) -> Vec<TensorSpec> {
         match &self.encoder {
             Some(encoder) => encoder.tensors(layers),
-            None => self.spec.tensors(layers),
+            None => self.spec.tensors(layers).into_iter().map(|t| self.called(t)).collect(),
         }
     }
 
     /// What a rank holds of them.
     pub fn part_tensors(&self, part: &Part, layers: LayerRange) -> Vec<TensorPart> {
-        match &self.encoder {
-            Some(encoder) => encoder.part_tensors(part, layers),
-            None => part.tensors(&self.spec, layers),
+        if let Some(encoder) = &self.encoder {
+            return encoder.part_tensors(part, layers);
         }
+        let parts = part.tensors(&self.spec, layers).into_iter();
+        parts.map(|part| TensorPart { spec: self.called(part.spec), ..part }).collect()
+    }
+
+    /// A tensor as [`Checkpoint::locate`] knows it.
+    fn called(&self, tensor: TensorSpec) -> TensorSpec {
+        if self.gguf.is_some() { gguf::renamed(tensor) } else { tensor }
+    }
+
+    /// Whether norms are stored without the one of [`NormKind::RmsOnePlus`]: GGUF files have it in them.
+    pub fn lacks_one(&self) -> bool {
+        self.gguf.is_none() && self.spec.options.norm == NormKind::RmsOnePlus
     }
 
     /// BLAKE3 over `config.json` and over the name, length and header of each weights file: equal
@@ -338,7 +351,7 @@ impl Checkpoint {
         self.fingerprint
     }
 
-    /// Where a tensor of [`ModelSpec::tensors`] is; `None` for any other name.
+    /// Where a tensor of [`Checkpoint::tensors`] is; `None` for any other name.
     pub fn locate(&self, tensor: &str) -> Option<&TensorLocation> {
         self.tensors.get(tensor)
     }
@@ -428,31 +441,17 @@ pub(super) fn unsupported(file: &Path, found: HeaderTensor) -> CheckpointError {
     }
 }
 
-/// The GGUF file that a path means: itself, or the only one of a folder without `config.json`.
-pub fn gguf_of(path: &Path) -> Result<Option<PathBuf>, CheckpointError> {
-    let is_gguf = |path: &Path| path.extension().is_some_and(|end| end == "gguf");
-    if is_gguf(path) && !path.is_dir() {
-        return Ok(Some(path.to_owned()));
+/// What the matrices of a GGUF file are held as. Routers, which such files always have as F32, are held as the
+/// others are; experts in MXFP4 stay what they are beside anything but F32.
+fn gguf_stored(tensors: &[(TensorSpec, TensorLocation)]) -> Precision {
+    let is_router = |role| matches!(role, TensorRole::Router | TensorRole::SharedWeight);
+    let matrices = tensors.iter().filter(|(t, _)| t.is_matrix && !is_router(t.role));
+    let mut matrices: BTreeSet<_> = matrices.map(|(_, location)| location.dtype).collect();
+    let packed = matrices.remove(&StoredType::Mxfp4Block);
+    match widest(&matrices) {
+        Precision::Bf16 | Precision::F16 | Precision::Q8_0 if packed => Precision::Mxfp4,
+        other => other,
     }
-    if !path.is_dir() || path.join(CONFIG).exists() {
-        return Ok(None);
-    }
-    let unreadable = |source| CheckpointError::Read { file: path.to_owned(), source };
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(unreadable)? {
-        let file = entry.map_err(unreadable)?.path();
-        if is_gguf(&file) && file.is_file() {
-            found.push(file);
-        }
-    }
-    found.sort();
-    if found.len() > 1 {
-        let name =
-            |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let files = found.iter().map(name).collect();
-        return Err(CheckpointError::ManyGguf { folder: path.to_owned(), files });
-    }
-    Ok(found.pop())
 }
 
 /// The narrowest type that holds all of these without loss.

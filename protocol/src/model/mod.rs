@@ -32,7 +32,7 @@ mod torch;
 
 pub use adapter::{Adapter, AdapterError, Delta, DeltaPart};
 pub use builtin::BuiltinModel;
-pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation, gguf_of};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorLocation};
 pub use encoder::{EncoderFamily, EncoderOutput, EncoderSpec, Pooling};
 pub use memory::{PANEL_OUTPUTS, ScratchWidths};
 pub use moe::{Groups, Mla, Moe, Scoring};

@@ -41,6 +41,9 @@ pub enum StoredType {
     Q5K,
     /// GGUF: 256 six-bit numbers, sixteen scales.
     Q6K,
+    /// GGUF: an exponent and the 32 numbers of four bits that share it, the first half of them in the low
+    /// halves of the bytes.
+    Mxfp4Block,
 }
 
 impl StoredType {
@@ -59,6 +62,7 @@ impl StoredType {
             StoredType::Q4K => (256, 144),
             StoredType::Q5K => (256, 176),
             StoredType::Q6K => (256, 210),
+            StoredType::Mxfp4Block => (32, 17),
         }
     }
 
@@ -83,6 +87,7 @@ impl StoredType {
             StoredType::Q4K => Some(Precision::Q4K),
             StoredType::Q5K => Some(Precision::Q5K),
             StoredType::Q6K => Some(Precision::Q6K),
+            StoredType::Mxfp4Block => Some(Precision::Mxfp4),
             _ => None,
         }
     }
@@ -100,7 +105,7 @@ impl StoredType {
             StoredType::F16 => "F16",
             StoredType::F8E4M3 => "F8_E4M3",
             StoredType::U8 => "U8",
-            StoredType::Mxfp4 => "MXFP4",
+            StoredType::Mxfp4 | StoredType::Mxfp4Block => "MXFP4",
             StoredType::I32 => "I32",
             StoredType::Q4_0 => "Q4_0",
             StoredType::Q4_1 => "Q4_1",

@@ -334,6 +334,29 @@ mod tests {
     }
 
     #[test]
+    fn a_part_that_changes_is_another_model_and_one_that_is_missing_may_come() {
+        let data = tempfile::tempdir().unwrap();
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gguf");
+        let part = |number: u32| format!("deepseek3-bf16-0000{number}-of-00003.gguf");
+        for number in 1..=3 {
+            std::fs::copy(fixtures.join(part(number)), data.path().join(part(number))).unwrap();
+        }
+        let source = ModelSource::Folder { path: data.path().join(part(1)).display().to_string() };
+        let models = models(data.path());
+        let fingerprint = models.fingerprint(&source).unwrap();
+        let last = data.path().join(part(3));
+        let bytes = std::fs::read(&last).unwrap();
+        std::fs::write(&last, [&bytes[..], &[0; 32]].concat()).unwrap();
+        assert_ne!(models.fingerprint(&source).unwrap(), fingerprint);
+        std::fs::remove_file(&last).unwrap();
+        let error = models.open(&source, &AtomicBool::new(false)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::StorageFailed);
+        assert!(error.message.contains("part 3 of 3 is missing"), "{}", error.message);
+        std::fs::write(&last, &bytes).unwrap();
+        assert_eq!(models.fingerprint(&source), Ok(fingerprint));
+    }
+
+    #[test]
     fn a_rank_fetches_its_own_experts_also_where_they_lie_the_other_way_round() {
         use TensorRole::{ExpertDown, ExpertGate, ExpertUp, KeyUp, ValueUp};
         let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models");

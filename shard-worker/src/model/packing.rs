@@ -21,7 +21,13 @@ impl<B: Ops> Matrix<'_, B> {
             source.read_rows(piece.first_row, buffer)?;
         }
         let packed = match source.location.scales.as_deref() {
-            None => self.pack_alone(piece, buffer),
+            None => {
+                if source.location.dtype == StoredType::Mxfp4Block {
+                    let exponents = buffer.iter().step_by(stored::Mxfp4::BYTES);
+                    check_exponents(exponents).map_err(|error| source.device(error))?;
+                }
+                self.pack_alone(piece, buffer)
+            }
             Some(StoredScales::Blocks { scales, block }) => {
                 check_numbers(buffer).map_err(|error| source.device(error))?;
                 let scales = source.read_values(scales)?;
@@ -33,7 +39,7 @@ impl<B: Ops> Matrix<'_, B> {
             }
             Some(StoredScales::Exponents { scales }) => {
                 let exponents = source.read_exponents(piece, scales)?;
-                check_exponents(&exponents).map_err(|error| source.device(error))?;
+                check_exponents(exponents.iter()).map_err(|error| source.device(error))?;
                 self.pack_mxfp4(piece, buffer, &exponents)
             }
             Some(four_bits @ StoredScales::FourBits { .. }) => {
@@ -50,6 +56,17 @@ impl<B: Ops> Matrix<'_, B> {
         let mut rows = bytes.chunks_exact(self.row_bytes() as usize);
         let held = stored.held().filter(|held| stored.is_plain() || *held == self.held);
         match held.filter(|_| read == part.columns) {
+            Some(precision) if stored == StoredType::Mxfp4Block => {
+                let mut blocks = vec![0; self.row_bytes() as usize];
+                for (row, bytes) in (piece.first_row..).zip(rows) {
+                    let to = blocks.chunks_exact_mut(stored::Mxfp4::BYTES);
+                    for (to, from) in to.zip(bytes.chunks_exact(stored::Mxfp4::BYTES)) {
+                        stored::Halves::held(from, to);
+                    }
+                    self.builder.pack_rows(self.held_row(row), precision, &blocks)?;
+                }
+                Ok(())
+            }
             Some(precision) if order == RowOrder::AsIs => {
                 self.builder.pack_rows(piece.first_row as usize, precision, bytes)
             }
@@ -235,8 +252,8 @@ fn check_numbers(bytes: &[u8]) -> Result<(), BackendError> {
 }
 
 /// Refuses exponents that no weight has; one of them stands for no number at all.
-fn check_exponents(exponents: &[u8]) -> Result<(), BackendError> {
-    match exponents.iter().find(|exponent| **exponent > stored::EXPONENT_MAX) {
+fn check_exponents<'a>(mut exponents: impl Iterator<Item = &'a u8>) -> Result<(), BackendError> {
+    match exponents.find(|exponent| **exponent > stored::EXPONENT_MAX) {
         None => Ok(()),
         Some(exponent) => Err(BackendError::BadShape {
             what: "an exponent of MXFP4",

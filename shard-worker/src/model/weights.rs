@@ -18,8 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shoal_protocol::model::{
-    Checkpoint, NormKind, PANEL_OUTPUTS, StoredScales, TensorLocation, TensorPart, TensorRole,
-    TensorSpec,
+    Checkpoint, PANEL_OUTPUTS, StoredScales, TensorLocation, TensorPart, TensorRole, TensorSpec,
 };
 use shoal_protocol::plan::Precision;
 use shoal_protocol::units::Bytes;
@@ -127,7 +126,7 @@ impl<B: Ops> Weights<B> {
         let mut files = Files::default();
         let mut vectors = BTreeMap::new();
         let mut sources = Vec::new();
-        let adds_one = checkpoint.spec().options.norm == NormKind::RmsOnePlus;
+        let adds_one = checkpoint.lacks_one();
         for part in tensors {
             let spec = &part.spec;
             let location =

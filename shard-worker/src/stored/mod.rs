@@ -15,8 +15,8 @@ pub(crate) use blocks::half_at;
 pub use blocks::{Block, Encode, Fp8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, e4m3, to_e4m3};
 pub(crate) use k_quants::six_bits;
 pub use k_quants::{Q4K, Q5K, Q6K};
-pub(crate) use mxfp4::EXPONENT_MAX;
 pub use mxfp4::Mxfp4;
+pub(crate) use mxfp4::{EXPONENT_MAX, Halves};
 pub(crate) use scaled::TWICE_E2M1;
 pub use scaled::{FourBits, e2m1_row, power_of, scales_of_row};
 
@@ -45,6 +45,7 @@ pub fn decode_row(stored: StoredType, bytes: &[u8], values: &mut [f32]) {
         StoredType::Q4K => decode::<Q4K>(bytes, values),
         StoredType::Q5K => decode::<Q5K>(bytes, values),
         StoredType::Q6K => decode::<Q6K>(bytes, values),
+        StoredType::Mxfp4Block => decode::<Halves>(bytes, values),
     }
 }
 

@@ -44,6 +44,32 @@ impl Encode for Mxfp4 {
     }
 }
 
+/// A block as GGUF files have it: the second half of the numbers lies in the upper halves of the bytes.
+pub(crate) struct Halves;
+
+impl Halves {
+    /// The same block as it is held.
+    pub(crate) fn held(block: &[u8], to: &mut [u8]) {
+        let numbers = &block[Mxfp4::NUMBERS_AT..Mxfp4::BYTES];
+        let number = |k: usize| numbers[k % 16] >> (k / 16 * 4) & 15;
+        to[0] = block[0];
+        for (k, to) in to[Mxfp4::NUMBERS_AT..Mxfp4::BYTES].iter_mut().enumerate() {
+            *to = number(2 * k) | number(2 * k + 1) << 4;
+        }
+    }
+}
+
+impl Block for Halves {
+    const WEIGHTS: usize = Mxfp4::WEIGHTS;
+    const BYTES: usize = Mxfp4::BYTES;
+
+    fn decode(block: &[u8], values: &mut [f32]) {
+        let mut held = [0; Mxfp4::BYTES];
+        Self::held(block, &mut held);
+        Mxfp4::decode(&held, values);
+    }
+}
+
 /// The nearest number, ties to even; beyond the largest, that. No zero has a sign.
 fn to_e2m1(value: f32) -> u8 {
     let magnitude = value.abs();
@@ -86,6 +112,22 @@ mod tests {
         Mxfp4::decode(&block, &mut back);
         assert_eq!([back[0], back[1], back[31]], [0.5 / 64.0, -1.5 / 64.0, 6.0 / 64.0]);
         assert!(back[2..31].iter().all(|value| *value == 0.0));
+    }
+
+    #[test]
+    fn a_block_of_halves_has_the_same_numbers() {
+        let values: [f32; 32] = std::array::from_fn(|k| [0.0, 0.5, -1.0, 6.0, 3.0][k % 5] / 8.0);
+        let (mut held, mut halves) = ([0; 17], [0; 17]);
+        Mxfp4::encode(&values, &mut held);
+        halves[0] = held[0];
+        for k in 0..32 {
+            halves[1 + k % 16] |= (held[1 + k / 2] >> (k % 2 * 4) & 15) << (k / 16 * 4);
+        }
+        let (mut back, mut again) = ([f32::NAN; 32], [0xAA; 17]);
+        Halves::decode(&halves, &mut back);
+        Halves::held(&halves, &mut again);
+        assert_eq!((back, again), (values, held));
+        assert_ne!(halves, held);
     }
 
     #[test]

@@ -2,31 +2,31 @@ use super::*;
 
 /// Writes a file as the format's page says.
 #[derive(Clone, Default)]
-struct Writer {
+pub(super) struct Writer {
     keys: Vec<(String, u32, Vec<u8>)>,
     tensors: Vec<(String, Vec<u64>, u32, u64)>,
     data: usize,
 }
 
-fn text(text: &str) -> Vec<u8> {
+pub(super) fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
 impl Writer {
-    fn key(mut self, key: &str, value_type: u32, value: &[u8]) -> Self {
+    pub(super) fn key(mut self, key: &str, value_type: u32, value: &[u8]) -> Self {
         self.keys.push((key.to_owned(), value_type, value.to_vec()));
         self
     }
 
     /// `shape` has rows first.
-    fn tensor(mut self, name: &str, shape: &[u64], dtype: u32, bytes: usize) -> Self {
+    pub(super) fn tensor(mut self, name: &str, shape: &[u64], dtype: u32, bytes: usize) -> Self {
         let dims = shape.iter().rev().copied().collect();
         self.tensors.push((name.to_owned(), dims, dtype, self.data as u64));
         self.data += bytes.next_multiple_of(32);
         self
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(super) fn bytes(&self) -> Vec<u8> {
         let mut out = b"GGUF\x03\0\0\0".to_vec();
         out.extend((self.tensors.len() as u64).to_le_bytes());
         out.extend((self.keys.len() as u64).to_le_bytes());

@@ -7,9 +7,13 @@
 //! Nothing is believed: every length is compared with what is left of the file before anything is
 //! allocated for it, every tensor's range with the file's end and with its neighbours'.
 
+mod architectures;
+mod config;
 mod model;
+mod parts;
 
-pub(super) use model::{Found, open};
+pub(super) use model::{Found, open, renamed};
+pub use parts::{first_part, gguf_of, stem};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -407,6 +411,7 @@ fn stored_type(number: u32) -> Option<StoredType> {
         13 => StoredType::Q5K,
         14 => StoredType::Q6K,
         30 => StoredType::Bf16,
+        39 => StoredType::Mxfp4Block,
         _ => return None,
     })
 }
@@ -432,12 +437,14 @@ pub(super) fn type_name(number: u32) -> String {
         29 => "IQ1_M",
         34 => "TQ1_0",
         35 => "TQ2_0",
-        39 => "MXFP4",
+        40 => "NVFP4",
         _ => return format!("type {number}"),
     };
     known.to_owned()
 }
 
+#[cfg(test)]
+mod model_test;
 #[cfg(test)]
 #[path = "gguf_test.rs"]
 mod tests;
