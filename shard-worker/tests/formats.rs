@@ -8,13 +8,13 @@ use std::path::Path;
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{Device, Tensor};
 use shoal_protocol::model::{Checkpoint, ModelSpec, StoredType, TensorRole, TensorSpec};
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{Numerics, Precision};
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::stored::decode_row;
 
 use support::{
-    Case, Chain, Dice, Setup, assert_same_bits, assignment, blocks, cases, fixtures, load,
-    random_model,
+    Case, Chain, Dice, Setup, assert_close, assert_same_bits, assignment, blocks, cases, fixtures,
+    load, random_model,
 };
 
 fn case(name: &str) -> Case {
@@ -249,15 +249,22 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
         let expected = logits(&plain, Precision::F32);
         assert_same_bits(&logits(&gguf, Precision::F32), &expected, &format!("{stored} as f32"));
         // Each rank reads its rows and columns, also where a border is inside of a block.
-        let ranks = |checkpoint: &Checkpoint, held| {
-            let setup = Setup { held, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
+        let ranks = |checkpoint: &Checkpoint, held, numerics| {
+            let setup = Setup { held, numerics, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
             Chain::load(checkpoint, &setup).transcript(&tokens, 30, 40, &blocks())
         };
-        let split = ranks(&plain, Precision::F32);
-        let what = format!("{stored} over two ranks");
-        assert_same_bits(&ranks(&gguf, Precision::F32), &split, &what);
-        if stored.held().is_some() && stored.block().0 == 32 {
-            assert_same_bits(&ranks(&gguf, stored.held().unwrap()), &split, &what);
+        for numerics in [Numerics::N1, Numerics::N1Sum] {
+            let split = ranks(&plain, Precision::F32, numerics);
+            let what = format!("{stored} over two ranks, {numerics}");
+            assert_same_bits(&ranks(&gguf, Precision::F32, numerics), &split, &what);
+            if stored.held().is_some() && stored.block().0 == 32 {
+                // Where columns are cut, what is held in blocks is cut between them, and f32 anywhere.
+                let found = ranks(&gguf, stored.held().unwrap(), numerics);
+                match numerics {
+                    Numerics::N1 => assert_same_bits(&found, &split, &what),
+                    _ => assert_close(&found, &expected, &what),
+                }
+            }
         }
         // Held as they are stored, blocks are what they stand for.
         if let Some(held) = stored.held() {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use shoal_protocol::model::{Checkpoint, Family, LayerOptions, ModelSpec};
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{Numerics, Precision};
 
 use support::{Case, Chain, Setup, assert_same_bits, blocks, cases, fixtures};
 
@@ -177,12 +177,16 @@ fn ranks_read_their_own_experts_and_heads_out_of_merged_tensors() {
         let to = tempfile::tempdir().unwrap();
         let folder = converted.folder(to.path());
         let gguf = Checkpoint::open(&converted.file()).unwrap();
-        let ranks = |checkpoint: &Checkpoint| {
+        let ranks = |checkpoint: &Checkpoint, numerics| {
             let held = gguf.spec().stored;
             let cuts = vec![0, 1, folder.spec().layers];
-            let setup = Setup { held, cuts, ranks: vec![2, 2], ..Setup::plain(checkpoint.spec()) };
+            let plain = Setup::plain(checkpoint.spec());
+            let setup = Setup { held, cuts, ranks: vec![2, 2], numerics, ..plain };
             transcript(name, checkpoint, &setup)
         };
-        assert_same_bits(&ranks(&gguf), &ranks(&folder), name);
+        for numerics in [Numerics::N1, Numerics::N1Sum] {
+            let what = format!("{name}, {numerics}");
+            assert_same_bits(&ranks(&gguf, numerics), &ranks(&folder, numerics), &what);
+        }
     }
 }

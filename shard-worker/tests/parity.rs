@@ -6,6 +6,7 @@
 mod adapters;
 mod support;
 
+use shoal_protocol::model::ModelSpec;
 use shoal_protocol::plan::{KvPrecision, Numerics, Precision};
 use shoal_shard_worker::backend::cpu::Isa;
 
@@ -154,12 +155,43 @@ fn company_in_a_batch_changes_no_bit() {
 }
 
 /// Takes the prompts of a case through two stages in company with strangers.
+/// Two stages, where there are layers for two.
+fn halves(spec: &ModelSpec) -> Vec<u32> {
+    match spec.layers {
+        1 => vec![0, 1],
+        layers => vec![0, layers.div_ceil(2), layers],
+    }
+}
+
+/// Neither what ranks gather nor what they add depends on who else is in a step, nor on their threads.
+#[test]
+fn company_changes_no_bit_over_ranks() {
+    let all = cases();
+    let mut compared = 0;
+    for (seed, case) in all.iter().enumerate() {
+        let checkpoint = case.checkpoint();
+        let spec = checkpoint.spec();
+        if !stands_for_family(case, &all) || spec.ranks_max().0 < 2 {
+            continue;
+        }
+        for numerics in [Numerics::N1, Numerics::N1Sum] {
+            let setup = Setup { ranks: vec![2, 2], numerics, ..Setup::plain(spec) };
+            let mut chain =
+                Chain::load(&checkpoint, &Setup { cuts: halves(spec), ..setup.clone() });
+            let alone =
+                |p: &Prompt| chain.transcript(&p.inputs(), p.first_sampled(), 64, &blocks());
+            let expected: Vec<_> = case.prompts.iter().map(alone).collect();
+            check_company(case, &expected, &Setup { threads: 2, ..setup }, seed as u64);
+            compared += 1;
+        }
+    }
+    assert!(compared >= 30, "only {compared} meshes had company");
+}
+
 fn check_company(case: &Case, expected: &[Vec<Vec<f32>>], setup: &Setup, seed: u64) {
     let checkpoint = case.checkpoint();
     let spec = checkpoint.spec();
-    let cuts = vec![0, spec.layers.div_ceil(2), spec.layers];
-    let cuts = if spec.layers == 1 { vec![0, 1] } else { cuts };
-    let mut chain = Chain::load(&checkpoint, &Setup { cuts, ..setup.clone() });
+    let mut chain = Chain::load(&checkpoint, &Setup { cuts: halves(spec), ..setup.clone() });
     let mut dice = Dice(seed);
     let mut free: Vec<u32> = (0..support::LIMITS.kv_blocks).collect();
     dice.shuffle(&mut free);

@@ -9,13 +9,13 @@ use std::path::Path;
 
 use serde_json::json;
 use shoal_protocol::model::{Checkpoint, ModelSpec, TensorSpec};
-use shoal_protocol::plan::Precision;
+use shoal_protocol::plan::{Numerics, Precision};
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, Span};
 use shoal_shard_worker::stored::e4m3;
 
-use support::{Chain, Dice, Setup, assert_same_bits, assignment, blocks, load};
+use support::{Chain, Dice, Setup, assert_close, assert_same_bits, assignment, blocks, load};
 
 /// Sizes that are words of eight, but no whole groups or blocks.
 fn llama() -> serde_json::Value {
@@ -133,12 +133,20 @@ fn check_model(
         assert_same_bits(&found, &expected, &format!("{what} as {held}"));
     }
     // Each rank reads its rows and columns.
-    let ranks = |checkpoint: &Checkpoint| {
-        let setup =
-            Setup { held: Precision::F32, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
+    let ranks = |checkpoint: &Checkpoint, numerics| {
+        let setup = Setup {
+            held: Precision::F32,
+            ranks: vec![2],
+            numerics,
+            ..Setup::plain(checkpoint.spec())
+        };
         Chain::load(checkpoint, &setup).transcript(&tokens, 20, 30, &blocks())
     };
-    assert_same_bits(&ranks(&packed), &ranks(&plain), &format!("{what} over two ranks"));
+    for numerics in [Numerics::N1, Numerics::N1Sum] {
+        let what = format!("{what} over two ranks, {numerics}");
+        assert_same_bits(&ranks(&packed, numerics), &ranks(&plain, numerics), &what);
+    }
+    assert_close(&ranks(&packed, Numerics::N1Sum), &logits(&plain, Precision::F32), what);
     // Embedding and head are rounded to the precision, too, so those of the layers alone are compared.
     if stored == Precision::Fp8 {
         assert_layer_same(&packed, &plain, 1..2, &what);

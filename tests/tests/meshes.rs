@@ -3,6 +3,8 @@
 
 #[path = "meshes/adapters.rs"]
 mod adapters;
+#[path = "meshes/far.rs"]
+mod far;
 
 use std::time::Duration;
 

@@ -371,6 +371,20 @@ pub fn assert_same_bits(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
 }
 
 /// The token with the largest logit, the lower one of two equals.
+/// How far a log-probability may be from that of the uncut model where partial sums are added.
+pub const LOGPROB_TOLERANCE: f64 = 1e-4;
+
+/// Logits of ranks that add partial sums: the same greedy token, and log-probabilities as float32 allows.
+pub fn assert_close(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(expected) {
+        let pairs = log_softmax(found).into_iter().zip(log_softmax(expected));
+        let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst < LOGPROB_TOLERANCE, "{what}: {worst}");
+        assert_eq!(argmax(found), argmax(expected), "{what}: the greedy token");
+    }
+}
+
 pub fn argmax(logits: &[f32]) -> u32 {
     let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
     best.unwrap() as u32
