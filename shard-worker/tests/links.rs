@@ -15,13 +15,14 @@ use shoal_protocol::activation::{
 use shoal_protocol::control::ShardState;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::frame::{Flat, FrameKind};
-use shoal_protocol::id::{Attempt, Generation, NodeId, RequestId, SequenceId, StepId};
-use shoal_protocol::plan::PeerAddress;
+use shoal_protocol::id::{Attempt, Generation, NodeId, RankIndex, RequestId, SequenceId, StepId};
+use shoal_protocol::plan::{Assignment, PeerAddress};
 use shoal_protocol::quic::{Alpn, Connection, Endpoint, Expect, FrameReceiver, FrameSender};
 use shoal_protocol::request::SamplingRecord;
 use shoal_protocol::trace::{SpanId, TraceHeader, TraceId, TraceMark};
+use shoal_shard_worker::collective::{Collective as _, CollectiveError};
 use shoal_shard_worker::stage::{
-    ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links,
+    ALIGNMENT, Attached, BufferPool, Inlet, LinkEnds, LinkEvent, LinkFrame, LinkPlan, Links, Ranks,
     StageInput, StepData, Takes, records_of,
 };
 use tokio::sync::{mpsc, watch};
@@ -329,5 +330,73 @@ async fn a_stage_whose_neighbour_leaves_says_who() {
     assert_eq!(error.code, ErrorCode::WorkerLost);
     for words in ["w1", "stage 0", "just so"] {
         assert!(error.message.contains(words), "{words:?} is not in {error}");
+    }
+}
+
+/// Two ranks of one stage, of which each may want to meet the other beside their link.
+fn rank_ends(
+    cluster: &Cluster,
+    apart: [bool; 2],
+) -> [(Ranks, Links, Attached, mpsc::Receiver<LinkEvent>); 2] {
+    let mut number = 0;
+    let links = apart.map(|apart| {
+        number += 1;
+        let identity = Arc::new(cluster.identity(NodeId::worker(number)));
+        let links = Links::start(loopback(), identity).unwrap();
+        if apart { links.apart() } else { links }
+    });
+    let peers = [0, 1].map(|i| PeerAddress { node: [W1, W2][i], activations: links[i].address() });
+    let plan = mesh_of(SPEC, 1, &[W1, W2], &[2]);
+    let mut rank = 0;
+    links.map(|links| {
+        let assignment = Assignment { rank: RankIndex(rank), ..assignment(&plan, 0, &peers) };
+        rank += 1;
+        let ring = LinkPlan::of(&assignment).unwrap().unwrap();
+        let (ranks, siblings) = Ranks::new(ring.split, 64);
+        let (to, _inputs) = mpsc::channel(1);
+        let (events, heard) = mpsc::channel(4);
+        let ends = LinkEnds {
+            inlet: Inlet::Stage { takes: Takes::Tokens, to },
+            outlets: ring.mirrors.iter().map(|_| mpsc::channel(1).1).collect(),
+            siblings,
+            events,
+            counters: Default::default(),
+            work: watch::channel(1).1,
+        };
+        let attached = links.attach(ring, ends);
+        (ranks, links, attached, heard)
+    })
+}
+
+/// They meet where both want to; a round is the same either way, and the loss of one ends the other's wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_of_one_machine_meet_at_a_socket_where_both_want_to() {
+    for apart in [[false, false], [true, false], [false, true], [true, true]] {
+        let cluster = Cluster::new();
+        let expected = usize::from(apart == [false, false]);
+        let [mut first, mut second] = rank_ends(&cluster, apart);
+        for events in [&mut first.3, &mut second.3] {
+            for _ in 0..2 {
+                assert_eq!(within(events.recv()).await, Some(LinkEvent::Up), "{apart:?}");
+            }
+        }
+        let (mut ranks, _links, _attached, mut events) = first;
+        let other = tokio::task::spawn_blocking(move || {
+            let got = second.0.exchange(&[Bytes::from_static(b"to 0"), Bytes::new()]);
+            assert_eq!(got, Ok(vec![Bytes::from_static(b"to 1"), Bytes::new()]));
+            assert_eq!(second.0.beside(), expected);
+            // Its links go with it.
+        });
+        let waits = tokio::task::spawn_blocking(move || {
+            let got = ranks.exchange(&[Bytes::new(), Bytes::from_static(b"to 1")]);
+            assert_eq!(got, Ok(vec![Bytes::new(), Bytes::from_static(b"to 0")]));
+            assert_eq!(ranks.beside(), expected);
+            ranks.exchange(&[Bytes::new(), Bytes::from_static(b"more")]).unwrap_err()
+        });
+        within(other).await.unwrap();
+        let lost = within(events.recv()).await;
+        assert!(matches!(&lost, Some(LinkEvent::Lost(lost)) if !lost.violation), "{lost:?}");
+        let error = within(waits).await.unwrap();
+        assert!(matches!(error, CollectiveError::Gone { rank: 1, .. }), "{error}");
     }
 }

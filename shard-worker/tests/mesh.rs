@@ -113,6 +113,7 @@ async fn every_mesh_draws_what_one_shard_draws() {
     }
 }
 
+/// The last event of a stream, and how long it took from `begun`.
 async fn last_event(stream: &mut Stream, begun: Instant) -> (HeadEvent, Duration) {
     loop {
         match stream.next().await.expect("a last event") {
@@ -161,22 +162,24 @@ async fn a_rank_that_dies_ends_the_streams_with_its_name_and_the_others_serve_ag
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rank_that_is_only_silent_ends_the_streams_too() {
-    let cluster = Cluster::new();
-    let mut workers = start(&cluster, 2).await;
-    let mut peers = Vec::new();
-    let mut relays = Vec::new();
-    for worker in &workers {
-        let relay = Relay::to(worker.register.activations).await;
-        peers.push(PeerAddress { node: worker.node(), activations: relay.address });
-        relays.push(relay);
+    for ranks_apart in [false, true] {
+        let cluster = Cluster { ranks_apart, ..Cluster::new() };
+        let mut workers = start(&cluster, 2).await;
+        let mut peers = Vec::new();
+        let mut relays = Vec::new();
+        for worker in &workers {
+            let relay = Relay::to(worker.register.activations).await;
+            peers.push(PeerAddress { node: worker.node(), activations: relay.address });
+            relays.push(relay);
+        }
+        let plan = mesh_of(slow(), 1, &nodes(&workers), &[2]);
+        deploy_at(&plan, &mut workers, &peers).await;
+        let connection = dial_head(&cluster, &workers[0]).await;
+        let mut stream = Stream::open(&connection, &request(&[1, 2, 3], 200)).await;
+        assert!(stream.next().await.is_some());
+        relays.iter().for_each(Relay::silence);
+        let (last, took) = last_event(&mut stream, Instant::now()).await;
+        assert!(took < NOTICED_WITHIN, "noticed after {took:?}");
+        expect_lost(&last, "w2");
     }
-    let plan = mesh_of(slow(), 1, &nodes(&workers), &[2]);
-    deploy_at(&plan, &mut workers, &peers).await;
-    let connection = dial_head(&cluster, &workers[0]).await;
-    let mut stream = Stream::open(&connection, &request(&[1, 2, 3], 200)).await;
-    assert!(stream.next().await.is_some());
-    relays.iter().for_each(Relay::silence);
-    let (last, took) = last_event(&mut stream, Instant::now()).await;
-    assert!(took < NOTICED_WITHIN, "noticed after {took:?}");
-    expect_lost(&last, "w2");
 }

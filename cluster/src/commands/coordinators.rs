@@ -114,6 +114,10 @@ async fn members(client: &AdminClient, nodes: &[NodeId]) -> Result<Vec<NodeId>, 
 /// What has failed, and what of it has happened all the same: whoever is removed has the CA's key, and that CA is not
 /// rotated. `left`: who is there still of those that were; `None` where nobody knows.
 fn half_done(failure: Failure, there: &[NodeId], left: Option<&[NodeId]>) -> Failure {
+    // Who only adds has removed nobody.
+    if there.is_empty() {
+        return failure;
+    }
     let also = match left {
         Some(left) => {
             let gone: Vec<_> = there.iter().copied().filter(|node| !left.contains(node)).collect();
@@ -123,7 +127,7 @@ fn half_done(failure: Failure, there: &[NodeId], left: Option<&[NodeId]>) -> Fai
             }
             if gone.is_empty() {
                 let message = format!(
-                    "{failure}; {} to the cluster still: say this again when that is mended",
+                    "{failure}; {} to the cluster still: look again (`shoal coordinators list`) before you say this again",
                     say(left, "belongs", "belong")
                 );
                 return Failure { message, ..failure };
@@ -157,8 +161,10 @@ mod tests {
         let late = half_done(Failure::failed("too late"), &[c3], Some(&[c3])).message;
         assert_eq!(
             late,
-            "too late; c3 belongs to the cluster still: say this again when that is mended"
+            "too late; c3 belongs to the cluster still: look again (`shoal coordinators list`) before you say this again"
         );
+        let added = half_done(Failure::failed("too late"), &[], Some(&[])).message;
+        assert_eq!(added, "too late", "nobody was to be removed");
         check(
             Some(&[c3]),
             "no; c2 is removed, and the CA is not rotated: say `shoal ca rotate`, since what was removed has its key",

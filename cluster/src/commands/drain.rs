@@ -24,7 +24,7 @@ pub async fn run(args: DrainArgs) -> Result<(), Failure> {
     let nodes = each_once(&args.nodes);
     // Tried first: what is refused is said before anything is done, and what cannot move before it is found out by
     // waiting.
-    let mut tried = try_all(&client, &nodes, true).await?;
+    let tried = try_all(&client, &nodes, true).await?;
     if args.dry_run {
         for (node, view) in nodes.iter().zip(&tried) {
             if nodes.len() > 1 {
@@ -42,15 +42,21 @@ pub async fn run(args: DrainArgs) -> Result<(), Failure> {
             Err(failure) => failures.note(*node, failure),
         }
     }
-    if nodes.len() > 1 {
-        // Without the others there is less room.
-        tried = try_all(&client, &nodes, true).await?;
-    }
-    for (node, tried) in nodes.iter().zip(&tried) {
+    for (node, mut tried) in nodes.iter().zip(tried) {
         if failures.has(*node) {
             continue;
         }
-        let stays = what_stays(tried);
+        if nodes.len() > 1 {
+            // Without the others there is less room.
+            match try_one(&client, *node, true).await {
+                Ok(view) => tried = view,
+                Err(failure) => {
+                    failures.note(*node, failure);
+                    continue;
+                }
+            }
+        }
+        let stays = what_stays(&tried);
         stays.iter().for_each(|line| eprintln!("{node}: {line}"));
         if !args.wait {
             continue;
@@ -100,14 +106,20 @@ async fn try_all(
 ) -> Result<Vec<ChangeView>, Failure> {
     let mut views = Vec::new();
     for node in nodes {
-        let call = AdminCall::Drain { node: *node, draining, dry_run: true };
-        match client.call(call).await {
-            Ok(AdminReply::Change(view)) => views.push(*view),
-            Ok(other) => return Err(unexpected(&other)),
-            Err(failure) => return Err(failure),
-        }
+        views.push(try_one(client, *node, draining).await?);
     }
     Ok(views)
+}
+
+async fn try_one(
+    client: &AdminClient,
+    node: NodeId,
+    draining: bool,
+) -> Result<ChangeView, Failure> {
+    match client.call(AdminCall::Drain { node, draining, dry_run: true }).await? {
+        AdminReply::Change(view) => Ok(*view),
+        other => Err(unexpected(&other)),
+    }
 }
 
 async fn mark(client: &AdminClient, node: NodeId, draining: bool) -> Result<(), Failure> {
@@ -185,6 +197,8 @@ async fn wait(
     mut stays: Vec<String>,
 ) -> Result<(), Failure> {
     let Patience { until, timeout, mut stuck_since } = patience;
+    // One that is empty already has not run out of time, whoever was waited for before.
+    let until = until.max(Instant::now() + LOOK_EVERY);
     if stays.is_empty() {
         stuck_since = Instant::now();
     }

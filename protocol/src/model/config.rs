@@ -18,7 +18,7 @@ use crate::model::spec::{Family, ModelSpec, SpecError};
 use crate::plan::Precision;
 
 /// More layers than any published model.
-pub(super) const LAYERS_MAX: u64 = 1 << 10;
+pub(in crate::model) const LAYERS_MAX: u64 = 1 << 10;
 /// Tensors of all layers: three times those of the widest published mixture (61 layers of 384 experts). A
 /// list of them is made before the first is looked up, so a kilobyte of JSON must not mean gigabytes.
 const TENSORS_MAX: u64 = 1 << 18;

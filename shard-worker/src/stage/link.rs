@@ -35,7 +35,6 @@ use super::counters::Counters;
 use super::dial::dial;
 use super::door::{Expected, Port, Waiting, accept_all};
 use super::meet::Meeting;
-use super::near::Near;
 use super::ring::{LinkPlan, Neighbour};
 use super::ways::{Meter, Ways};
 use super::wire::{self, Inlet, LinkEnd, LinkFrame, RankEnd};
@@ -333,7 +332,8 @@ impl LinkedShard {
         let (connection, mut sender, receiver) =
             self.missed(&from, self.accepted(from, false)).await;
         sender.finish();
-        self.up(&connection).await;
+        self.opened(&connection);
+        self.up().await;
         let meter = self.meter(&from, &connection);
         let end = tokio::select! {
             end = wire::receive(receiver, inlet, &self.plan, pulse, meter) => end,
@@ -353,7 +353,8 @@ impl LinkedShard {
         if to.stage != self.plan.stage {
             self.counters.linked(connection.clone());
         }
-        self.up(&connection).await;
+        self.opened(&connection);
+        self.up().await;
         let watch = (pulse, self.meter(&to, &connection));
         let end = tokio::select! {
             end = wire::send(sender, &connection, outlet, &self.counters, watch) => end,
@@ -369,6 +370,7 @@ impl LinkedShard {
             true => self.missed(&with, dial(&self.endpoint, &self.plan, &with, true)).await,
             false => self.missed(&with, self.accepted(with, true)).await,
         };
+        self.opened(&connection);
         let RankEnd { told, heard, near, bytes_max } = end;
         let meeting = Meeting {
             connection: &connection,
@@ -377,24 +379,11 @@ impl LinkedShard {
             dialler,
             may: self.may_meet,
         };
-        let met = meeting.meet().await.and_then(|socket| {
-            let end = socket.map(|socket| Near::new(socket, bytes_max)).transpose();
-            end.map_err(|error| LinkEnd::Gone(error.to_string()))
-        });
-        let mut guard = match met {
-            Ok(Some((end, guard))) => {
-                tracing::debug!(replica = %self.plan.replica, "on one machine with {with}");
-                // The compute thread takes it with its first round; where it has ended, so does this.
-                let _ = near.send(end);
-                Some(guard)
-            }
-            Ok(None) => {
-                drop(near);
-                None
-            }
+        let mut guard = match meeting.meet(near, bytes_max).await {
+            Ok(guard) => guard,
             Err(end) => return with.ended(Err(end), &connection).await,
         };
-        self.up(&connection).await;
+        self.up().await;
         let (streams, queues) = ((sender, receiver), (told, heard));
         let meters = [self.meter(&with, &connection), self.meter(&with, &connection)];
         let watch = (pulse, meters);
@@ -407,7 +396,7 @@ impl LinkedShard {
         let end = tokio::select! {
             // First: a compute thread that has said so has ended, and its queues with it.
             biased;
-            why = gone => Err(LinkEnd::Gone(why)),
+            end = gone => Err(end),
             end = wire::exchange(streams, &connection, queues, bytes_max, &self.plan, watch) => end,
             silence = pulse.keep(&connection, self.work.clone()) => Err(LinkEnd::Silent(silence)),
         };
@@ -453,8 +442,12 @@ impl LinkedShard {
         Meter::new(self.ways.clone(), with.node, connection.clone())
     }
 
-    async fn up(&self, connection: &Connection) {
+    /// It is closed with words from now on.
+    fn opened(&self, connection: &Connection) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).push(connection.clone());
+    }
+
+    async fn up(&self) {
         let _ = self.events.send(LinkEvent::Up).await;
     }
 }

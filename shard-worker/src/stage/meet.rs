@@ -8,8 +8,9 @@
 //!
 //! Addresses do not say it: containers of one machine have several, machines behind one gateway share one. A name
 //! that both work out from their link's keys does: only the other end of it can know the name before the socket is there.
-//! Names are public from then on, so that each side proves itself with a further secret of the link. A stranger on
-//! the machine can at most make them stay with the link.
+//! Names are public from then on, so that each side proves itself with a further secret of the link. Proofs could be
+//! passed on, by one who has a process at both ends: so both must run as one user, who could do worse. A stranger on
+//! the machine can at most make them stay with the link, or this one link fail.
 
 use std::io;
 use std::time::Duration;
@@ -19,8 +20,10 @@ use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
 use super::door::HELLO_TIMEOUT;
+use super::near::{Guard, Near};
 use super::wire::LinkEnd;
 
 /// How long to wait at the socket. Who comes is there within a round trip.
@@ -46,14 +49,23 @@ pub(super) struct Meeting<'a> {
 }
 
 impl Meeting<'_> {
-    /// The socket where both are, or nothing on both sides.
-    pub async fn meet(mut self) -> Result<Option<std::os::unix::net::UnixStream>, LinkEnd> {
+    /// Gives the compute thread its end of a socket where both are; or, on both sides, tells it that there is none.
+    pub async fn meet(
+        mut self,
+        compute: oneshot::Sender<Near>,
+        bytes_max: usize,
+    ) -> Result<Option<Guard>, LinkEnd> {
         let met = match self.dialler {
             true => self.come().await?,
             false => self.receive().await?,
         };
-        let socket = met.map(UnixStream::into_std).transpose();
-        socket.map_err(|error| LinkEnd::Gone(format!("a socket to a rank beside it: {error}")))
+        let Some(socket) = met else { return Ok(None) };
+        let ends = socket.into_std().and_then(|socket| Near::new(socket, bytes_max));
+        let (near, guard) =
+            ends.map_err(|error| LinkEnd::Gone(format!("a socket to a rank beside it: {error}")))?;
+        // It takes it with its first round; where it has ended, so does the link.
+        let _ = compute.send(near);
+        Ok(Some(guard))
     }
 
     async fn receive(&mut self) -> Result<Option<UnixStream>, LinkEnd> {
@@ -74,7 +86,7 @@ impl Meeting<'_> {
         loop {
             let (mut socket, _) = listener.accept().await.ok()?;
             let greet = async {
-                let proven = read_proof(&mut socket).await? == expected;
+                let proven = is_own(&socket) && read_proof(&mut socket).await? == expected;
                 if proven {
                     socket.write_all(&own).await?;
                 }
@@ -92,9 +104,9 @@ impl Meeting<'_> {
         }
         let come = async {
             let (name, own) = (self.name()?, self.secret(OF_DIALLER)?);
-            let mut socket = connect(&name).ok()?;
+            let mut socket = connect(&name).await.ok()?;
             socket.write_all(&own).await.ok()?;
-            Some(socket)
+            is_own(&socket).then_some(socket)
         };
         let socket = tokio::time::timeout(MEETING, come).await.ok().flatten();
         self.say(socket.is_some()).await?;
@@ -105,10 +117,8 @@ impl Meeting<'_> {
         let proof = tokio::time::timeout(MEETING, read_proof(&mut socket)).await;
         match proof {
             Ok(Ok(proof)) if Some(proof) == self.secret(OF_DIALLED) => Ok(Some(socket)),
-            // It says that both are there, and somebody else is.
-            _ => {
-                Err(LinkEnd::Violation("another one is at the socket of their machine".to_owned()))
-            }
+            // It says that both are there. Somebody else is: not its fault.
+            _ => Err(LinkEnd::Gone("another one is at the socket of their machine".to_owned())),
         }
     }
 
@@ -147,6 +157,11 @@ impl Meeting<'_> {
     }
 }
 
+/// Whether a process of this one's user is at the other end.
+fn is_own(socket: &UnixStream) -> bool {
+    socket.peer_cred().is_ok_and(|peer| peer.uid() == rustix::process::geteuid().as_raw())
+}
+
 async fn read_proof(socket: &mut UnixStream) -> io::Result<[u8; 32]> {
     let mut proof = [0; 32];
     socket.read_exact(&mut proof).await?;
@@ -174,11 +189,13 @@ fn listen(name: &[u8; 32]) -> io::Result<UnixListener> {
 }
 
 #[cfg(target_os = "linux")]
-fn connect(name: &[u8; 32]) -> io::Result<UnixStream> {
-    // Such a socket is there or it is not: nothing is waited for.
-    let socket = std::os::unix::net::UnixStream::connect_addr(&address(name)?)?;
-    socket.set_nonblocking(true)?;
-    UnixStream::from_std(socket)
+async fn connect(name: &[u8; 32]) -> io::Result<UnixStream> {
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::ffi::OsStringExt as _;
+    let address = address(name)?;
+    // A path that begins with a zero is such a name.
+    let path = [&[0], address.as_abstract_name().unwrap_or_default()].concat();
+    UnixStream::connect(std::ffi::OsString::from_vec(path)).await
 }
 
 /// Elsewhere there are no names without files.
@@ -188,6 +205,6 @@ fn listen(_name: &[u8; 32]) -> io::Result<UnixListener> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn connect(_name: &[u8; 32]) -> io::Result<UnixStream> {
+async fn connect(_name: &[u8; 32]) -> io::Result<UnixStream> {
     Err(io::ErrorKind::Unsupported.into())
 }

@@ -20,6 +20,7 @@ use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::oneshot;
 
+use super::wire::LinkEnd;
 use crate::collective::CollectiveError;
 
 /// How long to look whether the other rank has come: four times what it costs to be woken.
@@ -37,21 +38,21 @@ pub struct Near {
     /// Where messages are read into; its memory comes back when they are dropped.
     inbox: BytesMut,
     /// To the link, once the other rank is gone.
-    lost: Option<oneshot::Sender<String>>,
+    lost: Option<oneshot::Sender<LinkEnd>>,
 }
 
 /// The link's side of it. Shuts the socket when it is dropped: nobody waits at either end any more.
 #[derive(Debug)]
 pub(super) struct Guard {
     socket: UnixStream,
-    lost: oneshot::Receiver<String>,
+    lost: oneshot::Receiver<LinkEnd>,
 }
 
 impl Guard {
-    /// Waits until the compute thread finds the other rank gone, and says how.
-    pub(super) async fn lost(&mut self) -> String {
+    /// Waits until the compute thread finds the other rank gone, or what it says wrong.
+    pub(super) async fn lost(&mut self) -> LinkEnd {
         match (&mut self.lost).await {
-            Ok(why) => why,
+            Ok(end) => end,
             // Its thread has ended, which is others' to notice.
             Err(_) => std::future::pending().await,
         }
@@ -74,11 +75,11 @@ impl Near {
         Ok((Self { socket, bytes_max, round: 0, inbox: BytesMut::new(), lost: Some(tell) }, guard))
     }
 
-    /// Tells the link, which may not have noticed yet, that the other rank is gone.
-    pub(super) fn lost(&mut self, why: String) {
+    /// Tells the link, which cannot have noticed.
+    fn tell(&mut self, end: LinkEnd) {
         if let Some(tell) = self.lost.take() {
             // Where the link has ended it knows.
-            let _ = tell.send(why);
+            let _ = tell.send(end);
         }
     }
 }
@@ -121,8 +122,15 @@ impl<'a> Round<'a> {
         self.got >= HEAD_LEN && self.got == HEAD_LEN + self.near.inbox.len()
     }
 
-    fn gone(&self, why: impl ToString) -> CollectiveError {
-        CollectiveError::Gone { rank: self.rank as u32, why: why.to_string() }
+    fn gone(&mut self, why: impl ToString) -> CollectiveError {
+        self.ended(LinkEnd::Gone(why.to_string()))
+    }
+
+    /// What ends the link ends the round; the link says which it was.
+    fn ended(&mut self, end: LinkEnd) -> CollectiveError {
+        let why = end.to_string();
+        self.near.tell(end);
+        CollectiveError::Gone { rank: self.rank as u32, why }
     }
 
     /// Sends what the socket takes; whether that was anything.
@@ -172,17 +180,21 @@ impl<'a> Round<'a> {
             self.got_head[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
         };
         let (round, expected) = (number(0), self.near.round - 1);
+        let (len, most) = (number(8), self.near.bytes_max);
         if round != expected {
-            return Err(self.gone(format!("it is in round {round} where {expected} is")));
+            let why = format!("round {round} where {expected} comes next");
+            return Err(self.ended(LinkEnd::Violation(why)));
         }
-        let len = usize::try_from(number(8)).unwrap_or(usize::MAX);
-        if len > self.near.bytes_max {
-            let expected = self.near.bytes_max;
-            let rank = self.rank as u32;
-            return Err(CollectiveError::WrongLength { rank, found: len, expected });
+        match usize::try_from(len).ok().filter(|len| *len <= most) {
+            Some(len) => {
+                self.near.inbox.resize(len, 0);
+                Ok(())
+            }
+            None => {
+                let why = format!("a message of {len} bytes where {most} are the most");
+                Err(self.ended(LinkEnd::Violation(why)))
+            }
         }
-        self.near.inbox.resize(len, 0);
-        Ok(())
     }
 
     /// What the other rank has told.
@@ -304,11 +316,11 @@ mod tests {
             one(&mut a, b"told").unwrap_err().to_string()
         };
         let late = refused(&head_of(3, 0));
-        assert!(late.contains("round 3 where 0 is"), "{late}");
+        assert!(late.contains("it broke the protocol: round 3 where 0 comes next"), "{late}");
         let long = refused(&head_of(0, 9));
-        assert!(long.contains("sent 9 bytes where the plan has 8"), "{long}");
+        assert!(long.contains("a message of 9 bytes where 8 are the most"), "{long}");
         let endless = refused(&[&head_of(0, 0)[..8], &[0xFF; 8]].concat());
-        assert!(endless.contains("where the plan has 8"), "{endless}");
+        assert!(endless.contains("where 8 are the most"), "{endless}");
     }
 
     /// A message's memory is used again once nobody has it.

@@ -60,6 +60,11 @@ impl Ranks {
         }
         (ranks, ends)
     }
+
+    /// How many of the others are reached over a socket of this machine: known from the first round on.
+    pub fn beside(&self) -> usize {
+        self.others.iter().flatten().filter(|other| other.near.is_some()).count()
+    }
 }
 
 fn gone(rank: usize) -> CollectiveError {
@@ -90,13 +95,7 @@ impl Collective for Ranks {
                 rounds.push(Round::begin(rank, near, &parts[rank]));
             }
         }
-        let carried = carry(rounds);
-        if let Err(CollectiveError::Gone { rank, why }) = &carried
-            && let Some(Some(Other { near: Some(near), .. })) = self.others.get_mut(*rank as usize)
-        {
-            near.lost(why.clone());
-        }
-        for (rank, message) in carried? {
+        for (rank, message) in carry(rounds)? {
             got[rank] = message;
         }
         for (rank, other) in self.others.iter_mut().enumerate() {

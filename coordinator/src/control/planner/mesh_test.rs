@@ -295,6 +295,7 @@ fn ranks_of_a_stage_are_on_one_machine() {
         let machines = workers / 2;
         for (n, worker) in all.workers.iter_mut().enumerate() {
             worker.machine = Some(([10, 0, 0, (n % machines) as u8].into(), None));
+            worker.budget = Bytes(8 * GIB + n as u64 * 4096);
         }
         let plan = planned(&all, &shape, mesh(ask), None).unwrap();
         for stage in &plan.stages {

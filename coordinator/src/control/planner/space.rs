@@ -97,7 +97,7 @@ pub(super) fn members<'w>(
         .collect();
     members.sort_by_key(|m| {
         let free = std::cmp::Reverse(m.worker.free());
-        (m.place, std::cmp::Reverse(m.rate), free, m.shares, m.held, m.worker.used, m.worker.node)
+        (m.place, std::cmp::Reverse(m.rate), m.shares, free, m.held, m.worker.used, m.worker.node)
     });
     members
 }

@@ -84,7 +84,11 @@ fn line(pair: (NodeId, NodeId), seen: Seen, counts: Link) -> String {
         Some(bytes) => format!("{} (by large transfers)", mb(bytes)),
         None => "nothing large has been sent over it".to_owned(),
     };
-    let one = if seen.one_machine { ", as both are on one machine" } else { "" };
+    let one = match seen.one_machine {
+        true if counts == Link::BESIDE => ", as ranks on one machine",
+        true => ", as both are on one machine",
+        false => "",
+    };
     format!(
         "way {}-{}: {latency}; {bandwidth}; counts as {} and {}{one}",
         pair.0,
@@ -92,6 +96,14 @@ fn line(pair: (NodeId, NodeId), seen: Seen, counts: Link) -> String {
         ms(counts.latency_ns),
         mb(counts.bytes_per_s),
     )
+}
+
+/// Whether these two are ranks of one stage.
+fn of_ranks(plan: &ReplicaPlan, pair: (NodeId, NodeId)) -> bool {
+    plan.stages.iter().any(|stage| {
+        let has = |node| stage.shards.iter().any(|shard| shard.node == node);
+        has(pair.0) && has(pair.1)
+    })
 }
 
 /// The ways that a layout uses, a line each.
@@ -117,7 +129,9 @@ pub(super) fn lines(plan: &ReplicaPlan, inventory: &Inventory) -> Vec<String> {
         .iter()
         .take(SHOWN_MAX)
         .filter_map(|pair| {
-            let counts = inventory.link(find(pair.0)?, find(pair.1)?);
+            let ends = [find(pair.0)?, find(pair.1)?];
+            let link = inventory.link(ends[0], ends[1]);
+            let counts = if of_ranks(plan, *pair) { link.of_ranks(&ends) } else { link };
             let seen = inventory.seen.get(pair).copied().unwrap_or_default();
             Some(line(*pair, seen, counts))
         })

@@ -115,7 +115,7 @@ fn qwen_experts(source: &Source<'_>, words: &mut Words, normalise: bool) -> Resu
     let normalise = source.flag("expert_weights_norm").unwrap_or(normalise);
     words.insert("norm_topk_prob".into(), json!(normalise));
     words.insert("decoder_sparse_step".into(), json!(1));
-    let layers = source.whole("block_count")?;
+    let layers = source.layers()?;
     let dense = |layer: &u64| !source.has(&format!("blk.{layer}.ffn_gate_inp.weight"));
     words.insert("mlp_only_layers".into(), (0..layers).filter(dense).collect());
     Ok(())
@@ -164,7 +164,7 @@ fn smollm3(source: &Source<'_>, words: &mut Words) -> Result<(), String> {
 /// Which layers see a window alone: as the file lists them, else all but every so-many-th.
 fn windows(source: &Source<'_>, words: &mut Words, every: u64) -> Result<(), String> {
     turn_window(source, words)?;
-    let layers = source.whole("block_count")?;
+    let layers = source.layers()?;
     let has_window = source.window().is_some();
     let of = |is_local: bool| if is_local && has_window { "sliding" } else { "full" };
     let types: Vec<String> = source
@@ -179,7 +179,7 @@ fn windows(source: &Source<'_>, words: &mut Words, every: u64) -> Result<(), Str
 /// What Gemma's scores are scaled by, which the format has no key for: the width of a head, and in the
 /// largest model of either generation what a head has of the stream.
 fn gemma(source: &Source<'_>, words: &mut Words, largest: u64) -> Result<(), String> {
-    let scalar = match source.whole("block_count")? == largest {
+    let scalar = match source.layers()? == largest {
         true => source.whole("embedding_length")? / source.whole("attention.head_count")?.max(1),
         false => source.head_dim()?,
     };

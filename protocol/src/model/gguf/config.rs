@@ -10,6 +10,7 @@ use super::architectures::{ARCHITECTURES, Architecture, Words};
 use super::parts::Parts;
 use super::{GgufTensor, Value};
 use crate::model::checkpoint::CheckpointError;
+use crate::model::config::LAYERS_MAX;
 use crate::model::stored::StoredType;
 
 /// The tensor of llama 3's stretched rotation: by how much each frequency is divided.
@@ -72,9 +73,21 @@ impl<'a> Source<'a> {
         self.parts.tensor(tensor).is_some()
     }
 
+    /// How many layers it says that it has: few enough to look at each.
+    pub(super) fn layers(&self) -> Result<u64, String> {
+        let layers = self.whole("block_count")?;
+        match layers <= LAYERS_MAX {
+            true => Ok(layers),
+            false => Err(format!(
+                "`{}.block_count` is {layers}; at most {LAYERS_MAX} are supported",
+                self.architecture.name
+            )),
+        }
+    }
+
     /// The rows of such a tensor in the first layer that has it; of each expert's where it has several.
     pub(super) fn rows_of(&self, tensor: &str) -> Option<u64> {
-        let layers = self.number("block_count")?;
+        let layers = self.layers().ok()?;
         let mut found =
             (0..layers).map(|layer| self.parts.tensor(&format!("blk.{layer}.{tensor}")));
         let (_, tensor) = found.find_map(|found| found)?;
@@ -167,7 +180,7 @@ impl<'a> Source<'a> {
         let theta = self.real("rope.freq_base").unwrap_or(10_000.0);
         // Layers that predict further tokens are behind the others; they are not read.
         let further = self.number("nextn_predict_layers").unwrap_or(0);
-        let layers = self.whole("block_count")?.saturating_sub(further);
+        let layers = self.layers()?.saturating_sub(further);
         let mut words = Words::new();
         for (word, value) in [
             ("architectures", json!([family(self).architecture()])),

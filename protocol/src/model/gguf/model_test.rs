@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::architectures::ARCHITECTURES;
 use super::tests::{Writer, text};
 use crate::model::{Checkpoint, Family, LayerRope, ModelSpec};
 
@@ -92,6 +93,15 @@ impl Model {
 
     fn refusal(&self) -> String {
         self.open().expect_err("a refusal")
+    }
+}
+
+/// Some lists are as long as there are layers: nothing is made of what a file claims.
+#[test]
+fn more_layers_than_any_model_has_are_refused_before_they_are_counted() {
+    for architecture in ARCHITECTURES {
+        let reason = Model::of(architecture.name).number("block_count", u32::MAX).refusal();
+        assert!(reason.contains("block_count` is 4294967295; at most 1024"), "{reason}");
     }
 }
 
