@@ -146,7 +146,7 @@ fn check_model(
         let what = format!("{what} over two ranks, {numerics}");
         assert_same_bits(&ranks(&packed, numerics), &ranks(&plain, numerics), &what);
     }
-    assert_close(&ranks(&packed, Numerics::N1Sum), &logits(&plain, Precision::F32), what);
+    assert_close(&ranks(&packed, Numerics::N1Sum), &logits(&plain, Precision::F32), &what);
     // Embedding and head are rounded to the precision, too, so those of the layers alone are compared.
     if stored == Precision::Fp8 {
         assert_layer_same(&packed, &plain, 1..2, &what);

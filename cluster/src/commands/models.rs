@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use shoal_protocol::model::Family;
+use shoal_protocol::model::{EncoderSpec, Family};
 use shoal_protocol::plan::{KvPrecision, Precision};
 
 use crate::args::models::ModelsArgs;
@@ -28,8 +28,10 @@ pub fn run(args: &ModelsArgs) -> Result<(), Failure> {
         .collect();
     let precisions = Precision::ALL.map(Precision::as_str);
     let kv = KvPrecision::ALL.map(KvPrecision::as_str);
+    let encoders: Vec<_> = EncoderSpec::architectures().collect();
     super::print_json(&serde_json::json!({
-        "families": families, "precisions": precisions, "kv_precisions": kv,
+        "families": families, "encoders": encoders, "precisions": precisions, "kv_precisions": kv,
+        "files": FILES,
     }))
 }
 
@@ -40,6 +42,10 @@ fn page() -> String {
         let (architecture, kind) = (family.architecture(), family.model_type());
         // Writing to a text cannot fail.
         let _ = writeln!(page, "{architecture:width$}  {kind}");
+    }
+    let _ = writeln!(page, "\nencoders (/v1/embeddings, /rerank):");
+    for architecture in EncoderSpec::architectures() {
+        let _ = writeln!(page, "{architecture}");
     }
     let precisions = Precision::ALL.map(Precision::as_str).join(", ");
     let kv = KvPrecision::ALL.map(KvPrecision::as_str).join(", ");
@@ -59,6 +65,9 @@ mod tests {
         for family in Family::ALL {
             let line = |line: &&str| line.starts_with(family.architecture());
             assert_eq!(page.lines().filter(line).count(), 1, "{page}");
+        }
+        for architecture in ["BertModel", "XLMRobertaForSequenceClassification", "ModernBertModel"] {
+            assert_eq!(page.lines().filter(|line| *line == architecture).count(), 1, "{page}");
         }
         for word in Precision::ALL.map(Precision::as_str) {
             assert!(page.contains(word), "{word} is not in {page}");
