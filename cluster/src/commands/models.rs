@@ -66,7 +66,8 @@ mod tests {
             let line = |line: &&str| line.starts_with(family.architecture());
             assert_eq!(page.lines().filter(line).count(), 1, "{page}");
         }
-        for architecture in ["BertModel", "XLMRobertaForSequenceClassification", "ModernBertModel"] {
+        for architecture in ["BertModel", "XLMRobertaForSequenceClassification", "ModernBertModel"]
+        {
             assert_eq!(page.lines().filter(|line| *line == architecture).count(), 1, "{page}");
         }
         for word in Precision::ALL.map(Precision::as_str) {
