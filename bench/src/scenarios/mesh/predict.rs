@@ -37,8 +37,8 @@ pub fn run(settings: &Settings) -> Result<Section> {
             "{} M parameters in bf16; four workers with one thread each on this machine, which also runs the coordinator and \
              the client. Predicted is what `shoal plan --explain` says of a token of one stream before any was made; measured is \
              the mean distance of {TOKENS} tokens, the median of {} streams. Memory: by how much the anonymous memory of each worker's \
-             process has grown with the mesh and a prompt of {} tokens, against weights, buffers and that prompt's KV blocks in its plan: it may \
-             take no more. One stream does not touch the logits of all sequences that the buffers are for, so it takes less.",
+             process has grown with the mesh and a prompt of {} tokens, against weights, buffers and that prompt's KV blocks in its plan (which has \
+             logits of more sequences than one stream touches).",
             shape.parameters() / 1_000_000,
             settings.pairs,
             LONG.0
