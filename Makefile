@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-quality bench-families bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-planner bench-quality bench-families bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -55,9 +55,13 @@ bench-control: setup-build ## the same for the control plane, in 25 minutes, int
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench control --trials $${TRIALS:-30} --out bench/CONTROL.md
 
-bench-size: setup-build ## a model of a billion parameters over meshes of workers that have no room for it alone (6 GiB of memory)
+bench-size: setup-build ## a model of a billion parameters over meshes of workers that have no room for it alone (6 GiB of memory), into bench/SIZE.md
 	cargo build --release --locked --package shoal --package shoal-bench
-	$$(scripts/target-dir)/release/shoal-bench size
+	$$(scripts/target-dir)/release/shoal-bench size --out bench/SIZE.md
+
+bench-planner: setup-build ## how long plans take, in half a minute, into bench/PLANNER.md
+	cargo build --release --locked --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench planner --out bench/PLANNER.md
 
 bench-quality: setup-build ## what each precision of weights and cache costs, in a minute, into bench/QUALITY.md
 	cargo build --release --locked --package shoal-bench
