@@ -104,9 +104,10 @@ impl Meeting<'_> {
         }
         let come = async {
             let (name, own) = (self.name()?, self.secret(OF_DIALLER)?);
-            let mut socket = connect(&name).await.ok()?;
+            // Whoever is another user's does not see the proof.
+            let mut socket = connect(&name).await.ok().filter(is_own)?;
             socket.write_all(&own).await.ok()?;
-            is_own(&socket).then_some(socket)
+            Some(socket)
         };
         let socket = tokio::time::timeout(MEETING, come).await.ok().flatten();
         self.say(socket.is_some()).await?;
