@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{BadId, NodeId};
-use crate::numerics::{KvPrecision, Numerics};
+use crate::numerics::{Activations, KvPrecision, Numerics};
 
 /// The most facts that a worker may say: its zone and ranks, a rate for each of its devices, and a link to
 /// each of a few hundred peers.
@@ -161,6 +161,8 @@ pub struct MeshAsk {
     /// How keys and values are held: f32 where nothing is said. It is chosen for good when a model is
     /// deployed, as the precision of weights is, since streams go on under the same contract alone.
     pub kv: Option<KvPrecision>,
+    /// What rows are in products with whole numbers: f32 where nothing is said. As `kv`, chosen for good.
+    pub activations: Option<Activations>,
 }
 
 impl MeshAsk {
@@ -174,13 +176,14 @@ impl MeshAsk {
         self.mesh.is_some() || self.objective.is_some()
     }
 
-    /// This, and of `before` what this does not say; the cache stays as it was in any case.
+    /// This, and of `before` what this does not say; the contract's parts stay as they were in any case.
     pub fn or(self, before: Self) -> Self {
         Self {
             mesh: self.mesh.or(before.mesh),
             objective: self.objective.or(before.objective),
             reduction: self.reduction.or(before.reduction),
             kv: before.kv,
+            activations: before.activations,
         }
     }
 }
@@ -191,7 +194,9 @@ impl fmt::Display for MeshAsk {
         let objective = self.objective.map(|objective| format!("objective {objective}"));
         let reduction = self.reduction.map(|reduction| format!("reduction {reduction}"));
         let kv = self.kv.map(|kv| format!("KV {kv}"));
-        let said: Vec<_> = [mesh, objective, reduction, kv].into_iter().flatten().collect();
+        let activations = self.activations.map(|activations| format!("activations {activations}"));
+        let said: Vec<_> =
+            [mesh, objective, reduction, kv, activations].into_iter().flatten().collect();
         f.write_str(if said.is_empty() { "a stage for each worker" } else { "" })?;
         f.write_str(&said.join(", "))
     }
@@ -358,12 +363,20 @@ mod tests {
             objective: Some(Objective::Throughput),
             reduction: None,
             kv: Some(KvPrecision::Bf16),
+            activations: Some(Activations::Int8),
         };
         let now = MeshAsk { objective: Some(Objective::Latency), ..MeshAsk::default() };
-        assert_eq!(now.or(before).to_string(), "mesh auto, objective latency, KV bf16");
+        assert_eq!(
+            now.or(before).to_string(),
+            "mesh auto, objective latency, KV bf16, activations int8"
+        );
         // Streams would go on over another cache.
-        let now = MeshAsk { kv: Some(KvPrecision::F32), ..MeshAsk::default() };
-        assert_eq!(now.or(before).kv, before.kv);
+        let now = MeshAsk {
+            kv: Some(KvPrecision::F32),
+            activations: Some(Activations::F32),
+            ..MeshAsk::default()
+        };
+        assert_eq!(now.or(before), before);
         assert!(MeshAsk::default().is_empty() && !MeshAsk::default().is_measured());
     }
 }

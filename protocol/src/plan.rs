@@ -8,7 +8,7 @@ use crate::id::{
 };
 use crate::units::{Bytes, LayerRange};
 
-pub use crate::numerics::{KvPrecision, Numerics};
+pub use crate::numerics::{Activations, KvPrecision, Numerics};
 
 /// The number of token positions in one block of the KV cache, aligned to position 0.
 pub const BLOCK_TOKENS: u32 = 16;
@@ -92,6 +92,12 @@ impl Precision {
     /// Whether weights of one block share a scale, so that a weight is not its own nearest value.
     pub const fn is_quantised(self) -> bool {
         self.block().0 > 1
+    }
+
+    /// Whether weights are whole numbers with a factor, so that products can be of whole numbers.
+    pub const fn has_numbers(self) -> bool {
+        use Precision::{Q4_0, Q4K, Q5K, Q6K, Q8_0};
+        matches!(self, Q8_0 | Q4_0 | Q4K | Q5K | Q6K)
     }
 
     /// Whether it needs less memory than another one.

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K`, `Mxfp4` |
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
+/// | 3 | products of whole numbers ([`KNOWS_NUMBERS`]): `Numerics::N2` and what it is combined with, `MeshAsk::activations` |
 /// | 3 | adapters ([`KNOWS_ADAPTERS`]): a number in `OpenHeader` and `GenerateHeader` where 0 was; `WorkerMessage::Adapters`, `CoordinatorMessage::Adapters`, `AdminCall::Adapters` and its reply, `Change::Adapter` |
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 /// | 3 | removals in words that a node acts on ([`KNOWS_REMOVALS`]): `JoinReply::Removed`; a start number that was used before is refused with `AlreadyExists` |
@@ -54,6 +55,9 @@ pub const KNOWS_FORMATS: u16 = 3;
 /// From here on keys and values can be held in fewer bits. They are asked for only where every member knows
 /// the contracts that say so.
 pub const KNOWS_KV: u16 = 3;
+
+/// From here on nodes know contracts under which products are of whole numbers.
+pub const KNOWS_NUMBERS: u16 = 3;
 
 /// From here on nodes know families beside Llama, Qwen2 and Qwen3.
 pub const KNOWS_FAMILIES: u16 = 3;

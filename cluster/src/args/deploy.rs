@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use clap::Args as ClapArgs;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective, Reduction};
-use shoal_protocol::plan::{KvPrecision, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 
 use super::ClusterArgs;
-use super::values::{count, kv, mesh, name, nonzero, objective, precision, reduction};
+use super::values::{activations, count, kv, mesh, name, nonzero, objective, precision, reduction};
 
 pub(super) const DEPLOY_EXAMPLES: &str = "\
 Examples:
@@ -49,6 +49,11 @@ pub struct DeployArgs {
     /// many tokens, at little loss; it stays for as long as the model is deployed [default: f32]
     #[arg(long, value_name = "P", value_parser = kv)]
     pub kv: Option<KvPrecision>,
+    /// Multiply weights in blocks of whole numbers (q8_0, q4_0, q4_k, q5_k, q6_k) with rows as they are (f32), or
+    /// with rows that are rounded to blocks too (int8), as llama.cpp does: several times as fast; it stays for as
+    /// long as the model is deployed [default: int8]
+    #[arg(long, value_name = "A", value_parser = activations)]
+    pub activations: Option<Activations>,
     /// Return when the cluster has accepted it, before it is ready
     #[arg(long)]
     pub no_wait: bool,
@@ -77,7 +82,7 @@ pub struct MeshArgs {
 impl From<MeshArgs> for MeshAsk {
     fn from(args: MeshArgs) -> Self {
         let MeshArgs { mesh, objective, reduction } = args;
-        Self { mesh, objective, reduction, kv: None }
+        Self { mesh, objective, reduction, kv: None, activations: None }
     }
 }
 

@@ -27,7 +27,7 @@ use shoal_coordinator::config::EtcdUrl;
 use shoal_coordinator::router::policy::Policy;
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::ZoneName;
-use shoal_protocol::plan::{KvPrecision, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 use shoal_protocol::units::Bytes;
 
 use crate::otlp::OtlpUrl;
@@ -47,7 +47,7 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
-    address, coordinator, count, device, kv, memory, name, nonzero, policy, precision, store, zone,
+    activations, address, coordinator, count, device, kv, memory, name, nonzero, policy, precision, store, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -202,6 +202,9 @@ pub struct UpArgs {
     /// Hold keys and values of the context as f32, bf16 or q8_0 [default: f32]
     #[arg(long, value_name = "P", value_parser = kv)]
     pub kv: Option<KvPrecision>,
+    /// Multiply weights in blocks of whole numbers with rows as they are (f32), or rounded too (int8) [default: int8]
+    #[arg(long, value_name = "A", value_parser = activations)]
+    pub activations: Option<Activations>,
     /// A hard budget for each worker's weights + KV + activations, such as 600MiB [default: an even
     /// share of the memory that is free]
     #[arg(long, value_name = "SIZE", value_parser = memory)]

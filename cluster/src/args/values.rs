@@ -10,7 +10,7 @@ use shoal_protocol::access::KeyName;
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
-use shoal_protocol::plan::{KvPrecision, Precision, StagesAsked};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
 use shoal_shard_worker::agent::inventory::MEMORY_MIN;
 
@@ -93,6 +93,11 @@ pub fn precision(text: &str) -> Result<Precision, String> {
 
 /// How keys and values are held.
 pub fn kv(text: &str) -> Result<KvPrecision, String> {
+    text.parse()
+}
+
+/// What rows are in products with whole numbers.
+pub fn activations(text: &str) -> Result<Activations, String> {
     text.parse()
 }
 

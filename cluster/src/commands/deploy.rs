@@ -10,7 +10,7 @@ use shoal_protocol::blob::{ObjectUrl, name};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
 use shoal_protocol::model::gguf;
-use shoal_protocol::plan::{KvPrecision, ModelSource, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, ModelSource, Precision};
 
 use super::rollout;
 use crate::args::DeployArgs;
@@ -32,6 +32,8 @@ pub struct Asked {
     pub precision: Option<Precision>,
     /// How keys and values are held.
     pub kv: Option<KvPrecision>,
+    /// What rows are in products with whole numbers.
+    pub activations: Option<Activations>,
     /// Full copies.
     pub replicas: u32,
     /// What is asked of the planner.
@@ -41,9 +43,10 @@ pub struct Asked {
 impl Asked {
     /// The call: in the words that every build knows where they are enough.
     pub fn call(self, name: DeploymentName, source: ModelSource) -> AdminCall {
-        let Self { stages, precision, kv, replicas, mesh } = self;
+        let Self { stages, precision, kv, activations, replicas, mesh } = self;
         let stages = stages.map(NonZeroU32::get);
-        let mut ask = MeshAsk { kv: kv.filter(|kv| *kv != KvPrecision::F32), ..mesh };
+        let kv = kv.filter(|kv| *kv != KvPrecision::F32);
+        let mut ask = MeshAsk { kv, activations, ..mesh };
         if ask.is_empty() {
             return AdminCall::Deploy { name, source, stages, precision, replicas };
         }
@@ -63,6 +66,7 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         stages: args.stages,
         precision: args.precision,
         kv: args.kv,
+        activations: args.activations,
         replicas: args.replicas.get(),
         mesh: MeshAsk::from(args.mesh),
     };
@@ -223,7 +227,8 @@ mod tests {
     fn what_every_build_knows_is_asked_in_words_that_every_build_knows() {
         let asked = |kv, stages: u32| {
             let (precision, mesh) = (None, MeshAsk::default());
-            let asked = Asked { stages: NonZeroU32::new(stages), precision, kv, replicas: 1, mesh };
+            let stages = NonZeroU32::new(stages);
+            let asked = Asked { stages, precision, kv, activations: None, replicas: 1, mesh };
             asked.call(default_name("m").unwrap(), source_of(None).unwrap().0)
         };
         for kv in [None, Some(KvPrecision::F32)] {

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use shoal_protocol::model::{EncoderSpec, Family};
-use shoal_protocol::plan::{KvPrecision, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 
 use crate::args::models::ModelsArgs;
 use crate::failure::Failure;
@@ -28,10 +28,11 @@ pub fn run(args: &ModelsArgs) -> Result<(), Failure> {
         .collect();
     let precisions = Precision::ALL.map(Precision::as_str);
     let kv = KvPrecision::ALL.map(KvPrecision::as_str);
+    let activations = Activations::ALL.map(Activations::as_str);
     let encoders: Vec<_> = EncoderSpec::architectures().collect();
     super::print_json(&serde_json::json!({
         "families": families, "encoders": encoders, "precisions": precisions, "kv_precisions": kv,
-        "files": FILES,
+        "activations": activations, "files": FILES,
     }))
 }
 
@@ -51,6 +52,8 @@ fn page() -> String {
     let kv = KvPrecision::ALL.map(KvPrecision::as_str).join(", ");
     let _ = writeln!(page, "\nweights held as (--precision): {precisions}");
     let _ = writeln!(page, "keys and values held as (--kv): {kv}");
+    let activations = Activations::ALL.map(Activations::as_str).join(", ");
+    let _ = writeln!(page, "multiplied, where they are whole numbers, with rows of (--activations): {activations}");
     let _ = writeln!(page, "read from: {FILES}");
     page
 }

@@ -13,7 +13,7 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{DeploymentName, NodeId, Role};
 use shoal_protocol::join::JoinToken;
 use shoal_protocol::mesh::{MeshAsk, MeshAsked};
-use shoal_protocol::plan::{DeploymentSpec, ModelRef, ModelSource, Precision};
+use shoal_protocol::plan::{Activations, DeploymentSpec, ModelRef, ModelSource, Precision};
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, close_code};
 use shoal_protocol::units::Bytes;
 use tokio::sync::watch;
@@ -213,7 +213,9 @@ impl AdminServer {
                 let scale = DeploymentCommand::Scale { name: name.clone(), replicas, stages };
                 self.scale(operator, &name, scale, dry_run).await
             }
-            AdminCall::ScaleMesh { ask, .. } if ask.kv.is_some() => Err(kv_stays()),
+            AdminCall::ScaleMesh { ask, .. } if ask.kv.is_some() || ask.activations.is_some() => {
+                Err(contract_stays())
+            }
             AdminCall::ScaleMesh { name, replicas, ask, dry_run } => {
                 let scale = DeploymentCommand::ScaleMesh { name: name.clone(), replicas, ask };
                 self.scale(operator, &name, scale, dry_run).await
@@ -310,6 +312,7 @@ impl AdminServer {
         let (model, shape) = opened.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the model: {error}"))
         })??;
+        let ask = with_activations(ask, precision.unwrap_or(shape.stored()))?;
         timeout_at(until, self.check_workers(&model)).await.map_err(|_| slow_model())??;
         let spec = DeploymentSpec { name, model, stages, precision };
         let state = self.store.state();
@@ -400,8 +403,27 @@ fn slow_model() -> WireError {
 }
 
 /// Another cache is another contract, under which no stream of the old one could go on.
-fn kv_stays() -> WireError {
-    let words = "how keys and values are held is chosen with `shoal deploy --kv`, and stays: deploy the model \
-                 under another name, let its clients move, and undeploy this one";
+fn contract_stays() -> WireError {
+    let words = "how keys and values are held (`shoal deploy --kv`) and what rows are in products (`--activations`) \
+                 is chosen for good: deploy the model under another name, let its clients move, and undeploy this one";
     WireError::new(ErrorCode::InvalidRequest, words)
+}
+
+/// With activations chosen: whole numbers wherever weights are held as such. Every worker that may hold those knows
+/// whole numbers too.
+fn with_activations(ask: MeshAsk, held: Precision) -> Result<MeshAsk, WireError> {
+    let activations = match ask.activations {
+        Some(Activations::Int8) if !held.has_numbers() => {
+            let words = format!(
+                "int8 activations are multiplied with weights in blocks of whole numbers, and these are to be held as \
+                 {held}; add --precision q8_0, q4_0, q4_k, q5_k or q6_k, or leave --activations out"
+            );
+            return Err(WireError::new(ErrorCode::InvalidRequest, words));
+        }
+        None if held.has_numbers() => Some(Activations::Int8),
+        // What is so where nothing is said need not be said.
+        Some(Activations::F32) | None => None,
+        Some(Activations::Int8) => Some(Activations::Int8),
+    };
+    Ok(MeshAsk { activations, ..ask })
 }

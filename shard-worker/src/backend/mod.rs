@@ -23,7 +23,7 @@ pub mod nccl;
 pub mod pool;
 
 use shoal_protocol::model::Activation;
-use shoal_protocol::plan::{KvPrecision, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 
 pub use encode::{EncodeOps, Pool};
 pub use family::{FamilyOps, HeadColumns, Router};
@@ -72,6 +72,17 @@ pub trait Ops: Send + Sized + 'static {
             other => Err(BackendError::BadShape {
                 what: "KV cache",
                 why: format!("this device holds keys and values as f32, not as {other}"),
+            }),
+        }
+    }
+
+    /// What rows are from now on in products with weights in blocks of whole numbers; f32 where nobody says so.
+    fn multiply(&mut self, activations: Activations) -> Result<(), BackendError> {
+        match activations {
+            Activations::F32 => Ok(()),
+            Activations::Int8 => Err(BackendError::BadShape {
+                what: "activations",
+                why: format!("this device multiplies values of f32, not of {activations}"),
             }),
         }
     }

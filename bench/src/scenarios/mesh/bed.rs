@@ -73,6 +73,7 @@ impl Bed {
                     objective: Some(objective),
                     reduction: None,
                     kv: None,
+                    activations: None,
                 };
                 AdminCall::DeployMesh { name: deployment, source, precision, replicas: 1, ask }
             }

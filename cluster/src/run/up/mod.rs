@@ -248,6 +248,7 @@ async fn deploy(
         stages: args.stages,
         precision: args.precision,
         kv: args.kv,
+        activations: args.activations,
         replicas: 1,
         mesh: MeshAsk::default(),
     };

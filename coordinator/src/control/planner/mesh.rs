@@ -304,11 +304,11 @@ impl<'w> Search<'_, 'w> {
             generation: job.generation,
             model: job.spec.model.clone(),
             precision: whole.precision(),
-            numerics: match self.wanted.reduction {
-                Reduction::Sum if split => Numerics::N1Sum,
-                _ => Numerics::N1,
-            }
-            .with_kv(whole.kv()),
+            numerics: Numerics::of(
+                job.activations(whole.precision()),
+                split && self.wanted.reduction == Reduction::Sum,
+                whole.kv(),
+            ),
             stages: stages.collect(),
             limits,
         }

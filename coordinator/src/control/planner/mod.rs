@@ -34,7 +34,7 @@ use std::net::IpAddr;
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
 use shoal_protocol::mesh::{MeshAsk, MeshAsked, ZoneName};
 use shoal_protocol::plan::{
-    DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
+    Activations, DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
     StagePlan,
 };
 use shoal_protocol::units::Bytes;
@@ -122,6 +122,15 @@ pub struct Job<'a> {
     pub ask: MeshAsk,
 }
 
+impl Job<'_> {
+    /// What rows are in products with weights that are held so: there is a choice only where those are whole
+    /// numbers.
+    fn activations(&self, held: Precision) -> Activations {
+        let asked = self.ask.activations.filter(|_| held.has_numbers());
+        asked.unwrap_or_default()
+    }
+}
+
 /// The most ends of cut ways that are left out in turn; each doubles the layouts that are made.
 const LEFT_OUT_MAX: usize = 4;
 
@@ -193,7 +202,7 @@ fn plan_on(inventory: &Inventory, job: &Job<'_>, share: usize) -> Result<Replica
         generation: job.generation,
         model: job.spec.model.clone(),
         precision,
-        numerics: numerics.with_kv(costs.kv()),
+        numerics: Numerics::of(job.activations(precision), false, costs.kv()),
         stages: stages.collect(),
         limits,
     })

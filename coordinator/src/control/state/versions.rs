@@ -22,9 +22,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
-use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, ModelSource, Precision};
 use shoal_protocol::version::{
-    KNOWS_ADAPTERS, KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV,
+    KNOWS_ADAPTERS, KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_NUMBERS,
     KNOWS_MESHES,
 };
 
@@ -138,15 +138,17 @@ pub fn needs(change: &Change) -> Needs {
             needs_of_model(&spec.model.source, shape)
                 .and(needs_of_weights(spec.precision, shape.stored()))
                 .and(needs_of_kv(ask.kv.unwrap_or_default()))
+                .and(needs_of_activations(ask.activations.unwrap_or_default()))
                 .and(Needs::coordinators(KNOWS_MESHES))
         }
         Change::Plan(PlanCommand::Adopt { plan } | PlanCommand::Prepare { plan, .. }) => {
-            let numerics = match plan.numerics.with_kv(KvPrecision::F32) {
-                Numerics::N1 => Needs::NOTHING,
-                _ => Needs::coordinators(KNOWS_MESHES),
+            let sums = match plan.numerics.sums() {
+                false => Needs::NOTHING,
+                true => Needs::coordinators(KNOWS_MESHES),
             };
-            let kv = needs_of_kv(plan.numerics.kv());
-            numerics.and(kv).and(needs_of_weights(None, plan.precision))
+            sums.and(needs_of_kv(plan.numerics.kv()))
+                .and(needs_of_activations(plan.numerics.activations()))
+                .and(needs_of_weights(None, plan.precision))
         }
         Change::Deployment(DeploymentCommand::Create { spec, shape, .. }) => {
             needs_of_model(&spec.model.source, shape)
@@ -206,6 +208,14 @@ fn needs_of_kv(kv: KvPrecision) -> Needs {
     match kv {
         KvPrecision::F32 => Needs::NOTHING,
         KvPrecision::Bf16 | KvPrecision::Q8_0 => Needs::everybody(KNOWS_KV),
+    }
+}
+
+/// The same of products of whole numbers.
+fn needs_of_activations(activations: Activations) -> Needs {
+    match activations {
+        Activations::F32 => Needs::NOTHING,
+        Activations::Int8 => Needs::everybody(KNOWS_NUMBERS),
     }
 }
 

@@ -1,16 +1,18 @@
 //! Blocks of weights that share a scale, 16 rows side by side.
 //!
 //! ```text
-//! q8_0, 32 columns:    [16 scales][32 x (16 bytes: a column)]
-//! q4_0, 32 columns:    [16 scales][16 x (16 bytes: column j low, column j + 16 high)]
-//! q4_k, 256 columns:   [16 scales][16 least scales] 8 x [16 numbers][16 least numbers][as q4_0]
-//! q5_k, q6_k:          `long_blocks`
-//! fp8, 128 columns:    [16 scales of four bytes][128 x (16 bytes: a column)]
+//! a quad, four columns:   [row 0: 4 bytes] … [row 15: 4 bytes]
+//! q8_0, 32 columns:       [16 scales][8 quads of numbers + 128]
+//! q4_0, 32 columns:       [16 scales][4 quads: low halves are columns 0..16, high halves 16..32]
+//! q4_k, 256 columns:      [16 scales][16 least scales] 8 x [16 numbers][16 least numbers] 8 x [as q4_0]
+//! q5_k, q6_k:             `long_blocks`
+//! fp8, 128 columns:       [16 scales of four bytes][128 x (16 bytes: a column)]
 //! ```
 //!
 //! A weight's value is the `f32` that its block stands for, found exactly (with one rounding where it is
 //! none), and then multiplied like any other weight: a product has the bits that it has with these
-//! values held as `f32`.
+//! values held as `f32`. The numbers themselves are what products of whole numbers take ([`Numbers`],
+//! [`dots`](super::dots)): four columns of a row side by side are what the instruction for those takes.
 
 use half::f16;
 
@@ -22,9 +24,12 @@ use crate::stored::{self, Block, Encode};
 /// Bytes of 16 scales of two bytes.
 pub(super) const SCALES: usize = 2 * PANEL;
 
-/// The low half of each byte, the high half of each byte.
+/// The low half of each byte.
 pub(super) const LOW: u8 = 0x0F;
-const HIGH: u8 = 0xF0;
+
+/// Columns of a quad, and its bytes.
+pub(super) const QUAD: usize = 4;
+pub(super) const QUAD_BYTES: usize = QUAD * PANEL;
 
 /// A [`Format`] of blocks.
 pub trait Blocks: Format {
@@ -39,6 +44,95 @@ pub trait Blocks: Format {
     unsafe fn place(panel: *mut u8, block: usize, lane: usize, stored: &[u8]);
 }
 
+/// Blocks of whole numbers below 256: a value is `number * factor + offset`.
+///
+/// # Safety
+///
+/// As of [`Format`].
+pub unsafe trait Numbers: Blocks {
+    /// Columns with one factor and offset; a whole number of quads.
+    const SHARE: usize;
+    /// The number that stands for zero: an offset is so many times the factor below it. `None` where blocks
+    /// have an offset of their own.
+    const ZERO: Option<u8>;
+    /// Whether a number may be 128 or more.
+    const WIDE: bool;
+
+    /// The columns from `k` on, a multiple of `SHARE`.
+    unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S>;
+
+    /// The numbers of its columns `4q..4q+4`.
+    unsafe fn quad<S: Simd>(share: &Scaled<S>, q: usize) -> S::Bytes;
+}
+
+/// Columns of 16 rows with one factor and offset a row.
+#[derive(Clone, Copy)]
+pub struct Scaled<S: Simd> {
+    /// The quads in which their numbers are.
+    pub(super) numbers: *const u8,
+    /// Further bits of these.
+    pub(super) more: *const u8,
+    /// How far right the halves are moved that count.
+    pub(super) right: u32,
+    /// Of each row.
+    pub(super) factor: S::F,
+    /// Of each row.
+    pub(super) offset: S::F,
+}
+
+impl<S: Simd> Scaled<S> {
+    /// Whose numbers are whole bytes or halves from `numbers` on, one of which stands for zero.
+    #[inline(always)]
+    pub(super) unsafe fn around(numbers: *const u8, factor: S::F, zero: Option<u8>) -> Self {
+        let zero = -f32::from(zero.unwrap_or(0));
+        // SAFETY: the caller's.
+        let offset = unsafe { S::mul(factor, S::splat(zero)) };
+        Self { numbers, more: numbers, right: 0, factor, offset }
+    }
+
+    /// Numbers of four bits, 32 columns.
+    #[inline(always)]
+    pub(super) unsafe fn half_quad(&self, q: usize) -> S::Bytes {
+        // SAFETY: the caller's.
+        unsafe {
+            let quad = S::load_bytes(self.numbers.add(q % QUAD * QUAD_BYTES));
+            S::bits(quad, (q / QUAD * 4) as u32, LOW)
+        }
+    }
+}
+
+/// [`Format`] of [`Numbers`]: values are rounded once, if at all.
+macro_rules! numbers_format {
+    ($name:ident) => {
+        // SAFETY: that of `Numbers`.
+        unsafe impl Format for $name {
+            const RUN: usize = <Self as Numbers>::SHARE;
+            type Run<S: Simd> = Scaled<S>;
+
+            #[inline(always)]
+            unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
+                // SAFETY: the caller's.
+                unsafe { Self::share::<S>(panel, k) }
+            }
+            #[inline(always)]
+            unsafe fn load<S: Simd>(run: &Scaled<S>, i: usize) -> S::F {
+                // SAFETY: the caller's.
+                unsafe {
+                    let number = S::byte(Self::quad::<S>(run, i / QUAD), i % QUAD);
+                    S::fma(number, run.factor, run.offset)
+                }
+            }
+        }
+    };
+}
+pub(super) use numbers_format;
+
+/// Where the byte of row `lane` and column `k` is, from the first quad on.
+#[inline(always)]
+pub(super) const fn quad_at(k: usize, lane: usize) -> usize {
+    k / QUAD * QUAD_BYTES + lane * QUAD + k % QUAD
+}
+
 /// Writes the scale that stands at `at` in a stored block.
 #[inline(always)]
 pub(super) unsafe fn place_scale(to: *mut u8, lane: usize, stored: &[u8], at: usize) {
@@ -46,79 +140,34 @@ pub(super) unsafe fn place_scale(to: *mut u8, lane: usize, stored: &[u8], at: us
     unsafe { to.cast::<u16>().add(lane).write(u16::from_le_bytes([stored[at], stored[at + 1]])) }
 }
 
-/// The value of scale `lane`.
-#[inline(always)]
-pub(super) unsafe fn scale_at(from: *const u8, lane: usize) -> f32 {
-    // SAFETY: the caller's: 16 scales begin at `from`, which is aligned to two bytes.
-    f16::from_bits(unsafe { *from.cast::<u16>().add(lane) }).to_f32()
-}
-
-/// Sixteen columns of bytes or half-bytes whose values are `number * factor + offset`.
-#[derive(Clone, Copy)]
-pub struct Halves<S: Simd> {
-    numbers: *const u8,
-    /// The half of each byte that counts. In a high half the number is 16 times as large, and the factor
-    /// a sixteenth: both are exact.
-    mask: u8,
-    factor: S::F,
-    offset: S::F,
-}
-
-impl<S: Simd> Halves<S> {
-    #[inline(always)]
-    unsafe fn of(numbers: *const u8, high: bool, factor: S::F, offset: S::F) -> Self {
-        // SAFETY: the caller's.
-        let sixteenth = unsafe { S::mul(factor, S::splat(1.0 / 16.0)) };
-        if high {
-            Self { numbers, mask: HIGH, factor: sixteenth, offset }
-        } else {
-            Self { numbers, mask: LOW, factor, offset }
-        }
-    }
-
-    /// Rounded once, if at all.
-    #[inline(always)]
-    unsafe fn column(&self, i: usize) -> S::F {
-        // SAFETY: the caller's.
-        unsafe {
-            let numbers = S::load_u8(self.numbers.add(i * PANEL), self.mask);
-            S::fma(numbers, self.factor, self.offset)
-        }
-    }
-}
-
 /// [`Precision::Q8_0`](shoal_protocol::plan::Precision::Q8_0).
 pub struct Q8_0;
 
 /// Bytes of a block of a panel.
 const Q8_0_BYTES: usize = PANEL * stored::Q8_0::BYTES;
+/// What is added to a number, so that it has no sign.
+const Q8_0_ZERO: u8 = 128;
+
+numbers_format!(Q8_0);
 
 // SAFETY: offsets are those of the layout above, inside the panel for each of its columns.
-unsafe impl Format for Q8_0 {
-    const RUN: usize = stored::Q8_0::WEIGHTS;
-    type Run<S: Simd> = (S::F, *const u8);
+unsafe impl Numbers for Q8_0 {
+    const SHARE: usize = stored::Q8_0::WEIGHTS;
+    const ZERO: Option<u8> = Some(Q8_0_ZERO);
+    const WIDE: bool = true;
 
     #[inline(always)]
-    unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> (S::F, *const u8) {
+    unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
         // SAFETY: the caller's.
         unsafe {
-            let block = panel.add(k / Self::RUN * Q8_0_BYTES);
-            (S::load_f16(block.cast()), block.add(SCALES))
+            let block = panel.add(k / Self::SHARE * Q8_0_BYTES);
+            Scaled::around(block.add(SCALES), S::load_f16(block.cast()), Self::ZERO)
         }
     }
     #[inline(always)]
-    unsafe fn load<S: Simd>((scale, numbers): &(S::F, *const u8), i: usize) -> S::F {
+    unsafe fn quad<S: Simd>(share: &Scaled<S>, q: usize) -> S::Bytes {
         // SAFETY: the caller's.
-        unsafe { S::mul(*scale, S::load_i8(numbers.add(i * PANEL).cast())) }
-    }
-    #[inline(always)]
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-        // SAFETY: the caller's.
-        unsafe {
-            let block = panel.add(k / Self::RUN * Q8_0_BYTES);
-            let number = *block.add(SCALES + k % Self::RUN * PANEL + lane) as i8;
-            scale_at(block, lane) * f32::from(number)
-        }
+        unsafe { S::load_bytes(share.numbers.add(q * QUAD_BYTES)) }
     }
 }
 
@@ -131,7 +180,7 @@ impl Blocks for Q8_0 {
             let block = panel.add(block * Q8_0_BYTES);
             place_scale(block, lane, stored, 0);
             for (k, number) in stored[2..Self::Stored::BYTES].iter().enumerate() {
-                block.add(SCALES + k * PANEL + lane).write(*number);
+                block.add(SCALES + quad_at(k, lane)).write(number ^ Q8_0_ZERO);
             }
         }
     }
@@ -145,44 +194,27 @@ const Q4_0_BYTES: usize = PANEL * stored::Q4_0::BYTES;
 /// Columns that are halves of the same side.
 pub(super) const SIDE: usize = 16;
 
+numbers_format!(Q4_0);
+
 // SAFETY: as above.
-unsafe impl Format for Q4_0 {
-    const RUN: usize = SIDE;
-    type Run<S: Simd> = Halves<S>;
+unsafe impl Numbers for Q4_0 {
+    const SHARE: usize = stored::Q4_0::WEIGHTS;
+    const ZERO: Option<u8> = Some(8);
+    const WIDE: bool = false;
 
     #[inline(always)]
-    unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> Halves<S> {
+    unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
         // SAFETY: the caller's.
         unsafe {
-            let block = panel.add(k / stored::Q4_0::WEIGHTS * Q4_0_BYTES);
-            let scale = S::load_f16(block.cast());
-            let offset = S::mul(scale, S::splat(-8.0));
-            Halves::of(block.add(SCALES), k % stored::Q4_0::WEIGHTS >= SIDE, scale, offset)
+            let block = panel.add(k / Self::SHARE * Q4_0_BYTES);
+            Scaled::around(block.add(SCALES), S::load_f16(block.cast()), Self::ZERO)
         }
     }
     #[inline(always)]
-    unsafe fn load<S: Simd>(run: &Halves<S>, i: usize) -> S::F {
+    unsafe fn quad<S: Simd>(share: &Scaled<S>, q: usize) -> S::Bytes {
         // SAFETY: the caller's.
-        unsafe { run.column(i) }
+        unsafe { share.half_quad(q) }
     }
-    #[inline(always)]
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-        // SAFETY: the caller's.
-        unsafe {
-            let block = panel.add(k / stored::Q4_0::WEIGHTS * Q4_0_BYTES);
-            let number = half_byte(block.add(SCALES), k % stored::Q4_0::WEIGHTS, lane);
-            let scale = scale_at(block, lane);
-            number.mul_add(scale, scale * -8.0)
-        }
-    }
-}
-
-/// The number of column `k` of 32.
-#[inline(always)]
-pub(super) unsafe fn half_byte(numbers: *const u8, k: usize, lane: usize) -> f32 {
-    // SAFETY: the caller's: 16 times 16 bytes begin at `numbers`.
-    let byte = unsafe { *numbers.add(k % SIDE * PANEL + lane) };
-    f32::from(if k < SIDE { byte & LOW } else { byte >> 4 })
 }
 
 impl Blocks for Q4_0 {
@@ -193,33 +225,21 @@ impl Blocks for Q4_0 {
         unsafe {
             let block = panel.add(block * Q4_0_BYTES);
             place_scale(block, lane, stored, 0);
-            for (j, halves) in stored[2..Self::Stored::BYTES].iter().enumerate() {
-                block.add(SCALES + j * PANEL + lane).write(*halves);
+            for (k, halves) in stored[2..Self::Stored::BYTES].iter().enumerate() {
+                block.add(SCALES + quad_at(k, lane)).write(*halves);
             }
         }
     }
 }
 
-/// Scale and offset of a part of 32 columns, of all rows: two small numbers by two scales of its block.
+/// Factor and offset of a part of 32 columns, of all rows: two small numbers by two scales of its block.
 #[inline(always)]
 pub(super) unsafe fn part_of<S: Simd>(block: *const u8, part: *const u8) -> (S::F, S::F) {
     // SAFETY: the caller's: a block's two rows of scales, and a part's two rows of numbers, begin there.
     unsafe {
-        let scale = S::mul(S::load_f16(block.cast()), S::load_u8(part, u8::MAX));
-        let least = S::load_f16(block.add(SCALES).cast());
-        let least = S::mul(least, S::load_u8(part.add(PANEL), u8::MAX));
+        let scale = S::mul(S::load_f16(block.cast()), S::load_u8(part));
+        let least = S::mul(S::load_f16(block.add(SCALES).cast()), S::load_u8(part.add(PANEL)));
         (scale, S::sub(S::splat(0.0), least))
-    }
-}
-
-/// The same of one row.
-#[inline(always)]
-pub(super) unsafe fn part_at(block: *const u8, part: *const u8, lane: usize) -> (f32, f32) {
-    // SAFETY: as of `part_of`.
-    unsafe {
-        let scale = scale_at(block, lane) * f32::from(*part.add(lane));
-        let least = scale_at(block.add(SCALES), lane) * f32::from(*part.add(PANEL + lane));
-        (scale, 0.0 - least)
     }
 }
 
@@ -228,53 +248,59 @@ pub struct Q4K;
 
 /// Columns of a part.
 pub(super) const PART: usize = 32;
-/// Bytes of a part of a panel: two numbers a row, and the weights.
-const PART_BYTES: usize = 2 * PANEL + SIDE * PANEL;
+/// Parts of a block.
+pub(super) const PARTS: usize = 8;
+/// Bytes of the halves of a part.
+pub(super) const HALVES: usize = SIDE * PANEL;
 /// Bytes of a block of a panel.
-const Q4K_BYTES: usize = 2 * SCALES + stored::Q4K::WEIGHTS / PART * PART_BYTES;
+const Q4K_BYTES: usize = 2 * SCALES + PARTS * (2 * PANEL + HALVES);
 const _: () = assert!(
     Q4K_BYTES == PANEL * shoal_protocol::plan::Precision::Q4K.block().1 as usize,
     "plans count these bytes"
 );
 
+/// Where, in a panel with blocks of `block_bytes` that begin with `scales` bytes, column `k` has its block, its part's
+/// numbers, and its part's quads of `quads` bytes.
+#[inline(always)]
+pub(super) const fn part_offsets(
+    k: usize,
+    (block_bytes, scales, quads): (usize, usize, usize),
+) -> (usize, usize, usize) {
+    let block = k / (PARTS * PART) * block_bytes;
+    let part = k / PART % PARTS;
+    let first = block + scales;
+    (block, first + part * 2 * PANEL, first + PARTS * 2 * PANEL + part * quads)
+}
+
 impl Q4K {
-    /// Where the block of column `k` begins, and where its part does.
     #[inline(always)]
-    fn offsets(k: usize) -> (usize, usize) {
-        let block = k / stored::Q4K::WEIGHTS * Q4K_BYTES;
-        (block, block + 2 * SCALES + k % stored::Q4K::WEIGHTS / PART * PART_BYTES)
+    fn offsets(k: usize) -> (usize, usize, usize) {
+        part_offsets(k, (Q4K_BYTES, 2 * SCALES, HALVES))
     }
 }
 
+numbers_format!(Q4K);
+
 // SAFETY: as above.
-unsafe impl Format for Q4K {
-    const RUN: usize = SIDE;
-    type Run<S: Simd> = Halves<S>;
+unsafe impl Numbers for Q4K {
+    const SHARE: usize = PART;
+    const ZERO: Option<u8> = None;
+    const WIDE: bool = false;
 
     #[inline(always)]
-    unsafe fn open<S: Simd>(panel: *const u8, k: usize) -> Halves<S> {
-        let (block, part) = Self::offsets(k);
+    unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
+        let (block, part, quads) = Self::offsets(k);
         // SAFETY: the caller's.
         unsafe {
-            let (block, part) = (panel.add(block), panel.add(part));
-            let (scale, offset) = part_of::<S>(block, part);
-            Halves::of(part.add(2 * PANEL), k % PART >= SIDE, scale, offset)
+            let (factor, offset) = part_of::<S>(panel.add(block), panel.add(part));
+            let numbers = panel.add(quads);
+            Scaled { numbers, more: numbers, right: 0, factor, offset }
         }
     }
     #[inline(always)]
-    unsafe fn load<S: Simd>(run: &Halves<S>, i: usize) -> S::F {
+    unsafe fn quad<S: Simd>(share: &Scaled<S>, q: usize) -> S::Bytes {
         // SAFETY: the caller's.
-        unsafe { run.column(i) }
-    }
-    #[inline(always)]
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-        let (block, part) = Self::offsets(k);
-        // SAFETY: the caller's.
-        unsafe {
-            let (block, part) = (panel.add(block), panel.add(part));
-            let (scale, offset) = part_at(block, part, lane);
-            half_byte(part.add(2 * PANEL), k % PART, lane).mul_add(scale, offset)
-        }
+        unsafe { share.half_quad(q) }
     }
 }
 
@@ -283,8 +309,8 @@ impl Blocks for Q4K {
 
     unsafe fn place(panel: *mut u8, block: usize, lane: usize, stored: &[u8]) {
         let first = block * stored::Q4K::WEIGHTS;
-        for j in 0..stored::Q4K::WEIGHTS / PART {
-            let (block, part) = Self::offsets(first + j * PART);
+        for j in 0..PARTS {
+            let (block, part, quads) = Self::offsets(first + j * PART);
             let (scale, least) = stored::six_bits(&stored[stored::Q4K::PARTS_AT..], j);
             // In a stored block two parts share bytes; here the halves of a part do.
             let numbers = &stored[stored::Q4K::NUMBERS_AT + j / 2 * PART..][..PART];
@@ -293,12 +319,11 @@ impl Blocks for Q4K {
             unsafe {
                 place_scale(panel.add(block), lane, stored, 0);
                 place_scale(panel.add(block + SCALES), lane, stored, 2);
-                let part = panel.add(part);
-                part.add(lane).write(scale);
-                part.add(PANEL + lane).write(least);
+                panel.add(part + lane).write(scale);
+                panel.add(part + PANEL + lane).write(least);
                 for k in 0..SIDE {
                     let halves = number(k) | number(k + SIDE) << 4;
-                    part.add((2 + k) * PANEL + lane).write(halves);
+                    panel.add(quads + quad_at(k, lane)).write(halves);
                 }
             }
         }
@@ -330,15 +355,6 @@ unsafe impl Format for Fp8 {
     unsafe fn load<S: Simd>((scale, numbers): &(S::F, *const u8), i: usize) -> S::F {
         // SAFETY: the caller's.
         unsafe { S::mul(*scale, S::load_e4m3(numbers.add(i * PANEL))) }
-    }
-    #[inline(always)]
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-        // SAFETY: the caller's.
-        unsafe {
-            let block = panel.add(k / Self::RUN * FP8_BYTES);
-            let number = *block.add(FP8_SCALES + k % Self::RUN * PANEL + lane);
-            *block.cast::<f32>().add(lane) * stored::e4m3(number)
-        }
     }
 }
 

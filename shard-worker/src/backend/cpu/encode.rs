@@ -7,7 +7,7 @@
 use super::family::NormOf;
 use super::linear::SharedMut;
 use super::packed::Packed;
-use super::{CpuBuf, CpuOps, CpuStream, Stamp, bad, expect, expect_rows, rows_of};
+use super::{CpuBuf, CpuOps, CpuStream, NOTHING, bad, expect, expect_rows, rows_of};
 use crate::backend::{EncodeOps, Norm, Pool};
 use crate::model::{ComputeError, Span};
 
@@ -22,13 +22,13 @@ impl EncodeOps for CpuOps {
         expect_rows("the stream", rows.len(), out.rows())?;
         expect_rows("the device's scratch", out.width, self.tiles.len())?;
         // Its contents are gone.
-        self.tiles_hold = (Stamp(0), 0);
+        self.tiles_hold = NOTHING;
         let values = &mut self.tiles.as_mut_slice()[..out.width];
         for (row, to) in rows.iter().zip(out.hidden.chunks_exact_mut(out.width)) {
             if *row as usize >= table.outputs() {
                 return Err(bad(format!("row {row} of a table of {}", table.outputs())));
             }
-            table.copy_row(*row as usize, values);
+            table.copy_row(self.isa, *row as usize, values);
             to.iter_mut().zip(&*values).for_each(|(to, value)| *to += value);
         }
         Ok(())

@@ -29,9 +29,6 @@ pub unsafe trait Format: Send + Sync + 'static {
 
     /// The exact values of column `i` of a run.
     unsafe fn load<S: Simd>(run: &Self::Run<S>, i: usize) -> S::F;
-
-    /// The exact value of one weight of row `lane` of the panel.
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32;
 }
 
 /// A type of which each element stands for itself, in memory as in files.
@@ -67,11 +64,6 @@ macro_rules! plain_format {
             unsafe fn load<S: Simd>(run: &*const $element, i: usize) -> S::F {
                 // SAFETY: the caller's.
                 unsafe { S::$load(run.add(i * PANEL)) }
-            }
-            #[inline(always)]
-            unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-                // SAFETY: the caller's.
-                Self::decode(unsafe { *panel.cast::<$element>().add(k * PANEL + lane) })
             }
         }
     };

@@ -18,13 +18,18 @@ pub enum InstructionSet {
     Portable,
     /// `avx2`: AVX2, FMA and F16C.
     Avx2,
+    /// `avxvnni`: these and AVX-VNNI.
+    AvxVnni,
     /// `avx512`: AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// `avx512vnni`: these and VNNI.
+    Avx512Vnni,
 }
 
 impl InstructionSet {
     /// From the slowest to the fastest.
-    pub const ALL: [InstructionSet; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [InstructionSet; 5] =
+        [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni];
 
     fn is_here(self) -> bool {
         match self {
@@ -36,6 +41,10 @@ impl InstructionSet {
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_here() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Self::Avx512.is_here() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_here()
                     && is_x86_feature_detected!("avx512f")
@@ -44,7 +53,7 @@ impl InstructionSet {
                     && is_x86_feature_detected!("avx512vl")
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Vnni => false,
         }
     }
 }
@@ -54,7 +63,9 @@ impl fmt::Display for InstructionSet {
         f.write_str(match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
         })
     }
 }
@@ -66,7 +77,7 @@ impl FromStr for InstructionSet {
         Self::ALL.into_iter().find(|set| set.to_string() == text).ok_or_else(|| {
             BackendError::InstructionSet {
                 asked: text.to_owned(),
-                why: "not known; known are portable, avx2 and avx512".into(),
+                why: format!("not known; known are {}", Self::ALL.map(|set| set.to_string()).join(", ")),
             }
         })
     }
@@ -136,9 +147,13 @@ impl Isa {
                 #[cfg(target_arch = "x86_64")]
                 InstructionSet::Avx2 => run_avx2(kernel),
                 #[cfg(target_arch = "x86_64")]
+                InstructionSet::AvxVnni => run_avxvnni(kernel),
+                #[cfg(target_arch = "x86_64")]
                 InstructionSet::Avx512 => run_avx512(kernel),
+                #[cfg(target_arch = "x86_64")]
+                InstructionSet::Avx512Vnni => run_avx512vnni(kernel),
                 #[cfg(not(target_arch = "x86_64"))]
-                InstructionSet::Avx2 | InstructionSet::Avx512 => kernel.run::<Portable>(),
+                _ => kernel.run::<Portable>(),
             }
         }
     }
@@ -154,14 +169,28 @@ impl fmt::Display for Isa {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx2>() }
+    unsafe { kernel.run::<Avx2<false>>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn run_avxvnni<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx2<true>>() }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512>() }
+    unsafe { kernel.run::<Avx512<false>>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn run_avx512vnni<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512<true>>() }
 }
 
 #[cfg(test)]

@@ -163,7 +163,7 @@ fn rows_of_blocks_are_held_as_they_are_stored() {
         let expected = rounded(held, cols, &values);
         let mut row = vec![f32::NAN; cols];
         for (r, expected) in expected.chunks(cols).enumerate() {
-            packed.copy_row(r, &mut row);
+            packed.copy_row(Isa::best(), r, &mut row);
             // Zeros of either sign.
             assert!(row == expected, "{held}, row {r}: {row:?} is not {expected:?}");
         }

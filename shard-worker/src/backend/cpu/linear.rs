@@ -1,7 +1,8 @@
 //! Products of rows with a packed matrix.
 //!
 //! Contract n1: an output is one chain of fused multiply-adds over `k` in ascending order, from
-//! zero; the bias is added last. Rows, panels and threads are divided freely, `k` never is: where
+//! zero; the bias is added last. Contract n2 has another link in that chain ([`dots`](super::dots)).
+//! Rows, panels and threads are divided freely, `k` never is: where
 //! it is cut for the caches, the chain goes on from the sum in `out`.
 //!
 //! ```text
@@ -14,6 +15,7 @@
 
 use std::marker::PhantomData;
 
+use super::dots::{self, Dots, with_numbers};
 use super::format::{Format, with_format};
 use super::isa::{Isa, Kernel};
 use super::packed::{PANEL, Packed};
@@ -31,8 +33,8 @@ const GROUP: usize = 4;
 
 /// How many rows are divided into tiles of nearly the same height.
 #[derive(Clone, Copy)]
-struct Tiling {
-    tiles: usize,
+pub(super) struct Tiling {
+    pub(super) tiles: usize,
     rows: usize,
 }
 
@@ -42,48 +44,72 @@ impl Tiling {
     }
 
     /// First row and height of a tile.
-    fn tile(self, index: usize) -> (usize, usize) {
+    pub(super) fn tile(self, index: usize) -> (usize, usize) {
         let range = Share { index, of: self.tiles }.range(self.rows);
         (range.start, range.len())
     }
 }
 
-/// Rows laid out in tiles, ready for products.
+/// How a chain goes on from one column to the next.
 ///
-/// One row needs no other layout than its own.
+/// # Safety
+///
+/// Implementations go no further than what [`Tile`] promises.
+pub(super) unsafe trait Arithmetic: Sized {
+    /// How high tiles are at most, with 32 registers or 16 halves.
+    fn rows_max(wide: bool) -> usize;
+
+    /// The byte at which a tile of `height` rows that begins with `row` has column `k`, where a cut may be.
+    fn offset((row, height): (usize, usize), k: usize, cols: usize) -> usize;
+
+    /// Calls `tile.columns` with its height and as many panels as the registers hold sums for.
+    unsafe fn of_height<S: Simd>(tile: &Tile<Self>, height: usize);
+
+    /// Adds the columns of a tile to the sums of `P` panels from `panel` on.
+    unsafe fn accumulate<S: Simd, const M: usize, const P: usize>(
+        sums: &mut [[S::F; P]; M],
+        tile: &Tile<Self>,
+        panel: usize,
+    );
+}
+
+/// Rows laid out in tiles, ready for products.
 pub struct Tiles<'a> {
+    /// `[tile][column][row]`; or as [`dots`] lays them out.
     x: &'a [f32],
     tiling: Tiling,
     cols: usize,
+    /// Whether it is as `dots` lays them out.
+    rounded: bool,
 }
 
 impl<'a> Tiles<'a> {
     /// How high tiles are at most with these instructions.
-    fn rows_max(isa: Isa) -> usize {
-        struct TileRows;
-        impl Kernel for TileRows {
+    fn rows_max<A: Arithmetic>(isa: Isa) -> usize {
+        struct TileRows<A>(PhantomData<A>);
+        impl<A: Arithmetic> Kernel for TileRows<A> {
             type Output = usize;
             #[inline(always)]
             unsafe fn run<S: Simd>(self) -> usize {
-                if S::WIDE { 8 } else { 6 }
+                A::rows_max(S::WIDE)
             }
         }
         // SAFETY: it computes nothing.
-        unsafe { isa.run(TileRows) }
+        unsafe { isa.run(TileRows::<A>(PhantomData)) }
     }
 
     /// Lays out `x`, `rows x cols`, in `scratch`, which is as large. `fresh` says that `scratch`
-    /// does not hold these rows already.
+    /// does not hold these rows already. One row needs no other layout than its own.
     pub fn of(
         (isa, pool): (Isa, &mut Pool),
         x: &'a [f32],
         (rows, cols): (usize, usize),
         (scratch, fresh): (&'a mut [f32], bool),
     ) -> Result<Self, ComputeError> {
-        let tiling = Tiling::of(rows, Self::rows_max(isa));
+        let tiling = Tiling::of(rows, Self::rows_max::<Chains<super::format::F32>>(isa));
         let x = &x[..rows * cols];
         if rows <= 1 {
-            return Ok(Self { x, tiling, cols });
+            return Ok(Self { x, tiling, cols, rounded: false });
         }
         let scratch = &mut scratch[..rows * cols];
         if fresh {
@@ -99,7 +125,35 @@ impl<'a> Tiles<'a> {
                 }
             })?;
         }
-        Ok(Self { x: scratch, tiling, cols })
+        Ok(Self { x: scratch, tiling, cols, rounded: false })
+    }
+
+    /// Rounds `x` to whole numbers in `scratch`, which has [`dots::scratch_len`] values, for matrices of
+    /// [`Precision::has_numbers`](shoal_protocol::plan::Precision::has_numbers).
+    pub fn rounded(
+        (isa, pool): (Isa, &mut Pool),
+        x: &[f32],
+        (rows, cols): (usize, usize),
+        (scratch, fresh): (&'a mut [f32], bool),
+    ) -> Result<Self, ComputeError> {
+        let tiling = Tiling::of(rows, Self::rows_max::<Dots<super::blocks::Q8_0>>(isa));
+        let scratch = &mut scratch[..dots::scratch_len(rows, cols)];
+        if fresh {
+            let to = SharedMut(scratch.as_mut_ptr());
+            let x = &x[..rows * cols];
+            spread(pool, rows * cols <= ALONE_VALUES_MAX, &|share: Share| {
+                for index in share.range(tiling.tiles) {
+                    let (first, height) = tiling.tile(index);
+                    let rows = &x[first * cols..][..height * cols];
+                    // SAFETY: tiles are disjoint ranges of rows, and `scratch` has room for all.
+                    unsafe {
+                        let to = to.get().add(dots::scratch_len(first, cols));
+                        isa.run(dots::Round { rows, height, to });
+                    }
+                }
+            })?;
+        }
+        Ok(Self { x: scratch, tiling, cols, rounded: true })
     }
 }
 
@@ -153,13 +207,19 @@ pub fn product(
         let groups = share.range(weight.panels().div_ceil(GROUP));
         let panels =
             (groups.start * GROUP).min(weight.panels())..(groups.end * GROUP).min(weight.panels());
-        with_format!(weight.held(), F => {
-            const { assert!(F::RUN > CUT || CUT.is_multiple_of(F::RUN), "a cut of k begins a run") };
-            let kernel =
-                Product { x, weight, bias, out: out.get(), panels, format: PhantomData::<F> };
-            // SAFETY: sizes were checked above; each share writes the columns of its own panels.
-            unsafe { isa.run(kernel) }
-        });
+        let out = out.get();
+        // SAFETY: sizes were checked above; each share writes the columns of its own panels.
+        unsafe {
+            if x.rounded {
+                with_numbers!(weight.held(), F => {
+                    isa.run(Product::<Dots<F>> { x, weight, bias, out, panels, how: PhantomData })
+                })
+            } else {
+                with_format!(weight.held(), F => {
+                    isa.run(Product::<Chains<F>> { x, weight, bias, out, panels, how: PhantomData })
+                })
+            }
+        }
     })
 }
 
@@ -167,39 +227,31 @@ pub fn product(
 /// columns, `out` as it has outputs.
 pub fn one_row(isa: Isa, x: &[f32], weight: &Packed, out: &mut [f32]) {
     assert_eq!((x.len(), out.len()), (weight.cols(), weight.outputs()), "checked by the caller");
-    let tiles = Tiles { x, tiling: Tiling::of(1, 1), cols: weight.cols() };
-    let panels = 0..weight.panels();
+    let x = &Tiles { x, tiling: Tiling::of(1, 1), cols: weight.cols(), rounded: false };
+    let (out, panels) = (out.as_mut_ptr(), 0..weight.panels());
     with_format!(weight.held(), F => {
-        let kernel = Product {
-            x: &tiles,
-            weight,
-            bias: None,
-            out: out.as_mut_ptr(),
-            panels,
-            format: PhantomData::<F>,
-        };
+        let product = Product::<Chains<F>> { x, weight, bias: None, out, panels, how: PhantomData };
         // SAFETY: sizes were checked above.
-        unsafe { isa.run(kernel) }
+        unsafe { isa.run(product) }
     });
 }
 
 /// One thread's share of a product.
-struct Product<'a, F> {
+struct Product<'a, A> {
     x: &'a Tiles<'a>,
     weight: &'a Packed,
     bias: Option<&'a [f32]>,
     out: *mut f32,
     panels: std::ops::Range<usize>,
-    /// How `weight` is held.
-    format: PhantomData<F>,
+    how: PhantomData<A>,
 }
 
-impl<F: Format> Kernel for Product<'_, F> {
+impl<A: Arithmetic> Kernel for Product<'_, A> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { x, weight, bias, out, panels, format: _ } = self;
+        let Self { x, weight, bias, out, panels, how: _ } = self;
         let (cols, outputs) = (weight.cols(), weight.outputs());
         let cut = if x.tiling.tiles > 1 { CUT } else { cols };
         for k0 in (0..cols).step_by(cut) {
@@ -208,13 +260,13 @@ impl<F: Format> Kernel for Product<'_, F> {
                 let column = panel * PANEL;
                 for index in 0..x.tiling.tiles {
                     let (row, height) = x.tiling.tile(index);
-                    // SAFETY: all offsets are inside `x` (`rows x cols`), the panels
+                    // SAFETY: all offsets are inside `x` (all tiles), the panels
                     // (`panels x cols x 16`), `bias` (whole panels) and `out` (`rows x outputs`).
                     let tile = unsafe {
-                        Tile::<F> {
+                        Tile::<A> {
                             k0,
                             depth,
-                            x: x.x.as_ptr().add(row * cols + k0 * height),
+                            x: x.x.as_ptr().cast::<u8>().add(A::offset((row, height), k0, cols)),
                             weights: weight.panel(panel),
                             panel_bytes: weight.panel_bytes(),
                             panels: GROUP.min(panels.end - panel),
@@ -224,11 +276,11 @@ impl<F: Format> Kernel for Product<'_, F> {
                             bias: bias
                                 .filter(|_| k0 + depth == cols)
                                 .map(|bias| bias.as_ptr().add(column)),
-                            format: PhantomData,
+                            how: PhantomData,
                         }
                     };
                     // SAFETY: as above, and `height` is that of the tile.
-                    unsafe { tile.of_height::<S>(height) };
+                    unsafe { A::of_height::<S>(&tile, height) };
                 }
             }
         }
@@ -236,15 +288,15 @@ impl<F: Format> Kernel for Product<'_, F> {
 }
 
 /// At most [`GROUP`] panels, one tile of rows, one cut of `k`.
-struct Tile<F: Format> {
+pub(super) struct Tile<A> {
     /// The first column; the chains begin at 0.
-    k0: usize,
-    depth: usize,
-    /// `[depth][height]`.
-    x: *const f32,
-    /// The first panel, from its first column on.
-    weights: *const u8,
-    panel_bytes: usize,
+    pub(super) k0: usize,
+    pub(super) depth: usize,
+    /// The tile from its first column on, in the layout of its arithmetic, aligned to four bytes.
+    pub(super) x: *const u8,
+    /// The first panel.
+    pub(super) weights: *const u8,
+    pub(super) panel_bytes: usize,
     panels: usize,
     /// `[height of out_stride][columns]`.
     out: *mut f32,
@@ -253,35 +305,25 @@ struct Tile<F: Format> {
     columns: usize,
     /// Where the chains end here and there is one.
     bias: Option<*const f32>,
-    /// How `weights` are held.
-    format: PhantomData<F>,
+    how: PhantomData<A>,
 }
 
-/// Calls the kernel for a height with as many panels as the registers hold sums for.
+/// Calls the kernel for a height with so many panels at once.
 macro_rules! by_height {
-    ($self:ident, $height:ident, $simd:ident: $($m:literal x $p:literal),+) => {
+    ($tile:ident, $height:ident, $simd:ident: $($m:literal x $p:literal),+) => {
         match $height {
             // SAFETY: the caller's; the tile is `$m` rows high.
-            $($m => unsafe { $self.columns::<$simd, $m, $p>() },)+
-            // Tiles are no higher than `Tiles::rows_max`.
+            $($m => unsafe { $tile.columns::<$simd, $m, $p>() },)+
+            // Tiles are no higher than `Arithmetic::rows_max`.
             _ => unreachable!("a tile of {} rows", $height),
         }
     };
 }
+pub(super) use by_height;
 
-impl<F: Format> Tile<F> {
+impl<A: Arithmetic> Tile<A> {
     #[inline(always)]
-    unsafe fn of_height<S: Simd>(&self, height: usize) {
-        if S::WIDE {
-            by_height!(self, height, S:
-                1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 2, 6 x 2, 7 x 2, 8 x 2)
-        } else {
-            by_height!(self, height, S: 1 x 4, 2 x 2, 3 x 2, 4 x 1, 5 x 1, 6 x 1)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn columns<S: Simd, const M: usize, const P: usize>(&self) {
+    pub(super) unsafe fn columns<S: Simd, const M: usize, const P: usize>(&self) {
         let mut panel = 0;
         while panel + P <= self.panels {
             // SAFETY: the caller's; the panels are there.
@@ -310,31 +352,7 @@ impl<F: Format> Tile<F> {
                     }
                 }
             }
-            let mut x = self.x;
-            let weights = self.weights.add(panel * self.panel_bytes);
-            let mut done = 0;
-            while done < self.depth {
-                let mut runs = [F::open::<S>(weights, self.k0 + done); P];
-                for p in 1..P {
-                    let panel = weights.add(p * self.panel_bytes);
-                    runs[p] = F::open::<S>(panel, self.k0 + done);
-                }
-                let long = F::RUN.min(self.depth - done);
-                for i in 0..long {
-                    let mut w = [S::splat(0.0); P];
-                    for p in 0..P {
-                        w[p] = F::load::<S>(&runs[p], i);
-                    }
-                    for m in 0..M {
-                        let value = S::splat(*x.add(m));
-                        for p in 0..P {
-                            sums[m][p] = S::fma(value, w[p], sums[m][p]);
-                        }
-                    }
-                    x = x.add(M);
-                }
-                done += long;
-            }
+            A::accumulate::<S, M, P>(&mut sums, self, panel);
             for m in 0..M {
                 for p in 0..P {
                     let (at, lanes) = self.place(m, panel + p);
@@ -355,5 +373,73 @@ impl<F: Format> Tile<F> {
         // In bounds, as the fields' docs say; `wrapping_add` leaves the proof to the access.
         let at = self.out.wrapping_add(row * self.out_stride + column);
         (at, PANEL.min(self.columns - column))
+    }
+}
+
+/// Contract n1: `sum = fma(x, w, sum)` for each column.
+pub(super) struct Chains<F>(PhantomData<F>);
+
+// SAFETY: a tile has `depth` columns of `M` values, and its panels have the columns, which is what `Tile` promises.
+unsafe impl<F: Format> Arithmetic for Chains<F> {
+    fn rows_max(wide: bool) -> usize {
+        if wide { 8 } else { 6 }
+    }
+
+    #[inline(always)]
+    fn offset((row, height): (usize, usize), k: usize, cols: usize) -> usize {
+        (row * cols + k * height) * size_of::<f32>()
+    }
+
+    #[inline(always)]
+    unsafe fn of_height<S: Simd>(tile: &Tile<Self>, height: usize) {
+        if S::WIDE {
+            by_height!(tile, height, S:
+                1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 2, 6 x 2, 7 x 2, 8 x 2)
+        } else {
+            by_height!(tile, height, S: 1 x 4, 2 x 2, 3 x 2, 4 x 1, 5 x 1, 6 x 1)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate<S: Simd, const M: usize, const P: usize>(
+        sums: &mut [[S::F; P]; M],
+        tile: &Tile<Self>,
+        panel: usize,
+    ) {
+        const { assert!(F::RUN > CUT || CUT.is_multiple_of(F::RUN), "a cut of k begins a run") };
+        // SAFETY: the caller's.
+        unsafe {
+            let mut x = tile.x.cast::<f32>();
+            let weights = tile.weights.add(panel * tile.panel_bytes);
+            let mut done = 0;
+            while done < tile.depth {
+                let mut runs = [F::open::<S>(weights, tile.k0 + done); P];
+                for p in 1..P {
+                    runs[p] = F::open::<S>(weights.add(p * tile.panel_bytes), tile.k0 + done);
+                }
+                let long = F::RUN.min(tile.depth - done);
+                let mut column = |i: usize| {
+                    let mut w = [S::splat(0.0); P];
+                    for p in 0..P {
+                        w[p] = F::load::<S>(&runs[p], i);
+                    }
+                    for m in 0..M {
+                        let value = S::splat(*x.add(m));
+                        for p in 0..P {
+                            sums[m][p] = S::fma(value, w[p], sums[m][p]);
+                        }
+                    }
+                    x = x.add(M);
+                };
+                // Formats find four columns at once.
+                let mut i = 0;
+                while i + 4 <= long {
+                    (i..i + 4).for_each(&mut column);
+                    i += 4;
+                }
+                (i..long).for_each(&mut column);
+                done += long;
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! [`Ops`] on the CPU: packed kernels under numerics contract n1.
+//! [`Ops`] on the CPU: packed kernels under numerics contracts n1 and n2.
 //!
 //! A product output is one chain of fused multiply-adds over `k` ascending from zero, the bias added
 //! last ([`linear`]). Sums over a row take 16 lanes and one fold tree ([`rows`]). Softmax is online
@@ -15,6 +15,7 @@
 mod attention;
 mod blocks;
 mod check;
+mod dots;
 mod encode;
 mod experts;
 mod family;
@@ -28,6 +29,7 @@ mod math;
 mod memory;
 mod mxfp4;
 mod packed;
+mod products;
 mod rows;
 mod simd;
 #[cfg(target_arch = "x86_64")]
@@ -47,11 +49,11 @@ pub use memory::held_bytes;
 pub use packed::{Packed, PackedBuilder};
 
 use shoal_protocol::model::Activation;
-use shoal_protocol::plan::{KvPrecision, Precision};
+use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 
 use self::check::{bad, expect, expect_rows, heads_of};
 use self::family::NormOf;
-use self::linear::{SharedMut, Tiles};
+use self::linear::SharedMut;
 use self::memory::Floats;
 use self::rows::{Add, Gate, RotateRow, angles_of};
 use super::pool::{Pool, Share};
@@ -71,16 +73,21 @@ pub struct CpuOps {
     pool: Pool,
     /// Rows laid out for products, as large as the largest buffer.
     tiles: Floats,
-    /// The contents that `tiles` holds, and how many rows of them.
-    tiles_hold: (Stamp, usize),
+    /// The contents that `tiles` holds, how many rows of them, and what they are there.
+    tiles_hold: (Stamp, usize, Activations),
     stamps: u64,
     /// How caches that are made from now on hold keys and values.
     kv_held: KvPrecision,
+    /// What rows are in products with whole numbers.
+    activations: Activations,
 }
 
 /// What a buffer contains: a number that no other contents ever had on this device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp(u64);
+
+/// No contents.
+const NOTHING: (Stamp, usize, Activations) = (Stamp(0), 0, Activations::F32);
 
 /// Scratch rows.
 pub struct CpuBuf {
@@ -108,9 +115,10 @@ impl CpuOps {
             isa,
             pool: Pool::new(threads)?,
             tiles: Floats::zeros(0)?,
-            tiles_hold: (Stamp(0), 0),
+            tiles_hold: NOTHING,
             stamps: 0,
             kv_held: KvPrecision::F32,
+            activations: Activations::F32,
         })
     }
 
@@ -139,38 +147,6 @@ impl CpuOps {
         let isa = self.isa;
         let job = |share: Share| work(isa, share.range(rows));
         spread(&mut self.pool, rows * width <= ALONE_VALUES_MAX, &job)
-    }
-
-    /// `out[r] = weight · x[r] + bias` with sizes checked.
-    fn product(
-        &mut self,
-        (x, rows): (&CpuBuf, usize),
-        weight: &Packed,
-        bias: Option<&CpuVector>,
-        out: &mut [f32],
-    ) -> Result<(), ComputeError> {
-        expect("the input of a product", x.width, weight.cols())?;
-        expect_rows("the input of a product", rows, x.rows_max())?;
-        expect_rows("the output of a product", rows * weight.outputs(), out.len())?;
-        if let Some(bias) = bias {
-            expect("a bias", bias.len, weight.outputs())?;
-        }
-        if rows == 0 {
-            return Ok(());
-        }
-        let fresh = self.tiles_hold != (x.contents, rows);
-        if fresh {
-            // Nothing, should this fail half-way.
-            self.tiles_hold = (Stamp(0), 0);
-        }
-        let with = (self.isa, &mut self.pool);
-        let scratch = (self.tiles.as_mut_slice(), fresh);
-        let tiles = Tiles::of(with, x.floats.as_slice(), (rows, x.width), scratch)?;
-        if rows > 1 {
-            self.tiles_hold = (x.contents, rows);
-        }
-        let with = (self.isa, &mut self.pool);
-        linear::product(with, &tiles, weight, bias.map(|b| b.floats.as_slice()), out)
     }
 }
 
@@ -231,15 +207,22 @@ impl Ops for CpuOps {
         let len = rows_max.checked_mul(width).filter(|len| *len > 0).ok_or_else(|| {
             BackendError::BadShape { what: "buffer", why: format!("{rows_max} x {width}") }
         })?;
-        if len > self.tiles.len() {
-            self.tiles = Floats::zeros(len)?;
-            self.tiles_hold = (Stamp(0), 0);
+        // Of narrow rows the rounded ones are longer.
+        let tiles = len.max(dots::scratch_len(rows_max, width));
+        if tiles > self.tiles.len() {
+            self.tiles = Floats::zeros(tiles)?;
+            self.tiles_hold = NOTHING;
         }
         Ok(CpuBuf { floats: Floats::zeros(len)?, width, contents: self.stamp() })
     }
 
     fn hold_kv(&mut self, held: KvPrecision) -> Result<(), BackendError> {
         self.kv_held = held;
+        Ok(())
+    }
+
+    fn multiply(&mut self, activations: Activations) -> Result<(), BackendError> {
+        self.activations = activations;
         Ok(())
     }
 
@@ -287,7 +270,7 @@ impl Ops for CpuOps {
                 let vocab = table.outputs();
                 return Err(bad(format!("token {token} in a vocabulary of {vocab}")));
             }
-            table.copy_row(*token as usize, row);
+            table.copy_row(self.isa, *token as usize, row);
         }
         Ok(())
     }

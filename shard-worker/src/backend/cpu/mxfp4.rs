@@ -10,7 +10,7 @@ use super::blocks::{Blocks, LOW, SIDE};
 use super::format::Format;
 use super::packed::PANEL;
 use super::simd::Simd;
-use crate::stored::{self, Block, TWICE_E2M1, power_of};
+use crate::stored::{self, Block};
 
 /// [`Precision::Mxfp4`](shoal_protocol::plan::Precision::Mxfp4).
 pub struct Mxfp4;
@@ -43,7 +43,7 @@ unsafe impl Format for Mxfp4 {
         unsafe {
             let block = panel.add(k / stored::Mxfp4::WEIGHTS * MXFP4_BYTES);
             // Half of the least power is no normal number, so it is found in two steps.
-            let exponent = S::sub(S::load_u8(block, u8::MAX), S::splat(126.0));
+            let exponent = S::sub(S::load_u8(block), S::splat(126.0));
             let half = S::mul(S::power_of_two(exponent), S::splat(0.25));
             let shift = if k % stored::Mxfp4::WEIGHTS >= SIDE { 4 } else { 0 };
             Looked { numbers: block.add(PANEL), shift, half }
@@ -53,17 +53,6 @@ unsafe impl Format for Mxfp4 {
     unsafe fn load<S: Simd>(run: &Looked<S>, i: usize) -> S::F {
         // SAFETY: the caller's.
         unsafe { S::mul(run.half, S::load_e2m1(run.numbers.add(i * PANEL), run.shift)) }
-    }
-    #[inline(always)]
-    unsafe fn value(panel: *const u8, k: usize, lane: usize) -> f32 {
-        // SAFETY: the caller's.
-        unsafe {
-            let block = panel.add(k / stored::Mxfp4::WEIGHTS * MXFP4_BYTES);
-            let byte = *block.add(PANEL + k % SIDE * PANEL + lane);
-            let number = if k % stored::Mxfp4::WEIGHTS < SIDE { byte & LOW } else { byte >> 4 };
-            let half = power_of(*block.add(lane)) * 0.5;
-            half * f32::from(TWICE_E2M1[usize::from(number)])
-        }
     }
 }
 

@@ -12,6 +12,7 @@
 //! Matrices that are asked for together lie side by side in one memory, which is freed with the last
 //! of them: huge pages then hold all of them but the end of the last.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,10 +21,11 @@ use shoal_protocol::plan::Precision;
 
 use super::blocks::{self, Blocks};
 use super::format::{Format, Plain, with_format, with_plain};
+use super::isa::{Isa, Kernel};
 use super::long_blocks;
 use super::memory::Mapped;
 use super::mxfp4;
-use super::simd::LANES;
+use super::simd::{LANES, Simd};
 use crate::backend::{BackendError, WeightBuilder};
 use crate::stored::{BLOCK_MAX, Block, Encode};
 
@@ -139,17 +141,44 @@ impl Packed {
 
     /// Writes the exact values of row `row` to `to`, which is `cols` long; `row` is below
     /// `outputs`.
-    pub(super) fn copy_row(&self, row: usize, to: &mut [f32]) {
+    pub(super) fn copy_row(&self, isa: Isa, row: usize, to: &mut [f32]) {
         assert!(row < self.outputs && to.len() == self.cols, "checked by the caller");
-        let panel = self.panel(row / PANEL);
+        let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
         with_format!(self.held, F => {
-            for (k, to) in to.iter_mut().enumerate() {
-                // SAFETY: `row` is below `outputs` and `k` below `cols`, so the panel is one of this
-                // matrix and has the column; matrices are aligned to cache lines and panels to two
-                // bytes. Nobody writes: the builder is gone.
-                *to = unsafe { F::value(panel, k, row % PANEL) };
-            }
+            let kernel = CopyRow { panel, lane, to, format: PhantomData::<F> };
+            // SAFETY: `row` is below `outputs` and `to` as long as there are columns, so the panel is one of
+            // this matrix and has them; matrices are aligned to cache lines and panels to two bytes. Nobody
+            // writes: the builder is gone.
+            unsafe { isa.run(kernel) }
         });
+    }
+}
+
+/// One row's values, out of its panel.
+struct CopyRow<'a, F> {
+    panel: *const u8,
+    lane: usize,
+    to: &'a mut [f32],
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for CopyRow<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let mut column = [0.0; PANEL];
+        let cols = self.to.len();
+        for first in (0..cols).step_by(F::RUN.min(cols)) {
+            // SAFETY: the caller's: the panel has a column for each place of `to`.
+            unsafe {
+                let run = F::open::<S>(self.panel, first);
+                for (i, to) in self.to[first..].iter_mut().take(F::RUN).enumerate() {
+                    S::store(column.as_mut_ptr(), F::load::<S>(&run, i));
+                    *to = column[self.lane];
+                }
+            }
+        }
     }
 }
 
@@ -381,7 +410,7 @@ mod tests {
         let packed = builder.finish().unwrap();
         let mut row = vec![0.0; cols];
         for r in 0..outputs {
-            packed.copy_row(r, &mut row);
+            packed.copy_row(Isa::best(), r, &mut row);
             assert!(row.iter().enumerate().all(|(col, v)| *v == value(r, col)), "row {r}");
         }
     }
@@ -404,7 +433,7 @@ mod tests {
                 assert_eq!(packed.panel(0).addr() % ALIGN, 0, "matrix {i}");
                 let mut row = vec![0.0; packed.cols()];
                 for r in 0..packed.outputs() {
-                    packed.copy_row(r, &mut row);
+                    packed.copy_row(Isa::best(), r, &mut row);
                     assert!(
                         // Blocks are near it.
                         row.iter().all(|v| (*v / (1.0 + i as f32) - 1.0).abs() < 0.01),
@@ -422,7 +451,7 @@ mod tests {
             let builder = builder(held, 1, 4);
             builder.pack_rows(0, Precision::F32, &le_bytes(&values)).unwrap();
             let mut row = [0.0; 4];
-            builder.finish().unwrap().copy_row(0, &mut row);
+            builder.finish().unwrap().copy_row(Isa::best(), 0, &mut row);
             let expected =
                 values.map(|v| with_plain!(held, H => H::decode(H::encode(v)), otherwise f32::NAN));
             assert_eq!(row, expected, "{held}");

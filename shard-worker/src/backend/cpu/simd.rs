@@ -18,6 +18,10 @@ pub const LANES: usize = 16;
 pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen lanes.
     type F: Copy;
+    /// Sixteen lanes of four bytes.
+    type Bytes: Copy;
+    /// Sixteen whole numbers of 32 bits.
+    type Ints: Copy;
 
     /// Whether 32 registers hold a vector each, rather than 16 half a vector.
     const WIDE: bool;
@@ -34,14 +38,34 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const u16) -> Self::F;
     /// The values of 16 signed bytes.
     unsafe fn load_i8(from: *const i8) -> Self::F;
-    /// The values of 16 bytes, of each of which the bits of `mask` count.
-    unsafe fn load_u8(from: *const u8, mask: u8) -> Self::F;
+    /// The values of 16 bytes.
+    unsafe fn load_u8(from: *const u8) -> Self::F;
     /// The values of 16 numbers of eight bits: sign, four of exponent, three of fraction. None of them
     /// has all bits of its magnitude set.
     unsafe fn load_e4m3(from: *const u8) -> Self::F;
     /// Twice the values of 16 numbers of four bits (e2m1), the low halves of bytes moved right by `shift`, 0
     /// or 4.
     unsafe fn load_e2m1(from: *const u8, shift: u32) -> Self::F;
+    /// `from[0..64]`: four bytes for each lane.
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// Each byte moved right by `right`, 0 to 7, of which the bits of `mask` count: none of those that a move
+    /// fills.
+    unsafe fn bits(bytes: Self::Bytes, right: u32, mask: u8) -> Self::Bytes;
+    /// `low + 16 * high` of each byte; both are below 16.
+    unsafe fn join(low: Self::Bytes, high: Self::Bytes) -> Self::Bytes;
+    /// Byte `i` of each lane, 0 to 3, as a number.
+    unsafe fn byte(bytes: Self::Bytes, i: usize) -> Self::F;
+    /// All lanes `value`.
+    unsafe fn splat_int(value: i32) -> Self::Ints;
+    /// The values of whole numbers below 2^24.
+    unsafe fn floats(value: Self::Ints) -> Self::F;
+    /// Adds to each lane the products of its four bytes with the four signed ones at `x`, none of which is -128.
+    /// Bytes of lanes have no sign; they are below 128 unless `WIDE`.
+    unsafe fn dot<const WIDE: bool>(
+        sum: Self::Ints,
+        bytes: Self::Bytes,
+        x: *const i8,
+    ) -> Self::Ints;
     /// Writes `to[0..16]`.
     unsafe fn store(to: *mut f32, value: Self::F);
     /// Writes `to[0..lanes]`; `lanes` is at most 16.
@@ -93,6 +117,8 @@ fn fold(mut a: Lanes, f: impl Fn(f32, f32) -> f32) -> f32 {
 // SAFETY: no instruction that the target lacks.
 unsafe impl Simd for Portable {
     type F = Lanes;
+    type Bytes = [[u8; 4]; LANES];
+    type Ints = [i32; LANES];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -127,9 +153,9 @@ unsafe impl Simd for Portable {
         std::array::from_fn(|i| f32::from(unsafe { *from.add(i) }))
     }
     #[inline(always)]
-    unsafe fn load_u8(from: *const u8, mask: u8) -> Lanes {
+    unsafe fn load_u8(from: *const u8) -> Lanes {
         // SAFETY: the caller's pointer is valid for 16 values.
-        std::array::from_fn(|i| f32::from(unsafe { *from.add(i) } & mask))
+        std::array::from_fn(|i| f32::from(unsafe { *from.add(i) }))
     }
     #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Lanes {
@@ -142,6 +168,44 @@ unsafe impl Simd for Portable {
             // SAFETY: the caller's pointer is valid for 16 values.
             let byte = unsafe { *from.add(i) };
             f32::from(crate::stored::TWICE_E2M1[usize::from(byte >> shift & 0xF)])
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
+        // SAFETY: the caller's pointer is valid for 64 bytes.
+        unsafe { from.cast::<Self::Bytes>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn bits(bytes: Self::Bytes, right: u32, mask: u8) -> Self::Bytes {
+        bytes.map(|lane| lane.map(|byte| byte >> right & mask))
+    }
+    #[inline(always)]
+    unsafe fn join(low: Self::Bytes, high: Self::Bytes) -> Self::Bytes {
+        std::array::from_fn(|i| std::array::from_fn(|j| low[i][j] | high[i][j] << 4))
+    }
+    #[inline(always)]
+    unsafe fn byte(bytes: Self::Bytes, i: usize) -> Lanes {
+        bytes.map(|lane| f32::from(lane[i]))
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> Self::Ints {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn floats(value: Self::Ints) -> Lanes {
+        value.map(|value| value as f32)
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(
+        sum: Self::Ints,
+        bytes: Self::Bytes,
+        x: *const i8,
+    ) -> Self::Ints {
+        // SAFETY: the caller's pointer is valid for four bytes.
+        let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
+        std::array::from_fn(|i| {
+            let products = (0..4).map(|j| i32::from(bytes[i][j]) * i32::from(x[j]));
+            sum[i].wrapping_add(products.sum())
         })
     }
     #[inline(always)]

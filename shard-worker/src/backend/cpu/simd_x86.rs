@@ -1,4 +1,5 @@
-//! [`Simd`] on x86-64: AVX-512, and AVX2 with FMA and F16C.
+//! [`Simd`] on x86-64: AVX-512, and AVX2 with FMA and F16C; each with the instruction for dot products of bytes (VNNI)
+//! or without.
 //!
 //! Every block's `unsafe` rests on the trait's contract: the instructions exist and the pointers
 //! are valid.
@@ -11,9 +12,15 @@ use super::simd::{LANES, Simd};
 /// 2^120: what the bits of eight, moved to their places in an `f32`, are too small by.
 const E4M3_UNIT: f32 = f32::from_bits((127 + 120) << 23);
 
+/// The four bytes at `x` as one number.
+#[inline(always)]
+unsafe fn four_bytes(x: *const i8) -> i32 {
+    unsafe { x.cast::<i32>().read_unaligned() }
+}
+
 /// One 512-bit register a vector.
 #[derive(Clone, Copy)]
-pub struct Avx512;
+pub struct Avx512<const VNNI: bool>;
 
 #[inline(always)]
 fn first_lanes(lanes: usize) -> __mmask16 {
@@ -21,8 +28,10 @@ fn first_lanes(lanes: usize) -> __mmask16 {
 }
 
 // SAFETY: calls happen only where `Isa` found the instructions.
-unsafe impl Simd for Avx512 {
+unsafe impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type F = __m512;
+    type Bytes = __m512i;
+    type Ints = __m512i;
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -53,11 +62,8 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
-    unsafe fn load_u8(from: *const u8, mask: u8) -> __m512 {
-        unsafe {
-            let bytes = _mm_and_si128(_mm_loadu_si128(from.cast()), _mm_set1_epi8(mask as i8));
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
-        }
+    unsafe fn load_u8(from: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> __m512 {
@@ -72,6 +78,53 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_e2m1(from: *const u8, shift: u32) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(twice_e2m1(from, shift))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn bits(bytes: __m512i, right: u32, mask: u8) -> __m512i {
+        unsafe {
+            let moved = _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(right as i32));
+            _mm512_and_si512(moved, _mm512_set1_epi8(mask as i8))
+        }
+    }
+    #[inline(always)]
+    unsafe fn join(low: __m512i, high: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
+    }
+    #[inline(always)]
+    unsafe fn byte(bytes: __m512i, i: usize) -> __m512 {
+        unsafe {
+            let moved = _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(8 * i as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(0xFF)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    unsafe fn floats(value: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(sum: __m512i, bytes: __m512i, x: *const i8) -> __m512i {
+        unsafe {
+            let x = _mm512_set1_epi32(four_bytes(x));
+            if VNNI {
+                return _mm512_dpbusd_epi32(sum, bytes, x);
+            }
+            // Pairs of products fit 16 bits as long as bytes are below 128, or are 128.
+            let pairs = |bytes| _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, x), _mm512_set1_epi16(1));
+            if !WIDE {
+                return _mm512_add_epi32(sum, pairs(bytes));
+            }
+            let low = pairs(_mm512_and_si512(bytes, _mm512_set1_epi8(0x7F)));
+            let high = pairs(_mm512_and_si512(bytes, _mm512_set1_epi8(0x80_u8 as i8)));
+            _mm512_add_epi32(sum, _mm512_add_epi32(low, high))
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {
@@ -134,11 +187,22 @@ unsafe impl Simd for Avx512 {
 
 /// Two 256-bit registers a vector.
 #[derive(Clone, Copy)]
-pub struct Avx2;
+pub struct Avx2<const VNNI: bool>;
 
 /// Lanes 0 to 7, lanes 8 to 15.
 #[derive(Clone, Copy)]
 pub struct Halves(__m256, __m256);
+
+/// The same of bytes and whole numbers.
+#[derive(Clone, Copy)]
+pub struct IntHalves(__m256i, __m256i);
+
+impl IntHalves {
+    #[inline(always)]
+    fn map(self, each: impl Fn(__m256i) -> __m256i) -> Self {
+        Self(each(self.0), each(self.1))
+    }
+}
 
 /// A window of this is the mask of the first lanes: 8 set, then 8 clear.
 static LANE_MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -157,8 +221,10 @@ macro_rules! halves {
 }
 
 // SAFETY: calls happen only where `Isa` found the instructions.
-unsafe impl Simd for Avx2 {
+unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = Halves;
+    type Bytes = IntHalves;
+    type Ints = IntHalves;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -210,9 +276,9 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_u8(from: *const u8, mask: u8) -> Halves {
+    unsafe fn load_u8(from: *const u8) -> Halves {
         unsafe {
-            let bytes = _mm_and_si128(_mm_loadu_si128(from.cast()), _mm_set1_epi8(mask as i8));
+            let bytes = _mm_loadu_si128(from.cast());
             Halves(
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
@@ -237,6 +303,54 @@ unsafe impl Simd for Avx2 {
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
             )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> IntHalves {
+        unsafe {
+            let half = |at| _mm256_loadu_si256(from.add(at).cast());
+            IntHalves(half(0), half(32))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bits(bytes: IntHalves, right: u32, mask: u8) -> IntHalves {
+        bytes.map(|half| unsafe {
+            let moved = _mm256_srl_epi16(half, _mm_cvtsi32_si128(right as i32));
+            _mm256_and_si256(moved, _mm256_set1_epi8(mask as i8))
+        })
+    }
+    #[inline(always)]
+    unsafe fn join(low: IntHalves, high: IntHalves) -> IntHalves {
+        let join = |low, high| unsafe { _mm256_or_si256(low, _mm256_slli_epi16::<4>(high)) };
+        IntHalves(join(low.0, high.0), join(low.1, high.1))
+    }
+    #[inline(always)]
+    unsafe fn byte(bytes: IntHalves, i: usize) -> Halves {
+        let byte = |half| unsafe {
+            let moved = _mm256_srl_epi32(half, _mm_cvtsi32_si128(8 * i as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32(0xFF)))
+        };
+        Halves(byte(bytes.0), byte(bytes.1))
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> IntHalves {
+        let half = unsafe { _mm256_set1_epi32(value) };
+        IntHalves(half, half)
+    }
+    #[inline(always)]
+    unsafe fn floats(value: IntHalves) -> Halves {
+        unsafe { Halves(_mm256_cvtepi32_ps(value.0), _mm256_cvtepi32_ps(value.1)) }
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(
+        sum: IntHalves,
+        bytes: IntHalves,
+        x: *const i8,
+    ) -> IntHalves {
+        unsafe {
+            let x = _mm256_set1_epi32(four_bytes(x));
+            let dot = |sum, bytes| dot_8::<VNNI, WIDE>(sum, bytes, x);
+            IntHalves(dot(sum.0, bytes.0), dot(sum.1, bytes.1))
         }
     }
     #[inline(always)]
@@ -298,6 +412,27 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn fold_max(a: Halves) -> f32 {
         unsafe { fold_max_8(_mm256_max_ps(a.0, a.1)) }
+    }
+}
+
+/// As of [`Avx512`].
+#[inline(always)]
+unsafe fn dot_8<const VNNI: bool, const WIDE: bool>(
+    sum: __m256i,
+    bytes: __m256i,
+    x: __m256i,
+) -> __m256i {
+    unsafe {
+        if VNNI {
+            return _mm256_dpbusd_avx_epi32(sum, bytes, x);
+        }
+        let pairs = |bytes| _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, x), _mm256_set1_epi16(1));
+        if !WIDE {
+            return _mm256_add_epi32(sum, pairs(bytes));
+        }
+        let low = pairs(_mm256_and_si256(bytes, _mm256_set1_epi8(0x7F)));
+        let high = pairs(_mm256_and_si256(bytes, _mm256_set1_epi8(0x80_u8 as i8)));
+        _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
     }
 }
 

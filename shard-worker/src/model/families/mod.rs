@@ -56,6 +56,7 @@ pub fn load_shard<B: EncodeOps>(
     let (layers, part) = check(checkpoint, assignment)?;
     let replica = &assignment.replica;
     ops.hold_kv(replica.numerics.kv())?;
+    ops.multiply(replica.numerics.activations())?;
     let tensors = checkpoint.part_tensors(&part, layers);
     let weights = Weights::load(&ops, checkpoint, tensors, replica.precision, options)?;
     let bounds = (&replica.limits, &part);
