@@ -52,7 +52,13 @@ fn model() -> ModelSource {
 }
 
 fn asked(mesh: &str, objective: Option<Objective>) -> MeshAsk {
-    MeshAsk { mesh: Some(mesh.parse().unwrap()), objective, reduction: None, kv: None, activations: None }
+    MeshAsk {
+        mesh: Some(mesh.parse().unwrap()),
+        objective,
+        reduction: None,
+        kv: None,
+        activations: None,
+    }
 }
 
 async fn accepted(operator: &Operator, call: AdminCall) {

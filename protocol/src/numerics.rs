@@ -158,8 +158,18 @@ impl Numerics {
     pub const ALL: [Numerics; 12] = {
         use Numerics::*;
         [
-            N1, N1Sum, N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8, N2, N2Sum, N2KvBf16, N2KvQ8,
-            N2SumKvBf16, N2SumKvQ8,
+            N1,
+            N1Sum,
+            N1KvBf16,
+            N1KvQ8,
+            N1SumKvBf16,
+            N1SumKvQ8,
+            N2,
+            N2Sum,
+            N2KvBf16,
+            N2KvQ8,
+            N2SumKvBf16,
+            N2SumKvQ8,
         ]
     };
 

@@ -29,8 +29,8 @@ use shoal_protocol::join::{JoinReply, JoinRequest};
 use shoal_protocol::mesh::{Fact, Mesh, MeshAsk, MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::peer::PeerRequest;
 use shoal_protocol::plan::{
-    Assignment, KvPrecision, ModelRef, ModelSource, Numerics, PeerAddress, Precision, PretendSpec,
-    ReplicaLimits, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
+    Activations, Assignment, KvPrecision, ModelRef, ModelSource, Numerics, PeerAddress, Precision,
+    PretendSpec, ReplicaLimits, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
 };
 use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, GenerateHeader, HeadEvent,
@@ -318,6 +318,7 @@ fn admin_requests() -> [(&'static str, AdminRequest); 10] {
         objective: Some(Objective::Throughput),
         reduction: Some(Reduction::Exact),
         kv: Some(KvPrecision::Bf16),
+        activations: Some(Activations::Int8),
     };
     let name = DeploymentName::new("demo").unwrap();
     let source = ModelSource::Builtin { name: "demo".to_owned() };

@@ -14,7 +14,7 @@ use half::bf16;
 use serde_json::{Map, Value, json};
 use shoal_coordinator::control::shape::ModelShape;
 use shoal_protocol::model::{Checkpoint, Family, ModelSpec};
-use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits};
+use shoal_protocol::plan::{BLOCK_TOKENS, Numerics, Precision, ReplicaLimits};
 use shoal_protocol::units::LayerRange;
 
 use super::whole::Whole;
@@ -147,7 +147,7 @@ struct Model {
 impl Model {
     fn load(folder: &Path, held: Precision) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
-        let mut whole = Whole::load(&checkpoint, (held, KvPrecision::F32), LIMITS)?;
+        let mut whole = Whole::load(&checkpoint, (held, Numerics::N1), LIMITS)?;
         let shape = ModelShape::Checkpoint(checkpoint.spec().clone());
         let bytes = (0..LAYERS).map(|layer| shape.step_bytes(layer, held).0).sum();
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| 7 * i + 1).collect();

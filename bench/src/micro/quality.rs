@@ -11,7 +11,9 @@ use anyhow::{Context, Result};
 use shoal_coordinator::api::tokenize::ModelText;
 use shoal_coordinator::api::validate::Message;
 use shoal_protocol::model::Checkpoint;
-use shoal_protocol::plan::{BLOCK_TOKENS, KvPrecision, Precision, ReplicaLimits};
+use shoal_protocol::plan::{
+    Activations, BLOCK_TOKENS, KvPrecision, Numerics, Precision, ReplicaLimits,
+};
 use shoal_protocol::units::{Bytes, LayerRange};
 
 use super::whole::Whole;
@@ -41,14 +43,14 @@ struct Text {
 /// What holding weights and cache so costs.
 struct Cost {
     held: Precision,
-    kv: KvPrecision,
+    numerics: Numerics,
     sums: Sums,
     bytes: Bytes,
 }
 
 /// The largest divergence from f32 that is taken for right, in nats a token: some three times what was
 /// seen on the demo model, whose rows are shorter than a block of 256.
-fn divergence_max(held: Precision, kv: KvPrecision) -> f64 {
+fn divergence_max(held: Precision, numerics: Numerics) -> f64 {
     let weights = match held {
         // It is stored so; and it has no experts.
         Precision::F32 | Precision::Bf16 | Precision::Mxfp4 => 1e-9,
@@ -59,12 +61,16 @@ fn divergence_max(held: Precision, kv: KvPrecision) -> f64 {
         Precision::Q4K => 2e-2,
         Precision::Q4_0 => 6e-2,
     };
-    let cache = match kv {
+    let rows = match numerics.activations() {
+        Activations::F32 => 0.0,
+        Activations::Int8 => 1e-3,
+    };
+    let cache = match numerics.kv() {
         KvPrecision::F32 => 0.0,
         KvPrecision::Bf16 => 2e-5,
         KvPrecision::Q8_0 => 1e-4,
     };
-    f64::max(weights, cache)
+    f64::max(weights, cache) + rows
 }
 
 /// Runs it on the demo model, which lies in the repository.
@@ -80,34 +86,38 @@ pub fn run() -> Result<Section> {
              goal is a bound of the divergence, which a test holds over fewer texts."
         ),
     );
-    for Cost { held, kv, sums, bytes } in costs {
-        let what = format!("weights {held}, KV {kv}");
+    for Cost { held, numerics, sums, bytes } in costs {
+        let (kv, activations) = (numerics.kv(), numerics.activations());
+        let what = format!("weights {held}, KV {kv}, activations {activations}");
         let seen = format!("{}, {bytes}", sums.words());
-        section.at_most(what, sums.divergence(), seen, divergence_max(held, kv));
+        section.at_most(what, sums.divergence(), seen, divergence_max(held, numerics));
     }
     Ok(section)
 }
 
-/// Every precision of weights with a cache of f32, and every cache with weights of f32.
+/// Every precision of weights with a cache of f32, those of whole numbers with rows of whole numbers too, and every
+/// cache with weights of f32.
 fn costs(count: usize) -> Result<Vec<Cost>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster/demo-model");
     let checkpoint = Checkpoint::open(&folder)?;
-    let mut plain = Model::load(&checkpoint, Precision::F32, KvPrecision::F32)?;
+    let mut plain = Model::load(&checkpoint, Precision::F32, Numerics::N1)?;
     let texts = texts(&folder, &mut plain, count)?;
     let expected: Vec<Vec<Vec<f64>>> =
         texts.iter().map(|text| plain.log_probabilities(text)).collect::<Result<_>>()?;
-    let weights = Precision::ALL.map(|weights| (weights, KvPrecision::F32));
-    let caches = KvPrecision::ALL.map(|kv| (Precision::F32, kv));
+    let weights = Precision::ALL.map(|weights| (weights, Numerics::N1));
+    let whole = Precision::ALL.into_iter().filter(|held| held.has_numbers());
+    let whole = whole.map(|weights| (weights, Numerics::N2));
+    let caches = KvPrecision::ALL.map(|kv| (Precision::F32, Numerics::N1.with_kv(kv)));
     let mut costs = Vec::new();
-    for (held, kv) in weights.into_iter().chain(caches.into_iter().skip(1)) {
-        let mut model = Model::load(&checkpoint, held, kv)?;
+    for (held, numerics) in weights.into_iter().chain(whole).chain(caches.into_iter().skip(1)) {
+        let mut model = Model::load(&checkpoint, held, numerics)?;
         let mut sums = Sums::default();
         for (text, expected) in texts.iter().zip(&expected) {
             sums.add(text, &model.log_probabilities(text)?, expected);
         }
         let spec = checkpoint.spec();
         let bytes = spec.weight_bytes(LayerRange::new(0, spec.layers), held);
-        costs.push(Cost { held, kv, sums, bytes });
+        costs.push(Cost { held, numerics, sums, bytes });
     }
     Ok(costs)
 }
@@ -191,8 +201,8 @@ fn texts(folder: &Path, model: &mut Model, count: usize) -> Result<Vec<Text>> {
 struct Model(Whole);
 
 impl Model {
-    fn load(checkpoint: &Checkpoint, held: Precision, kv: KvPrecision) -> Result<Self> {
-        Ok(Self(Whole::load(checkpoint, (held, kv), LIMITS)?))
+    fn load(checkpoint: &Checkpoint, held: Precision, numerics: Numerics) -> Result<Self> {
+        Ok(Self(Whole::load(checkpoint, (held, numerics), LIMITS)?))
     }
 
     /// The logarithms of the probabilities of every token after each of a text's, from the prompt's last
@@ -223,19 +233,22 @@ mod tests {
         let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/FORMATS.md");
         let table = std::fs::read_to_string(table).unwrap();
         let costs = costs(2).unwrap();
-        assert_eq!(costs.len(), Precision::ALL.len() + KvPrecision::ALL.len() - 1);
-        for Cost { held, kv, sums, .. } in costs {
-            let (found, most) = (sums.divergence(), divergence_max(held, kv));
-            assert!(sums.tokens > 200.0 && found <= most, "{held}, KV {kv}: {found:e} > {most:e}");
-            assert!(found > -1e-9, "{held}, KV {kv}: {found:e}");
+        assert_eq!(costs.len(), Precision::ALL.len() + 5 + KvPrecision::ALL.len() - 1);
+        for Cost { held, numerics, sums, .. } in costs {
+            let what = format!("{held}, {numerics}");
+            let (found, most) = (sums.divergence(), divergence_max(held, numerics));
+            assert!(sums.tokens > 200.0 && found <= most, "{what}: {found:e} > {most:e}");
+            assert!(found > -1e-9, "{what}: {found:e}");
             let is_row = |line: &&str| {
                 let mut cells = line.split('|').skip(1).map(str::trim);
                 let begins = |cell: Option<&str>, word| {
                     cell.is_some_and(|c: &str| c == word || c.starts_with(&format!("{word} ")))
                 };
-                begins(cells.next(), held.as_str()) && begins(cells.next(), kv.as_str())
+                begins(cells.next(), held.as_str())
+                    && begins(cells.next(), numerics.kv().as_str())
+                    && begins(cells.next(), numerics.activations().as_str())
             };
-            assert_eq!(table.lines().filter(is_row).count(), 1, "a row for {held}, KV {kv}");
+            assert_eq!(table.lines().filter(is_row).count(), 1, "a row for {what}");
         }
     }
 }

@@ -7,8 +7,8 @@ use anyhow::Result;
 use shoal_protocol::id::{DeploymentName, Generation, NodeId, RankIndex, ReplicaId, StageIndex};
 use shoal_protocol::model::Checkpoint;
 use shoal_protocol::plan::{
-    Assignment, KvPrecision, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits,
-    ReplicaPlan, ShardPlan, StagePlan,
+    Assignment, ModelRef, ModelSource, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
+    StagePlan,
 };
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::backend::cpu::{CpuOps, Isa};
@@ -27,7 +27,7 @@ impl Whole {
     /// Loads it.
     pub fn load(
         checkpoint: &Checkpoint,
-        (held, kv): (Precision, KvPrecision),
+        (held, numerics): (Precision, Numerics),
         limits: ReplicaLimits,
     ) -> Result<Self> {
         let spec = checkpoint.spec();
@@ -47,7 +47,7 @@ impl Whole {
                 fingerprint: checkpoint.fingerprint(),
             },
             precision: held,
-            numerics: Numerics::N1.with_kv(kv),
+            numerics,
             stages: vec![StagePlan { layers, shards: vec![shard] }],
             limits: limits.clone(),
         };

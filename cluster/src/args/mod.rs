@@ -47,7 +47,8 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
-    activations, address, coordinator, count, device, kv, memory, name, nonzero, policy, precision, store, zone,
+    activations, address, coordinator, count, device, kv, memory, name, nonzero, policy, precision,
+    store, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 

@@ -53,7 +53,10 @@ fn page() -> String {
     let _ = writeln!(page, "\nweights held as (--precision): {precisions}");
     let _ = writeln!(page, "keys and values held as (--kv): {kv}");
     let activations = Activations::ALL.map(Activations::as_str).join(", ");
-    let _ = writeln!(page, "multiplied, where they are whole numbers, with rows of (--activations): {activations}");
+    let _ = writeln!(
+        page,
+        "multiplied, where they are whole numbers, with rows of (--activations): {activations}"
+    );
     let _ = writeln!(page, "read from: {FILES}");
     page
 }

@@ -222,7 +222,13 @@ fn no_layout_is_better_than_the_one_that_is_chosen() {
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let asked = [None, Some("auto"), Some("2x1"), Some("1x2"), Some("2x2")][case_number % 5];
         let asked = asked.map(|mesh| mesh.parse().unwrap());
-        let ask = MeshAsk { mesh: asked, objective: Some(objective), reduction: None, kv: None, activations: None };
+        let ask = MeshAsk {
+            mesh: asked,
+            objective: Some(objective),
+            reduction: None,
+            kv: None,
+            activations: None,
+        };
         // Every other one of a layout that is there already.
         let had = (case_number % 4 > 1).then(|| planned(&inventory, &shape, mesh("auto"), None));
         let had = had.and_then(Result::ok);
@@ -246,7 +252,13 @@ fn ten_workers_that_all_differ_are_searched_in_every_order() {
         }
         for objective in [Objective::Latency, Objective::Throughput] {
             let mesh = Some(format!("{layers}x1").parse().unwrap());
-            let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None, activations: None };
+            let ask = MeshAsk {
+                mesh,
+                objective: Some(objective),
+                reduction: None,
+                kv: None,
+                activations: None,
+            };
             let (found, best) = compare(&all, &pretend(layers, 60 * MIB), ask, In::Kinds, None);
             assert!(best.is_some());
             assert_eq!(found, best, "{layers} layers, {objective}");
@@ -283,7 +295,13 @@ fn a_chain_of_ten_is_cut_as_well_as_can_be() {
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let mesh = [Some("auto"), Some("3x1"), Some("2x2")][case_number % 3];
         let mesh = mesh.map(|mesh| mesh.parse().unwrap());
-        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None, activations: None };
+        let ask = MeshAsk {
+            mesh,
+            objective: Some(objective),
+            reduction: None,
+            kv: None,
+            activations: None,
+        };
         let mut asked = ask;
         if case_number % 3 == 0 {
             // Powers of two are all that a chain tries where ranks are left open.
@@ -308,7 +326,13 @@ fn a_chain_over_many_zones_is_cut_as_well_as_can_be_where_their_ways_are_alike()
         let inventory = Inventory { workers, ..Inventory::default() };
         let objective = [Objective::Latency, Objective::Throughput][case_number % 2];
         let mesh = ["1x1", "2x1", "3x1"][case_number % 3].parse().ok();
-        let ask = MeshAsk { mesh, objective: Some(objective), reduction: None, kv: None, activations: None };
+        let ask = MeshAsk {
+            mesh,
+            objective: Some(objective),
+            reduction: None,
+            kv: None,
+            activations: None,
+        };
         let shape = pretend(4, (20 + numbers.below(100)) * MIB);
         let (found, best) = compare(&inventory, &shape, ask, In::NearOrFar, None);
         assert_eq!(found, best, "case {case_number}: {ask}");

@@ -34,8 +34,8 @@ use std::net::IpAddr;
 use shoal_protocol::id::{Generation, NodeId, RankIndex, ReplicaId};
 use shoal_protocol::mesh::{MeshAsk, MeshAsked, ZoneName};
 use shoal_protocol::plan::{
-    Activations, DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan, ShardPlan,
-    StagePlan,
+    Activations, DeploymentSpec, KvPrecision, Numerics, Precision, ReplicaLimits, ReplicaPlan,
+    ShardPlan, StagePlan,
 };
 use shoal_protocol::units::Bytes;
 

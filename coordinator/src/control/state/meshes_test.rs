@@ -45,7 +45,13 @@ fn scale(ask: MeshAsk) -> Change {
 
 fn two_by_two() -> MeshAsk {
     let mesh = Some(MeshAsked::Exactly(Mesh { stages: 2, ranks: 2 }));
-    MeshAsk { mesh, objective: Some(Objective::Throughput), reduction: None, kv: None, activations: None }
+    MeshAsk {
+        mesh,
+        objective: Some(Objective::Throughput),
+        reduction: None,
+        kv: None,
+        activations: None,
+    }
 }
 
 #[test]

@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 use shoal_protocol::id::{Incarnation, NodeId};
 use shoal_protocol::plan::{Activations, KvPrecision, ModelSource, Precision};
 use shoal_protocol::version::{
-    KNOWS_ADAPTERS, KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV, KNOWS_NUMBERS,
-    KNOWS_MESHES,
+    KNOWS_ADAPTERS, KNOWS_ENCODERS, KNOWS_FAMILIES, KNOWS_FORMATS, KNOWS_HUB, KNOWS_KV,
+    KNOWS_MESHES, KNOWS_NUMBERS,
 };
 
 use super::super::shape::ModelShape;

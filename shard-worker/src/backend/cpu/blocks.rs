@@ -14,8 +14,6 @@
 //! values held as `f32`. The numbers themselves are what products of whole numbers take ([`Numbers`],
 //! [`dots`](super::dots)): four columns of a row side by side are what the instruction for those takes.
 
-use half::f16;
-
 use super::format::Format;
 use super::packed::PANEL;
 use super::simd::Simd;

@@ -136,6 +136,8 @@ pub(super) struct Dots<F>(PhantomData<F>);
 // SAFETY: a tile has a record of each block that its columns begin, as `Round` writes them, and its panels have the
 // shares of these, which is what `Tile` promises.
 unsafe impl<F: Numbers> Arithmetic for Dots<F> {
+    const DOTS: bool = true;
+
     fn rows_max(wide: bool) -> usize {
         if wide { 6 } else { 3 }
     }

@@ -77,7 +77,10 @@ impl FromStr for InstructionSet {
         Self::ALL.into_iter().find(|set| set.to_string() == text).ok_or_else(|| {
             BackendError::InstructionSet {
                 asked: text.to_owned(),
-                why: format!("not known; known are {}", Self::ALL.map(|set| set.to_string()).join(", ")),
+                why: format!(
+                    "not known; known are {}",
+                    Self::ALL.map(|set| set.to_string()).join(", ")
+                ),
             }
         })
     }
@@ -91,6 +94,9 @@ pub struct Isa(InstructionSet);
 pub trait Kernel {
     /// What it gives back.
     type Output;
+
+    /// Whether it takes dot products of bytes; to all others an instruction for those is nothing.
+    const DOTS: bool = false;
 
     /// Does it. Implementations are `#[inline(always)]`, so that they are compiled for the
     /// instructions of the caller.
@@ -142,16 +148,22 @@ impl Isa {
         // SAFETY: an `Isa` exists only for instructions that were found; the kernel's demands are
         // the caller's.
         unsafe {
+            // Others are not compiled again for what would be the same. A plain `if` on the constant, so that
+            // the compiler leaves it out.
+            #[cfg(target_arch = "x86_64")]
+            if K::DOTS {
+                match self.0 {
+                    InstructionSet::AvxVnni => return run_avxvnni(kernel),
+                    InstructionSet::Avx512Vnni => return run_avx512vnni(kernel),
+                    _ => {}
+                }
+            }
             match self.0 {
                 InstructionSet::Portable => kernel.run::<Portable>(),
                 #[cfg(target_arch = "x86_64")]
-                InstructionSet::Avx2 => run_avx2(kernel),
+                InstructionSet::Avx2 | InstructionSet::AvxVnni => run_avx2(kernel),
                 #[cfg(target_arch = "x86_64")]
-                InstructionSet::AvxVnni => run_avxvnni(kernel),
-                #[cfg(target_arch = "x86_64")]
-                InstructionSet::Avx512 => run_avx512(kernel),
-                #[cfg(target_arch = "x86_64")]
-                InstructionSet::Avx512Vnni => run_avx512vnni(kernel),
+                InstructionSet::Avx512 | InstructionSet::Avx512Vnni => run_avx512(kernel),
                 #[cfg(not(target_arch = "x86_64"))]
                 _ => kernel.run::<Portable>(),
             }

@@ -56,11 +56,14 @@ impl Tiling {
 ///
 /// Implementations go no further than what [`Tile`] promises.
 pub(super) unsafe trait Arithmetic: Sized {
+    /// See [`Kernel::DOTS`].
+    const DOTS: bool;
+
     /// How high tiles are at most, with 32 registers or 16 halves.
     fn rows_max(wide: bool) -> usize;
 
-    /// The byte at which a tile of `height` rows that begins with `row` has column `k`, where a cut may be.
-    fn offset((row, height): (usize, usize), k: usize, cols: usize) -> usize;
+    /// The byte at which a tile, of which the first row and the height are given, has column `k`, where a cut may be.
+    fn offset(rows: (usize, usize), k: usize, cols: usize) -> usize;
 
     /// Calls `tile.columns` with its height and as many panels as the registers hold sums for.
     unsafe fn of_height<S: Simd>(tile: &Tile<Self>, height: usize);
@@ -248,6 +251,7 @@ struct Product<'a, A> {
 
 impl<A: Arithmetic> Kernel for Product<'_, A> {
     type Output = ();
+    const DOTS: bool = A::DOTS;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -381,6 +385,8 @@ pub(super) struct Chains<F>(PhantomData<F>);
 
 // SAFETY: a tile has `depth` columns of `M` values, and its panels have the columns, which is what `Tile` promises.
 unsafe impl<F: Format> Arithmetic for Chains<F> {
+    const DOTS: bool = false;
+
     fn rows_max(wide: bool) -> usize {
         if wide { 8 } else { 6 }
     }

@@ -38,6 +38,8 @@ mod simd_x86;
 #[cfg(test)]
 mod attention_test;
 #[cfg(test)]
+mod dots_test;
+#[cfg(test)]
 mod family_test;
 #[cfg(test)]
 mod kernels_test;

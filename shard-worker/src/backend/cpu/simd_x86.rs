@@ -117,7 +117,8 @@ unsafe impl<const VNNI: bool> Simd for Avx512<VNNI> {
                 return _mm512_dpbusd_epi32(sum, bytes, x);
             }
             // Pairs of products fit 16 bits as long as bytes are below 128, or are 128.
-            let pairs = |bytes| _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, x), _mm512_set1_epi16(1));
+            let pairs =
+                |bytes| _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, x), _mm512_set1_epi16(1));
             if !WIDE {
                 return _mm512_add_epi32(sum, pairs(bytes));
             }
@@ -342,11 +343,7 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { Halves(_mm256_cvtepi32_ps(value.0), _mm256_cvtepi32_ps(value.1)) }
     }
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(
-        sum: IntHalves,
-        bytes: IntHalves,
-        x: *const i8,
-    ) -> IntHalves {
+    unsafe fn dot<const WIDE: bool>(sum: IntHalves, bytes: IntHalves, x: *const i8) -> IntHalves {
         unsafe {
             let x = _mm256_set1_epi32(four_bytes(x));
             let dot = |sum, bytes| dot_8::<VNNI, WIDE>(sum, bytes, x);
