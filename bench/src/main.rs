@@ -19,6 +19,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   mesh      predicted against measured, ranks, unlike workers, slow ways: some minutes
   planner   how long a plan takes
   families  what a token costs in each family, against Llama's
+  products  what a product with a matrix costs in each format
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
@@ -34,7 +35,8 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 6] = ["mesh", "route", "election", "quality", "planner", "families"];
+const WITHIN: [&str; 7] =
+    ["mesh", "route", "election", "quality", "planner", "families", "products"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -95,6 +97,9 @@ fn main() -> Result<()> {
     }
     if what == "families" {
         report.sections.push(micro::families::run(settings.pairs)?);
+    }
+    if what == "products" {
+        report.sections.push(micro::products::run(settings.pairs)?);
     }
     if what == "quality" {
         report.sections.push(micro::quality::run()?);

@@ -13,6 +13,7 @@ pub mod families;
 mod frames;
 mod hop;
 pub mod planner;
+pub mod products;
 pub mod quality;
 pub mod route;
 mod whole;

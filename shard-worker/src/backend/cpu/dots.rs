@@ -165,6 +165,8 @@ unsafe impl<F: Numbers> Arithmetic for Dots<F> {
         const { assert!(BLOCK.is_multiple_of(F::SHARE), "a share is in one block") };
         // SAFETY: the caller's.
         unsafe {
+            // A copy, which stays in registers.
+            let mut chains = *sums;
             let weights = tile.weights.add(panel * tile.panel_bytes);
             for block in 0..tile.depth.div_ceil(BLOCK) {
                 let record = tile.x.add(block * M * BLOCK_BYTES);
@@ -203,16 +205,17 @@ unsafe impl<F: Numbers> Arithmetic for Dots<F> {
                         let scale = S::splat(*scales.add(m));
                         for p in 0..P {
                             let factor = S::mul(shares[p].factor, scale);
-                            sums[m][p] = S::fma(S::floats(wholes[m][p]), factor, sums[m][p]);
+                            chains[m][p] = S::fma(S::floats(wholes[m][p]), factor, chains[m][p]);
                             if F::ZERO.is_none() {
                                 let offset = S::mul(shares[p].offset, scale);
                                 let all = S::splat(sum_of(m) as f32);
-                                sums[m][p] = S::fma(all, offset, sums[m][p]);
+                                chains[m][p] = S::fma(all, offset, chains[m][p]);
                             }
                         }
                     }
                 }
             }
+            *sums = chains;
         }
     }
 }

@@ -415,6 +415,8 @@ unsafe impl<F: Format> Arithmetic for Chains<F> {
         const { assert!(F::RUN > CUT || CUT.is_multiple_of(F::RUN), "a cut of k begins a run") };
         // SAFETY: the caller's.
         unsafe {
+            // A copy, which stays in registers.
+            let mut chains = *sums;
             let mut x = tile.x.cast::<f32>();
             let weights = tile.weights.add(panel * tile.panel_bytes);
             let mut done = 0;
@@ -424,27 +426,45 @@ unsafe impl<F: Format> Arithmetic for Chains<F> {
                     runs[p] = F::open::<S>(weights.add(p * tile.panel_bytes), tile.k0 + done);
                 }
                 let long = F::RUN.min(tile.depth - done);
-                let mut column = |i: usize| {
-                    let mut w = [S::splat(0.0); P];
-                    for p in 0..P {
-                        w[p] = F::load::<S>(&runs[p], i);
-                    }
-                    for m in 0..M {
-                        let value = S::splat(*x.add(m));
-                        for p in 0..P {
-                            sums[m][p] = S::fma(value, w[p], sums[m][p]);
-                        }
-                    }
-                    x = x.add(M);
-                };
-                // Formats find four columns at once.
                 let mut i = 0;
+                // Formats find four columns at once.
                 while i + 4 <= long {
-                    (i..i + 4).for_each(&mut column);
+                    for j in 0..4 {
+                        step::<S, F, M, P>(&mut chains, &runs, i + j, x.add(j * M));
+                    }
+                    x = x.add(4 * M);
                     i += 4;
                 }
-                (i..long).for_each(&mut column);
+                while i < long {
+                    step::<S, F, M, P>(&mut chains, &runs, i, x);
+                    x = x.add(M);
+                    i += 1;
+                }
                 done += long;
+            }
+            *sums = chains;
+        }
+    }
+}
+
+/// One column: `M` values of rows by `P` panels.
+#[inline(always)]
+unsafe fn step<S: Simd, F: Format, const M: usize, const P: usize>(
+    sums: &mut [[S::F; P]; M],
+    runs: &[F::Run<S>; P],
+    i: usize,
+    x: *const f32,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut w = [S::splat(0.0); P];
+        for p in 0..P {
+            w[p] = F::load::<S>(&runs[p], i);
+        }
+        for m in 0..M {
+            let value = S::splat(*x.add(m));
+            for p in 0..P {
+                sums[m][p] = S::fma(value, w[p], sums[m][p]);
             }
         }
     }
