@@ -55,6 +55,8 @@ pub unsafe trait Numbers: Blocks {
     const ZERO: Option<u8>;
     /// Whether a number may be 128 or more.
     const WIDE: bool;
+    /// Cache lines of its columns.
+    const LINES: usize;
 
     /// The columns from `k` on, a multiple of `SHARE`.
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S>;
@@ -153,6 +155,7 @@ unsafe impl Numbers for Q8_0 {
     const SHARE: usize = stored::Q8_0::WEIGHTS;
     const ZERO: Option<u8> = Some(Q8_0_ZERO);
     const WIDE: bool = true;
+    const LINES: usize = 8;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
@@ -199,6 +202,7 @@ unsafe impl Numbers for Q4_0 {
     const SHARE: usize = stored::Q4_0::WEIGHTS;
     const ZERO: Option<u8> = Some(8);
     const WIDE: bool = false;
+    const LINES: usize = 4;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
@@ -284,6 +288,7 @@ unsafe impl Numbers for Q4K {
     const SHARE: usize = PART;
     const ZERO: Option<u8> = None;
     const WIDE: bool = false;
+    const LINES: usize = 4;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {

@@ -19,13 +19,16 @@
 
 use std::marker::PhantomData;
 
-use super::blocks::{Numbers, QUAD, SIDE};
+use super::blocks::{Numbers, QUAD, QUAD_BYTES, SIDE};
 use super::isa::Kernel;
 use super::linear::{Arithmetic, Tile, by_height};
 use super::simd::Simd;
 
 /// Values that share a scale.
 const BLOCK: usize = 32;
+
+/// How far ahead weights are asked of the memory: some 50 ns of what a thread reads of it.
+const AHEAD: usize = 2048;
 
 /// Bytes of a row's block: its numbers, its scale and its two sums.
 const BLOCK_BYTES: usize = BLOCK + 4 + 2 * 4;
@@ -137,6 +140,8 @@ pub(super) struct Dots<F>(PhantomData<F>);
 // shares of these, which is what `Tile` promises.
 unsafe impl<F: Numbers> Arithmetic for Dots<F> {
     const DOTS: bool = true;
+    /// 6 rows of so many numbers are 16 KiB. Sums are written and read again at each cut.
+    const CUT: usize = 2048;
 
     fn rows_max(wide: bool) -> usize {
         if wide { 6 } else { 3 }
@@ -188,15 +193,23 @@ unsafe impl<F: Numbers> Arithmetic for Dots<F> {
                             wholes[m] = [S::splat_int(-i32::from(zero) * sum_of(m)); P];
                         }
                     }
+                    for share in &shares {
+                        for line in 0..F::LINES {
+                            S::prefetch(share.numbers.wrapping_add(AHEAD + line * QUAD_BYTES));
+                        }
+                    }
                     let numbers = record.add(first * M).cast::<i8>();
                     for q in 0..F::SHARE / QUAD {
-                        for p in 0..P {
-                            let quad = F::quad::<S>(&shares[p], q);
-                            for m in 0..M {
-                                let x = numbers.add((q * M + m) * QUAD);
+                        let mut quads = [F::quad::<S>(&shares[0], q); P];
+                        for p in 1..P {
+                            quads[p] = F::quad::<S>(&shares[p], q);
+                        }
+                        for m in 0..M {
+                            let x = S::splat_bytes(numbers.add((q * M + m) * QUAD));
+                            for p in 0..P {
                                 wholes[m][p] = match F::WIDE {
-                                    true => S::dot::<true>(wholes[m][p], quad, x),
-                                    false => S::dot::<false>(wholes[m][p], quad, x),
+                                    true => S::dot::<true>(wholes[m][p], quads[p], x),
+                                    false => S::dot::<false>(wholes[m][p], quads[p], x),
                                 };
                             }
                         }

@@ -24,10 +24,6 @@ use super::{ALONE_STEPS_MAX, ALONE_VALUES_MAX, spread};
 use crate::backend::pool::{Pool, Share};
 use crate::model::ComputeError;
 
-/// Where `k` is cut when there are several tiles of rows: 8 rows of 512 values are 16 KiB, half
-/// of the smallest first-level cache.
-const CUT: usize = 512;
-
 /// Panels that go through the tiles together; every number of panels of a tile divides it.
 const GROUP: usize = 4;
 
@@ -58,6 +54,9 @@ impl Tiling {
 pub(super) unsafe trait Arithmetic: Sized {
     /// See [`Kernel::DOTS`].
     const DOTS: bool;
+
+    /// Where `k` is cut when there are several tiles of rows.
+    const CUT: usize;
 
     /// How high tiles are at most, with 32 registers or 16 halves.
     fn rows_max(wide: bool) -> usize;
@@ -257,7 +256,7 @@ impl<A: Arithmetic> Kernel for Product<'_, A> {
     unsafe fn run<S: Simd>(self) {
         let Self { x, weight, bias, out, panels, how: _ } = self;
         let (cols, outputs) = (weight.cols(), weight.outputs());
-        let cut = if x.tiling.tiles > 1 { CUT } else { cols };
+        let cut = if x.tiling.tiles > 1 { A::CUT } else { cols };
         for k0 in (0..cols).step_by(cut) {
             let depth = cut.min(cols - k0);
             for panel in panels.clone().step_by(GROUP) {
@@ -386,6 +385,8 @@ pub(super) struct Chains<F>(PhantomData<F>);
 // SAFETY: a tile has `depth` columns of `M` values, and its panels have the columns, which is what `Tile` promises.
 unsafe impl<F: Format> Arithmetic for Chains<F> {
     const DOTS: bool = false;
+    /// 8 rows of so many values are 16 KiB, half of the smallest first-level cache.
+    const CUT: usize = 512;
 
     fn rows_max(wide: bool) -> usize {
         if wide { 8 } else { 6 }
@@ -412,7 +413,10 @@ unsafe impl<F: Format> Arithmetic for Chains<F> {
         tile: &Tile<Self>,
         panel: usize,
     ) {
-        const { assert!(F::RUN > CUT || CUT.is_multiple_of(F::RUN), "a cut of k begins a run") };
+        const {
+            let whole = F::RUN > Self::CUT || Self::CUT.is_multiple_of(F::RUN);
+            assert!(whole, "a cut of k begins a run");
+        };
         // SAFETY: the caller's.
         unsafe {
             // A copy, which stays in registers.

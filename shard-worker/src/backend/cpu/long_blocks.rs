@@ -67,6 +67,7 @@ unsafe impl Numbers for Q5K {
     const SHARE: usize = PART;
     const ZERO: Option<u8> = None;
     const WIDE: bool = false;
+    const LINES: usize = 5;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
@@ -133,6 +134,7 @@ unsafe impl Numbers for Q6K {
     const SHARE: usize = SIDE;
     const ZERO: Option<u8> = Some(32);
     const WIDE: bool = false;
+    const LINES: usize = 3;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {

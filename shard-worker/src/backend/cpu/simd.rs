@@ -46,6 +46,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Twice the values of 16 numbers of four bits (e2m1), the low halves of bytes moved right by `shift`, 0
     /// or 4.
     unsafe fn load_e2m1(from: *const u8, shift: u32) -> Self::F;
+    /// Asks the memory for the line of `from`, which need not be there.
+    unsafe fn prefetch(from: *const u8);
     /// `from[0..64]`: four bytes for each lane.
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     /// Each byte moved right by `right`, 0 to 7, of which the bits of `mask` count: none of those that a move
@@ -59,12 +61,14 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn splat_int(value: i32) -> Self::Ints;
     /// The values of whole numbers below 2^24.
     unsafe fn floats(value: Self::Ints) -> Self::F;
-    /// Adds to each lane the products of its four bytes with the four signed ones at `x`, none of which is -128.
-    /// Bytes of lanes have no sign; they are below 128 unless `WIDE`.
+    /// The four bytes at `from` in each lane.
+    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes;
+    /// Adds to each lane the products of its four bytes with those of `signed`, none of which is -128.
+    /// `bytes` have no sign; they are below 128 unless `WIDE`.
     unsafe fn dot<const WIDE: bool>(
         sum: Self::Ints,
         bytes: Self::Bytes,
-        x: *const i8,
+        signed: Self::Bytes,
     ) -> Self::Ints;
     /// Writes `to[0..16]`.
     unsafe fn store(to: *mut f32, value: Self::F);
@@ -171,6 +175,8 @@ unsafe impl Simd for Portable {
         })
     }
     #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
         // SAFETY: the caller's pointer is valid for 64 bytes.
         unsafe { from.cast::<Self::Bytes>().read_unaligned() }
@@ -196,15 +202,19 @@ unsafe impl Simd for Portable {
         value.map(|value| value as f32)
     }
     #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes {
+        // SAFETY: the caller's pointer is valid for four bytes.
+        [unsafe { from.cast::<[u8; 4]>().read_unaligned() }; LANES]
+    }
+    #[inline(always)]
     unsafe fn dot<const WIDE: bool>(
         sum: Self::Ints,
         bytes: Self::Bytes,
-        x: *const i8,
+        signed: Self::Bytes,
     ) -> Self::Ints {
-        // SAFETY: the caller's pointer is valid for four bytes.
-        let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
         std::array::from_fn(|i| {
-            let products = (0..4).map(|j| i32::from(bytes[i][j]) * i32::from(x[j]));
+            let product = |j| i32::from(bytes[i][j]) * i32::from(signed[i][j] as i8);
+            let products = (0..4).map(product);
             sum[i].wrapping_add(products.sum())
         })
     }

@@ -80,6 +80,10 @@ unsafe impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(twice_e2m1(from, shift))) }
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> __m512i {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
@@ -110,9 +114,12 @@ unsafe impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtepi32_ps(value) }
     }
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(sum: __m512i, bytes: __m512i, x: *const i8) -> __m512i {
+    unsafe fn splat_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_set1_epi32(four_bytes(from)) }
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(sum: __m512i, bytes: __m512i, x: __m512i) -> __m512i {
         unsafe {
-            let x = _mm512_set1_epi32(four_bytes(x));
             if VNNI {
                 return _mm512_dpbusd_epi32(sum, bytes, x);
             }
@@ -307,6 +314,10 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> IntHalves {
         unsafe {
             let half = |at| _mm256_loadu_si256(from.add(at).cast());
@@ -343,10 +354,14 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { Halves(_mm256_cvtepi32_ps(value.0), _mm256_cvtepi32_ps(value.1)) }
     }
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(sum: IntHalves, bytes: IntHalves, x: *const i8) -> IntHalves {
+    unsafe fn splat_bytes(from: *const i8) -> IntHalves {
+        let half = unsafe { _mm256_set1_epi32(four_bytes(from)) };
+        IntHalves(half, half)
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(sum: IntHalves, bytes: IntHalves, x: IntHalves) -> IntHalves {
         unsafe {
-            let x = _mm256_set1_epi32(four_bytes(x));
-            let dot = |sum, bytes| dot_8::<VNNI, WIDE>(sum, bytes, x);
+            let dot = |sum, bytes| dot_8::<VNNI, WIDE>(sum, bytes, x.0);
             IntHalves(dot(sum.0, bytes.0), dot(sum.1, bytes.1))
         }
     }
