@@ -12,6 +12,7 @@ use shoal_protocol::plan::{Numerics, Precision};
 use shoal_protocol::units::LayerRange;
 use shoal_shard_worker::stored::decode_row;
 
+use support::stored::{GGUF_BLOCKS, GGUF_WRITTEN, OVER, TORCH};
 use support::{
     Case, Chain, Dice, Setup, assert_close, assert_same_bits, assignment, blocks, cases, fixtures,
     load, random_model,
@@ -31,13 +32,7 @@ fn transcript(case: &Case, checkpoint: &Checkpoint, held: Precision) -> Vec<Vec<
 
 #[test]
 fn a_gguf_file_of_the_ecosystem_gives_the_bits_of_the_folder() {
-    for name in [
-        "llama31-rope8-bf16",
-        "llama-biases-bf16",
-        "llama-rope-linear-f16",
-        "qwen2-tied-bf16",
-        "qwen3-tied-bf16",
-    ] {
+    for name in GGUF_WRITTEN {
         let case = case(name);
         let folder = case.checkpoint();
         let file = fixtures().join("gguf").join(format!("{name}.gguf"));
@@ -94,8 +89,8 @@ fn a_folder_with_one_gguf_file_is_that_file() {
 
 #[test]
 fn a_state_dict_of_torch_gives_the_bits_of_the_folder() {
-    let case = case("llama2-mha");
-    let folder = fixtures().join("torch/llama2-mha");
+    let case = case(TORCH);
+    let folder = fixtures().join("torch").join(TORCH);
     let torch = Checkpoint::open(&folder).unwrap();
     let folder = case.checkpoint();
     assert_eq!(torch.spec(), folder.spec());
@@ -229,16 +224,18 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
         let setup = Setup { held, threads: 2, ..Setup::plain(checkpoint.spec()) };
         Chain::load(checkpoint, &setup).transcript(&tokens, 30, 40, &blocks())
     };
-    for (dtype, stored) in [
-        (GgmlDType::Q4_0, StoredType::Q4_0),
-        (GgmlDType::Q4_1, StoredType::Q4_1),
-        (GgmlDType::Q5_0, StoredType::Q5_0),
-        (GgmlDType::Q5_1, StoredType::Q5_1),
-        (GgmlDType::Q8_0, StoredType::Q8_0),
-        (GgmlDType::Q4K, StoredType::Q4K),
-        (GgmlDType::Q5K, StoredType::Q5K),
-        (GgmlDType::Q6K, StoredType::Q6K),
-    ] {
+    for stored in GGUF_BLOCKS {
+        let dtype = match stored {
+            StoredType::Q4_0 => GgmlDType::Q4_0,
+            StoredType::Q4_1 => GgmlDType::Q4_1,
+            StoredType::Q5_0 => GgmlDType::Q5_0,
+            StoredType::Q5_1 => GgmlDType::Q5_1,
+            StoredType::Q8_0 => GgmlDType::Q8_0,
+            StoredType::Q4K => GgmlDType::Q4K,
+            StoredType::Q5K => GgmlDType::Q5K,
+            StoredType::Q6K => GgmlDType::Q6K,
+            other => panic!("{other} is no type of blocks"),
+        };
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("model.gguf");
         write_gguf(&model, dtype, &file);
@@ -249,17 +246,18 @@ fn every_type_of_block_gives_the_bits_of_what_it_stands_for() {
         let expected = logits(&plain, Precision::F32);
         assert_same_bits(&logits(&gguf, Precision::F32), &expected, &format!("{stored} as f32"));
         // Each rank reads its rows and columns, also where a border is inside of a block.
-        let ranks = |checkpoint: &Checkpoint, held, numerics| {
-            let setup = Setup { held, numerics, ranks: vec![2], ..Setup::plain(checkpoint.spec()) };
-            Chain::load(checkpoint, &setup).transcript(&tokens, 30, 40, &blocks())
-        };
-        for numerics in [Numerics::N1, Numerics::N1Sum] {
-            let split = ranks(&plain, Precision::F32, numerics);
-            let what = format!("{stored} over two ranks, {numerics}");
-            assert_same_bits(&ranks(&gguf, Precision::F32, numerics), &split, &what);
+        for (over, ranks, numerics) in OVER {
+            let ranks = |checkpoint: &Checkpoint, held| {
+                let ranks = vec![ranks];
+                let setup = Setup { held, numerics, ranks, ..Setup::plain(checkpoint.spec()) };
+                Chain::load(checkpoint, &setup).transcript(&tokens, 30, 40, &blocks())
+            };
+            let split = ranks(&plain, Precision::F32);
+            let what = format!("{stored} over {over}");
+            assert_same_bits(&ranks(&gguf, Precision::F32), &split, &what);
             if stored.held().is_some() && stored.block().0 == 32 {
                 // Where columns are cut, what is held in blocks is cut between them, and f32 anywhere.
-                let found = ranks(&gguf, stored.held().unwrap(), numerics);
+                let found = ranks(&gguf, stored.held().unwrap());
                 match numerics {
                     Numerics::N1 => assert_same_bits(&found, &split, &what),
                     _ => assert_close(&found, &expected, &what),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use shoal_protocol::model::{Checkpoint, Family, LayerOptions, ModelSpec};
 use shoal_protocol::plan::{Numerics, Precision};
 
+use support::stored::{GGUF_CONVERTED, GGUF_MERGED};
 use support::{Case, Chain, Setup, assert_same_bits, blocks, cases, fixtures};
 
 /// A file of `tests/fixtures/gguf`, and what it was made of.
@@ -137,6 +138,7 @@ fn all() -> Vec<Converted> {
 
 #[test]
 fn what_the_converter_wrote_is_the_model_that_it_was_made_of() {
+    assert_eq!(all().iter().map(|one| one.case).collect::<Vec<_>>(), GGUF_CONVERTED);
     for converted in all() {
         let name = converted.case;
         let to = tempfile::tempdir().unwrap();
@@ -171,8 +173,9 @@ fn what_the_converter_wrote_is_the_model_that_it_was_made_of() {
 
 #[test]
 fn ranks_read_their_own_experts_and_heads_out_of_merged_tensors() {
-    let shared = ["mixtral-bf16", "deepseek3-bf16", "gpt-oss-mxfp4", "phi3-long", "qwen2-moe"];
-    for converted in all().into_iter().filter(|converted| shared.contains(&converted.case)) {
+    let merged = |converted: &Converted| GGUF_MERGED.contains(&converted.case);
+    assert_eq!(all().iter().filter(|one| merged(one)).count(), GGUF_MERGED.len());
+    for converted in all().into_iter().filter(merged) {
         let name = converted.case;
         let to = tempfile::tempdir().unwrap();
         let folder = converted.folder(to.path());

@@ -15,6 +15,7 @@ use shoal_shard_worker::collective::Alone;
 use shoal_shard_worker::model::{Batch, Span};
 use shoal_shard_worker::stored::e4m3;
 
+use support::stored::{OVER, PACKED};
 use support::{Chain, Dice, Setup, assert_close, assert_same_bits, assignment, blocks, load};
 
 /// Sizes that are words of eight, but no whole groups or blocks.
@@ -356,6 +357,33 @@ fn awq_words_are_rows_of_a_column_the_even_ones_first() {
     let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"});
     let order = [0, 2, 4, 6, 1, 3, 5, 7];
     check(awq, Precision::F16, |dice, tensor| four_bits(dice, tensor, (order, false, 8), false));
+}
+
+/// What auto-gptq, autoawq and compressed-tensors have packed, and what they unpack of it themselves
+/// (`tests/fixtures/make_packed.py`).
+#[test]
+fn what_the_tools_have_packed_has_the_values_that_they_unpack() {
+    let all = support::fixtures().join("packed");
+    let folders = std::fs::read_dir(&all).unwrap().map(|folder| folder.unwrap().file_name());
+    let mut names: Vec<String> = folders.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, PACKED.map(|(name, _)| name));
+    let mut dice = Dice(8);
+    let tokens: Vec<u32> = (0..40).map(|_| dice.below(67) as u32).collect();
+    for name in names {
+        let packed = Checkpoint::open(&all.join(&name)).unwrap();
+        let plain = Checkpoint::open(&all.join(&name).join("values")).unwrap();
+        let said = |checkpoint: &Checkpoint, ranks, numerics| {
+            let held = Precision::F32;
+            let ranks = vec![ranks];
+            let setup = Setup { held, ranks, numerics, ..Setup::plain(checkpoint.spec()) };
+            Chain::load(checkpoint, &setup).transcript(&tokens, 3, 40, &blocks())
+        };
+        for (over, ranks, numerics) in OVER {
+            let (found, expected) = (said(&packed, ranks, numerics), said(&plain, ranks, numerics));
+            assert_same_bits(&found, &expected, &format!("{name} over {over}"));
+        }
+    }
 }
 
 #[test]

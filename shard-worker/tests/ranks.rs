@@ -4,10 +4,14 @@
 
 mod support;
 
+use bytes::Bytes;
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::model::{Checkpoint, ModelSpec};
+use shoal_protocol::model::{Checkpoint, ModelSpec, Split};
 use shoal_protocol::plan::{Numerics, Precision};
 use shoal_shard_worker::backend::cpu::CpuOps;
+use shoal_shard_worker::collective::local::Local;
+use shoal_shard_worker::collective::{Collective, CollectiveError};
+use shoal_shard_worker::model::{Batch, Span};
 
 use support::{
     Case, Chain, Dice, Setup, assert_close, assert_same_bits, blocks, cases, random_model,
@@ -144,6 +148,64 @@ fn experts_and_heads_that_are_not_shared_evenly_say_the_same() {
     }
 }
 
+/// Vocabularies of one block and of three, so that of two or three ranks one holds more rows than another or none at
+/// all, in the families that do something of their own with an embedding or with logits.
+#[test]
+fn vocabularies_in_uneven_rows_say_the_same_scaled_tied_and_capped() {
+    let common = r#""hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3,
+        "head_dim": 12, "intermediate_size": 70, "max_position_embeddings": 512, "torch_dtype": "float32""#;
+    let mut compared = 0;
+    for (kind, more) in [
+        // A scaled embedding which is the head too, and capped logits.
+        (
+            "Gemma2",
+            r#""rms_norm_eps": 1e-5, "sliding_window": 20, "query_pre_attn_scalar": 14,
+                "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0,
+                "hidden_activation": "gelu_pytorch_tanh""#,
+        ),
+        (
+            "Gemma3",
+            r#""rms_norm_eps": 1e-5, "sliding_window": 19, "sliding_window_pattern": 2,
+                "query_pre_attn_scalar": 10, "hidden_activation": "gelu_pytorch_tanh",
+                "rope_local_base_freq": 10000.0"#,
+        ),
+        // Scaled logits of the tied embedding.
+        ("Cohere", r#""layer_norm_eps": 1e-5, "logit_scale": 0.3, "use_qk_norm": false"#),
+        ("Cohere2", r#""layer_norm_eps": 1e-5, "logit_scale": 0.3, "sliding_window": 18"#),
+        // Multipliers on the embedding, on what is added to the stream, on scores and on logits.
+        (
+            "Granite",
+            r#""rms_norm_eps": 1e-5, "embedding_multiplier": 1.5, "residual_multiplier": 0.8,
+                "attention_multiplier": 0.2, "logits_scaling": 0.5, "tie_word_embeddings": true"#,
+        ),
+        (
+            "Granite",
+            r#""rms_norm_eps": 1e-5, "embedding_multiplier": 1.5, "residual_multiplier": 0.8,
+                "attention_multiplier": 0.2, "logits_scaling": 0.5, "tie_word_embeddings": false"#,
+        ),
+    ] {
+        for vocab in [1003, 3001] {
+            let (_folder, checkpoint) = random_model(&format!(
+                r#"{{"architectures": ["{kind}ForCausalLM"], "vocab_size": {vocab}, {common}, {more}}}"#
+            ));
+            let rows = |rank, ranks| {
+                let setup = Setup { ranks: vec![ranks], ..Setup::plain(checkpoint.spec()) };
+                setup.part(checkpoint.spec(), 0, rank).vocab.len()
+            };
+            for ranks in [2, 3] {
+                let all: Vec<usize> = (0..ranks).map(|rank| rows(rank, ranks)).collect();
+                assert_eq!(all.iter().sum::<usize>(), vocab, "{kind}");
+                assert!(all.iter().any(|rows| *rows != all[0]), "{kind}: {all:?} rows are even");
+            }
+            let mut dice = Dice(21);
+            let mut question = |len| (0..len).map(|_| dice.below(vocab) as u32).collect();
+            let questions: Vec<Question> = vec![(question(30), 3), (question(17), 3)];
+            compared += compare(&format!("{kind}, {vocab} tokens"), &checkpoint, &questions);
+        }
+    }
+    assert_eq!(compared, 6 * 2 * 2 * 5, "meshes: of two and three ranks, and those of two stages");
+}
+
 /// Borders that panels would have inside of blocks: of 32 in the MLP, of 128 and 256 among heads, too.
 #[test]
 fn ranks_of_weights_in_blocks_hold_the_numbers_of_the_uncut_model() {
@@ -201,5 +263,99 @@ fn a_rank_holds_its_part_and_what_was_planned_for_it() {
         let all = spec.tensors(shoal_protocol::units::LayerRange::new(0, 2));
         let matrices: u64 = all.iter().filter(|t| t.is_matrix).map(|t| t.elements() * 2).sum();
         assert_eq!(read.into_inner(), matrices, "{numerics}");
+    }
+}
+
+/// Counts the rounds of a rank, and the bytes that came in them.
+struct Counted {
+    end: Local,
+    rounds: u64,
+    bytes: u64,
+}
+
+impl Collective for Counted {
+    fn split(&self) -> Split {
+        self.end.split()
+    }
+
+    fn exchange(&mut self, parts: &[Bytes]) -> Result<Vec<Bytes>, CollectiveError> {
+        let got = self.end.exchange(parts)?;
+        self.rounds += 1;
+        self.bytes += got.iter().map(|part| part.len() as u64).sum::<u64>();
+        Ok(got)
+    }
+}
+
+/// What the ranks of a stage tell each other for one token: rounds, and the bytes that come to all of them together.
+fn told(checkpoint: &Checkpoint, ranks: u32, numerics: Numerics) -> (u64, u64) {
+    let setup = Setup { ranks: vec![ranks], numerics, ..Setup::plain(checkpoint.spec()) };
+    let one = |rank: u32, end: Local| {
+        let assignment = support::assignment_of(checkpoint, &setup, 0, rank);
+        let mut model = support::load(checkpoint, &assignment, 1, setup.isa).unwrap();
+        let spans =
+            [Span { first_row: 0, rows: 1, first_position: 0, blocks: &[0], adapter: None }];
+        let batch = Batch { spans: &spans, rows: 1, sample_rows: &[0] };
+        let mut hidden = vec![f32::NAN; model.hidden()];
+        let mut logits = vec![f32::NAN; model.vocab().len()];
+        let mut peers = Counted { end, rounds: 0, bytes: 0 };
+        let out = Some(logits.as_mut_slice());
+        model.forward(&batch, Some(&[5]), &mut hidden, out, &mut peers).unwrap();
+        (peers.rounds, peers.bytes)
+    };
+    let counts: Vec<(u64, u64)> = std::thread::scope(|scope| {
+        let ends = (0..).zip(Local::stage(ranks));
+        let threads: Vec<_> = ends.map(|(r, end)| scope.spawn(move || one(r, end))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(counts.iter().all(|count| count.0 == counts[0].0), "ranks count other rounds");
+    (counts[0].0, counts.iter().map(|count| count.1).sum())
+}
+
+/// What the guide and `docs/decisions/024` state, and the planner counts with: the rounds of a layer for one token, and
+/// the numbers (of four bytes) that each rank gets the others' parts of, or the whole partial sums.
+#[test]
+fn a_layer_takes_the_rounds_and_the_bytes_that_are_stated() {
+    let common = r#""hidden_size": 64, "vocab_size": 307, "num_attention_heads": 12, "num_key_value_heads": 6,
+        "head_dim": 8, "intermediate_size": 96, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+        "torch_dtype": "float32""#;
+    let (hidden, query, keys, inner) = (64, 96, 48, 96);
+    for (kind, more, exact, gathered, norm) in [
+        ("Llama", "", 4, query + hidden + inner + hidden, 0),
+        (
+            "Mixtral",
+            r#", "num_local_experts": 6, "num_experts_per_tok": 3"#,
+            3,
+            query + hidden + 3 * hidden,
+            0,
+        ),
+        (
+            "Qwen2Moe",
+            r#", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                "shared_expert_intermediate_size": 96"#,
+            5,
+            query + hidden + 2 * hidden + 96 + hidden,
+            0,
+        ),
+        // One norm over all queries and keys, which are gathered under either contract.
+        ("Olmo2", "", 4, query + hidden + inner + hidden, query + keys),
+    ] {
+        for ranks in [2, 3] {
+            for (numerics, rounds, values) in [
+                (Numerics::N1, exact, gathered),
+                (Numerics::N1Sum, 2, u64::from(ranks) * 2 * hidden),
+            ] {
+                let of = |layers: u32| {
+                    let (_folder, checkpoint) = random_model(&format!(
+                        r#"{{"architectures": ["{kind}ForCausalLM"], "num_hidden_layers": {layers}, {common}{more}}}"#
+                    ));
+                    told(&checkpoint, ranks, numerics)
+                };
+                let (two, three) = (of(2), of(3));
+                let of_layer = (three.0 - two.0, three.1 - two.1);
+                let rounds = rounds + u64::from(norm > 0);
+                let bytes = 4 * (values + norm) * u64::from(ranks - 1);
+                assert_eq!(of_layer, (rounds, bytes), "{kind} on {ranks} ranks, {numerics}");
+            }
+        }
     }
 }

@@ -92,7 +92,8 @@ pub fn run() -> Result<Section> {
         "Milliseconds a plan, one thread. Workers alike, of two kinds (every other one with half the rate and memory), \
          and all different, in one zone or in several. A pretend model, whose layers are a number; at the end real shapes, \
          whose tensors are counted. That nothing better exists is the test `no_layout_is_better_than_the_one_that_is_chosen` \
-         and those beside it.",
+         and those beside it, which look at every layout there is: of all clusters of up to four workers of four kinds with \
+         every mesh, and of drawn ones of five to ten workers that all differ.",
     );
     for (layers, workers) in [(32, 8), LARGEST] {
         for (name, kind) in Workers::ALL {

@@ -5,7 +5,7 @@ use serde_json::{Value as Json, json};
 
 /// One way to cut.
 pub(super) struct Pattern {
-    names: &'static [&'static str],
+    pub(super) names: &'static [&'static str],
     cuts: &'static [Cut],
     nfc: bool,
     /// Whether a part that is a token is one, whatever the merges say.
@@ -67,7 +67,7 @@ pub(super) fn byte_level(use_regex: bool) -> Json {
     })
 }
 
-const PATTERNS: &[Pattern] = &[
+pub(super) const PATTERNS: &[Pattern] = &[
     Pattern::of(&["gpt-2", "gpt2"], &[Cut::Gpt2]),
     Pattern {
         ignore_merges: true,

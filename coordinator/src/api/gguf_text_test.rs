@@ -181,15 +181,27 @@ fn texts_are_the_tokens_of_the_tokenizer_that_the_converter_read() {
     let expected = [
         "command-r",
         "dbrx",
+        "deepseek-coder",
         "deepseek-llm",
         "deepseek-v3",
         "gemma",
+        "gpt-2",
         "gpt-4o",
+        "llama-bpe",
         "phi-3",
+        "qwen2",
         "refact",
         "smaug-bpe",
+        "smollm",
         "starcoder",
         "tekken",
     ];
     assert!(named.iter().eq(expected.iter()), "{named:?}");
+    // Of each pattern there is one, under one of its names.
+    let missing: Vec<_> = gguf_patterns::PATTERNS
+        .iter()
+        .filter(|pattern| !pattern.names.iter().any(|name| named.contains(*name)))
+        .map(|pattern| pattern.names)
+        .collect();
+    assert!(missing.is_empty(), "no fixture shows {missing:?}");
 }

@@ -157,7 +157,10 @@ pub enum CheckpointError {
         expected: u64,
     },
     /// A tensor that `config.json` implies is not there.
-    #[error("{}: tensor `{tensor}` is missing; expected it with shape {expected:?}", file.display())]
+    #[error(
+        "{}: tensor `{tensor}` is missing; expected it with shape {expected:?}; copy or download all of \
+         the model again", file.display()
+    )]
     MissingTensor {
         /// The file where it should be: the index, if that does not list it.
         file: PathBuf,
@@ -168,7 +171,8 @@ pub enum CheckpointError {
     },
     /// A tensor has another shape than `config.json` implies.
     #[error(
-        "{}: tensor `{tensor}` has shape {found:?}; by config.json it should be {expected:?}",
+        "{}: tensor `{tensor}` has shape {found:?}; by config.json it should be {expected:?}; copy or \
+         download all of the model again",
         file.display()
     )]
     WrongShape {
@@ -184,7 +188,8 @@ pub enum CheckpointError {
     /// A tensor is of a type that is not read.
     #[error(
         "{}: tensor `{tensor}` is stored as {found}, which is not supported; supported: F32, BF16, \
-         F16, and with a quantization_config or in a GGUF file what docs/FORMATS.md lists",
+         F16, and with a quantization_config or in a GGUF file what docs/FORMATS.md lists; take the model in one \
+         of these",
         file.display()
     )]
     UnsupportedType {

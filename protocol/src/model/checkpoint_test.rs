@@ -148,7 +148,8 @@ fn a_damaged_file_is_named_with_its_tensor() {
         (
             with(&|e| drop(e.remove(at(e, UP)))),
             format!(
-                "DIR/model.safetensors: tensor `{UP}` is missing; expected it with shape [6, 4]"
+                "DIR/model.safetensors: tensor `{UP}` is missing; expected it with shape [6, 4]; \
+                 copy or download all of the model again"
             ),
         ),
         (
@@ -158,7 +159,7 @@ fn a_damaged_file_is_named_with_its_tensor() {
             }),
             format!(
                 "DIR/model.safetensors: tensor `{UP}` has shape [4, 6]; by config.json it should \
-                 be [6, 4]"
+                 be [6, 4]; copy or download all of the model again"
             ),
         ),
         (
@@ -169,7 +170,7 @@ fn a_damaged_file_is_named_with_its_tensor() {
             format!(
                 "DIR/model.safetensors: tensor `{UP}` is stored as I32, which is not supported; \
                  supported: F32, BF16, F16, and with a quantization_config or in a GGUF file what \
-                 docs/FORMATS.md lists"
+                 docs/FORMATS.md lists; take the model in one of these"
             ),
         ),
         (

@@ -1,4 +1,10 @@
-//! The search against an independent enumeration of all layouts: no gap, in both of its spaces.
+//! The search against an independent enumeration of all layouts: no gap, in both of its spaces. In each case every layout
+//! there is is looked at. Which cases:
+//!
+//! - every cluster of up to four workers of four kinds (fast or half as fast, roomy or tight), models of one to three layers,
+//!   and every mesh that can be asked for there: all of them;
+//! - five to ten workers that all differ: rates and memory are drawn, and of each draw every mesh that can be asked for is;
+//! - layouts that are there already, chains, zones: drawn.
 
 use super::super::super::topology::Topology;
 use super::*;
@@ -237,6 +243,97 @@ fn no_layout_is_better_than_the_one_that_is_chosen() {
         if best.is_some() { fit += 1 } else { not += 1 }
     }
     assert!(fit > 80 && not > 20, "the cases are lopsided: {fit} fit, {not} not");
+}
+
+/// Every mesh that can be asked for of so many workers and layers, and the one that is left open.
+fn asks(workers: u32, layers: u32, most_ranks: u32) -> Vec<MeshAsk> {
+    let exactly = |stages, ranks| MeshAsked::Exactly(Mesh { stages, ranks });
+    let meshes = (1..=layers).flat_map(|stages| (1..=most_ranks).map(move |ranks| (stages, ranks)));
+    let meshes = meshes.filter(|(stages, ranks)| stages * ranks <= workers);
+    let meshes = meshes.map(|(stages, ranks)| exactly(stages, ranks)).chain([MeshAsked::Auto]);
+    let objectives = [Objective::Latency, Objective::Throughput];
+    meshes
+        .flat_map(|mesh| objectives.map(|objective| (Some(mesh), Some(objective))))
+        .map(|(mesh, objective)| MeshAsk { mesh, objective, reduction: None, kv: None })
+        .collect()
+}
+
+/// What a worker has to have room for that holds all of a model.
+fn room_for(shape: &ModelShape) -> u64 {
+    let costs = Costs::new(shape, shape.stored());
+    let limits = memory::limits_to_try(&costs, 2).remove(0);
+    shape.memory(LayerRange::new(0, shape.layers()), shape.stored(), &limits).total().0
+}
+
+#[test]
+fn of_every_small_cluster_every_mesh_is_laid_out_as_well_as_can_be() {
+    // By sixths of a model, and GiB in a second.
+    const KINDS: [(u64, u64); 4] = [(8, 2), (8, 1), (4, 2), (4, 1)];
+    // Clusters of the same kinds in another order are the same cluster.
+    let mut clusters: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut all = Vec::new();
+    for _ in 0..4 {
+        let larger = |kinds: &Vec<usize>| {
+            let from = kinds.last().copied().unwrap_or(0);
+            (from..KINDS.len()).map(|kind| [&kinds[..], &[kind]].concat()).collect::<Vec<_>>()
+        };
+        clusters = clusters.iter().flat_map(larger).collect();
+        all.extend(clusters.clone());
+    }
+    assert_eq!(all.len(), 4 + 10 + 20 + 35);
+    let (mut fit, mut not) = (0, 0);
+    for layers in 1..=3 {
+        for shape in [pretend(layers, 40 * MIB), dense(layers, 3)] {
+            let sixth = room_for(&shape) / 6;
+            for kinds in &all {
+                let of = |(number, kind): (u32, &usize)| {
+                    let (sixths, rate) = KINDS[*kind];
+                    worker(number, sixths * sixth, rate * GIB, None)
+                };
+                let workers: Vec<_> = (1..).zip(kinds).map(of).collect();
+                let inventory = Inventory { workers, ..Inventory::default() };
+                for ask in asks(kinds.len() as u32, layers, 3) {
+                    let (found, best) = compare(&inventory, &shape, ask, In::Kinds, None);
+                    assert_eq!(found, best, "{ask} of {layers} layers on workers {kinds:?}");
+                    if best.is_some() { fit += 1 } else { not += 1 }
+                }
+            }
+        }
+    }
+    assert!(fit > 2000 && not > 100, "the cases are lopsided: {fit} fit, {not} not");
+}
+
+#[test]
+fn five_to_ten_workers_that_all_differ_are_laid_out_as_well_as_can_be() {
+    let mut numbers = Numbers(17);
+    let (mut fit, mut not) = (0, 0);
+    for count in 5..=10 {
+        // What is looked at grows with the workers' power of the stages.
+        let (layers_most, draws) = if count <= 6 { (3, 2) } else { (2, 1) };
+        for layers in 1..=layers_most {
+            for draw in 0..draws {
+                let shape = match draw {
+                    0 => pretend(layers, (20 + numbers.below(60)) * MIB),
+                    _ => dense(layers, 4),
+                };
+                let room = room_for(&shape);
+                // No rate is within a tenth of another, and the order says nothing about who has room.
+                let rates = std::iter::successors(Some(GIB), |rate| Some(rate / 5 * 6));
+                let mut workers: Vec<_> = (1..=count)
+                    .zip(rates)
+                    .map(|(n, rate)| worker(n, room * (1 + numbers.below(12)) / 10, rate, None))
+                    .collect();
+                workers.sort_by_key(|worker| worker.budget);
+                let inventory = Inventory { workers, ..Inventory::default() };
+                for ask in asks(count, layers, 4) {
+                    let (found, best) = compare(&inventory, &shape, ask, In::Kinds, None);
+                    assert_eq!(found, best, "{ask} of {layers} layers on {count}, draw {draw}");
+                    if best.is_some() { fit += 1 } else { not += 1 }
+                }
+            }
+        }
+    }
+    assert!(fit > 100 && not > 5, "the cases are lopsided: {fit} fit, {not} not");
 }
 
 #[test]

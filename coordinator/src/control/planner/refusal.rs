@@ -42,7 +42,8 @@ pub enum PlanRefusal {
     NoStages,
     /// More stages than layers.
     #[error(
-        "{stages} stages were asked for, but the model has {layers} layers; a stage has one at least"
+        "{stages} stages were asked for, but the model has {layers} layers; a stage has one at least: give {layers} \
+         or fewer"
     )]
     TooManyStages {
         /// The stages that were asked for.

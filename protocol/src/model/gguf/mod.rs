@@ -285,7 +285,8 @@ impl<R: Read> Reader<R> {
         }
         let bytes = bytes.map_or("too many".to_owned(), |bytes| bytes.to_string());
         Err(Refused::Bad(format!(
-            "{what} at byte {} takes {bytes} bytes, and {} are left: it is truncated or damaged",
+            "{what} at byte {} takes {bytes} bytes, and {} are left: it is truncated or damaged; copy or download \
+             it again",
             self.done, self.left
         )))
     }
