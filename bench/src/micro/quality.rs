@@ -70,7 +70,7 @@ fn divergence_max(held: Precision, numerics: Numerics) -> f64 {
         KvPrecision::Bf16 => 2e-5,
         KvPrecision::Q8_0 => 1e-4,
     };
-    weights.max(cache).max(rows)
+    f64::max(weights, cache).max(rows)
 }
 
 /// Runs it on the demo model, which lies in the repository.
