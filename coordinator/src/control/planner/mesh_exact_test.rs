@@ -254,7 +254,13 @@ fn asks(workers: u32, layers: u32, most_ranks: u32) -> Vec<MeshAsk> {
     let objectives = [Objective::Latency, Objective::Throughput];
     meshes
         .flat_map(|mesh| objectives.map(|objective| (Some(mesh), Some(objective))))
-        .map(|(mesh, objective)| MeshAsk { mesh, objective, reduction: None, kv: None })
+        .map(|(mesh, objective)| MeshAsk {
+            mesh,
+            objective,
+            reduction: None,
+            kv: None,
+            activations: None,
+        })
         .collect()
 }
 
