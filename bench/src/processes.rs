@@ -52,16 +52,23 @@ pub struct Host {
     pub memory: String,
     /// Its compute threads.
     pub threads: usize,
+    /// The processor that these are bound to, as `--cpus` takes it.
+    pub cpus: Option<String>,
 }
 
 impl Default for Host {
     fn default() -> Self {
-        Self { prefix: Vec::new(), memory: "4GiB".to_owned(), threads: 1 }
+        Self { prefix: Vec::new(), memory: "4GiB".to_owned(), threads: 1, cpus: None }
     }
 }
 
 impl Host {
-    /// One that is bound to a processor: workers push each other aside no more than machines of their own do.
+    /// One whose compute thread is bound to a processor.
+    pub fn computing_on(processor: usize) -> Self {
+        Self { cpus: Some(processor.to_string()), ..Self::default() }
+    }
+
+    /// One of which all threads are bound to a processor: workers push each other aside no more than machines of their own do.
     pub fn on(processor: usize) -> Self {
         let prefix = ["taskset", "-c", &processor.to_string()].map(str::to_owned).to_vec();
         Self { prefix, ..Self::default() }
@@ -199,7 +206,10 @@ impl Processes {
         let join = join.join(",");
         let node = &mut self.workers[index];
         let (memory, threads) = (node.host.memory.clone(), node.host.threads.to_string());
-        let args = ["worker", "--join", &join, "--memory", &memory, "--threads", &threads];
+        let mut args = vec!["worker", "--join", &join, "--memory", &memory, "--threads", &threads];
+        if let Some(cpus) = &node.host.cpus {
+            args.extend(["--cpus", cpus]);
+        }
         node.start(&self.news, &args, token).map(drop)
     }
 

@@ -10,6 +10,8 @@ use shoal_protocol::model::BuiltinModel;
 use shoal_protocol::trace::Tracer;
 use shoal_protocol::units::Bytes;
 
+use crate::backend::cpus::Cpus;
+
 /// The settings of one worker. There is no file: `shoal worker` has a flag for each.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
@@ -28,6 +30,8 @@ pub struct WorkerConfig {
     pub memory: Option<Bytes>,
     /// Threads that compute; `None`: one for each processor. More than processors is slower.
     pub threads: Option<NonZeroUsize>,
+    /// Processors that these are bound to.
+    pub cpus: Cpus,
     /// What to compute on: `cpu`.
     pub device: String,
     /// The models inside the binary.

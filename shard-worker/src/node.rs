@@ -80,6 +80,9 @@ pub enum StartError {
     /// Nowhere to begin, or too many places.
     #[error("{0} coordinator addresses are given; give 1 to {COORDINATORS_MAX} with --join")]
     Coordinators(usize),
+    /// The processors to compute on.
+    #[error("{0}; list others with --cpus, or leave it out")]
+    Cpus(String),
     /// The identity file.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -125,6 +128,7 @@ impl StartError {
                 | Self::NotAWorker { .. }
                 | Self::WrongToken(_)
                 | Self::Coordinators(_)
+                | Self::Cpus(_)
         )
     }
 }
@@ -158,7 +162,8 @@ impl Worker {
         if config.join.is_empty() || config.join.len() > COORDINATORS_MAX {
             return Err(StartError::Coordinators(config.join.len()));
         }
-        let threads = config.threads;
+        config.cpus.check().map_err(StartError::Cpus)?;
+        let threads = config.threads.or(std::num::NonZeroUsize::new(config.cpus.count()));
         let device = inventory::device(&config.device, config.memory, threads)?;
         let identity = Arc::new(identity_of(&config).await?);
         let incarnation = next_incarnation(&config.data.join(INCARNATION_FILE))?;
@@ -210,6 +215,7 @@ impl Worker {
                 blobs: Some(blobs),
                 builtin: config.builtin,
                 threads: threads.unwrap_or(std::num::NonZeroUsize::MIN),
+                cpus: config.cpus,
             },
             budget: device.memory,
         });
@@ -437,6 +443,7 @@ mod tests {
             data: data.path().to_owned(),
             memory: Some(shoal_protocol::units::Bytes::mib(1)),
             threads: None,
+            cpus: Default::default(),
             device: "cpu".to_owned(),
             builtin: Vec::new(),
             zone: None,

@@ -123,6 +123,7 @@ async fn start(cluster: &Cluster, join: &[&Endpoint], data: Option<Arc<TempDir>>
         data: data.path().to_owned(),
         memory: Some(Bytes::mib(100)),
         threads: std::num::NonZeroUsize::new(1),
+        cpus: Default::default(),
         device: "cpu".to_owned(),
         builtin: Vec::new(),
         zone: None,

@@ -29,6 +29,7 @@ use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::ZoneName;
 use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 use shoal_protocol::units::Bytes;
+use shoal_shard_worker::backend::cpus::Cpus;
 
 use crate::otlp::OtlpUrl;
 
@@ -47,8 +48,8 @@ use self::nearest::name_the_nearest_flag;
 pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole};
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
-    activations, address, coordinator, count, device, kv, memory, name, nonzero, policy, precision,
-    store, zone,
+    activations, address, coordinator, count, cpus, device, kv, memory, name, nonzero, policy,
+    precision, store, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -359,9 +360,13 @@ pub struct WorkerArgs {
     /// that is free]
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub memory: Option<Bytes>,
-    /// Compute threads [default: as many as cores]
+    /// Compute threads [default: as many as cores, or as --cpus lists]
     #[arg(long, value_name = "T", value_parser = count)]
     pub threads: Option<NonZeroU32>,
+    /// Bind the compute threads to these processors, such as 0-3,8: for several workers on one machine, each with its
+    /// own [default: the system moves them]
+    #[arg(long, value_name = "LIST", value_parser = cpus)]
+    pub cpus: Option<Cpus>,
     /// What to compute on
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     pub device: String,

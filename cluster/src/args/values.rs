@@ -13,6 +13,7 @@ use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::plan::{Activations, KvPrecision, Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
 use shoal_shard_worker::agent::inventory::MEMORY_MIN;
+use shoal_shard_worker::backend::cpus::Cpus;
 
 /// For defaults, which are from 1 up.
 pub const fn nonzero(n: u32) -> NonZeroU32 {
@@ -84,6 +85,11 @@ pub fn memory(text: &str) -> Result<Bytes, String> {
         Ok(bytes) => Ok(bytes),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Processors to compute on.
+pub fn cpus(text: &str) -> Result<Cpus, String> {
+    text.parse()
 }
 
 /// How weights are held.

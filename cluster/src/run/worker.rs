@@ -37,6 +37,7 @@ async fn serve(args: WorkerArgs, otlp: &Otlp) -> Result<(), Failure> {
         data: args.data,
         memory: args.memory,
         threads: args.threads.and_then(|threads| threads.try_into().ok()),
+        cpus: args.cpus.unwrap_or_default(),
         device: args.device,
         builtin: builtin::ALL.to_vec(),
         zone: args.zone,

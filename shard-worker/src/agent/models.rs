@@ -15,6 +15,7 @@ use shoal_protocol::units::Bytes;
 
 use crate::backend::BackendError;
 use crate::backend::cpu::{CpuOps, Isa};
+use crate::backend::cpus::Cpus;
 use crate::blob::Blobs;
 use crate::model::pretend::{PretendShard, SLOWER_VARIABLE};
 use crate::model::{LoadError, LoadOptions, WeightsError, load_shard};
@@ -29,6 +30,8 @@ pub struct Models {
     pub builtin: Vec<BuiltinModel>,
     /// Threads that compute, and that read weights.
     pub threads: NonZeroUsize,
+    /// Where threads compute.
+    pub cpus: Cpus,
     /// The models of hubs, as far as they are here.
     pub cache: ModelCache,
     /// Other workers that have some of them; `None`: only the hub is asked.
@@ -76,8 +79,8 @@ impl Models {
         };
         let vocab = checkpoint.spec().vocab;
         let isa = Isa::from_environment().map_err(|error| load_error(&error.into()))?;
-        let ops =
-            CpuOps::new(self.threads.get(), isa).map_err(|error| load_error(&error.into()))?;
+        let ops = CpuOps::bound(self.threads.get(), isa, &self.cpus)
+            .map_err(|error| load_error(&error.into()))?;
         let options = LoadOptions { threads: self.threads, on_progress, cancel };
         let model = load_shard(ops, &checkpoint, assignment, &options);
         let model = model.map_err(|error| load_error(&error))?;
@@ -296,7 +299,8 @@ mod tests {
     fn models(data: &Path) -> Models {
         let cache = ModelCache::new(data, BlobSettings::default());
         let (data, threads) = (data.to_owned(), NonZeroUsize::MIN);
-        Models { data, builtin: Vec::new(), threads, cache, blobs: None }
+        let cpus = Cpus::default();
+        Models { data, builtin: Vec::new(), threads, cpus, cache, blobs: None }
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! bits depend on its own sequence alone.
 
 pub mod cpu;
+pub mod cpus;
 mod encode;
 mod family;
 #[cfg(feature = "cuda")]

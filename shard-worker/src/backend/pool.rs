@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use super::cpus::{Cpus, bind};
 use crate::backend::BackendError;
 use crate::model::ComputeError;
 
@@ -34,6 +35,8 @@ const SPINS_PER_LOOK: u32 = 16;
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Where the caller is to compute; it is bound with its first job.
+    caller: Option<usize>,
 }
 
 /// What a job is called with: which share of how many.
@@ -88,6 +91,11 @@ unsafe impl Send for Shared {}
 impl Pool {
     /// Starts `threads - 1` threads.
     pub fn new(threads: usize) -> Result<Self, BackendError> {
+        Self::bound(threads, &Cpus::default())
+    }
+
+    /// The same, each bound to one of `cpus`.
+    pub fn bound(threads: usize, cpus: &Cpus) -> Result<Self, BackendError> {
         if !(1..=THREADS_MAX).contains(&threads) {
             return Err(BackendError::BadShape {
                 what: "compute threads",
@@ -104,12 +112,17 @@ impl Pool {
             panicked: AtomicBool::new(false),
         });
         // Built first, so that dropping it ends the threads that did start.
-        let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
+        let workers = Vec::with_capacity(threads - 1);
+        let mut pool = Self { shared, workers, caller: cpus.of_thread(0) };
         for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
+            let cpu = cpus.of_thread(index);
             let worker = std::thread::Builder::new()
                 .name(format!("compute-{index}"))
-                .spawn(move || shared.work(index))
+                .spawn(move || {
+                    cpu.into_iter().for_each(bind);
+                    shared.work(index);
+                })
                 .map_err(|error| BackendError::Thread { thread: index, why: error.to_string() })?;
             pool.workers.push(worker);
         }
@@ -134,6 +147,7 @@ impl Pool {
 
     /// `threads` is 1 or all.
     fn run_on(&mut self, threads: usize, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
+        self.caller.take().into_iter().for_each(bind);
         let shared = &*self.shared;
         let share = Share { index: 0, of: threads };
         if threads > 1 {
@@ -252,6 +266,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[cfg(all(target_os = "linux", not(miri)))]
+    #[test]
+    fn threads_compute_where_they_are_bound() {
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        let cpu = (0..1024).find(|cpu| allowed.is_set(*cpu)).unwrap();
+        let cpus = cpu.to_string().parse().unwrap();
+        // A thread of its own, which stays bound.
+        let computes = std::thread::spawn(move || {
+            let mut pool = Pool::bound(3, &cpus).unwrap();
+            pool.run(&|_| {
+                let own = rustix::thread::sched_getaffinity(None).unwrap();
+                assert!(own.is_set(cpu) && own.count() == 1);
+            })
+        });
+        assert_eq!(computes.join().unwrap(), Ok(()));
     }
 
     #[test]

@@ -122,6 +122,7 @@ impl Cluster {
             data: data.path().to_owned(),
             memory: Some(memory),
             threads: std::num::NonZeroUsize::new(1),
+            cpus: Default::default(),
             device: "cpu".to_owned(),
             builtin: Vec::new(),
             zone: None,

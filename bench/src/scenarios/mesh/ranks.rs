@@ -32,7 +32,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
     let mut section = Section::new(
         "Two tensor ranks against one thread",
         format!(
-            "One stream of {TOKENS} tokens: mesh 1x2 with one thread a rank against 1x1 with one thread, taken in \
+            "One stream of {TOKENS} tokens: mesh 1x2 with one thread a rank, each bound to a processor (`--cpus`), against 1x1 with one thread, taken in \
              turn, and 1x2 over QUIC as between machines (SHOAL_RANKS_APART=1) beside them, on models of {TOKEN_MS} ms a token and more. What one core reads in a second, and two together, is measured just \
              before each pair of meshes and just behind it. Two ranks can be faster only until they read what two cores read: where \
              that is less than {TWICE:.2} times what the one thread reads of the weights, the memory is their bound, and the goal {SHARE} of it. \
@@ -40,10 +40,11 @@ pub fn run(settings: &Settings) -> Result<Section> {
              distributed-llama's two nodes, on machines of their own, reach 2.00 of its one (issue 4)."
         ),
     );
-    let bed = Bed::start(vec![Host::default(); 2], None)?;
+    let hosts = [0, 1].map(Host::computing_on);
+    let bed = Bed::start(hosts.to_vec(), None)?;
     let env = ["env", "SHOAL_RANKS_APART=1"].map(str::to_owned);
-    let apart = Host { prefix: env.to_vec(), ..Host::default() };
-    let apart = Bed::start(vec![apart; 2], None)?;
+    let apart = hosts.map(|host| Host { prefix: env.to_vec(), ..host });
+    let apart = Bed::start(apart.to_vec(), None)?;
     for (shape, precision) in [
         (Shape::MEDIUM, Precision::F32),
         (Shape::LARGE, Precision::Bf16),

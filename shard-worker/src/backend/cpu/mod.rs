@@ -58,6 +58,7 @@ use self::family::NormOf;
 use self::linear::SharedMut;
 use self::memory::Floats;
 use self::rows::{Add, Gate, RotateRow, angles_of};
+use super::cpus::Cpus;
 use super::pool::{Pool, Share};
 use super::{Attend, BackendError, KvShape, Linear, Norm, Ops, RowSet, Turn};
 use crate::model::{ComputeError, Span};
@@ -113,9 +114,14 @@ pub struct CpuStream<'a> {
 impl CpuOps {
     /// A CPU of `threads` compute threads, the caller's included, with these instructions.
     pub fn new(threads: usize, isa: Isa) -> Result<Self, BackendError> {
+        Self::bound(threads, isa, &Cpus::default())
+    }
+
+    /// The same, each thread bound to one of `cpus`.
+    pub fn bound(threads: usize, isa: Isa, cpus: &Cpus) -> Result<Self, BackendError> {
         Ok(Self {
             isa,
-            pool: Pool::new(threads)?,
+            pool: Pool::bound(threads, cpus)?,
             tiles: Floats::zeros(0)?,
             tiles_hold: NOTHING,
             stamps: 0,
