@@ -14,6 +14,10 @@ use shoal_protocol::model::{
     Pooling,
 };
 use shoal_protocol::plan::Precision;
+use support::matrix::{self, MESHES, Parity};
+use support::stored::{
+    GGUF_BLOCKS, GGUF_CONVERTED, GGUF_MERGED, GGUF_WRITTEN, OVER, PACKED, TORCH,
+};
 use support::{Case, FEW_BITS, cases, cuts_of, stands_for_family};
 
 const HEAD: &str = "\
@@ -126,6 +130,83 @@ fn encoders() -> String {
     part
 }
 
+const MATRIX: &str = "
+## Meshes and precisions
+
+`shard-worker/tests/matrix.rs` takes a model of each family, with the options of its first reference model and so wide that blocks of any precision can be
+shared, over each mesh in each precision that weights are held in, and compares it with itself uncut in that precision:
+
+- `==`: the same bits;
+- `1e-4`: ranks add partial sums; log-probabilities are within 1e-4, the greedy tokens the same, and the mesh repeats itself bit for bit;
+- `no`: refused, as three ranks cannot share the two key/value heads of these models (DeepSeek's have four heads).
+
+";
+
+const STORED: &str = "
+## Stored formats
+
+Each is compared, in every bit, with the values that it stands for, read from a folder of plain safetensors. What each costs in quality: [FORMATS.md](FORMATS.md).
+
+| stored as | models | over | by |
+|---|---|---|---|
+";
+
+/// The matrix, precisions with the same cells in one line.
+fn matrix(cases: &[Case]) -> String {
+    let columns: Vec<&str> = MESHES.iter().map(|mesh| mesh.name).collect();
+    let mut part = format!("{MATRIX}| family | held as | {} |\n", columns.join(" | "));
+    writeln!(part, "|---|---|{}", "---|".repeat(columns.len())).unwrap();
+    for (family, _folder, checkpoint) in matrix::models(cases) {
+        let mut rows: Vec<(Vec<Parity>, Vec<Precision>)> = Vec::new();
+        for held in Precision::ALL {
+            let cells: Vec<_> = MESHES.iter().map(|m| m.parity(checkpoint.spec(), held)).collect();
+            match rows.iter_mut().find(|(known, _)| *known == cells) {
+                Some((_, all)) => all.push(held),
+                None => rows.push((cells, vec![held])),
+            }
+        }
+        for (i, (cells, all)) in rows.into_iter().enumerate() {
+            let name = if i == 0 { format!("`{}`", family.architecture()) } else { String::new() };
+            let cells: Vec<_> = cells.into_iter().map(word).collect();
+            writeln!(part, "| {name} | {} | {} |", list(all), cells.join(" | ")).unwrap();
+        }
+    }
+    part
+}
+
+fn word(parity: Parity) -> &'static str {
+    match parity {
+        Parity::Same => "==",
+        Parity::Close => "1e-4",
+        Parity::Refused => "no",
+    }
+}
+
+/// What the tests of formats run over.
+fn stored(cases: &[Case]) -> String {
+    let over = list(OVER.map(|(name, ..)| name));
+    let mut part = STORED.to_owned();
+    let mut row = |stored: String, models: String, over: &str, by: &str| {
+        writeln!(part, "| {stored} | {models} | {over} | `shard-worker/tests/{by}.rs` |").unwrap();
+    };
+    let blocks = format!("GGUF, written by candle: {}", list(GGUF_BLOCKS));
+    row(blocks, "a random Llama, held as f32 and as stored".into(), &over, "formats");
+    row("GGUF beside a folder".into(), list(GGUF_WRITTEN), "1x1, 2x1", "formats");
+    let converted = "GGUF, written by llama.cpp's converter".to_owned();
+    row(converted.clone(), list(GGUF_CONVERTED), "1x1, 2x1", "gguf_families");
+    let merged = format!("{converted}, tensors merged or in parts");
+    row(merged, list(GGUF_MERGED), "2x2 exact, 2x2 sum", "gguf_families");
+    for (name, tool) in PACKED {
+        let model = "a random Llama, as the tool unpacks it".to_owned();
+        row(format!("{name}, packed by {tool}"), model, &over, "quantised");
+    }
+    let packed = cases.iter().filter(|c| c.checkpoint().spec().stored == Precision::Mxfp4);
+    let packed = list(packed.map(|case| format!("{}, as transformers unpacks it", case.name)));
+    row("MXFP4, as GPT-OSS is published".into(), packed, "as above", "parity");
+    row("a state dict of PyTorch".into(), TORCH.into(), "1x1", "formats");
+    part
+}
+
 fn page(cases: &[Case]) -> String {
     let mut of: BTreeMap<Family, Vec<(&Case, ModelSpec)>> = BTreeMap::new();
     for case in cases {
@@ -167,6 +248,8 @@ fn page(cases: &[Case]) -> String {
             .unwrap();
         }
     }
+    page.push_str(&matrix(cases));
+    page.push_str(&stored(cases));
     page.push_str(&encoders());
     page
 }

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
+use shoal_protocol::model::ModelSpec;
+use shoal_protocol::units::LayerRange;
 
 /// The files that make a folder servable beside config and weights; the demo model's do for any
 /// vocabulary of its size.
@@ -89,6 +91,24 @@ impl RandomLlama {
         }
         tensors
     }
+}
+
+/// Writes the folder of a model with random weights, stored as f32, whose config.json is this; its vocabulary has to be
+/// the demo model's.
+pub fn write_random(folder: &Path, config: &Value) -> Result<()> {
+    ensure!(config["vocab_size"] == VOCAB, "the tokenizer has {VOCAB} tokens");
+    std::fs::create_dir_all(folder)?;
+    for file in TOKENIZER_FILES {
+        std::fs::copy(demo().join(file), folder.join(file)).context(file)?;
+    }
+    let text = config.to_string();
+    let spec = ModelSpec::from_config_json(&text)?;
+    let tensors = spec.tensors(LayerRange::new(0, spec.layers)).into_iter();
+    let shape = |dims: &[u64]| dims.iter().map(|n| *n as usize).collect();
+    let tensors: Vec<_> = tensors.map(|t| (t.name.clone(), shape(t.stored_shape()))).collect();
+    std::fs::write(folder.join("config.json"), text)?;
+    std::fs::write(folder.join("model.safetensors"), safetensors(&tensors)?)?;
+    Ok(())
 }
 
 /// The folder of the built-in model.

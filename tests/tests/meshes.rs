@@ -5,6 +5,10 @@
 mod adapters;
 #[path = "meshes/far.rs"]
 mod far;
+#[path = "meshes/refused.rs"]
+mod refused;
+#[path = "meshes/uneven.rs"]
+mod uneven;
 
 use std::time::Duration;
 

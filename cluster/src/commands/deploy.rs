@@ -16,7 +16,7 @@ use super::rollout;
 use crate::args::DeployArgs;
 use crate::builtin;
 use crate::client::{AdminClient, unexpected};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::progress::{Progress, Stand, stand};
 use crate::output::table;
 
@@ -78,13 +78,38 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
-    let view = match args.replicas.get() {
-        1 => wait_until_ready(&client, &name).await?,
-        _ => rollout::wait(&client, &name, 0, ROLLOUT_TIMEOUT).await?,
+    let view = match wait_until_served(&client, &name, args.replicas).await {
+        Ok(view) => view,
+        Err(failure) if failure.exit == Exit::Refused => {
+            return Err(take_back(&client, &name, failure).await);
+        }
+        Err(failure) => return Err(failure),
     };
     client.close().await;
     eprintln!("{name}: ready");
     super::print(&table::stages(&view, |d| d.name == name).to_string())
+}
+
+/// Waits until all of it is served, or until it is known that none of it will be.
+async fn wait_until_served(
+    client: &AdminClient,
+    name: &DeploymentName,
+    replicas: NonZeroU32,
+) -> Result<ClusterView, Failure> {
+    let view = wait_until_ready(client, name).await?;
+    match replicas.get() {
+        1 => Ok(view),
+        _ => rollout::wait(client, name, 0, ROLLOUT_TIMEOUT).await,
+    }
+}
+
+/// What was refused leaves nothing behind: its name is free, and workers let go what they have loaded of it.
+async fn take_back(client: &AdminClient, name: &DeploymentName, why: Failure) -> Failure {
+    let said = match client.call(AdminCall::Undeploy { name: name.clone() }).await {
+        Ok(AdminReply::Accepted) => "it was taken back: nothing of it stays".to_owned(),
+        Ok(_) | Err(_) => format!("it is still there: `shoal undeploy {name}` ends it"),
+    };
+    Failure { message: format!("{}\n{said}", why.message), ..why }
 }
 
 /// Follows a deployment, with progress on stderr, until it is served or is known not to be.
@@ -187,7 +212,6 @@ fn default_name(folder: &str) -> Result<DeploymentName, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::failure::Exit;
 
     #[test]
     fn a_folder_is_named_by_its_absolute_path() {

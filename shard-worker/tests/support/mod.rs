@@ -1,6 +1,7 @@
 //! Models of the tests as chains of shards in one process: what stages do, without their links.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod matrix;
 pub mod stored;
 
 use std::num::NonZeroUsize;

@@ -80,3 +80,27 @@ fn a_zone_for_each_of_many_workers_takes_no_longer_than_one_for_all() {
         }
     }
 }
+
+/// The guide's table says what the planner counts with (and `shard-worker/tests/ranks.rs`, what workers do).
+#[test]
+fn the_guide_states_what_ranks_tell_each_other() {
+    let guide = include_str!("../../../../docs/operating.md");
+    let ModelShape::Checkpoint(spec) = dense(32, 8) else { panic!("it is a checkpoint's") };
+    let llama = ModelShape::Checkpoint(ModelSpec {
+        hidden: 4096,
+        heads: 32,
+        head_dim: 128,
+        intermediate: 14336,
+        ..spec
+    });
+    for (reduction, row) in
+        [(Reduction::Sum, "| `sum` |"), (Reduction::Exact, "| `exact`, dense |")]
+    {
+        let layers =
+            (0..32).map(|layer| super::super::super::cost::told(&llama, layer, 2, reduction));
+        let (rounds, bytes) = layers.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        let words = format!("| {rounds} rounds, {:.2} MiB |", bytes as f64 / MIB as f64);
+        let stated = guide.lines().find(|line| line.starts_with(row)).expect("a row");
+        assert!(stated.ends_with(&words), "{stated} should end with {words}");
+    }
+}
