@@ -13,7 +13,7 @@ mod model;
 mod parts;
 
 pub(super) use model::{Found, open, renamed};
-pub use parts::{first_part, gguf_of, stem};
+pub use parts::{all_parts, first_part, gguf_of, stem};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -24,7 +24,7 @@ use crate::model::checkpoint::CheckpointError;
 use crate::model::stored::StoredType;
 
 /// The longest header: a vocabulary of a million tokens with its merges has some forty MiB.
-const HEADER_LEN_MAX: u64 = 256 << 20;
+pub(crate) const HEADER_LEN_MAX: u64 = 256 << 20;
 /// More tensors than any published model has.
 const TENSORS_MAX: u64 = 1 << 20;
 /// More keys than any published file has.
@@ -110,6 +110,8 @@ pub struct Gguf {
     places: HashMap<String, usize>,
     /// The length of the whole file.
     pub file_len: u64,
+    /// The length of the header, without what pads it.
+    pub header_len: u64,
     /// BLAKE3 of the header's bytes.
     pub header_hash: [u8; 32],
 }
@@ -181,9 +183,9 @@ impl Gguf {
         })?;
         let data = reader.done.next_multiple_of(alignment);
         let tensors = place(found, data, alignment, file_len)?;
-        let header_hash = *reader.hasher.finalize().as_bytes();
+        let (header_len, header_hash) = (reader.done, *reader.hasher.finalize().as_bytes());
         let places = (0..).zip(&tensors).map(|(at, tensor)| (tensor.name.clone(), at)).collect();
-        Ok(Self { values, tensors, places, file_len, header_hash })
+        Ok(Self { values, tensors, places, file_len, header_len, header_hash })
     }
 
     /// A value by its key.
@@ -195,6 +197,16 @@ impl Gguf {
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         self.tensors.get(*self.places.get(name)?)
     }
+}
+
+/// How long the header is of a file of this length that begins with what is read here, and of which no more
+/// is read; why it is none.
+pub(crate) fn header_len(from: impl Read, file_len: u64) -> Result<u64, String> {
+    let header = Gguf::parse(from, file_len).map_err(|refused| match refused {
+        Refused::Io(error) => error.to_string(),
+        Refused::Bad(reason) => reason,
+    })?;
+    Ok(header.header_len)
 }
 
 /// Gives tensors their place in the file and sorts them by it; no two may share bytes.
