@@ -5,6 +5,8 @@
 mod adapters;
 #[path = "meshes/far.rs"]
 mod far;
+#[path = "meshes/halves.rs"]
+mod halves;
 
 use std::time::Duration;
 
