@@ -222,15 +222,15 @@ fn fetch_head(
     let mut head = Head { origin, commit, file, cancel, bytes: Vec::new(), read: 0, failure: None };
     let len = match file.name.as_str() {
         name if is_gguf(name) => header_len(&mut head, file.len),
-        name if name.ends_with(".safetensors") => head.safetensors(),
+        name if name.ends_with(".safetensors") => head.safetensors().map(|len| (len, Vec::new())),
         // A state dict has what describes it at its end.
-        _ => Ok(0),
+        _ => Ok((0, Vec::new())),
     };
     let Head { mut bytes, failure, .. } = head;
     if let Some(error) = failure {
         return Err(error);
     }
-    let len = len.map_err(|why| BlobError::Damaged {
+    let (len, factors) = len.map_err(|why| BlobError::Damaged {
         origin: origin.name().to_owned(),
         what: file.name.clone(),
         why,
@@ -238,8 +238,14 @@ fn fetch_head(
     bytes.truncate(len as usize);
     // What a disk has done to the header it may not have done to the chunks: they are hashed.
     match has_len(folder, file) {
-        true => SparseFile::mend(folder, &file.name, &bytes)?,
+        true => SparseFile::mend(folder, &file.name, 0, &bytes)?,
         false => SparseFile::create(folder, &file.name, file.len, &bytes)?,
+    }
+    // Before the header is on record: what broke off here is done again.
+    for factors in factors {
+        let (first, mut bytes) = (factors.start, Vec::new());
+        origin.read(commit, file, factors, &mut bytes, cancel)?;
+        SparseFile::mend(folder, &file.name, first, &bytes)?;
     }
     kept::note(folder, &file.name, &bytes)
 }

@@ -18,6 +18,7 @@ pub use parts::{all_parts, first_part, gguf_of, stem};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 use std::path::Path;
 
 use crate::model::checkpoint::CheckpointError;
@@ -27,6 +28,8 @@ use crate::model::stored::StoredType;
 pub(crate) const HEADER_LEN_MAX: u64 = 256 << 20;
 /// More tensors than any published model has.
 const TENSORS_MAX: u64 = 1 << 20;
+/// The longest tensor of rotations' factors; a head of 512 has 256 of four bytes.
+const FACTORS_MAX: u64 = 1 << 16;
 /// More keys than any published file has.
 const KEYS_MAX: u64 = 1 << 16;
 /// Elements of all lists together. In memory each takes 32 bytes, and a vocabulary of a million tokens
@@ -200,13 +203,15 @@ impl Gguf {
 }
 
 /// How long the header is of a file of this length that begins with what is read here, and of which no more
-/// is read; why it is none.
-pub(crate) fn header_len(from: impl Read, file_len: u64) -> Result<u64, String> {
+/// is read, and where the factors of rotations are, which are looked at with it; why it is none.
+pub(crate) fn header_len(from: impl Read, file_len: u64) -> Result<(u64, Vec<Range<u64>>), String> {
     let header = Gguf::parse(from, file_len).map_err(|refused| match refused {
         Refused::Io(error) => error.to_string(),
         Refused::Bad(reason) => reason,
     })?;
-    Ok(header.header_len)
+    let factors = header.tensors.iter().filter(|tensor| tensor.name.starts_with("rope_f"));
+    let factors = factors.map(|tensor| tensor.offset..tensor.offset + tensor.len.min(FACTORS_MAX));
+    Ok((header.header_len, factors.collect()))
 }
 
 /// Gives tensors their place in the file and sorts them by it; no two may share bytes.
