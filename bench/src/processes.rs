@@ -205,9 +205,10 @@ impl Processes {
         let join: Vec<_> = self.coordinators.iter().map(|c| c.cluster.as_str()).collect();
         let join = join.join(",");
         let node = &mut self.workers[index];
-        let (memory, threads) = (node.host.memory.clone(), node.host.threads.to_string());
+        let Host { memory, threads, cpus, .. } = node.host.clone();
+        let threads = threads.to_string();
         let mut args = vec!["worker", "--join", &join, "--memory", &memory, "--threads", &threads];
-        if let Some(cpus) = &node.host.cpus {
+        if let Some(cpus) = &cpus {
             args.extend(["--cpus", cpus]);
         }
         node.start(&self.news, &args, token).map(drop)

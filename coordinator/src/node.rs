@@ -278,8 +278,12 @@ impl Running {
             me,
             turn: Arc::default(),
         };
-        let adapter_server =
-            AdapterServer { store: store.clone(), agents: agents.clone(), table: table.clone() };
+        let adapter_server = AdapterServer {
+            store: store.clone(),
+            agents: agents.clone(),
+            models: models.clone(),
+            table: table.clone(),
+        };
         let servers = Servers {
             join: JoinServer::new(store.clone(), authority.clone()),
             admin: AdminServer {

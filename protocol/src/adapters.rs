@@ -29,7 +29,8 @@ pub struct AdapterSpec {
     pub id: AdapterId,
     /// The name that requests choose it by.
     pub name: DeploymentName,
-    /// The folder, which each worker reads under this path.
+    /// The folder, which each worker reads under this path; or `org/name@commit` of the hub, which each
+    /// fetches.
     pub path: String,
     /// What `model::Adapter::fingerprint` says of it.
     pub fingerprint: [u8; 32],
@@ -98,7 +99,7 @@ pub enum AdapterCall {
         name: DeploymentName,
         /// The deployment of its base model.
         deployment: DeploymentName,
-        /// Its folder, from the root, the same on each node.
+        /// Its folder, from the root, the same on each node; or `org/name[@revision]` of the hub.
         path: String,
     },
     /// Stop serving one. Answers that use it end first.
@@ -119,7 +120,7 @@ pub struct AdapterView {
     pub id: AdapterId,
     /// The deployment of its base model.
     pub deployment: DeploymentName,
-    /// Its folder.
+    /// Its folder, or `org/name@commit` of the hub.
     pub path: String,
     /// When it was asked for: seconds since 1970.
     pub created_s: u64,

@@ -176,12 +176,24 @@ pub enum ModelSource {
         /// A branch, a tag or a commit; in plans a commit, which names the same bytes for ever.
         revision: String,
     },
-    /// A folder of an S3-compatible object store. For nodes that speak [`crate::version::KNOWS_HUB`].
+    /// A folder of an S3-compatible object store, or a GGUF file in one. For nodes that speak
+    /// [`crate::version::KNOWS_HUB`].
     ObjectStore {
-        /// `s3://bucket/folder`.
+        /// `s3://bucket/folder` or `s3://bucket/folder/FILE.gguf`.
         url: String,
         /// Empty where it is asked for; in plans a hash of its files' names, lengths and ETags.
         revision: String,
+    },
+    /// One of the GGUF models of a repository of the Hugging Face hub. For nodes that speak
+    /// [`crate::version::KNOWS_HUB`].
+    HubGguf {
+        /// `org/name`.
+        repo: String,
+        /// A branch, a tag or a commit; in plans a commit.
+        revision: String,
+        /// A quantisation such as `Q4_K_M`, or a file of the repository; in plans the file, of a model in
+        /// parts the first.
+        file: String,
     },
 }
 
@@ -189,7 +201,9 @@ impl ModelSource {
     /// Whether nodes fetch it themselves, from an origin or from each other.
     pub fn is_fetched(&self) -> bool {
         match self {
-            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => true,
+            ModelSource::Hub { .. }
+            | ModelSource::HubGguf { .. }
+            | ModelSource::ObjectStore { .. } => true,
             ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
                 false
             }
@@ -204,6 +218,10 @@ impl std::fmt::Display for ModelSource {
             ModelSource::Builtin { name } => write!(f, "the built-in model `{name}`"),
             ModelSource::Pretend(_) => f.write_str("a pretend model"),
             ModelSource::Hub { repo, revision } => write!(f, "{repo}@{revision}"),
+            ModelSource::HubGguf { repo, revision, file } => {
+                let between = if file.ends_with(".gguf") { '/' } else { ':' };
+                write!(f, "{repo}@{revision}{between}{file}")
+            }
             ModelSource::ObjectStore { url, .. } => f.write_str(url),
         }
     }

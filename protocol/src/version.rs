@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 /// | 2 | traces ([`KNOWS_TRACES`]): `FrameKind::Trace` |
 /// | 3 | tensor ranks ([`KNOWS_RANKS`]): `FrameKind::{Partial, Near}`, `Numerics::N1Sum` |
 /// | 3 | meshes ([`KNOWS_MESHES`]): `WorkerMessage::Facts`, `AdminCall::DeployMesh` and `ScaleMesh`, `DeploymentCommand::CreateMesh` and `ScaleMesh` |
-/// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
+/// | 3 | models of hubs ([`KNOWS_HUB`]): `ModelSource::{Hub, ObjectStore, HubGguf}`; `WorkerMessage::Blobs`, `CoordinatorMessage::Blobs`, ALPN `shoal-blob` |
 /// | 3 | formats ([`KNOWS_FORMATS`]): `Precision::Q8_0`, `Q4_0`, `Q4K`, `Fp8`, `Q5K`, `Q6K`, `Mxfp4` |
 /// | 3 | a cache of fewer bits ([`KNOWS_KV`]): `Numerics::{N1KvBf16, N1KvQ8, N1SumKvBf16, N1SumKvQ8}`, `MeshAsk::kv` |
 /// | 3 | products of whole numbers ([`KNOWS_NUMBERS`]): `Numerics::N2` and what it is combined with, `MeshAsk::activations` |
@@ -46,7 +46,7 @@ pub const KNOWS_RANKS: u16 = 3;
 /// themselves beyond their registration ([`crate::mesh`]).
 pub const KNOWS_MESHES: u16 = 3;
 
-/// From here on nodes fetch the models of hubs and of object stores themselves, and pass chunks of them on: `ModelSource::{Hub, ObjectStore}`.
+/// From here on nodes fetch the models of hubs and of object stores themselves, and pass chunks of them on: `ModelSource::{Hub, ObjectStore, HubGguf}`.
 pub const KNOWS_HUB: u16 = 3;
 
 /// From here on weights can be held in blocks. They are asked for only where every member knows them.

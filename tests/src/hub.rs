@@ -83,8 +83,7 @@ pub struct Counts {
 impl Counts {
     /// Bytes of weights.
     pub fn weights(&self) -> u64 {
-        let weights = self.bytes.iter().filter(|(name, _)| name.ends_with(".safetensors"));
-        weights.map(|(_, bytes)| bytes).sum()
+        self.bytes.iter().filter(|(name, _)| is_weights(name)).map(|(_, bytes)| bytes).sum()
     }
 }
 
@@ -92,13 +91,7 @@ impl Hub {
     /// Serves the files of a folder as the model `repo`; to who shows the token, where there is one.
     pub fn serve(folder: &Path, repo: &str, token: Option<&str>) -> Result<Self> {
         let mut files = BTreeMap::new();
-        for entry in std::fs::read_dir(folder)? {
-            let entry = entry?;
-            if entry.file_type()?.is_file() {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                files.insert(name, std::fs::read(entry.path())?);
-            }
-        }
+        read_files(folder, "", &mut files)?;
         let (repo, token) = (repo.to_owned(), token.map(str::to_owned));
         let shared = Arc::new(Shared { repo, files, token, ..Shared::default() });
         let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -141,8 +134,7 @@ impl Hub {
 
     /// The length of all weights.
     pub fn weights(&self) -> u64 {
-        let files = self.shared.files.iter();
-        let weights = files.filter(|(name, _)| name.ends_with(".safetensors"));
+        let weights = self.shared.files.iter().filter(|(name, _)| is_weights(name));
         weights.map(|(_, bytes)| bytes.len() as u64).sum()
     }
 }
@@ -176,7 +168,7 @@ impl Shared {
     fn description(&self) -> Value {
         let sibling = |(name, bytes): (&String, &Vec<u8>)| {
             let git = git_blob(bytes);
-            match name.ends_with(".safetensors") {
+            match is_weights(name) {
                 true => json!({
                     "rfilename": name, "size": bytes.len(), "blobId": git,
                     "lfs": { "sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134 },
@@ -187,6 +179,28 @@ impl Shared {
         let siblings: Vec<Value> = self.files.iter().map(sibling).collect();
         json!({ "id": self.repo, "sha": COMMIT, "siblings": siblings })
     }
+}
+
+/// The files of a folder and of those in it, by their paths there.
+fn read_files(
+    folder: &Path,
+    before: &str,
+    files: &mut BTreeMap<String, Vec<u8>>,
+) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = format!("{before}{}", entry.file_name().to_string_lossy());
+        match entry.file_type()?.is_dir() {
+            true => read_files(&entry.path(), &format!("{name}/"), files)?,
+            false => drop(files.insert(name, std::fs::read(entry.path())?)),
+        }
+    }
+    Ok(())
+}
+
+/// What the hub keeps as a large file, and sends from its CDN.
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".gguf")
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -302,7 +316,7 @@ fn answer(out: &mut TcpStream, shared: &Shared, asked: &Asked) -> Result<bool> {
         };
     }
     match path.strip_prefix(&format!("/{repo}/resolve/{COMMIT}/")) {
-        Some(file) if file.ends_with(".safetensors") => send_on(out, file),
+        Some(file) if is_weights(file) => send_on(out, file),
         Some(file) => send_file(out, shared, file, asked),
         None => send(out, "404 Not Found", &[], b"Repository not found"),
     }

@@ -9,6 +9,7 @@ pub mod collector;
 pub mod faults;
 pub mod hub;
 pub mod model;
+pub mod plan;
 pub mod planted;
 pub mod proc;
 pub mod signed;

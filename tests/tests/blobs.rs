@@ -1,6 +1,9 @@
 //! Weights that workers pass on to each other: real endpoints in one process, a hub that counts what it
 //! sends, and in the place of the coordinators the tracker that they have.
 
+#[path = "blobs/ranks.rs"]
+mod ranks;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,8 +59,14 @@ struct Town {
 
 impl Town {
     fn new() -> Result<Self> {
-        let model = tempfile::tempdir()?;
-        RandomLlama { layers: 4, hidden: 256, intermediate: 512 }.write(model.path())?;
+        Self::of(RandomLlama { layers: 4, hidden: 256, intermediate: 512 }, 1)
+    }
+
+    /// With another model, of so many key/value heads.
+    fn of(model: RandomLlama, kv_heads: usize) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        model.write_with_heads(folder.path(), kv_heads)?;
+        let model = folder;
         let weights = std::fs::read(model.path().join(WEIGHTS))?;
         Ok(Self {
             hub: Hub::serve(model.path(), REPO, None)?,

@@ -1,6 +1,13 @@
 //! Models of a hub: what comes over the wire, what lies on the disk, what is refused, and whole clusters
 //! that serve one. The hub is played by a server of ours.
 
+#[path = "hub/adapters.rs"]
+mod adapters;
+#[path = "hub/gguf.rs"]
+mod gguf;
+#[path = "hub/lies.rs"]
+mod lies;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;

@@ -5,6 +5,8 @@
 mod adapters;
 #[path = "meshes/far.rs"]
 mod far;
+#[path = "meshes/halves.rs"]
+mod halves;
 #[path = "meshes/refused.rs"]
 mod refused;
 #[path = "meshes/uneven.rs"]

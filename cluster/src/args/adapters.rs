@@ -21,12 +21,14 @@ pub enum AdaptersCommand {
 }
 
 const LOAD_EXAMPLES: &str = "\
-Example:
+Examples:
   shoal adapters load support --deployment llama-8b /adapters/support
+  shoal adapters load sql --deployment llama-8b org/llama-8b-sql@v2
 
 Requests choose it by its name, as they choose a model. The folder is one that PEFT has written
 (adapter_config.json with adapter_model.safetensors or .bin); each coordinator and worker must be able to
-read it under the same path.";
+read it under the same path. One of the Hugging Face hub each of them fetches, at the commit that its
+revision means now.";
 
 /// `shoal adapters load`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -34,7 +36,7 @@ pub struct AdapterLoadArgs {
     /// What clients will call it
     #[arg(value_parser = name)]
     pub name: DeploymentName,
-    /// Its folder
+    /// Its folder, or org/name or org/name@revision of the hub
     pub path: PathBuf,
     /// The deployment of its base model
     #[arg(long, value_name = "D", value_parser = name)]

@@ -19,15 +19,17 @@ Examples:
   shoal deploy /models/llama-8b --mesh auto --objective throughput
                                                        whatever serves the most streams here
   shoal deploy /models/llama-8b --kv q8_0              room for some four times as much context
+  shoal deploy org/Llama-8B-GGUF:Q4_K_M                of the hub, by its quantisation
   shoal deploy                                         the built-in model, as `demo`
 
-Each worker must be able to read the folder under the same path.";
+Each worker must be able to read the folder under the same path; what is of the hub each fetches itself.";
 
 /// `shoal deploy`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DeployArgs {
-    /// A folder in the Hugging Face layout, org/name or org/name@revision of the hub, or s3://bucket/folder;
-    /// without one the built-in model `demo` is served
+    /// A folder in the Hugging Face layout, a GGUF file, org/name or org/name@revision of the hub (of a GGUF
+    /// repository org/name:QUANT or org/name/FILE.gguf), or s3://bucket/folder (or its FILE.gguf); without
+    /// one the built-in model `demo` is served
     pub model: Option<PathBuf>,
     /// What clients will call it [default: the folder's name]
     #[arg(long, value_name = "N", value_parser = name)]

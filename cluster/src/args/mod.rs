@@ -188,8 +188,9 @@ Examples:
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UpArgs {
     /// A folder in the Hugging Face layout (config.json, weights, tokenizer.json …) or a .gguf file (any of a
-    /// model in parts), a model of the hub as org/name or org/name@revision, or s3://bucket/folder; without one
-    /// the built-in model `demo` is served
+    /// model in parts), a model of the hub as org/name or org/name@revision (of a GGUF repository org/name:QUANT
+    /// or org/name/FILE.gguf), or s3://bucket/folder (or its FILE.gguf); without one the built-in model `demo`
+    /// is served
     pub model: Option<PathBuf>,
     /// How many workers to start
     #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]

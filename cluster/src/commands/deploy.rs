@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView};
-use shoal_protocol::blob::{ObjectUrl, name};
+use shoal_protocol::blob::ObjectUrl;
+use shoal_protocol::blob::name::{self, HubName};
 use shoal_protocol::id::DeploymentName;
 use shoal_protocol::mesh::{Mesh, MeshAsk, MeshAsked};
 use shoal_protocol::model::gguf;
@@ -151,17 +152,16 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
         let (url, revision) = (url.to_owned(), String::new());
         return Ok((ModelSource::ObjectStore { url, revision }, default_name(called.name())?));
     }
-    if let Some((repo, revision)) = folder.to_str().and_then(|text| name::parse(text).ok())
+    if let Some(model) = folder.to_str().and_then(|text| name::parse(text).ok())
         && !folder.exists()
     {
-        let called = default_name(repo.name())?;
-        return Ok((ModelSource::Hub { repo: repo.to_string(), revision }, called));
+        return hub_model(model);
     }
     let absolute = folder.canonicalize().map_err(|error| {
         Failure::refused(format!(
             "cannot read the model {}: {error}; name a folder in the Hugging Face layout, a GGUF file, \
-             a model of the hub as org/name or org/name@revision, or none for the built-in model \
-             `{builtin}`",
+             a model of the hub as org/name, org/name@revision, org/name:QUANT or org/name/FILE.gguf, or \
+             none for the built-in model `{builtin}`",
             folder.display()
         ))
     })?;
@@ -194,6 +194,21 @@ pub fn source_of(model: Option<&Path>) -> Result<(ModelSource, DeploymentName), 
     };
     let name = default_name(&named)?;
     Ok((ModelSource::Folder { path: path.to_owned() }, name))
+}
+
+/// A model of the hub. One of GGUF is called as its file is where that is said.
+fn hub_model(model: HubName) -> Result<(ModelSource, DeploymentName), Failure> {
+    let HubName { repo, revision, gguf } = model;
+    let called = match &gguf {
+        Some(file) if name::is_gguf(file) => default_name(gguf::stem(Path::new(file)))?,
+        _ => default_name(repo.name())?,
+    };
+    let repo = repo.to_string();
+    let source = match gguf {
+        Some(file) => ModelSource::HubGguf { repo, revision, file },
+        None => ModelSource::Hub { repo, revision },
+    };
+    Ok((source, called))
 }
 
 /// A folder's name with a dash for each character that a deployment's name cannot have.
@@ -277,6 +292,22 @@ mod tests {
             assert_eq!(source, ModelSource::Hub { repo, revision });
             assert_eq!(name.as_str(), called);
         }
+        for (text, file, called) in [
+            ("org/Big-GGUF:Q4_K_M", "Q4_K_M", "Big-GGUF"),
+            ("org/Big-GGUF/Big-Q8_0.gguf", "Big-Q8_0.gguf", "Big-Q8_0"),
+            (
+                "org/Big-GGUF/F16/Big-F16-00001-of-00002.gguf",
+                "F16/Big-F16-00001-of-00002.gguf",
+                "Big-F16",
+            ),
+        ] {
+            let (source, name) = source_of(Some(Path::new(text))).unwrap();
+            let (repo, revision) = ("org/Big-GGUF".to_owned(), "main".to_owned());
+            assert_eq!(source, ModelSource::HubGguf { repo, revision, file: file.to_owned() });
+            assert_eq!(name.as_str(), called);
+        }
+        let url = "s3://bucket/folder/Big-Q8_0.gguf";
+        assert_eq!(source_of(Some(Path::new(url))).unwrap().1.as_str(), "Big-Q8_0");
     }
 
     #[test]

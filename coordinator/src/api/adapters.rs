@@ -40,6 +40,12 @@ pub(super) async fn load(context: &ApiContext, body: Body) -> Result<String, Api
     let server = server(context)?;
     let Load { lora_name, lora_path, base_model_name } = parse(context, body).await?;
     let name = named("lora_name", &lora_name)?;
+    if !lora_path.starts_with('/') {
+        // Whoever may ask questions is not to fill the disks of all nodes.
+        let words = "lora_path begins with `/` and is the same on each node; what is of the hub is loaded by \
+                     whoever operates the cluster: `shoal adapters load`";
+        return Err(ApiError::new(ErrorCode::InvalidRequest, words).about("lora_path"));
+    }
     let deployment = match &base_model_name {
         Some(base) => named("base_model_name", base)?,
         None => the_only(&context.table.borrow())?,

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use shoal_protocol::blob::{BlobError, BlobSettings, ModelCache, Side};
+use shoal_protocol::blob::name::{self, HubName};
+use shoal_protocol::blob::{BlobError, BlobSettings, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::model::{BuiltinModel, Checkpoint};
 use shoal_protocol::plan::{ModelRef, ModelSource};
@@ -50,12 +51,33 @@ impl Models {
             )),
             ModelSource::Builtin { name } => self.unpack(name).map(Some),
             ModelSource::Pretend(_) => Ok(None),
-            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
+            ModelSource::Hub { .. }
+            | ModelSource::HubGguf { .. }
+            | ModelSource::ObjectStore { .. } => {
                 // Whoever deploys waits for it; each request has its own deadline.
                 let prepared = self.cache.prepare(source, Side::Text, &AtomicBool::new(false));
                 prepared.map(Some).map_err(|error| fetch_error(&error))
             }
         }
+    }
+
+    /// An adapter as every node finds it, and its folder on this one: what is of the hub is pinned to its
+    /// commit, and fetched. Blocks on the network.
+    pub fn adapter(&self, path: &str) -> Result<(String, PathBuf), WireError> {
+        if path.starts_with('/') {
+            return Ok((path.to_owned(), PathBuf::from(path)));
+        }
+        let fetch = || -> Result<(String, PathBuf), BlobError> {
+            let HubName { repo, revision, .. } = name::parse_adapter(path)?;
+            let source = self.cache.pin(&ModelSource::Hub { repo: repo.to_string(), revision })?;
+            let never = AtomicBool::new(false);
+            let fill = |wanted: &[Wanted], filling: &Filling<'_>| {
+                self.cache.fill(&source, wanted, filling)
+            };
+            let folder = self.cache.adapter(&source, &never, fill)?;
+            Ok((source.to_string(), folder))
+        };
+        fetch().map_err(|error| fetch_error(&error))
     }
 
     /// Reads and checks a model that is pinned: its shape, and a fingerprint that workers must find too.

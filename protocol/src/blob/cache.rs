@@ -11,13 +11,16 @@ use super::error::BlobError;
 use super::fill::{Alone, Entry, Filling, Model, Peers, Wanted};
 use super::http::Http;
 use super::hub::Hub;
+use super::kept;
 use super::name::{self, RepoId};
 use super::origin::Origin;
 use super::prepare::{self, Side};
+use super::quant;
 use super::s3::{ObjectStore, ObjectUrl};
 use super::settings::BlobSettings;
 use super::turn::Turn;
 use crate::model::Checkpoint;
+use crate::model::checkpoint::{INDEX, SINGLE};
 use crate::plan::ModelSource;
 use crate::weights::{ChunkId, ModelKey};
 
@@ -60,6 +63,8 @@ struct Named {
     place: PathBuf,
     commit: String,
     repo: Option<RepoId>,
+    /// The file, where it is a GGUF model among others.
+    gguf: Option<String>,
 }
 
 impl ModelCache {
@@ -72,22 +77,69 @@ impl ModelCache {
 
     /// Finds out which revision is meant now, and names that one for ever.
     pub fn pin(&self, source: &ModelSource) -> Result<ModelSource, BlobError> {
-        let (never, settings) = (AtomicBool::new(false), &self.0.settings);
-        let named = self.named_for(source, self.0.http.waited_for())?;
-        let pinned = |commit: String| with_revision(source, commit);
-        if name::is_commit(&named.commit) {
-            return Ok(pinned(named.commit));
+        let http = self.0.http.waited_for();
+        match source {
+            ModelSource::Hub { repo, revision } => self.pin_hub((repo, revision), None, http),
+            ModelSource::HubGguf { repo, revision, file } => {
+                self.pin_hub((repo, revision), Some(file), http)
+            }
+            ModelSource::ObjectStore { revision, .. } if name::is_commit(revision) => {
+                Ok(source.clone())
+            }
+            ModelSource::ObjectStore { url, .. } => {
+                let named = self.named_for(source, http)?;
+                let url = url.clone();
+                let listing = self.origin(&named).list("", &AtomicBool::new(false))?;
+                Ok(ModelSource::ObjectStore { url, revision: listing.commit })
+            }
+            other => Err(BlobError::NotRemote(other.to_string())),
         }
-        let listed = match settings.offline {
-            true => Err(BlobError::Offline { what: format!("{source}") }),
-            false => named.origin.list(&named.commit, &never),
+    }
+
+    /// A model of the hub; where it is one of GGUF, that which is asked for.
+    fn pin_hub(
+        &self,
+        (repo, revision): (&str, &str),
+        gguf: Option<&str>,
+        http: Http,
+    ) -> Result<ModelSource, BlobError> {
+        let all = ModelSource::Hub { repo: repo.to_owned(), revision: revision.to_owned() };
+        let named = self.named_for(&all, http)?;
+        let (commit, files) = self.files_now(&named, gguf.is_none_or(name::is_gguf))?;
+        let has = |wanted: &str| files.iter().any(|file| file == wanted);
+        let is_folder = has(SINGLE) || has(INDEX) || !files.iter().any(|file| name::is_gguf(file));
+        let (repo, what) = (repo.to_owned(), all.to_string());
+        let choose = |asked| quant::choose(files.iter().map(String::as_str), asked, &what);
+        let file = match gguf {
+            None if is_folder => return Ok(ModelSource::Hub { repo, revision: commit }),
+            None => choose("")?,
+            // Nobody is there who knows what else there is.
+            Some(file) if files.is_empty() => file.to_owned(),
+            Some(asked) => choose(asked)?,
         };
-        // Without the hub the hub's own cache knows what the revision was when it was asked last.
-        let known = |error: BlobError| match self.known_commit(&named) {
-            Some(commit) if !error.is_final() => Ok(commit),
-            _ => Err(error),
+        Ok(ModelSource::HubGguf { repo, revision: commit, file })
+    }
+
+    /// The commit of a revision, and its files. Where the hub cannot be asked its own cache knows what the
+    /// revision was then, and a commit names the same files for ever; of these there may be none known.
+    fn files_now(
+        &self,
+        named: &Named,
+        may_be_unknown: bool,
+    ) -> Result<(String, Vec<String>), BlobError> {
+        let error = match self.origin(named).list(&named.commit, &AtomicBool::new(false)) {
+            Ok(listing) => {
+                let names = listing.files.into_iter().map(|file| file.name);
+                return Ok((listing.commit, names.collect()));
+            }
+            Err(error) if error.is_final() => return Err(error),
+            Err(error) => error,
         };
-        listed.map(|listing| listing.commit).or_else(known).map(pinned)
+        let is_known = name::is_commit(&named.commit);
+        let commit = is_known.then(|| named.commit.clone()).or_else(|| self.known_commit(named));
+        let Some(commit) = commit else { return Err(error) };
+        let files = self.known_files(named, &commit);
+        if files.is_empty() && !may_be_unknown { Err(error) } else { Ok((commit, files)) }
     }
 
     /// The folder of a pinned model, with its small files and headers in it.
@@ -134,6 +186,19 @@ impl ModelCache {
             return Ok(());
         }
         self.open(named, filling.cancel)?.fill(wanted, peers, filling)
+    }
+
+    /// The folder of a pinned adapter with all of its files in it, all of which are fetched from its origin
+    /// and, where `fill` asks them, from others.
+    pub fn adapter(
+        &self,
+        source: &ModelSource,
+        cancel: &AtomicBool,
+        fill: impl FnOnce(&[Wanted], &Filling<'_>) -> Result<(), BlobError>,
+    ) -> Result<PathBuf, BlobError> {
+        let folder = self.prepare(source, Side::Weights, cancel)?;
+        fill(&prepare::adapter_files(&folder), &Filling { on_progress: &|_, _| (), cancel })?;
+        Ok(folder)
     }
 
     /// A chunk that this process has, of a model by its key.
@@ -190,8 +255,7 @@ impl ModelCache {
         let mut files = Vec::new();
         for remote in prepare::weights(asked, &named.place, &listing)? {
             let here = SparseFile::open(&named.place, &remote.name, cut)?;
-            let first = here.read_at(0, here.len().min(8) as usize)?;
-            let head = prepare::head_len(&first).unwrap_or(0).min(here.len());
+            let head = kept::len(&named.place, &remote.name).min(here.len());
             files.push(Entry { remote: remote.clone(), here, head });
         }
         let (turn, givers) = Default::default();
@@ -224,7 +288,18 @@ impl ModelCache {
                 name::check_revision(revision)?;
                 let place = root.join("hub").join(repo.folder()).join(name::segment(revision));
                 let origin = Box::new(Hub::new(http, settings, repo.clone()));
-                Ok(Named { origin, place, commit: revision.clone(), repo: Some(repo) })
+                let (commit, repo) = (revision.clone(), Some(repo));
+                Ok(Named { origin, place, commit, repo, gguf: None })
+            }
+            ModelSource::HubGguf { repo, revision, file } => {
+                let repo: RepoId = repo.parse()?;
+                name::check_revision(revision)?;
+                name::check_file(file)?;
+                let of = root.join("hub").join(repo.folder());
+                let place = of.join(format!("gguf-{}", name::segment(revision))).join(file);
+                let origin = Box::new(Hub::new(http, settings, repo.clone()).gguf(file));
+                let (commit, gguf) = (revision.clone(), Some(file.clone()));
+                Ok(Named { origin, place, commit, repo: Some(repo), gguf })
             }
             ModelSource::ObjectStore { url, revision } => {
                 let at = ObjectUrl::parse(url)?;
@@ -233,7 +308,8 @@ impl ModelCache {
                 }
                 let place = root.join("s3").join(at.folder()).join(name::segment(revision));
                 let origin = Box::new(ObjectStore::new(http, settings, at));
-                Ok(Named { origin, place, commit: revision.clone(), repo: None })
+                let commit = revision.clone();
+                Ok(Named { origin, place, commit, repo: None, gguf: None })
             }
             ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
                 Err(BlobError::NotRemote(source.to_string()))
@@ -241,11 +317,30 @@ impl ModelCache {
         }
     }
 
-    /// The folder of the hub's own cache, where the model lies there whole.
+    /// The folder of the hub's own cache, where the model lies there whole; of a GGUF model its file.
     fn snapshot(&self, named: &Named, side: Side) -> Option<PathBuf> {
         let folder = self.hub_folder(named)?.join("snapshots").join(&named.commit);
-        let opened = Checkpoint::open(&folder).ok()?;
-        (side == Side::Weights || opened.check_tokenizer().is_ok()).then_some(folder)
+        let place = named.gguf.as_ref().map_or_else(|| folder.clone(), |file| folder.join(file));
+        let opened = Checkpoint::open(&place).ok()?;
+        // A tokenizer beside the file would come first, and who fetches the file has none.
+        let has_own = named.gguf.is_none() || !place.with_file_name("tokenizer.json").exists();
+        (side == Side::Weights || (has_own && opened.check_tokenizer().is_ok())).then_some(place)
+    }
+
+    /// The files of a model in the hub's own cache, in its folder and those in it.
+    fn known_files(&self, named: &Named, commit: &str) -> Vec<String> {
+        let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+        let Some(folder) = self.hub_folder(named) else { return Vec::new() };
+        let folder = folder.join("snapshots").join(commit);
+        let mut files = Vec::new();
+        for entry in entries(&folder) {
+            match entry.path().is_dir() {
+                true => files.extend(entries(&entry.path()).map(|entry| entry.path())),
+                false => files.push(entry.path()),
+            }
+        }
+        let name = |path: &PathBuf| Some(path.strip_prefix(&folder).ok()?.to_str()?.to_owned());
+        files.iter().filter_map(name).collect()
     }
 
     fn known_commit(&self, named: &Named) -> Option<String> {
@@ -257,17 +352,6 @@ impl ModelCache {
     fn hub_folder(&self, named: &Named) -> Option<PathBuf> {
         let cache = self.0.settings.hub_cache.as_ref()?;
         Some(cache.join(format!("models--{}", named.repo.as_ref()?.folder())))
-    }
-}
-
-/// The same model at a revision.
-fn with_revision(source: &ModelSource, revision: String) -> ModelSource {
-    match source {
-        ModelSource::Hub { repo, .. } => ModelSource::Hub { repo: repo.clone(), revision },
-        ModelSource::ObjectStore { url, .. } => {
-            ModelSource::ObjectStore { url: url.clone(), revision }
-        }
-        other => other.clone(),
     }
 }
 

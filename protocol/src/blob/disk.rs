@@ -90,10 +90,10 @@ impl SparseFile {
         make().map_err(|source| BlobError::Disk { path: path.clone(), source })
     }
 
-    /// Writes the beginning of a file that `create` has made once more, and leaves the rest of it alone.
-    pub fn mend(folder: &Path, name: &str, beginning: &[u8]) -> Result<(), BlobError> {
+    /// Writes some bytes of a file that `create` has made, and leaves the rest of it alone.
+    pub fn mend(folder: &Path, name: &str, first: u64, bytes: &[u8]) -> Result<(), BlobError> {
         let path = folder.join(name);
-        let write = || OpenOptions::new().write(true).open(&path)?.write_all_at(beginning, 0);
+        let write = || OpenOptions::new().write(true).open(&path)?.write_all_at(bytes, first);
         write().map_err(|source| BlobError::Disk { path: path.clone(), source })
     }
 

@@ -28,6 +28,19 @@ pub enum BlobError {
         /// How it would be seen.
         advice: &'static str,
     },
+    /// It has several models, and not the one that is asked for; or not only that.
+    #[error(
+        "{what} {why}; there is: {there}. Name one by its quantisation (org/name:Q4_K_M) or its file \
+         (org/name/FILE.gguf)"
+    )]
+    WhichGguf {
+        /// Where they were looked for.
+        what: String,
+        /// What is wrong.
+        why: String,
+        /// Their first files.
+        there: String,
+    },
     /// The origin does not let us.
     #[error("{origin} refuses {what} (HTTP {status}): {advice}")]
     Denied {
@@ -116,6 +129,7 @@ impl BlobError {
             BlobError::Name(_)
             | BlobError::NotRemote(_)
             | BlobError::NotFound { .. }
+            | BlobError::WhichGguf { .. }
             | BlobError::Denied { .. }
             | BlobError::Refused { .. }
             | BlobError::Damaged { .. } => true,

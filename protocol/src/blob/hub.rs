@@ -12,6 +12,7 @@ use super::error::BlobError;
 use super::http::{Http, Request};
 use super::name::{self, RepoId};
 use super::origin::{Checksum, Listing, Origin, RemoteFile};
+use super::quant;
 use super::settings::{BlobSettings, travels_plain};
 
 /// The longest description: some hundred bytes for each of `FILES_MAX` files.
@@ -28,6 +29,8 @@ const ADVICE: &str = "set HF_TOKEN on every node to a token that may read it, an
 pub(super) struct Hub {
     http: Http,
     repo: RepoId,
+    /// Where it stands for one GGUF model of the repository: all files of it.
+    gguf: Option<Vec<String>>,
     name: String,
     endpoint: String,
     token: Option<String>,
@@ -59,7 +62,19 @@ impl Hub {
     pub fn new(http: Http, settings: &BlobSettings, repo: RepoId) -> Self {
         let endpoint = settings.endpoint.clone();
         let name = format!("the hub {endpoint}");
-        Self { http, repo, name, token: token_for(settings), endpoint }
+        Self { http, repo, gguf: None, name, token: token_for(settings), endpoint }
+    }
+
+    /// One GGUF model of it, by a file: to everybody else that is a folder with these files alone.
+    pub fn gguf(mut self, file: &str) -> Self {
+        self.gguf = Some(quant::parts(file));
+        self
+    }
+
+    /// What a file of the model is called in the repository.
+    fn path_of<'a>(&'a self, name: &'a str) -> &'a str {
+        let mut parts = self.gguf.iter().flatten();
+        parts.find(|part| base(part) == name).map_or(name, String::as_str)
     }
 
     fn request(&self, what: String, path: &str) -> Request {
@@ -73,6 +88,11 @@ impl Hub {
             advice: ADVICE,
         }
     }
+}
+
+/// A path's last part.
+fn base(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 /// A token goes nowhere unencrypted but to this machine.
@@ -108,15 +128,25 @@ impl Origin for Hub {
             let files = found.siblings.len();
             return Err(damaged(format!("it has {files} files; a model has at most {FILES_MAX}")));
         }
-        let files = found.siblings.into_iter().filter_map(|file| {
-            // What cannot lie in a folder of ours is left out: `.gitattributes` among others.
-            name::check_file(&file.rfilename).ok()?;
-            let (sha256, lfs_len) = file.lfs.map_or((None, None), |lfs| (lfs.sha256, lfs.size));
-            let checksum = sha256.map(Checksum::Sha256).or(file.blob_id.map(Checksum::GitBlob));
-            let len = lfs_len.or(file.size)?;
-            Some(RemoteFile { name: file.rfilename, len, checksum })
-        });
-        Ok(Listing { commit: found.sha, files: files.collect() })
+        let files: Vec<_> = found
+            .siblings
+            .into_iter()
+            .filter_map(|file| {
+                // What cannot lie in a folder of ours is left out: `.gitattributes` among others.
+                name::check_file(&file.rfilename).ok()?;
+                let (sha256, lfs_len) = file.lfs.map_or((None, None), |lfs| (lfs.sha256, lfs.size));
+                let checksum = sha256.map(Checksum::Sha256).or(file.blob_id.map(Checksum::GitBlob));
+                let len = lfs_len.or(file.size)?;
+                Some(RemoteFile { name: file.rfilename, len, checksum })
+            })
+            .collect();
+        let Some(parts) = &self.gguf else { return Ok(Listing { commit: found.sha, files }) };
+        let of = |part: &String| match files.iter().find(|file| file.name == *part) {
+            Some(file) => Ok(RemoteFile { name: base(part).to_owned(), ..file.clone() }),
+            None => Err(damaged(format!("there is no {part}, which is a part of the model"))),
+        };
+        let files = parts.iter().map(of).collect::<Result<_, _>>()?;
+        Ok(Listing { commit: found.sha, files })
     }
 
     fn read(
@@ -131,7 +161,8 @@ impl Origin for Hub {
             return Ok(());
         }
         let what = format!("{}/{} bytes {}..{}", self.repo, file.name, bytes.start, bytes.end);
-        let path = format!("{}/resolve/{commit}/{}", self.repo, name::path(&file.name));
+        let file_path = name::path(self.path_of(&file.name));
+        let path = format!("{}/resolve/{commit}/{file_path}", self.repo);
         self.http.range(&self.request(what, &path), (bytes, file.len), out, cancel)
     }
 }

@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 use super::disk::write_whole;
 use super::error::BlobError;
-use crate::model::safetensors::HEADER_LEN_MAX;
+use crate::model::gguf::HEADER_LEN_MAX;
 
 /// The folder of the records.
 const RECORDS: &str = ".kept";
 
-/// No beginning is longer: of small files there is a bound too, which is lower.
-const LEN_MAX: u64 = HEADER_LEN_MAX + 8;
+/// No beginning is longer: the bounds of safetensors' headers and of small files are lower.
+const LEN_MAX: u64 = HEADER_LEN_MAX;
 
 /// Length and BLAKE3.
 const RECORD_LEN: usize = 8 + 32;
@@ -39,6 +39,12 @@ pub(super) fn holds(folder: &Path, name: &str) -> bool {
         Some(record(&bytes)[..] == kept)
     };
     read().unwrap_or(false)
+}
+
+/// The length of the beginning that is on record; 0 where there is no record.
+pub(super) fn len(folder: &Path, name: &str) -> u64 {
+    let kept = std::fs::read(path(folder, name)).unwrap_or_default();
+    kept.first_chunk().map_or(0, |len| u64::from_le_bytes(*len))
 }
 
 /// Whether these bytes are the ones on record.

@@ -25,6 +25,7 @@ mod kept;
 pub mod name;
 mod origin;
 mod prepare;
+mod quant;
 mod s3;
 mod settings;
 mod sigv4;

@@ -9,6 +9,9 @@ const PART_MAX: usize = 96;
 /// The longest revision: a branch, a tag or a commit.
 const REVISION_MAX: usize = 256;
 
+/// The longest word for a quantisation; `UD-IQ2_XXS` has ten letters.
+const QUANT_MAX: usize = 64;
+
 /// The longest name of a file in a repository.
 const FILE_MAX: usize = 255;
 
@@ -21,14 +24,19 @@ pub enum BadName {
     /// Not `org/name`.
     #[error(
         "`{0}` is no model of a hub; expected org/name or org/name@revision, of letters, digits, `.`, \
-         `_` and `-`"
+         `_` and `-` (and of a GGUF repository org/name:QUANT or org/name/FILE.gguf)"
     )]
     Repo(String),
+    /// Not a word for a quantisation.
+    #[error("`{0}` is no quantisation; expected a word such as Q4_K_M, as files' names have it")]
+    Quant(String),
     /// Not a revision.
     #[error("`{0}` is no revision; expected a branch, a tag or a commit")]
     Revision(String),
     /// Not a folder of an object store.
-    #[error("`{0}` is no folder of an object store; expected s3://bucket/folder")]
+    #[error(
+        "`{0}` is no folder of an object store; expected s3://bucket/folder or s3://bucket/folder/FILE.gguf"
+    )]
     Object(String),
     /// A file's name that leads elsewhere.
     #[error("the file name `{0}` is refused: it does not stay inside the model's folder")]
@@ -79,11 +87,65 @@ impl FromStr for RepoId {
     }
 }
 
-/// Splits `org/name@revision`.
-pub fn parse(text: &str) -> Result<(RepoId, String), BadName> {
-    let (repo, revision) = text.split_once('@').unwrap_or((text, MAIN));
+/// A model of a hub as people write it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HubName {
+    /// Which repository.
+    pub repo: RepoId,
+    /// At which revision.
+    pub revision: String,
+    /// Which of its GGUF models, where that is said: a quantisation, or a file in it.
+    pub gguf: Option<String>,
+}
+
+/// Reads `org/name[@revision][:QUANT]`, or `org/name/FILE.gguf[@revision]`.
+pub fn parse(text: &str) -> Result<HubName, BadName> {
+    let bad = || BadName::Repo(text.to_owned());
+    // Neither a repository's name nor a revision has a colon.
+    let (text, quant) = match text.split_once(':') {
+        Some((text, quant)) => (text, Some(quant)),
+        None => (text, None),
+    };
+    let (path, revision) = text.split_once('@').unwrap_or((text, MAIN));
     check_revision(revision)?;
-    Ok((repo.parse()?, revision.to_owned()))
+    let name_ends = path.match_indices('/').nth(1).map(|(at, _)| at);
+    let (repo, file) = match name_ends.filter(|_| is_gguf(path)) {
+        Some(at) => (&path[..at], Some(&path[at + 1..])),
+        None => (path, None),
+    };
+    let gguf = match (quant, file) {
+        (Some(_), Some(_)) => return Err(bad()),
+        (Some(quant), None) => Some(check_quant(quant)?),
+        (None, Some(file)) => {
+            check_file(file)?;
+            Some(file)
+        }
+        (None, None) => None,
+    };
+    let repo = repo.parse().map_err(|_| bad())?;
+    Ok(HubName { repo, revision: revision.to_owned(), gguf: gguf.map(str::to_owned) })
+}
+
+/// An adapter of a hub as people write it: `org/name[@revision]`.
+pub fn parse_adapter(text: &str) -> Result<HubName, BadName> {
+    let bad = || BadName::Repo(text.to_owned());
+    parse(text).ok().filter(|found| found.gguf.is_none()).ok_or_else(bad)
+}
+
+/// Whether this is an adapter of a hub at a commit, as plans have it.
+pub fn is_pinned_adapter(text: &str) -> bool {
+    parse_adapter(text).is_ok_and(|found| is_commit(&found.revision))
+}
+
+/// Whether a file is called as GGUF files are.
+pub fn is_gguf(name: &str) -> bool {
+    name.ends_with(".gguf")
+}
+
+fn check_quant(quant: &str) -> Result<&str, BadName> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let good = !quant.is_empty() && quant.len() <= QUANT_MAX && quant.chars().all(plain);
+    if good { Ok(quant) } else { Err(BadName::Quant(quant.to_owned())) }
 }
 
 /// Whether something may be asked for as a revision.
@@ -138,17 +200,44 @@ mod tests {
 
     #[test]
     fn a_model_of_a_hub_is_org_name_and_a_revision() {
-        for (text, repo, revision) in [
-            ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "main"),
-            ("a/b@v1.0", "a/b", "v1.0"),
-            ("a/b@refs/pr/3", "a/b", "refs/pr/3"),
+        for (text, repo, revision, gguf) in [
+            ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "main", None),
+            ("a/b@v1.0", "a/b", "v1.0", None),
+            ("a/b@refs/pr/3", "a/b", "refs/pr/3", None),
+            ("a/b-GGUF:Q4_K_M", "a/b-GGUF", "main", Some("Q4_K_M")),
+            ("a/b@v1:UD-Q4_K_XL", "a/b", "v1", Some("UD-Q4_K_XL")),
+            ("a/b/b-Q8_0.gguf", "a/b", "main", Some("b-Q8_0.gguf")),
+            ("a/b/BF16/b-00001-of-00002.gguf@v1", "a/b", "v1", Some("BF16/b-00001-of-00002.gguf")),
+            ("a/b.gguf", "a/b.gguf", "main", None),
         ] {
-            let (found, at) = parse(text).unwrap();
-            assert_eq!((found.to_string().as_str(), at.as_str()), (repo, revision));
+            let found = parse(text).unwrap();
+            assert_eq!((&*found.repo.to_string(), &*found.revision), (repo, revision));
+            assert_eq!(found.gguf.as_deref(), gguf, "{text}");
         }
-        for text in ["", "a", "a/", "/b", "a/b/c", "./b", "../b", "a/..", "a b/c", "a--b/c", "a/b@"]
-        {
+        for text in [
+            "",
+            "a",
+            "a/",
+            "/b",
+            "a/b/c",
+            "./b",
+            "../b",
+            "a/..",
+            "a b/c",
+            "a--b/c",
+            "a/b@",
+            "a/b:",
+            "a/b:Q4 0",
+            "a/b:Q4@v1",
+            "a/b/x.gguf:Q4_0",
+            "a/b/../x.gguf",
+            "a/b//x.gguf",
+        ] {
             assert!(parse(text).is_err(), "{text:?}");
+        }
+        assert!(is_pinned_adapter(&format!("a/b@{}", "0123456789".repeat(4))));
+        for text in ["/a/b", "a/b", "a/b@v1", "adapters/d/e", "a/b:Q4_0"] {
+            assert!(!is_pinned_adapter(text), "{text:?}");
         }
         for revision in ["", "a..b", "a b", "a?b", "x\n"] {
             assert!(check_revision(revision).is_err(), "{revision:?}");

@@ -8,6 +8,7 @@
 //! again. That is looked at each time: it is little, and a model with a damaged header loads nowhere.
 
 use std::collections::BTreeSet;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -16,9 +17,12 @@ use serde::Deserialize;
 
 use super::disk::{SparseFile, write_whole};
 use super::error::BlobError;
+use super::fill::Wanted;
+use super::name::is_gguf;
 use super::origin::{Checksum, Listing, Origin, RemoteFile};
 use super::{kept, name};
 use crate::model::checkpoint::{INDEX, SINGLE};
+use crate::model::gguf::header_len;
 use crate::model::safetensors::HEADER_LEN_MAX;
 
 /// Where a folder keeps what its origin said of it.
@@ -29,6 +33,10 @@ const SMALL_MAX: u64 = 100_000_000;
 
 /// What is asked for of a weights file at first: most headers are shorter.
 const HEAD_FIRST: u64 = 256 << 10;
+
+/// The most that is asked of a header at once whose length is not known: of that of a large vocabulary (some
+/// eight megabytes) a quarter too much comes at most.
+const HEAD_STEP_MAX: u64 = 2 << 20;
 
 /// Requests for headers at once: a large model has hundreds of files, and each answer is a round trip.
 const AT_ONCE: usize = 8;
@@ -80,8 +88,30 @@ pub(super) fn prepare(
     Ok(listing)
 }
 
-/// The weights files of a folder that is prepared, in the order of their names.
+/// The matrices of an adapter, as PEFT writes them, the usual file first.
+const ADAPTER_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
+
+/// All of the matrices of an adapter whose folder is prepared.
+pub(super) fn adapter_files(folder: &Path) -> Vec<Wanted> {
+    let len = |file: &str| Some(std::fs::metadata(folder.join(file)).ok()?.len());
+    let wanted = |file: &&str| Some(Wanted { file: (*file).to_owned(), bytes: 0..len(file)? });
+    ADAPTER_FILES.iter().filter_map(wanted).collect()
+}
+
+/// The weights files of a folder that is prepared, in the order of their names: a model's, and an
+/// adapter's where it has some.
 pub(super) fn weights<'a>(
+    origin: &dyn Origin,
+    folder: &Path,
+    listing: &'a Listing,
+) -> Result<Vec<&'a RemoteFile>, BlobError> {
+    let mut files = model_weights(origin, folder, listing)?;
+    files.extend(ADAPTER_FILES.iter().find_map(|name| listing.file(name)));
+    files.sort_by_key(|file| &file.name);
+    Ok(files)
+}
+
+fn model_weights<'a>(
     origin: &dyn Origin,
     folder: &Path,
     listing: &'a Listing,
@@ -99,8 +129,11 @@ pub(super) fn weights<'a>(
     };
     let path = folder.join(INDEX);
     if listing.file(INDEX).is_none() {
-        // Whoever opens the folder says what is missing.
-        return Ok(Vec::new());
+        // One GGUF model is nothing else; of anything else whoever opens the folder says what is missing.
+        let is_one = listing.files.iter().all(|file| is_gguf(&file.name));
+        let mut parts: Vec<_> = listing.files.iter().filter(|_| is_one).collect();
+        parts.sort_by_key(|file| &file.name);
+        return Ok(parts);
     }
     let text = std::fs::read(&path).map_err(|source| BlobError::Disk { path, source })?;
     let index: Index =
@@ -186,36 +219,97 @@ fn fetch_head(
     file: &RemoteFile,
     cancel: &AtomicBool,
 ) -> Result<(), BlobError> {
-    let mut bytes = Vec::new();
-    origin.read(commit, file, 0..file.len.min(HEAD_FIRST), &mut bytes, cancel)?;
-    let Some(head) = head_len(&bytes).filter(|head| *head <= file.len) else {
-        return Err(BlobError::Damaged {
-            origin: origin.name().to_owned(),
-            what: file.name.clone(),
-            why: format!(
-                "this is no intact safetensors file: its {} bytes do not begin with the length of a \
-                 header that fits",
-                file.len
-            ),
-        });
+    let mut head = Head { origin, commit, file, cancel, bytes: Vec::new(), read: 0, failure: None };
+    let len = match file.name.as_str() {
+        name if is_gguf(name) => header_len(&mut head, file.len),
+        name if name.ends_with(".safetensors") => head.safetensors().map(|len| (len, Vec::new())),
+        // A state dict has what describes it at its end.
+        _ => Ok((0, Vec::new())),
     };
-    let came = bytes.len() as u64;
-    if head > came {
-        origin.read(commit, file, came..head, &mut bytes, cancel)?;
+    let Head { mut bytes, failure, .. } = head;
+    if let Some(error) = failure {
+        return Err(error);
     }
-    bytes.truncate(head as usize);
+    let (len, factors) = len.map_err(|why| BlobError::Damaged {
+        origin: origin.name().to_owned(),
+        what: file.name.clone(),
+        why,
+    })?;
+    bytes.truncate(len as usize);
     // What a disk has done to the header it may not have done to the chunks: they are hashed.
     match has_len(folder, file) {
-        true => SparseFile::mend(folder, &file.name, &bytes)?,
+        true => SparseFile::mend(folder, &file.name, 0, &bytes)?,
         false => SparseFile::create(folder, &file.name, file.len, &bytes)?,
+    }
+    // Before the header is on record: what broke off here is done again.
+    for factors in factors {
+        let (first, mut bytes) = (factors.start, Vec::new());
+        origin.read(commit, file, factors, &mut bytes, cancel)?;
+        SparseFile::mend(folder, &file.name, first, &bytes)?;
     }
     kept::note(folder, &file.name, &bytes)
 }
 
-/// The length of a safetensors header with its length word, where the first bytes say a sane one.
-pub(super) fn head_len(first: &[u8]) -> Option<u64> {
-    let word = u64::from_le_bytes(*first.first_chunk::<8>()?);
-    (word <= HEADER_LEN_MAX).then_some(word + 8)
+/// The beginning of a weights file, which comes as far as it is read.
+struct Head<'a> {
+    origin: &'a dyn Origin,
+    commit: &'a str,
+    file: &'a RemoteFile,
+    cancel: &'a AtomicBool,
+    /// What has come.
+    bytes: Vec<u8>,
+    read: usize,
+    failure: Option<BlobError>,
+}
+
+impl Head<'_> {
+    /// Sees to it that so many bytes have come.
+    fn get(&mut self, end: u64) -> Result<(), BlobError> {
+        let came = self.bytes.len() as u64;
+        match end > came {
+            true => {
+                self.origin.read(self.commit, self.file, came..end, &mut self.bytes, self.cancel)
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// The length of a safetensors header with its length word, all of which has come then.
+    fn safetensors(&mut self) -> Result<u64, String> {
+        let file_len = self.file.len;
+        let first = self.get(file_len.min(HEAD_FIRST));
+        let word = self.bytes.first_chunk::<8>().map(|word| u64::from_le_bytes(*word));
+        let word = word.filter(|word| *word <= HEADER_LEN_MAX);
+        let len = word.map(|word| word + 8).filter(|len| *len <= file_len);
+        self.failure = match (first, len) {
+            (Ok(()), Some(len)) => self.get(len).err(),
+            (first, _) => first.err(),
+        };
+        len.ok_or_else(|| {
+            format!(
+                "this is no intact safetensors file: its {file_len} bytes do not begin with the length \
+                 of a header that fits"
+            )
+        })
+    }
+}
+
+/// For headers whose length nothing says before they are read.
+impl Read for Head<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.read == self.bytes.len() {
+            let came = self.bytes.len() as u64;
+            let end = self.file.len.min(came + came.clamp(HEAD_FIRST, HEAD_STEP_MAX));
+            if let Err(error) = self.get(end) {
+                let words = error.to_string();
+                self.failure = Some(error);
+                return Err(io::Error::other(words));
+            }
+        }
+        let read = (&self.bytes[self.read..]).read(buffer)?;
+        self.read += read;
+        Ok(read)
+    }
 }
 
 /// Does it for each, some at once. The first error ends it.

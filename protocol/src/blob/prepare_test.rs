@@ -111,7 +111,7 @@ fn chunks_outlive_a_header_that_the_disk_has_changed() {
     let cut = super::super::Cut { chunk: 100, run: 100 };
     let file = SparseFile::open(folder.path(), SINGLE, cut).unwrap();
     file.write(2, &[7; 100], *blake3::hash(&[7; 100]).as_bytes()).unwrap();
-    SparseFile::mend(folder.path(), SINGLE, &[1; 18]).unwrap();
+    SparseFile::mend(folder.path(), SINGLE, 0, &[1; 18]).unwrap();
     assert_eq!(source.prepare(folder.path()), [SINGLE]);
     let file = SparseFile::open(folder.path(), SINGLE, cut).unwrap();
     assert!(file.verify(2).unwrap());

@@ -1,4 +1,4 @@
-//! ● A folder in an S3-compatible object store: `s3://bucket/prefix`.
+//! ● A folder in an S3-compatible object store, `s3://bucket/prefix`, or a GGUF model there, by its file.
 //!
 //! Nothing is listed: the names of a model's files are known, or stand in its index. An object may be
 //! replaced at any time, so the revision is a hash of all names, lengths and ETags, and each read insists
@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
@@ -15,9 +16,11 @@ use super::error::BlobError;
 use super::http::{Http, Request};
 use super::name::{self, BadName};
 use super::origin::{Checksum, Listing, Origin, RemoteFile, hex};
+use super::quant;
 use super::settings::{BlobSettings, S3Keys, travels_plain};
 use super::sigv4::{Unsigned, sign};
 use crate::model::checkpoint::{INDEX, SINGLE};
+use crate::model::gguf;
 use crate::model::safetensors::HEADER_LEN_MAX;
 
 /// What a model may have beside its weights.
@@ -36,39 +39,65 @@ const SMALL: [&str; 9] = [
 const ADVICE: &str = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_REGION, AWS_ENDPOINT_URL) on \
                       every node to what may read it";
 
-/// A bucket and what stands before its files' names.
+/// What to do where there is no folder of that name.
+const NO_FOLDER: &str = "give AWS_ACCESS_KEY_ID and the others on every node; a folder needs a config.json, and a GGUF \
+                         model is named by its file, s3://bucket/folder/FILE.gguf";
+
+/// A bucket, and what stands before the names of a model's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectUrl {
     bucket: String,
-    /// Without a slash at either end.
+    /// Without a slash at either end; empty for a GGUF file that stands in no folder.
     prefix: String,
+    /// All files of a GGUF model, in the order of its parts.
+    gguf: Option<Vec<String>>,
 }
 
 impl ObjectUrl {
-    /// Reads `s3://bucket/prefix`.
+    /// Reads `s3://bucket/prefix` or `s3://bucket/prefix/FILE.gguf`.
     pub fn parse(url: &str) -> Result<Self, BadName> {
         let bad = || BadName::Object(url.to_owned());
-        let (bucket, prefix) = url
-            .strip_prefix("s3://")
-            .and_then(|rest| rest.trim_end_matches('/').split_once('/'))
-            .ok_or_else(bad)?;
+        let (bucket, path) =
+            url.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).ok_or_else(bad)?;
+        let (prefix, gguf) = match path.rsplit_once('/').unwrap_or(("", path)) {
+            (prefix, file) if name::is_gguf(file) => (prefix, Some(quant::parts(file))),
+            _ => (path.trim_end_matches('/'), None),
+        };
         let plain =
             |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-');
         let good = (3..=63).contains(&bucket.len())
             && bucket.chars().all(plain)
-            && name::check_file(prefix).is_ok();
-        let url = Self { bucket: bucket.to_owned(), prefix: prefix.to_owned() };
+            && name::check_file(path.trim_end_matches('/')).is_ok()
+            && gguf.as_ref().is_none_or(|parts| !parts.is_empty());
+        let url = Self { bucket: bucket.to_owned(), prefix: prefix.to_owned(), gguf };
         if good { Ok(url) } else { Err(bad()) }
     }
 
-    /// The last part of the prefix: what the model is called.
+    /// What the model is called: the last part of the prefix, or its file without its number among parts.
     pub fn name(&self) -> &str {
-        self.prefix.rsplit('/').next().unwrap_or(&self.prefix)
+        match self.first() {
+            Some(file) => gguf::stem(Path::new(file)),
+            None => self.prefix.rsplit('/').next().unwrap_or(&self.prefix),
+        }
+    }
+
+    /// The first file of a GGUF model.
+    fn first(&self) -> Option<&str> {
+        self.gguf.iter().flatten().next().map(String::as_str)
+    }
+
+    /// Where a file of the model is in its bucket.
+    fn key(&self, file: &str) -> String {
+        match self.prefix.as_str() {
+            "" => file.to_owned(),
+            prefix => format!("{prefix}/{file}"),
+        }
     }
 
     /// What its folder is called here.
     pub(super) fn folder(&self) -> String {
-        format!("{}--{}", self.bucket, name::segment(&self.prefix))
+        let path = self.first().map_or_else(|| self.prefix.clone(), |first| self.key(first));
+        format!("{}--{}", self.bucket, name::segment(&path))
     }
 }
 
@@ -91,8 +120,8 @@ impl ObjectStore {
     }
 
     fn request(&self, what: String, file: &str, etag: Option<&str>) -> Request {
-        let ObjectUrl { bucket, prefix } = &self.url;
-        let key = name::path(&format!("{prefix}/{file}"));
+        let bucket = &self.url.bucket;
+        let key = name::path(&self.url.key(file));
         let region = &self.settings.region;
         let (base, path) = match &self.settings.s3_endpoint {
             Some(endpoint) => (endpoint.clone(), format!("/{bucket}/{key}")),
@@ -111,7 +140,7 @@ impl ObjectStore {
 
     /// A file, where there is one.
     fn look(&self, file: &str, cancel: &AtomicBool) -> Result<Option<RemoteFile>, BlobError> {
-        let what = format!("s3://{}/{}/{file}", self.url.bucket, self.url.prefix);
+        let what = self.called(file);
         match self.http.describe(&self.request(what, file, None), cancel) {
             Ok((len, etag)) => {
                 let checksum = Some(Checksum::Etag(etag));
@@ -119,9 +148,36 @@ impl ObjectStore {
             }
             Err(BlobError::NotFound { .. }) => Ok(None),
             // Who may not list a bucket is told that of what is not there, too.
-            Err(BlobError::Denied { .. }) if file != SMALL[0] => Ok(None),
+            Err(BlobError::Denied { .. }) if file != SMALL[0] && !name::is_gguf(file) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    fn called(&self, file: &str) -> String {
+        format!("s3://{}/{}", self.url.bucket, self.url.key(file))
+    }
+
+    fn none(&self, file: &str, advice: &'static str) -> BlobError {
+        BlobError::NotFound { origin: self.name.clone(), what: self.called(file), advice }
+    }
+
+    /// What the model consists of.
+    fn files(&self, cancel: &AtomicBool) -> Result<Vec<RemoteFile>, BlobError> {
+        if let Some(parts) = &self.url.gguf {
+            let found =
+                |part: &String| self.look(part, cancel)?.ok_or_else(|| self.none(part, ADVICE));
+            return parts.iter().map(found).collect();
+        }
+        let mut files = Vec::new();
+        for name in SMALL {
+            match self.look(name, cancel)? {
+                Some(file) => files.push(file),
+                None if name == SMALL[0] => return Err(self.none(name, NO_FOLDER)),
+                None => {}
+            }
+        }
+        files.extend(self.weights(cancel)?);
+        Ok(files)
     }
 
     fn weights(&self, cancel: &AtomicBool) -> Result<Vec<RemoteFile>, BlobError> {
@@ -184,19 +240,7 @@ impl Origin for ObjectStore {
     }
 
     fn list(&self, _revision: &str, cancel: &AtomicBool) -> Result<Listing, BlobError> {
-        let mut files = Vec::new();
-        for name in SMALL {
-            match self.look(name, cancel)? {
-                Some(file) => files.push(file),
-                None if name == SMALL[0] => {
-                    let what = format!("s3://{}/{}/{name}", self.url.bucket, self.url.prefix);
-                    let origin = self.name.clone();
-                    return Err(BlobError::NotFound { origin, what, advice: ADVICE });
-                }
-                None => {}
-            }
-        }
-        files.extend(self.weights(cancel)?);
+        let files = self.files(cancel)?;
         let bytes = serde_json::to_vec(&files).unwrap_or_default();
         // As long as a commit, which it stands for.
         let commit = hex(&blake3::hash(&bytes).as_bytes()[..20]);
@@ -214,8 +258,7 @@ impl Origin for ObjectStore {
         if bytes.is_empty() {
             return Ok(());
         }
-        let at = format!("s3://{}/{}", self.url.bucket, self.url.prefix);
-        let what = format!("{at}/{} bytes {}..{}", file.name, bytes.start, bytes.end);
+        let what = format!("{} bytes {}..{}", self.called(&file.name), bytes.start, bytes.end);
         let etag = match &file.checksum {
             Some(Checksum::Etag(etag)) => Some(etag.as_str()),
             _ => None,
@@ -248,7 +291,29 @@ mod tests {
     fn a_folder_of_a_bucket_is_a_url() {
         let url = ObjectUrl::parse("s3://my-bucket/models/tiny/").unwrap();
         assert_eq!((url.name(), url.folder().as_str()), ("tiny", "my-bucket--models%2Ftiny"));
-        for bad in ["s3://b/x", "s3://bucket", "s3://Bucket/x", "s3://bucket/../x", "https://a/b"] {
+        for (url, name, folder, files) in [
+            ("s3://my-bucket/g/m-Q8_0.gguf", "m-Q8_0", "my-bucket--g%2Fm-Q8_0.gguf", 1),
+            ("s3://my-bucket/m-Q8_0.gguf", "m-Q8_0", "my-bucket--m-Q8_0.gguf", 1),
+            (
+                "s3://my-bucket/g/m-00002-of-00003.gguf",
+                "m",
+                "my-bucket--g%2Fm-00001-of-00003.gguf",
+                3,
+            ),
+        ] {
+            let url = ObjectUrl::parse(url).unwrap();
+            assert_eq!((url.name(), url.folder().as_str()), (name, folder));
+            assert_eq!(url.gguf.unwrap().len(), files);
+        }
+        for bad in [
+            "s3://b/x",
+            "s3://bucket",
+            "s3://bucket/",
+            "s3://bucket/a//m.gguf",
+            "s3://Bucket/x",
+            "s3://bucket/../x",
+            "https://a/b",
+        ] {
             assert!(ObjectUrl::parse(bad).is_err(), "{bad}");
         }
     }

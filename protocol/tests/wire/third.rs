@@ -62,6 +62,11 @@ fn hub() -> ModelSource {
     ModelSource::Hub { repo: "org/name".to_owned(), revision: "0123456789".repeat(4) }
 }
 
+fn hub_gguf() -> ModelSource {
+    let (repo, file) = ("org/name-GGUF".to_owned(), "Q8_0/name-00001-of-00002.gguf".to_owned());
+    ModelSource::HubGguf { repo, revision: "0123456789".repeat(4), file }
+}
+
 fn object_store() -> ModelSource {
     let url = "s3://bucket/models/name".to_owned();
     ModelSource::ObjectStore { url, revision: "0123456789".repeat(4) }
@@ -136,6 +141,7 @@ fn what_travels_from_version_3_on_has_golden_bytes() {
     check_message("ChunkReplyNotHere", &ChunkReply::NotHere);
     check_message("AssignHub", &assigned(hub()));
     check_message("AssignObjectStore", &assigned(object_store()));
+    check_message("AssignHubGguf", &assigned(hub_gguf()));
     check_message("ProbeHub", &CoordinatorMessage::Probe { probe: 5, source: hub() });
     // A part of messages, by name: each keeps its number for ever.
     let blocks = vec![Precision::Q8_0, Precision::Q4_0, Precision::Q4K, Precision::Fp8];
@@ -157,6 +163,7 @@ fn damaged_messages_of_version_3_are_refused_without_a_panic() {
     bombard_message(33, &ASK);
     bombard_message(34, &ChunkReply::Here { len: 4 << 20 });
     bombard_message(35, &assigned(hub()));
+    bombard_message(43, &assigned(hub_gguf()));
     bombard_message(39, &wanted_adapters());
     bombard_message(40, &held_adapters());
     bombard_message(41, &load_adapter());

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use shoal_protocol::blob::name::{self, HubName};
 use shoal_protocol::blob::{BlobError, Filling, ModelCache, Side, Wanted};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::model::{
@@ -49,6 +50,7 @@ impl Models {
             ModelSource::Folder { .. }
             | ModelSource::Builtin { .. }
             | ModelSource::Hub { .. }
+            | ModelSource::HubGguf { .. }
             | ModelSource::ObjectStore { .. } => {
                 // Whoever asks wants to deploy it now: what cannot be read is a refusal.
                 let refused = |error: WireError| WireError::new(ErrorCode::BadModel, error.message);
@@ -132,6 +134,23 @@ impl Models {
         Ok(fetched.into_inner())
     }
 
+    /// The folder of an adapter: where it is, or where it was fetched to from the hub or another worker.
+    pub(super) fn adapter(&self, path: &str) -> Result<PathBuf, WireError> {
+        if path.starts_with('/') {
+            return Ok(PathBuf::from(path));
+        }
+        let fetch = || -> Result<PathBuf, BlobError> {
+            let HubName { repo, revision, .. } = name::parse_adapter(path)?;
+            let source = ModelSource::Hub { repo: repo.to_string(), revision };
+            let fill = |wanted: &[Wanted], filling: &Filling<'_>| match &self.blobs {
+                Some(blobs) => blobs.fill(&source, wanted, filling),
+                None => self.cache.fill(&source, wanted, filling),
+            };
+            self.cache.adapter(&source, &AtomicBool::new(false), fill)
+        };
+        fetch().map_err(|error| fetch_error(&error))
+    }
+
     /// What is at a source, as far as headers say it.
     pub(super) fn open(
         &self,
@@ -163,7 +182,9 @@ impl Models {
                     WireError::new(ErrorCode::StorageFailed, words)
                 })?
             }
-            ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => {
+            ModelSource::Hub { .. }
+            | ModelSource::HubGguf { .. }
+            | ModelSource::ObjectStore { .. } => {
                 let folder = self.cache.prepare(source, Side::Weights, cancel);
                 folder.map_err(|error| fetch_error(&error))?
             }
@@ -188,7 +209,10 @@ fn wanted(checkpoint: &Checkpoint, assignment: &Assignment) -> Vec<Wanted> {
     let part = split.and_then(cut);
     // What cannot be cut so is refused where it is loaded.
     let of = |part| checkpoint.part_tensors(&part, assignment.layers());
-    let tensors = part.map(of).unwrap_or_default();
+    wanted_of(checkpoint, &part.map(of).unwrap_or_default())
+}
+
+fn wanted_of(checkpoint: &Checkpoint, tensors: &[TensorPart]) -> Vec<Wanted> {
     let in_file = |file: &Path, bytes: Range<u64>| {
         let file = file.strip_prefix(checkpoint.folder()).ok()?;
         Some(Wanted { file: file.to_str()?.to_owned(), bytes })
@@ -289,9 +313,12 @@ fn slower() -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use shoal_protocol::blob::BlobSettings;
+    use std::os::unix::fs::FileExt;
+
+    use shoal_protocol::blob::{BlobSettings, Cut};
     use shoal_protocol::mesh::Reduction;
     use shoal_protocol::model::{Split, TensorRole};
+    use shoal_protocol::plan::Numerics;
     use shoal_protocol::units::LayerRange;
 
     use super::*;
@@ -389,6 +416,111 @@ mod tests {
             assert!(ends[0].is_disjoint(&ends[1]), "{model}");
             let all: std::collections::BTreeSet<u64> = &ends[0] | &ends[1];
             assert!(all == stored && !stored.is_empty(), "{model}");
+        }
+    }
+
+    /// An 8B Llama in bf16 as it is published, of which only the headers are there.
+    fn eight_billion(folder: &Path) -> Checkpoint {
+        let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "hidden_act": "silu", "tie_word_embeddings": false, "torch_dtype": "bfloat16"}"#;
+        std::fs::write(folder.join("config.json"), config).unwrap();
+        let (hidden, mlp, kv, vocab) = (4096_u64, 14336_u64, 1024_u64, 128_256_u64);
+        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+        for layer in 0..32 {
+            let parts = [
+                ("input_layernorm", vec![hidden]),
+                ("mlp.down_proj", vec![hidden, mlp]),
+                ("mlp.gate_proj", vec![mlp, hidden]),
+                ("mlp.up_proj", vec![mlp, hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("self_attn.k_proj", vec![kv, hidden]),
+                ("self_attn.o_proj", vec![hidden, hidden]),
+                ("self_attn.q_proj", vec![hidden, hidden]),
+                ("self_attn.v_proj", vec![kv, hidden]),
+            ];
+            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+            shapes.extend(parts.map(|(part, shape)| (name(part), shape)));
+        }
+        shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
+        shapes.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
+        let (mut header, mut end) = (serde_json::Map::new(), 0_u64);
+        for (name, shape) in shapes {
+            let first = end;
+            end += 2 * shape.iter().product::<u64>();
+            let entry = serde_json::json!({
+                "dtype": "BF16", "shape": shape, "data_offsets": [first, end],
+            });
+            header.insert(name, entry);
+        }
+        let header = serde_json::to_vec(&header).unwrap();
+        let file = std::fs::File::create(folder.join("model.safetensors")).unwrap();
+        file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).unwrap();
+        file.write_all_at(&header, 8).unwrap();
+        file.set_len(8 + header.len() as u64 + end).unwrap();
+        Checkpoint::open(folder).unwrap()
+    }
+
+    /// What every rank of a mesh computes with of its stage's bytes, and what it fetches: the most of any,
+    /// in tenths of a percent.
+    fn shares(
+        checkpoint: &Checkpoint,
+        (stages, ranks): (u32, u32),
+        numerics: Numerics,
+    ) -> [u64; 2] {
+        let (spec, reduction) = (checkpoint.spec(), Reduction::of(numerics));
+        let (cut, mut shares) = (Cut::default(), [0; 2]);
+        let file = Path::new("model.safetensors");
+        let len = std::fs::metadata(checkpoint.folder().join(file)).unwrap().len();
+        for stage in 0..stages {
+            let at = |border: u32| border * spec.layers / stages;
+            let layers = LayerRange::new(at(stage), at(stage + 1));
+            let all: u64 = checkpoint.tensors(layers).iter().map(|t| 2 * t.elements()).sum();
+            for rank in 0..ranks {
+                let part = spec.part(Split { rank, ranks }, reduction, spec.stored).unwrap();
+                let tensors = checkpoint.part_tensors(&part, layers);
+                let own = tensors.iter().map(|t| 2 * t.row_count() * t.column_count()).sum();
+                let wanted = wanted_of(checkpoint, &tensors);
+                let chunks: std::collections::BTreeSet<u32> =
+                    wanted.iter().flat_map(|wanted| cut.touched(&wanted.bytes)).collect();
+                let bytes = |chunk: &u32| {
+                    let bytes = cut.bytes(*chunk, len);
+                    bytes.end - bytes.start
+                };
+                let fetched: u64 = chunks.iter().map(bytes).sum();
+                for (share, bytes) in shares.iter_mut().zip([own, fetched]) {
+                    *share = (*share).max((bytes * 1000).div_ceil(all));
+                }
+            }
+        }
+        shares
+    }
+
+    /// The figures of docs/decisions/027-weights-that-travel-once.md.
+    #[test]
+    fn what_a_rank_of_a_large_model_fetches_is_its_slice_and_the_rest_of_its_chunks() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = eight_billion(folder.path());
+        for (mesh, numerics, expected) in [
+            ((2, 1), Numerics::N1, [1000, 1001]),
+            ((1, 2), Numerics::N1, [501, 560]),
+            ((2, 2), Numerics::N1, [501, 560]),
+            ((1, 8), Numerics::N1, [126, 210]),
+            ((1, 2), Numerics::N1Sum, [501, 695]),
+            ((2, 2), Numerics::N1Sum, [501, 695]),
+            ((1, 8), Numerics::N1Sum, [126, 465]),
+        ] {
+            let found = shares(&checkpoint, mesh, numerics);
+            println!(
+                "{mesh:?} {numerics:?}: a slice of {found:?} ‰ with and without the rest of its chunks"
+            );
+            assert!(
+                found[0] <= expected[0] && found[1] <= expected[1],
+                "{mesh:?} {numerics:?}: {found:?}"
+            );
+            assert!(found[1] >= found[0], "{mesh:?} {numerics:?}: {found:?}");
         }
     }
 }

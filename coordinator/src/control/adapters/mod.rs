@@ -8,11 +8,11 @@
 
 mod stand;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use shoal_protocol::adapters::{AdapterCall, AdapterReply, AdapterView};
+use shoal_protocol::blob::name;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{AdapterId, DeploymentName};
 use shoal_protocol::model::Adapter as Opened;
@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, watch};
 pub use stand::{Held, Stand, serve, stands, view};
 
 use super::agents::Agents;
+use super::models::Models;
 use super::shape::ModelShape;
 use super::state::{Adapter, AdapterCommand, Change, Effect, Refusal};
 use super::store::ControlStore;
@@ -55,6 +56,8 @@ pub struct AdapterServer {
     pub store: ControlStore,
     /// The connected workers.
     pub agents: Agents,
+    /// Where those of the hub come from.
+    pub models: Models,
     /// What clients are served.
     pub table: watch::Receiver<Arc<ServingTable>>,
 }
@@ -107,8 +110,8 @@ impl AdapterServer {
     }
 
     async fn load(&self, who: &str, wish: Wish) -> Result<AdapterReply, WireError> {
-        let fingerprint = self.open(&wish).await?;
-        let Wish { name, deployment, path } = wish;
+        let (path, fingerprint) = self.open(&wish).await?;
+        let Wish { name, deployment, .. } = wish;
         let load = AdapterCommand::Load {
             name: name.clone(),
             deployment: deployment.clone(),
@@ -175,9 +178,9 @@ impl AdapterServer {
         let _ = tokio::time::timeout(SHOW_PATIENCE, shown).await;
     }
 
-    /// Reads the adapter and compares it with its base model: its fingerprint. Names that are taken are
-    /// refused here already, before the disk is touched.
-    async fn open(&self, wish: &Wish) -> Result<[u8; 32], WireError> {
+    /// Reads the adapter and compares it with its base model: where every node finds it, and its
+    /// fingerprint. Names that are taken are refused here already, before the disk is touched.
+    async fn open(&self, wish: &Wish) -> Result<(String, [u8; 32]), WireError> {
         let Wish { name, deployment, path } = wish;
         let state = self.store.state();
         let unknown = || Refusal::UnknownDeployment { name: deployment.clone() };
@@ -188,7 +191,7 @@ impl AdapterServer {
         if state.adapters.get(name).is_some() {
             return Err(Refusal::AdapterNameTaken { name: name.clone() }.into());
         }
-        if !path.starts_with('/') {
+        if !path.starts_with('/') && name::parse_adapter(path).is_err() {
             return Err(Refusal::BadAdapterPath.into());
         }
         let ModelShape::Checkpoint(base) = &of.shape else {
@@ -198,7 +201,7 @@ impl AdapterServer {
             );
             return Err(WireError::new(ErrorCode::InvalidRequest, words));
         };
-        let (base, folder) = (base.clone(), path.clone());
+        let (base, asked, models) = (base.clone(), path.clone(), self.models.clone());
         let place = READERS.try_acquire().map_err(|_| {
             let words = format!(
                 "{READ_AT_ONCE} adapters are being read already; try again, and if it stays so look whether \
@@ -206,13 +209,15 @@ impl AdapterServer {
             );
             WireError::new(ErrorCode::Overloaded, words)
         })?;
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = tokio::task::spawn_blocking(move || -> Result<_, WireError> {
             let _place = place;
-            Opened::open(Path::new(&folder), &base)
+            let (path, folder) = models.adapter(&asked)?;
+            Ok((path, Opened::open(&folder, &base)))
         });
         let opened = read_in_time(path, opened).await?.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the adapter: {error}"))
         })?;
+        let (path, opened) = opened?;
         let bad = |error: &dyn std::fmt::Display| {
             let words = format!(
                 "this is no adapter for `{deployment}`, as this coordinator reads it (coordinators and \
@@ -220,7 +225,7 @@ impl AdapterServer {
             );
             WireError::new(ErrorCode::BadModel, words)
         };
-        Ok(opened.map_err(|error| bad(&error))?.fingerprint())
+        Ok((path, opened.map_err(|error| bad(&error))?.fingerprint()))
     }
 
     fn view_of(&self, name: &DeploymentName) -> Option<AdapterView> {
@@ -274,10 +279,16 @@ fn is_a_deployment(name: &DeploymentName) -> WireError {
 /// What is read there, unless that takes too long.
 async fn read_in_time<T>(path: &str, read: impl Future<Output = T>) -> Result<T, WireError> {
     tokio::time::timeout(READ_PATIENCE, read).await.map_err(|_| {
-        let words = format!(
-            "reading {path} has taken {} s at this coordinator: is its disk or its mount away?",
-            READ_PATIENCE.as_secs()
-        );
+        let seconds = READ_PATIENCE.as_secs();
+        let words = match path.starts_with('/') {
+            true => format!(
+                "reading {path} has taken {seconds} s at this coordinator: is its disk or its mount away?"
+            ),
+            false => format!(
+                "fetching {path} has taken {seconds} s at this coordinator, which goes on with it: ask again \
+                 in a while"
+            ),
+        };
         WireError::new(ErrorCode::DeadlineExceeded, words)
     })
 }
@@ -304,5 +315,10 @@ mod tests {
         let error =
             read_in_time("/mnt/sql", std::future::pending::<()>()).await.expect_err("too long");
         assert!(error.message.starts_with("reading /mnt/sql has taken 45 s at this coordinator"));
+        let error = read_in_time("org/sql", std::future::pending::<()>()).await;
+        let words = error.expect_err("too long").message;
+        assert!(
+            words.starts_with("fetching org/sql has taken 45 s") && words.contains("ask again")
+        );
     }
 }

@@ -12,6 +12,9 @@ use super::*;
 #[path = "mesh_exact_test.rs"]
 mod exact;
 
+#[path = "half_test.rs"]
+mod half;
+
 #[path = "mesh_wide_test.rs"]
 mod wide;
 

@@ -10,6 +10,7 @@ use shoal_protocol::adapters::{
     ADAPTERS_MAX, ADAPTERS_OF_CLUSTER_MAX, AdapterSpec, DeploymentAdapters, PATH_LEN_MAX,
     WantedAdapters,
 };
+use shoal_protocol::blob::name::is_pinned_adapter;
 use shoal_protocol::id::{AdapterId, DeploymentName};
 
 use super::command::{Advice, Effect, Noun, Refusal, Timestamp};
@@ -141,7 +142,8 @@ impl Adapters {
         if self.by_name.contains_key(name) {
             return Err(Refusal::AdapterNameTaken { name: name.clone() });
         }
-        if path.len() > PATH_LEN_MAX || !path.starts_with('/') {
+        let is_one = path.starts_with('/') || is_pinned_adapter(path);
+        if path.len() > PATH_LEN_MAX || !is_one {
             return Err(Refusal::BadAdapterPath);
         }
         let beside = self.by_name.values().filter(|one| one.deployment == *deployment).count();

@@ -124,13 +124,18 @@ fn a_number_is_never_given_twice_and_a_name_means_one_model() {
     assert_eq!(cluster.state.adapters.wanted().revision, before + 1, "a refusal changes nothing");
     assert_eq!(cluster.load("a", "m"), Ok(3));
     // What is named from a working folder is another folder on each node.
-    let relative = AdapterCommand::Load {
+    let at = |path: &str| AdapterCommand::Load {
         name: name("d"),
         deployment: name("m"),
-        path: "adapters/d".to_owned(),
+        path: path.to_owned(),
         fingerprint: [0; 32],
     };
-    assert_eq!(cluster.apply(Change::Adapter(relative)), Err(Refusal::BadAdapterPath));
+    for path in ["adapters/d", "org/d@main", "./d", ""] {
+        let refused = cluster.apply(Change::Adapter(at(path)));
+        assert_eq!(refused, Err(Refusal::BadAdapterPath), "{path}");
+    }
+    // A commit of the hub is the same everywhere.
+    cluster.apply(Change::Adapter(at(&format!("org/d@{}", "0123456789".repeat(4))))).unwrap();
 }
 
 #[test]

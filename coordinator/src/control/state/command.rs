@@ -443,8 +443,8 @@ pub enum Refusal {
     },
     /// A path that means another folder on another node, or none.
     #[error(
-        "an adapter's path begins with `/` and has at most {max} bytes: name the folder from the root, \
-         since each node has its own working folder", max = shoal_protocol::adapters::PATH_LEN_MAX
+        "an adapter is a folder, from the root since each node has its own working folder, or org/name or \
+         org/name@revision of the hub; of at most {max} bytes", max = shoal_protocol::adapters::PATH_LEN_MAX
     )]
     BadAdapterPath,
 }

@@ -190,7 +190,9 @@ pub fn needs_of(source: &ModelSource) -> Needs {
         ModelSource::Folder { .. } | ModelSource::Builtin { .. } | ModelSource::Pretend(_) => {
             Needs::NOTHING
         }
-        ModelSource::Hub { .. } | ModelSource::ObjectStore { .. } => Needs::everybody(KNOWS_HUB),
+        ModelSource::Hub { .. } | ModelSource::HubGguf { .. } | ModelSource::ObjectStore { .. } => {
+            Needs::everybody(KNOWS_HUB)
+        }
     }
 }
 

@@ -13,20 +13,23 @@ mod model;
 mod parts;
 
 pub(super) use model::{Found, open, renamed};
-pub use parts::{first_part, gguf_of, stem};
+pub use parts::{all_parts, first_part, gguf_of, stem};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 use std::path::Path;
 
 use crate::model::checkpoint::CheckpointError;
 use crate::model::stored::StoredType;
 
 /// The longest header: a vocabulary of a million tokens with its merges has some forty MiB.
-const HEADER_LEN_MAX: u64 = 256 << 20;
+pub(crate) const HEADER_LEN_MAX: u64 = 256 << 20;
 /// More tensors than any published model has.
 const TENSORS_MAX: u64 = 1 << 20;
+/// The longest tensor of rotations' factors; a head of 512 has 256 of four bytes.
+const FACTORS_MAX: u64 = 1 << 16;
 /// More keys than any published file has.
 const KEYS_MAX: u64 = 1 << 16;
 /// Elements of all lists together. In memory each takes 32 bytes, and a vocabulary of a million tokens
@@ -110,6 +113,8 @@ pub struct Gguf {
     places: HashMap<String, usize>,
     /// The length of the whole file.
     pub file_len: u64,
+    /// The length of the header, without what pads it.
+    pub header_len: u64,
     /// BLAKE3 of the header's bytes.
     pub header_hash: [u8; 32],
 }
@@ -181,9 +186,9 @@ impl Gguf {
         })?;
         let data = reader.done.next_multiple_of(alignment);
         let tensors = place(found, data, alignment, file_len)?;
-        let header_hash = *reader.hasher.finalize().as_bytes();
+        let (header_len, header_hash) = (reader.done, *reader.hasher.finalize().as_bytes());
         let places = (0..).zip(&tensors).map(|(at, tensor)| (tensor.name.clone(), at)).collect();
-        Ok(Self { values, tensors, places, file_len, header_hash })
+        Ok(Self { values, tensors, places, file_len, header_len, header_hash })
     }
 
     /// A value by its key.
@@ -195,6 +200,18 @@ impl Gguf {
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         self.tensors.get(*self.places.get(name)?)
     }
+}
+
+/// How long the header is of a file of this length that begins with what is read here, and of which no more
+/// is read, and where the factors of rotations are, which are looked at with it; why it is none.
+pub(crate) fn header_len(from: impl Read, file_len: u64) -> Result<(u64, Vec<Range<u64>>), String> {
+    let header = Gguf::parse(from, file_len).map_err(|refused| match refused {
+        Refused::Io(error) => error.to_string(),
+        Refused::Bad(reason) => reason,
+    })?;
+    let factors = header.tensors.iter().filter(|tensor| tensor.name.starts_with("rope_f"));
+    let factors = factors.map(|tensor| tensor.offset..tensor.offset + tensor.len.min(FACTORS_MAX));
+    Ok((header.header_len, factors.collect()))
 }
 
 /// Gives tensors their place in the file and sorts them by it; no two may share bytes.

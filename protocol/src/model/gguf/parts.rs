@@ -69,6 +69,16 @@ pub fn first_part(path: &Path) -> PathBuf {
     }
 }
 
+/// All files of the model that a file stands for, in the order of their parts; of more parts than are read
+/// there are none.
+pub fn all_parts(path: &Path) -> Vec<PathBuf> {
+    match PartName::of(path) {
+        Some(name) if name.count > PARTS_MAX => Vec::new(),
+        Some(name) => (1..=name.count).map(|number| name.sibling(path, number)).collect(),
+        None => vec![path.to_owned()],
+    }
+}
+
 /// What a model is called after the file that stands for it: its name without its number among parts.
 pub fn stem(path: &Path) -> &str {
     match PartName::of(path) {

@@ -13,7 +13,6 @@ mod ledger;
 mod tries;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -231,7 +230,8 @@ impl Adapters {
         let checkpoint = checkpoint.map_err(NotLoaded::Refused)?;
         let base = checkpoint.spec();
         let bad = |words: String| NotLoaded::Refused(WireError::new(ErrorCode::BadModel, words));
-        let adapter = Adapter::open(Path::new(&spec.path), base).map_err(|e| bad(e.to_string()))?;
+        let folder = models.adapter(&spec.path).map_err(NotLoaded::Refused)?;
+        let adapter = Adapter::open(&folder, base).map_err(|e| bad(e.to_string()))?;
         if adapter.fingerprint() != spec.fingerprint {
             return Err(bad(format!(
                 "{}: these are not the files of adapter `{}` that the coordinator read; expected the same \
