@@ -69,6 +69,7 @@ fn load(town: &Town, mesh: (u32, u32), numerics: Numerics) -> Result<(Vec<(u64, 
                 data: worker.data.path().to_owned(),
                 builtin: Vec::new(),
                 threads: NonZeroUsize::MIN,
+                cpus: Default::default(),
                 cache: worker.cache.clone(),
                 blobs: Some(worker.blobs.clone()),
             };

@@ -158,6 +158,7 @@ fn a_worker_of_one_stage_of_two_fetches_its_half_of_a_gguf_model() -> Result<()>
                 data: data.path().to_owned(),
                 builtin: Vec::new(),
                 threads: NonZeroUsize::MIN,
+                cpus: Default::default(),
                 cache,
                 blobs: None,
             };
