@@ -176,6 +176,11 @@ pub(super) fn predicted_ms(plan: &PlanView) -> Result<f64> {
     number(line(plan, "predicted: ")?, "predicted: ")
 }
 
+/// Predicted milliseconds a step of a full pipeline.
+pub(super) fn predicted_full_ms(plan: &PlanView) -> Result<f64> {
+    number(line(plan, "predicted: ")?, "of one stream, ")
+}
+
 /// `w1+w2:0..12 w3+w4:12..24`.
 pub(super) fn words(plan: &PlanView) -> String {
     let stage = |stage: &StagePlan| {

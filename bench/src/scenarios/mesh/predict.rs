@@ -5,7 +5,7 @@ use anyhow::Result;
 use shoal_protocol::mesh::Objective;
 use shoal_protocol::plan::BLOCK_TOKENS;
 
-use super::bed::{Bed, Served, Wanted, line, predicted_ms, words};
+use super::bed::{Bed, Served, Wanted, line, predicted_full_ms, predicted_ms, words};
 use crate::cluster::process_memory;
 use crate::measure::Series;
 use crate::measure::report::Section;
@@ -15,6 +15,9 @@ use crate::scenarios::Settings;
 use crate::workload::model::Shape;
 
 const TOKENS: u32 = 32;
+
+/// Tokens of each of several streams at once: enough for the beginning of each to count little.
+const MANY: u32 = 64;
 
 /// A prompt that fills the largest step, so that all buffers are used; and the tokens behind it.
 const LONG: (usize, u32) = (600, 8);
@@ -36,7 +39,8 @@ pub fn run(settings: &Settings) -> Result<Section> {
         format!(
             "{} M parameters in bf16; four workers with one thread each on this machine, which also runs the coordinator and \
              the client. Predicted is what `shoal plan --explain` says of a token of one stream before any was made; measured is \
-             the mean distance of {TOKENS} tokens, the median of {} streams. Memory: by how much the anonymous memory of each worker's \
+             the mean distance of {TOKENS} tokens, the median of {} streams; and of as many streams of {MANY} tokens at once as there are stages, \
+             against its step when full. Memory: by how much the anonymous memory of each worker's \
              process has grown with the mesh and a prompt of {} tokens, against weights, buffers and that prompt's KV blocks in its plan (which has \
              logits of more sequences than one stream touches).",
             shape.parameters() / 1_000_000,
@@ -62,23 +66,34 @@ pub fn run(settings: &Settings) -> Result<Section> {
         // The first stream warms up: pages of weights are there, caches are made.
         bed.token_ms(&served, TOKENS)?;
         let measured: Series = bed.tokens_ms(&served, settings.pairs, TOKENS)?;
-        let error = (predicted - measured.median()).abs() / measured.median();
-        section.at_most(
+        compare(
+            &mut section,
             format!("{mesh} ({}): error of the predicted ms a token", words(&plan)),
-            error,
-            format!(
-                "{} (predicted {}, measured {measured})",
-                significant(error),
-                significant(predicted)
-            ),
-            ERROR_MAX,
+            predicted,
+            &measured,
         );
+        // A stream for each stage: every step of the full pipeline has one row.
+        let streams =
+            plan.replicas.iter().map(|replica| replica.stages.len()).sum::<usize>() as u64;
+        let predicted = 1e3 / predicted_full_ms(&plan)?;
+        let full = |_| bed.many(&served, streams, MANY);
+        let measured =
+            (0..settings.pairs).map(full).collect::<Result<Vec<f64>>>()?.into_iter().collect();
+        let what = format!("{mesh}: error of the predicted tokens/s of {streams} streams at once");
+        compare(&mut section, what, predicted, &measured);
         let parts = plan.explanation.iter().filter(|line| line.contains(": predicted "));
         parts.for_each(|part| eprintln!("    {part}"));
         eprintln!("    {}", line(&bed.explain(&served)?, "r").unwrap_or_default());
         bed.remove(served)?;
     }
     Ok(section)
+}
+
+fn compare(section: &mut Section, what: String, predicted: f64, measured: &Series) {
+    let error = (predicted - measured.median()).abs() / measured.median();
+    let (said, predicted) = (significant(error), significant(predicted));
+    let seen = format!("{said} (predicted {predicted}, measured {measured})");
+    section.at_most(what, error, seen, ERROR_MAX);
 }
 
 /// The anonymous memory of each worker.

@@ -124,7 +124,7 @@ fn times(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) -> Vec<S
     lines.push(format!(
         "predicted: {} a token of one stream, {} a step when full; {rates}",
         ms(prediction.token_ns()),
-        ms(prediction.slowest_ns()),
+        ms(prediction.full_ns),
     ));
     lines
 }

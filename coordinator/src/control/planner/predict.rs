@@ -31,6 +31,9 @@ impl StageTime {
 pub struct Prediction {
     /// By stage.
     pub stages: Vec<StageTime>,
+    /// What a full pipeline waits for each step: the slowest stage, where all stages compute at once and those of one
+    /// machine share what it reads. The planner counts each as if it were alone ([`Prediction::slowest_ns`]).
+    pub full_ns: u64,
     /// Whether every worker's rate was measured.
     pub measured: bool,
 }
@@ -41,7 +44,7 @@ impl Prediction {
         self.stages.iter().map(|stage| stage.busy_ns() + stage.hop_ns).sum()
     }
 
-    /// The slowest stage: what a full pipeline waits for each step.
+    /// The slowest stage by itself.
     pub fn slowest_ns(&self) -> u64 {
         self.stages.iter().map(StageTime::busy_ns).max().unwrap_or(0)
     }
@@ -64,18 +67,20 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
     let reduction = Reduction::of(plan.numerics);
     let slices = Slices::new(shape, most as u32, (reduction, plan.precision));
     let head = crews.first().and_then(|crew| crew.first().copied().flatten());
-    let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
-        let costs: Vec<Costs<'_>> = slices
-            .of(crew.len())
-            .iter()
-            .map(|slice| Costs::of_rank(slice, plan.precision))
-            .collect();
+    let costs_of = |ranks: usize| -> Vec<Costs<'_>> {
+        slices.of(ranks).iter().map(|slice| Costs::of_rank(slice, plan.precision)).collect()
+    };
+    // What each of some workers reads while the others do.
+    let rates_of = |workers: &[Option<&Candidate>]| -> Vec<u64> {
         let present: Vec<_> =
-            crew.iter().flatten().map(|worker| (*worker, inventory.rate(worker))).collect();
+            workers.iter().flatten().map(|worker| (*worker, inventory.rate(worker))).collect();
         let mut known = shared(&present).into_iter();
         let rate = |worker: &Option<&Candidate>| worker.and_then(|_| known.next());
-        let assumed = Rate::ASSUMED.bytes_per_s;
-        let rates: Vec<u64> = crew.iter().map(rate).map(|rate| rate.unwrap_or(assumed)).collect();
+        workers.iter().map(rate).map(|rate| rate.unwrap_or(Rate::ASSUMED.bytes_per_s)).collect()
+    };
+    let of = |(index, (stage, crew)): (usize, (&StagePlan, &Vec<Option<&Candidate>>))| {
+        let costs = costs_of(crew.len());
+        let rates = rates_of(crew);
         let pairs = crew.iter().flat_map(|a| crew.iter().map(move |b| (*a, *b)));
         let link = pairs.map(|(a, b)| way(a, b)).fold(Link::NEAR, Link::worse);
         let all_there: Option<Vec<&Candidate>> = crew.iter().copied().collect();
@@ -91,8 +96,15 @@ pub fn predict(plan: &ReplicaPlan, shape: &ModelShape, inventory: &Inventory) ->
         StageTime { compute_ns, told_ns: all - compute_ns, hop_ns }
     };
     let known = |worker: &Option<&Candidate>| worker.is_some_and(|worker| worker.rate.is_some());
-    Prediction {
-        stages: plan.stages.iter().zip(&crews).enumerate().map(of).collect(),
-        measured: crews.iter().flatten().all(known),
-    }
+    let stages: Vec<StageTime> = plan.stages.iter().zip(&crews).enumerate().map(of).collect();
+    let together = rates_of(&crews.concat());
+    let mut together = &together[..];
+    let full = plan.stages.iter().zip(&crews).zip(&stages).map(|((stage, crew), alone)| {
+        let (rates, behind) = together.split_at(crew.len());
+        together = behind;
+        let compute_ns = Times::compute_only(shape, &costs_of(crew.len()), rates).of(stage.layers);
+        compute_ns.saturating_add(alone.told_ns)
+    });
+    let full_ns = full.max().unwrap_or(0);
+    Prediction { stages, full_ns, measured: crews.iter().flatten().all(known) }
 }
