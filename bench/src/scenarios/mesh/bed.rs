@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use shoal_protocol::admin::{AdminCall, AdminReply, ClusterView, PlanView};
 use shoal_protocol::id::DeploymentName;
-use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective};
+use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{ModelSource, Precision, StagePlan};
 
 use crate::admin::{Admin, is_ready};
@@ -37,6 +37,7 @@ pub(super) struct Wanted<'a> {
     /// `2x2`, `auto`; or `even 2`: that many stages, as if nothing were known of the workers.
     pub mesh: &'a str,
     pub objective: Objective,
+    pub reduction: Option<Reduction>,
 }
 
 /// What is served.
@@ -57,7 +58,7 @@ impl Bed {
 
     /// Serves it and waits until it is ready.
     pub fn serve(&self, name: &str, wanted: Wanted<'_>) -> Result<Served> {
-        let Wanted { model, vocab, precision, mesh, objective } = wanted;
+        let Wanted { model, vocab, precision, mesh, objective, reduction } = wanted;
         let deployment = DeploymentName::new(name)?;
         let path = model.to_str().context("the model's path is not UTF-8")?.to_owned();
         let source = ModelSource::Folder { path };
@@ -71,7 +72,7 @@ impl Bed {
                 let ask = MeshAsk {
                     mesh: Some(mesh),
                     objective: Some(objective),
-                    reduction: None,
+                    reduction,
                     kv: None,
                     activations: None,
                 };

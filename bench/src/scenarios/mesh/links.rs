@@ -143,6 +143,7 @@ fn run_with(settings: &Settings, latency_ms: u32, section: &mut Section) -> Resu
                 precision: None,
                 mesh,
                 objective: Objective::Latency,
+                reduction: None,
             };
             let served = bed.serve("over-links", wanted)?;
             let first = bed.token_ms(&served, TOKENS.0)?;

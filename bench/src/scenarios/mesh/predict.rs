@@ -56,6 +56,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
             precision: None,
             mesh,
             objective: Objective::Latency,
+            reduction: None,
         };
         let before: Vec<u64> = memory(&bed)?;
         let served = bed.serve("served", wanted)?;

@@ -1,7 +1,7 @@
 //! Two tensor ranks with a thread each against one thread unsplit.
 
 use anyhow::Result;
-use shoal_protocol::mesh::Objective;
+use shoal_protocol::mesh::{Objective, Reduction};
 use shoal_protocol::plan::Precision;
 
 use super::bed::{Bed, Served, Wanted};
@@ -49,30 +49,38 @@ pub fn run(settings: &Settings) -> Result<Section> {
         (Shape::MEDIUM, Precision::F32),
         (Shape::LARGE, Precision::Bf16),
         (Shape::LARGE, Precision::Q8_0),
-        (Shape::LARGE, Precision::Q4K),
+        (Shape::BILLION, Precision::Q4K),
     ] {
         let shape = settings.shape(shape);
-        let model = shape.write(&settings.models, if shape == Shape::LARGE { 2 } else { 1 })?;
-        let of = |mesh| Wanted {
+        // As the other scenarios write them.
+        let seed = match shape {
+            Shape::LARGE => 2,
+            Shape::BILLION => 3,
+            _ => 1,
+        };
+        let model = shape.write(&settings.models, seed)?;
+        let of = |mesh, reduction| Wanted {
             model: &model,
             vocab: shape.vocab,
             precision: Some(precision),
             mesh,
             objective: Objective::Latency,
+            reduction,
         };
         let before = [read_bandwidth(1), read_bandwidth(2)];
         let served = [
-            (&bed, bed.serve("one", of("1x1"))?),
-            (&bed, bed.serve("two", of("1x2"))?),
-            (&apart, apart.serve("two", of("1x2"))?),
+            (&bed, bed.serve("one", of("1x1", None))?),
+            (&bed, bed.serve("two", of("1x2", Some(Reduction::Sum)))?),
+            (&apart, apart.serve("two", of("1x2", Some(Reduction::Sum)))?),
+            (&bed, bed.serve("exact", of("1x2", Some(Reduction::Exact)))?),
         ];
         let bytes = weights(&bed, &served[0].1)?;
-        let mut series = [(); 3].map(|()| Series::default());
+        let mut series = [(); 4].map(|()| Series::default());
         for (bed, served) in &served {
             bed.token_ms(served, TOKENS)?;
         }
         for pair in 0..settings.pairs {
-            for which in [pair % 2, 1 - pair % 2, 2] {
+            for which in [pair % 2, 1 - pair % 2, 2, 3] {
                 let (bed, served) = &served[which];
                 series[which].push(bed.token_ms(served, TOKENS)?);
             }
@@ -80,7 +88,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
         let after = [read_bandwidth(1), read_bandwidth(2)];
         let read = [0, 1].map(|cores| f64::midpoint(before[cores], after[cores]));
         let name = format!("{} M parameters, {precision}", shape.parameters() / 1_000_000);
-        let [one, two, over_quic] = series;
+        let [one, two, over_quic, exact] = series;
         let share = bytes / (one.median() / 1e3) / read[0];
         section.seen(
             format!("{name}: ms a token, one thread"),
@@ -89,6 +97,10 @@ pub fn run(settings: &Settings) -> Result<Section> {
         section.seen(format!("{name}: ms a token, two ranks"), two.to_string());
         let over_quic = format!("{over_quic} ({})", one.over(&over_quic));
         section.seen(format!("{name}: the same over QUIC (tokens/s over one thread)"), over_quic);
+        section.seen(
+            format!("{name}: two ranks with --reduction exact (ms a token over those of sum)"),
+            format!("{exact} ({})", exact.over(&two)),
+        );
         let (ratio, cores) = (one.over(&two), read[1] / read[0]);
         // A kernel may read faster than the plain loop that the machine is measured with.
         let best = cores / share.min(1.0);

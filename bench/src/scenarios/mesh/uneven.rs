@@ -86,6 +86,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
         precision: None,
         mesh,
         objective: Objective::Throughput,
+        reduction: None,
     };
     let meshes = ["even 2", "2x1"];
     let both = [bed.serve("even", of(meshes[0]))?, bed.serve("chosen", of(meshes[1]))?];
