@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 /// variants stand at the end of their enums, and are sent only to those who speak the version that has
 /// them (`coordinator::control::state::versions` for commands).
 ///
+/// Version 3 was never released: until it is, its own messages may still change.
+///
 /// | version | what it added |
 /// |---|---|
 /// | 1 | everything up to commit f403ba0 |

@@ -30,6 +30,7 @@ use tokio::task::JoinSet;
 use crate::agent::calibration;
 use crate::agent::inventory::{self, InventoryError};
 use crate::agent::{Agent, AgentHandle, AgentParts, COORDINATORS_FILE, Models, read_kept};
+use crate::backend::cpus::Cpus;
 use crate::blob::{Blobs, BlobsError};
 use crate::config::WorkerConfig;
 use crate::head::Heads;
@@ -183,7 +184,7 @@ impl Worker {
         let at = (addresses.blobs.unwrap_or(any_port), addresses.advertise_blobs);
         let blobs = Blobs::start(at, Arc::clone(&identity), cache.clone())?;
         let threads = std::num::NonZeroUsize::new(device.threads as usize);
-        let (facts, ways) = facts(config.zone, threads, device.memory);
+        let (facts, ways) = facts(config.zone, (threads, config.cpus.clone()), device.memory);
         let links = links.tracing(config.tracer).measuring(ways.clone());
         let links = Arc::new(if config.ranks_apart { links.apart() } else { links });
         let blobs = blobs.measuring(ways);
@@ -260,7 +261,7 @@ impl Worker {
 /// later what its links tell of the ways.
 fn facts(
     zone: Option<ZoneName>,
-    threads: Option<std::num::NonZeroUsize>,
+    (threads, cpus): (Option<std::num::NonZeroUsize>, Cpus),
     memory: Bytes,
 ) -> (watch::Receiver<Vec<Fact>>, Ways) {
     let mut known = vec![Fact::Ranks { most: RANKS_MOST }];
@@ -270,7 +271,7 @@ fn facts(
     let ways = Ways::telling(Arc::clone(&say));
     let threads = threads.unwrap_or(std::num::NonZeroUsize::MIN);
     // It computes for a moment, beside the first words with the coordinators.
-    let measure = move || match calibration::rates(threads, memory) {
+    let measure = move || match calibration::rates(threads, &cpus, memory) {
         rates if rates.is_empty() => {
             tracing::warn!("its compute rate could not be measured; it counts as any other");
         }

@@ -87,6 +87,7 @@ struct Mesh {
     /// Tensor ranks, by stage.
     ranks: Vec<u32>,
     numerics: Numerics,
+    held: Precision,
     threads: usize,
 }
 
@@ -94,7 +95,8 @@ impl Mesh {
     /// So many threads, one rank a stage.
     fn of_stages(cuts: &[u32], threads: usize) -> Self {
         let ranks = vec![1; cuts.len() - 1];
-        Self { cuts: cuts.to_vec(), ranks, numerics: Numerics::N1, threads }
+        let (numerics, held) = (Numerics::N1, Precision::F32);
+        Self { cuts: cuts.to_vec(), ranks, numerics, held, threads }
     }
 
     fn plain(checkpoint: &Checkpoint) -> Self {
@@ -125,7 +127,7 @@ impl Chain {
                 source: ModelSource::Folder { path: checkpoint.folder().display().to_string() },
                 fingerprint: checkpoint.fingerprint(),
             },
-            precision: Precision::F32,
+            precision: mesh.held,
             numerics: mesh.numerics,
             stages: stages.collect(),
             limits: LIMITS,
@@ -314,7 +316,7 @@ fn ranks_change_no_bit_where_sums_are_exact_and_little_where_they_are_not() {
             for (cuts, ranks) in meshes {
                 for numerics in [Numerics::N1, Numerics::N1Sum] {
                     let (cuts, ranks) = (cuts.clone(), ranks.clone());
-                    let mesh = Mesh { cuts, ranks, numerics, threads: 1 };
+                    let mesh = Mesh { cuts, ranks, numerics, held: Precision::F32, threads: 1 };
                     let mut chain = Chain::load(&checkpoint, &mesh, Isa::best());
                     let inputs: Vec<_> = case.inputs.iter().map(Input::marked).collect();
                     let found = chain.step(&inputs);
@@ -329,6 +331,33 @@ fn ranks_change_no_bit_where_sums_are_exact_and_little_where_they_are_not() {
         }
     }
     assert!(tried >= 50, "only {tried} meshes");
+}
+
+/// Weights and rows in whole numbers: the bits of one shard over stages, ranks and threads.
+#[test]
+fn products_of_whole_numbers_have_the_same_bits_however_an_encoder_is_cut() {
+    for case in cases() {
+        let checkpoint = case.checkpoint();
+        let layers = checkpoint.spec().layers;
+        let whole =
+            Mesh { numerics: Numerics::N2, held: Precision::Q8_0, ..Mesh::plain(&checkpoint) };
+        let inputs: Vec<_> = case.inputs.iter().map(Input::marked).collect();
+        let expected: Vec<_> = {
+            let mut chain = Chain::load(&checkpoint, &whole, Isa::best());
+            inputs.iter().map(|input| chain.step(std::slice::from_ref(input)).remove(0)).collect()
+        };
+        assert_ne!(expected, plain(&case), "{}", case.name);
+        let most = checkpoint.spec().ranks_max().0.min(2);
+        let mut meshes = vec![Mesh { ranks: vec![most], threads: 2, ..whole.clone() }];
+        if layers > 1 {
+            let cuts = vec![0, 1, layers];
+            meshes.push(Mesh { cuts, ranks: vec![most, 1], ..whole.clone() });
+        }
+        for mesh in meshes {
+            let found = Chain::load(&checkpoint, &mesh, Isa::best()).step(&inputs);
+            same_bits(&found, &expected, &format!("{} on {mesh:?}", case.name));
+        }
+    }
 }
 
 fn are_near(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {

@@ -27,6 +27,7 @@ use shoal_protocol::units::Bytes;
 
 use super::inventory::CPU;
 use crate::backend::cpu::{CpuOps, Isa};
+use crate::backend::cpus::Cpus;
 use crate::backend::{Linear, Ops};
 
 /// How long a calibration may take in all: as much as nobody notices at the start of a process.
@@ -65,7 +66,7 @@ const MACHINE_FOR: Duration = Duration::from_secs(600);
 
 /// The rate of the CPU with so many threads, and of all processors of the machine where these are more; nothing
 /// where it cannot be measured.
-pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
+pub(crate) fn rates(threads: NonZeroUsize, cpus: &Cpus, memory: Bytes) -> Vec<Fact> {
     // Held until both are measured; without it workers that start together would measure each other.
     let turn = turn();
     let share = share_of(&|path| std::fs::read_to_string(path).ok(), threads.get());
@@ -74,9 +75,9 @@ pub(crate) fn rates(threads: NonZeroUsize, memory: Bytes) -> Vec<Fact> {
         let bytes_per_s = bytes_per_s.filter(|rate| *rate > 0)?;
         Some(Fact::Rate { device: device.to_owned(), threads: threads as u32, bytes_per_s })
     };
-    let own = stream(threads.get(), memory).map(|rate| (rate * share) as u64);
+    let own = stream((threads.get(), cpus), memory).map(|rate| (rate * share) as u64);
     let machine = (processors > threads.get() && share >= 1.0).then(|| {
-        let measure = || stream(processors, memory).map(|rate| rate as u64);
+        let measure = || stream((processors, &Cpus::default()), memory).map(|rate| rate as u64);
         of_machine(turn.as_ref(), processors, measure)
     });
     [fact(CPU, threads.get(), own), fact(MACHINE, processors, machine.flatten())]
@@ -146,12 +147,12 @@ fn is_ours(file: &File) -> bool {
 }
 
 /// Bytes of weights in a second, in the fastest round over all matrices.
-fn stream(threads: usize, memory: Bytes) -> Option<f64> {
+fn stream((threads, cpus): (usize, &Cpus), memory: Bytes) -> Option<f64> {
     let start = Instant::now();
     let (outputs, cols) = SHAPE;
     let each = outputs as u64 * Precision::Bf16.row_bytes(cols as u64);
     let most = (memory.0 / MEMORY_SHARE / each).clamp(1, MATRICES_MAX as u64) as usize;
-    let mut ops = CpuOps::new(threads, Isa::from_environment().ok()?).ok()?;
+    let mut ops = CpuOps::bound(threads, Isa::from_environment().ok()?, cpus).ok()?;
     let mut matrices: Vec<Linear<CpuOps>> = Vec::new();
     while matrices.len() < most && (matrices.is_empty() || start.elapsed() < MAKING_MAX) {
         let shapes = vec![SHAPE; AT_ONCE.min(most - matrices.len())];
@@ -250,7 +251,7 @@ mod tests {
     #[test]
     fn a_worker_measures_itself_in_a_moment() {
         let start = Instant::now();
-        let facts = rates(NonZeroUsize::MIN, Bytes::mib(64));
+        let facts = rates(NonZeroUsize::MIN, &Cpus::default(), Bytes::mib(64));
         let Fact::Rate { threads: 1, bytes_per_s, .. } = facts[0] else { panic!("{facts:?}") };
         assert!(bytes_per_s > 1 << 20, "{bytes_per_s}");
         let processors = std::thread::available_parallelism().unwrap().get();

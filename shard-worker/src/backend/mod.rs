@@ -12,8 +12,8 @@
 //!
 //! Everything is allocated at construction. A step allocates nothing.
 //!
-//! All results follow one numerics contract (`docs/decisions/001-numerics-contract-n1.md`): a row's
-//! bits depend on its own sequence alone.
+//! All results follow a numerics contract (`docs/decisions/001-numerics-contract-n1.md`, `032-numerics-contract-n2.md`):
+//! a row's bits depend on its own sequence alone.
 
 pub mod cpu;
 pub mod cpus;

@@ -14,7 +14,7 @@ use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread::{JoinHandle, Thread};
+use std::thread::{JoinHandle, Thread, ThreadId};
 use std::time::{Duration, Instant};
 
 use super::cpus::{Cpus, bind};
@@ -35,8 +35,10 @@ const SPINS_PER_LOOK: u32 = 16;
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Where the caller is to compute; it is bound with its first job.
+    /// Where the caller is to compute.
     caller: Option<usize>,
+    /// The one that was bound: a pool may go over to another thread, as the shard of a new layout does.
+    bound: Option<ThreadId>,
 }
 
 /// What a job is called with: which share of how many.
@@ -113,7 +115,7 @@ impl Pool {
         });
         // Built first, so that dropping it ends the threads that did start.
         let workers = Vec::with_capacity(threads - 1);
-        let mut pool = Self { shared, workers, caller: cpus.of_thread(0) };
+        let mut pool = Self { shared, workers, caller: cpus.of_thread(0), bound: None };
         for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let cpu = cpus.of_thread(index);
@@ -145,9 +147,19 @@ impl Pool {
         self.run_on(1, job)
     }
 
+    /// Once for each thread that calls.
+    fn bind_caller(&mut self) {
+        let Some(cpu) = self.caller else { return };
+        let own = std::thread::current().id();
+        if self.bound != Some(own) {
+            bind(cpu);
+            self.bound = Some(own);
+        }
+    }
+
     /// `threads` is 1 or all.
     fn run_on(&mut self, threads: usize, job: &(dyn Fn(Share) + Sync)) -> Result<(), ComputeError> {
-        self.caller.take().into_iter().for_each(bind);
+        self.bind_caller();
         let shared = &*self.shared;
         let share = Share { index: 0, of: threads };
         if threads > 1 {
@@ -274,15 +286,20 @@ mod tests {
         let allowed = rustix::thread::sched_getaffinity(None).unwrap();
         let cpu = (0..1024).find(|cpu| allowed.is_set(*cpu)).unwrap();
         let cpus = cpu.to_string().parse().unwrap();
-        // A thread of its own, which stays bound.
-        let computes = std::thread::spawn(move || {
-            let mut pool = Pool::bound(3, &cpus).unwrap();
-            pool.run(&|_| {
-                let own = rustix::thread::sched_getaffinity(None).unwrap();
-                assert!(own.is_set(cpu) && own.count() == 1);
-            })
-        });
-        assert_eq!(computes.join().unwrap(), Ok(()));
+        let mut pool = Pool::bound(3, &cpus).unwrap();
+        // Threads of their own, which stay bound; the second one takes over.
+        for _ in 0..2 {
+            let computes = std::thread::spawn(move || {
+                let done = pool.run(&|_| {
+                    let own = rustix::thread::sched_getaffinity(None).unwrap();
+                    assert!(own.is_set(cpu) && own.count() == 1);
+                });
+                (pool, done)
+            });
+            let (back, done) = computes.join().unwrap();
+            assert_eq!(done, Ok(()));
+            pool = back;
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use shoal_protocol::id::AdapterId;
 use shoal_protocol::model::{Adapter, Checkpoint, ModelSpec};
-use shoal_protocol::plan::Numerics;
+use shoal_protocol::plan::{Numerics, Precision};
 
 use super::LOGPROB_TOLERANCE;
 use super::support::{
@@ -269,6 +269,38 @@ fn rows_of_an_adapter_that_one_rank_has_not_become_no_numbers_at_all_ranks() {
         let lost = transcript_of(&mut chain, AdapterId(1), &tokens);
         assert!(lost.iter().flatten().all(|logit| logit.is_nan()), "{numerics:?}");
     }
+}
+
+/// Over weights in whole numbers, with rows in whole numbers too: an adapter's own products are of values, and its rows
+/// have their bits in any chunk, beside others, and over ranks that sum exactly.
+#[test]
+fn an_adapter_over_whole_numbers_has_the_same_bits_however_it_is_cut() {
+    let case = Adapted::read(ATTENTION);
+    let base = case.base();
+    let numerics = Numerics::N2;
+    let plain = Setup { held: Precision::Q8_0, numerics, ..Setup::plain(base.spec()) };
+    let tokens: Vec<u32> = (3..40).collect();
+    let mut whole = chain(ATTENTION, &base, &plain);
+    let expected = transcript_of(&mut whole, AdapterId(1), &tokens);
+    let without = whole.transcript_with(None, (&tokens, 0), 64, &blocks());
+    assert_ne!(without, expected);
+    let chunks = whole.transcript_with(Some(AdapterId(1)), (&tokens, 0), 5, &blocks());
+    assert_same_bits(&chunks, &expected, "in chunks");
+    let others: Vec<u32> = (30..40).collect();
+    let rows = |adapter, blocks| Rows {
+        tokens: &tokens,
+        first_position: 0,
+        blocks,
+        sample_from: 0,
+        adapter,
+    };
+    let logits = whole.step(&[rows(None, &blocks()), rows(Some(AdapterId(1)), &others)]);
+    assert_same_bits(&logits[..tokens.len()], &without, "without it, beside it");
+    assert_same_bits(&logits[tokens.len()..], &expected, "beside another");
+    let layers = base.spec().layers;
+    let cut = Setup { cuts: vec![0, 1, layers], ranks: vec![2, 1], ..plain.clone() };
+    let found = transcript_of(&mut chain(ATTENTION, &base, &cut), AdapterId(1), &tokens);
+    assert_same_bits(&found, &expected, "over two ranks and one");
 }
 
 fn transcript_of(chain: &mut Chain, id: AdapterId, tokens: &[u32]) -> Vec<Vec<f32>> {

@@ -461,6 +461,25 @@ fn a_smaller_precision_is_advised_where_it_fits() {
     );
 }
 
+/// What a log of before has: nothing is said of activations.
+#[test]
+fn whole_numbers_are_multiplied_as_such_where_that_was_chosen() {
+    let shape = dense(512);
+    let spec = DeploymentSpec { precision: Some(Precision::Q8_0), ..spec(&shape, Some(1)) };
+    for (activations, mesh, expected) in [
+        (None, None, Numerics::N1),
+        (None, Some(MeshAsked::Auto), Numerics::N1),
+        (Some(Activations::Int8), None, Numerics::N2),
+        (Some(Activations::Int8), Some(MeshAsked::Auto), Numerics::N2),
+    ] {
+        let ask = MeshAsk { activations, mesh, ..MeshAsk::default() };
+        let (replica, generation, replicas) = (ReplicaId(1), Generation(1), 1);
+        let (spec, shape, previous) = (&spec, &shape, None);
+        let job = Job { replica, generation, spec, shape, previous, replicas, ask };
+        assert_eq!(plan(&inventory(&[1 << 40]), &job).unwrap().numerics, expected);
+    }
+}
+
 #[test]
 fn a_cache_of_fewer_bits_holds_more_tokens_in_the_same_memory() {
     let shape = dense(8192);

@@ -159,6 +159,8 @@ fn weights_in_blocks_wait_until_all_know_them() {
     // So is a cache of fewer bits: its contract stands in what workers are told.
     assert_eq!(needs_of_kv(KvPrecision::F32), Needs::NOTHING);
     assert_eq!(needs_of_kv(KvPrecision::Q8_0), Needs::everybody(KNOWS_KV));
+    assert_eq!(needs_of_activations(Activations::F32), Needs::NOTHING);
+    assert_eq!(needs_of_activations(Activations::Int8), Needs::everybody(KNOWS_NUMBERS));
 }
 
 fn encoder() -> Change {

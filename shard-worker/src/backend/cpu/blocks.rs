@@ -55,7 +55,7 @@ pub unsafe trait Numbers: Blocks {
     const ZERO: Option<u8>;
     /// Whether a number may be 128 or more.
     const WIDE: bool;
-    /// Cache lines of its columns.
+    /// Cache lines of the quads in which its columns are.
     const LINES: usize;
 
     /// The columns from `k` on, a multiple of `SHARE`.

@@ -194,7 +194,9 @@ unsafe impl<F: Numbers> Arithmetic for Dots<F> {
                         }
                     }
                     for share in &shares {
-                        for line in 0..F::LINES {
+                        // Both sides of numbers that share lines ask for them once.
+                        let lines = if share.right == 0 { F::LINES } else { 0 };
+                        for line in 0..lines {
                             S::prefetch(share.numbers.wrapping_add(AHEAD + line * QUAD_BYTES));
                         }
                     }

@@ -152,6 +152,10 @@ fn products_of_odd_sizes_have_the_bits_of_one_chain_of_shares() {
                 check(held, (rows, cols, outputs), false);
             }
         }
+        // Sums that go on behind one cut of k, and behind two.
+        for (cols, outputs) in [(2048, 17), (2080, 33), (4100, 16)] {
+            check(held, (13, cols, outputs), true);
+        }
     }
 }
 

@@ -134,7 +134,7 @@ unsafe impl Numbers for Q6K {
     const SHARE: usize = SIDE;
     const ZERO: Option<u8> = Some(32);
     const WIDE: bool = false;
-    const LINES: usize = 3;
+    const LINES: usize = 6;
 
     #[inline(always)]
     unsafe fn share<S: Simd>(panel: *const u8, k: usize) -> Scaled<S> {
