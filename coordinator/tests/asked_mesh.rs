@@ -10,7 +10,9 @@ use shoal_coordinator::Coordinator;
 use shoal_protocol::admin::{AdminCall, AdminReply, DeploymentPhase};
 use shoal_protocol::id::{DeploymentName, Role};
 use shoal_protocol::mesh::{Fact, MeshAsk, Objective, ZoneName};
-use shoal_protocol::plan::{KvPrecision, ModelSource, Numerics, PretendSpec};
+use shoal_protocol::plan::{
+    Activations, KvPrecision, ModelSource, Numerics, Precision, PretendSpec,
+};
 
 /// A coordinator and workers that say these facts.
 async fn cluster(
