@@ -7,7 +7,7 @@ use shoal_protocol::mesh::Reduction;
 use shoal_protocol::model::{Checkpoint, Split};
 use shoal_protocol::plan::{Numerics, Precision};
 
-use support::matrix::{MESHES, Mesh, Parity, models};
+use support::matrix::{MESHES, Mesh, Parity, models, precisions};
 use support::{Chain, Dice, Setup, assert_close, assert_same_bits, blocks, cases};
 
 /// Compares one cell; `Refused` cannot be cut at all.
@@ -25,34 +25,35 @@ fn compare(checkpoint: &Checkpoint, held: Precision, mesh: &Mesh, expected: &[Ve
     };
     let (cuts, ranks) = (mesh.cuts(spec.layers), mesh.ranks.to_vec());
     let setup = Setup { held, cuts, ranks, numerics, ..Setup::plain(spec) };
-    let said =
-        |chunk| Chain::load(checkpoint, &setup).transcript(&tokens(), FROM, chunk, &blocks());
-    match parity {
-        Parity::Refused => {}
-        Parity::Same => assert_same_bits(&said(7), expected, &what),
-        Parity::Close => {
-            let found = said(tokens().len());
-            assert_close(&found, expected, &what);
-            assert_same_bits(&said(7), &found, &format!("{what}, in chunks"));
-        }
+    if parity == Parity::Refused {
+        return parity;
     }
+    let mut chain = Chain::load(checkpoint, &setup);
+    let mut said = |chunk| chain.transcript(&tokens(), FROM, chunk, &blocks());
+    let found = said(tokens().len());
+    match parity {
+        Parity::Same => assert_same_bits(&found, expected, &what),
+        _ => assert_close(&found, expected, &what),
+    }
+    assert_same_bits(&said(5), &found, &format!("{what}, in chunks"));
     parity
 }
 
 /// The position from which on logits are compared.
-const FROM: usize = 12;
+const FROM: usize = 6;
 
 fn tokens() -> Vec<u32> {
     let mut dice = Dice(4);
-    (0..24).map(|_| dice.below(1307) as u32).collect()
+    (0..14).map(|_| dice.below(1307) as u32).collect()
 }
 
 /// All families, so many at a time: they take their time.
 fn compare_all(which: impl Fn(usize) -> bool) {
     let all = models(&cases());
     let mut found = [0; 3];
-    for (_, _, checkpoint) in all.iter().enumerate().filter(|(i, _)| which(*i)).map(|(_, m)| m) {
-        for held in Precision::ALL {
+    let mine = all.iter().enumerate().filter(|(i, _)| which(*i)).map(|(_, model)| model);
+    for (family, _, checkpoint) in mine {
+        for held in precisions(*family) {
             let plain = Setup { held, ..Setup::plain(checkpoint.spec()) };
             let mut uncut = Chain::load(checkpoint, &plain);
             let expected = uncut.transcript(&tokens(), FROM, tokens().len(), &blocks());
@@ -62,7 +63,7 @@ fn compare_all(which: impl Fn(usize) -> bool) {
         }
     }
     let [same, close, refused] = found;
-    let enough = same > 200 && close > 200 && refused > 50;
+    let enough = same > 150 && close > 120 && refused > 30;
     assert!(enough, "{same} the same, {close} close, {refused} refused");
 }
 

@@ -31,6 +31,15 @@ pub const MESHES: [Mesh; 8] = [
     mesh("2 ranks, then 1, sum", &[2, 1], Reduction::Sum),
 ];
 
+/// The precisions in which a family is compared: all of them for one that is dense, one with experts, and one with a
+/// compressed cache and a shared expert; of the others those of each kind, number by number and in blocks.
+pub fn precisions(family: Family) -> Vec<Precision> {
+    match family {
+        Family::Llama | Family::Mixtral | Family::DeepSeek3 => Precision::ALL.to_vec(),
+        _ => vec![Precision::F32, Precision::Bf16, Precision::Q8_0, Precision::Q4K],
+    }
+}
+
 /// How near a mesh comes to the uncut model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parity {
