@@ -1,4 +1,4 @@
-//! Every family over every mesh in every precision against itself uncut: what `docs/MODELS.md` has as a matrix.
+//! Every family over every mesh, number by number and in blocks, against itself uncut: what `docs/MODELS.md` has as a matrix.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod support;
@@ -8,7 +8,7 @@ use shoal_protocol::model::{Checkpoint, Split};
 use shoal_protocol::plan::{Numerics, Precision};
 
 use support::matrix::{MESHES, Mesh, Parity, models, precisions};
-use support::{Chain, Dice, Setup, assert_close, assert_same_bits, blocks, cases};
+use support::{Chain, Dice, Setup, assert_close, assert_same_bits, blocks, cases, random_model};
 
 /// Compares one cell; `Refused` cannot be cut at all.
 fn compare(checkpoint: &Checkpoint, held: Precision, mesh: &Mesh, expected: &[Vec<f32>]) -> Parity {
@@ -52,27 +52,28 @@ fn compare_all(which: impl Fn(usize) -> bool) {
     let all = models(&cases());
     let mut found = [0; 3];
     let mine = all.iter().enumerate().filter(|(i, _)| which(*i)).map(|(_, model)| model);
-    for (family, _, checkpoint) in mine {
-        for held in precisions(*family) {
-            let plain = Setup { held, ..Setup::plain(checkpoint.spec()) };
-            let mut uncut = Chain::load(checkpoint, &plain);
+    for (spec, config) in mine {
+        let (_folder, checkpoint) = random_model(config);
+        for held in precisions(spec.family) {
+            let plain = Setup { held, ..Setup::plain(spec) };
+            let mut uncut = Chain::load(&checkpoint, &plain);
             let expected = uncut.transcript(&tokens(), FROM, tokens().len(), &blocks());
             for mesh in &MESHES {
-                found[compare(checkpoint, held, mesh, &expected) as usize] += 1;
+                found[compare(&checkpoint, held, mesh, &expected) as usize] += 1;
             }
         }
     }
     let [same, close, refused] = found;
-    let enough = same > 150 && close > 120 && refused > 30;
+    let enough = same > 150 && close > 110 && refused > 20;
     assert!(enough, "{same} the same, {close} close, {refused} refused");
 }
 
 #[test]
-fn the_first_half_of_the_families_is_what_it_is_uncut_on_every_mesh_in_every_precision() {
-    compare_all(|i| i % 2 == 0);
+fn the_first_half_of_the_families_is_on_every_mesh_what_it_is_uncut() {
+    compare_all(|i| i < 10);
 }
 
 #[test]
-fn the_other_half_of_the_families_is_what_it_is_uncut_on_every_mesh_in_every_precision() {
-    compare_all(|i| i % 2 == 1);
+fn the_other_half_of_the_families_is_on_every_mesh_what_it_is_uncut() {
+    compare_all(|i| i >= 10);
 }
