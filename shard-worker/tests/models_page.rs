@@ -134,7 +134,7 @@ const MATRIX: &str = "
 ## Meshes and precisions
 
 `shard-worker/tests/matrix.rs` takes a model of each family, with the options of its first reference model and so wide that blocks of any precision can be
-shared, over each mesh in each precision that weights are held in, and compares it with itself uncut in that precision:
+shared, over each mesh, number by number and in blocks, and compares it with itself uncut in that precision:
 
 - `==`: the same bits;
 - `1e-4`: ranks add partial sums; log-probabilities are within 1e-4, the greedy tokens the same, and the mesh repeats itself bit for bit;
@@ -156,10 +156,11 @@ fn matrix(cases: &[Case]) -> String {
     let columns: Vec<&str> = MESHES.iter().map(|mesh| mesh.name).collect();
     let mut part = format!("{MATRIX}| family | held as | {} |\n", columns.join(" | "));
     writeln!(part, "|---|---|{}", "---|".repeat(columns.len())).unwrap();
-    for (family, _folder, checkpoint) in matrix::models(cases) {
+    for (spec, _) in matrix::models(cases) {
+        let family = spec.family;
         let mut rows: Vec<(Vec<Parity>, Vec<Precision>)> = Vec::new();
-        for held in Precision::ALL {
-            let cells: Vec<_> = MESHES.iter().map(|m| m.parity(checkpoint.spec(), held)).collect();
+        for held in matrix::precisions(family) {
+            let cells: Vec<_> = MESHES.iter().map(|m| m.parity(&spec, held)).collect();
             match rows.iter_mut().find(|(known, _)| *known == cells) {
                 Some((_, all)) => all.push(held),
                 None => rows.push((cells, vec![held])),

@@ -3,10 +3,10 @@
 
 use serde_json::{Value, json};
 use shoal_protocol::mesh::Reduction;
-use shoal_protocol::model::{Checkpoint, Family, ModelSpec};
+use shoal_protocol::model::{Family, ModelSpec};
 use shoal_protocol::plan::Precision;
 
-use super::{Case, fixtures, random_model, stands_for_family};
+use super::{Case, fixtures, stands_for_family};
 
 /// Ranks of each stage, how they come to one result, and what the page calls it.
 pub struct Mesh {
@@ -30,6 +30,15 @@ pub const MESHES: [Mesh; 8] = [
     mesh("1 rank, then 2, exact", &[1, 2], Reduction::Exact),
     mesh("2 ranks, then 1, sum", &[2, 1], Reduction::Sum),
 ];
+
+/// The precisions in which a family is compared: all of them for a dense one, and for one with a compressed cache, experts
+/// and a shared expert; of the others those that are number by number, and two in blocks.
+pub fn precisions(family: Family) -> Vec<Precision> {
+    match family {
+        Family::Llama | Family::DeepSeek3 => Precision::ALL.to_vec(),
+        _ => vec![Precision::F32, Precision::Bf16, Precision::Q8_0, Precision::Q4_0],
+    }
+}
 
 /// How near a mesh comes to the uncut model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,18 +71,17 @@ impl Mesh {
     }
 }
 
-/// The models of the matrix: for each family one of two layers, with what its first reference model has beside Llama, so wide
-/// that whole blocks of any precision, and heads, are shared by two ranks.
-pub fn models(cases: &[Case]) -> Vec<(Family, tempfile::TempDir, Checkpoint)> {
+/// The models of the matrix: for each family the config.json of one of two layers, with what its first reference model has
+/// beside Llama, so wide that whole blocks of any precision, and heads, are shared by two ranks.
+pub fn models(cases: &[Case]) -> Vec<(ModelSpec, String)> {
     let own = cases.iter().filter(|case| stands_for_family(case, cases));
-    let mut models: Vec<_> = own
-        .map(|case| {
-            let (folder, checkpoint) = random_model(&wide(&case.name).to_string());
-            (checkpoint.spec().family, folder, checkpoint)
-        })
-        .collect();
+    let of = |case: &Case| {
+        let config = wide(&case.name).to_string();
+        (ModelSpec::from_config_json(&config).unwrap(), config)
+    };
+    let mut models: Vec<_> = own.map(of).collect();
     let place = |family| Family::ALL.iter().position(|other| *other == family);
-    models.sort_by_key(|(family, ..)| place(*family));
+    models.sort_by_key(|(spec, _)| place(spec.family));
     models
 }
 

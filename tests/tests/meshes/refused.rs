@@ -207,6 +207,7 @@ fn weights_whose_hash_is_wrong_are_refused_and_leave_nothing() -> Result<()> {
     let options = UpOptions::flags("--workers 2 --worker-memory 40MiB");
     let options = options.env("HF_ENDPOINT", hub.url()).env("HF_HOME", home.path());
     let up = Up::start(&options)?;
+    up.verb(&["undeploy", "demo"])?.expect_code(0);
     let wide = Path::new("shoal/wide");
     // A mesh that cannot be: config and headers are known behind it, and only weights are still to be fetched.
     refused(

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_protocol::admin::{ClusterView, DeploymentPhase};
+use shoal_protocol::plan::ReplicaPlan;
 use shoal_tests::api::Api;
 use shoal_tests::model::write_random;
 use shoal_tests::proc::{Process, Signal, Up, UpOptions};
@@ -80,8 +81,9 @@ fn stages_of_one_and_of_two_ranks_say_what_one_worker_says_in_either_order() -> 
             let words = [&["deploy", models[dense].as_str(), "--name", &name][..], &how].concat();
             let done = up.verb(&words)?;
             ensure!(done.code() == Some(0), "{done:?}");
-            ensure!(done.stdout.contains(contract), "{done:?}");
             let view = admin.wait_for_phase(&name, DeploymentPhase::Ready, READY)?;
+            let under = |plan: &ReplicaPlan| plan.numerics.to_string() == contract;
+            ensure!(view.plan.replicas.iter().all(under), "{:?}", view.plan.replicas);
             ensure!(
                 ranks(&view, &name) == stages,
                 "{:?} instead of {stages:?}",

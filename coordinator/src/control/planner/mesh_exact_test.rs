@@ -1,8 +1,9 @@
 //! The search against an independent enumeration of all layouts: no gap, in both of its spaces. In each case every layout
 //! there is is looked at. Which cases:
 //!
-//! - every cluster of up to four workers of four kinds (fast or half as fast, roomy or tight), models of one to three layers,
-//!   and every mesh that can be asked for there: all of them;
+//! - every cluster of up to four workers of four kinds (fast or half as fast, roomy or tight), models of one to three equal
+//!   layers, and every mesh that can be asked for there: all of them; with a vocabulary at the ends, of up to three workers and
+//!   two layers;
 //! - five to ten workers that all differ: rates and memory are drawn, and of each draw every mesh that can be asked for is;
 //! - layouts that are there already, chains, zones: drawn.
 
@@ -289,9 +290,12 @@ fn of_every_small_cluster_every_mesh_is_laid_out_as_well_as_can_be() {
     assert_eq!(all.len(), 4 + 10 + 20 + 35);
     let (mut fit, mut not) = (0, 0);
     for layers in 1..=3 {
-        for shape in [pretend(layers, 40 * MIB), dense(layers, 3)] {
+        let real = (layers <= 2).then(|| dense(layers, 3));
+        for shape in real.into_iter().chain([pretend(layers, 40 * MIB)]) {
             let sixth = room_for(&shape) / 6;
-            for kinds in &all {
+            // The tensors of a real one are counted for each layout, which takes its time.
+            let most = if matches!(shape, ModelShape::Pretend(_)) { 4 } else { 3 };
+            for kinds in all.iter().filter(|kinds| kinds.len() <= most) {
                 let of = |(number, kind): (u32, &usize)| {
                     let (sixths, rate) = KINDS[*kind];
                     worker(number, sixths * sixth, rate * GIB, None)
@@ -306,7 +310,7 @@ fn of_every_small_cluster_every_mesh_is_laid_out_as_well_as_can_be() {
             }
         }
     }
-    assert!(fit > 2000 && not > 100, "the cases are lopsided: {fit} fit, {not} not");
+    assert!(fit > 1500 && not > 60, "the cases are lopsided: {fit} fit, {not} not");
 }
 
 #[test]
