@@ -127,7 +127,20 @@ impl Bed {
         Ok((*last - *first).as_secs_f64() * 1e3 / (times.len() - 1) as f64)
     }
 
-    /// The same of several streams, one after the other.
+    /// Tokens in a second of so many streams at once, from each one's first token to its last.
+    pub fn tokens_a_second(&self, served: &Served, streams: usize, tokens: u32) -> Result<f64> {
+        std::thread::scope(|scope| {
+            let running: Vec<_> =
+                (0..streams).map(|_| scope.spawn(|| self.token_ms(served, tokens))).collect();
+            let rates = running.into_iter().map(|thread| match thread.join() {
+                Ok(ms) => ms.map(|ms| 1e3 / ms),
+                Err(_) => bail!("a client thread panicked"),
+            });
+            rates.sum()
+        })
+    }
+
+    /// Milliseconds between tokens of several streams, one after the other.
     pub fn tokens_ms(&self, served: &Served, streams: usize, tokens: u32) -> Result<Series> {
         (0..streams)
             .map(|_| self.token_ms(served, tokens))

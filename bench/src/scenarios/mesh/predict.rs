@@ -74,10 +74,9 @@ pub fn run(settings: &Settings) -> Result<Section> {
             &measured,
         );
         // A stream for each stage: every step of the full pipeline has one row.
-        let streams =
-            plan.replicas.iter().map(|replica| replica.stages.len()).sum::<usize>() as u64;
+        let streams = plan.replicas.iter().map(|replica| replica.stages.len()).sum();
         let predicted = 1e3 / predicted_full_ms(&plan)?;
-        let full = |_| bed.many(&served, streams, MANY);
+        let full = |_| bed.tokens_a_second(&served, streams, MANY);
         let measured =
             (0..settings.pairs).map(full).collect::<Result<Vec<f64>>>()?.into_iter().collect();
         let what = format!("{mesh}: error of the predicted tokens/s of {streams} streams at once");
@@ -120,7 +119,7 @@ fn bytes(
         let kv = memory.kv.0 / all.max(1) * blocks;
         let planned = (memory.weights + memory.activations).0 + kv;
         let planned = planned as f64;
-        let error = (grown - planned) / planned;
+        let error = (grown - planned).abs() / planned;
         if error >= worst.0 {
             let mib = |bytes: f64| (bytes / f64::from(1 << 20)).round();
             let weights = mib(memory.weights.0 as f64);
@@ -136,7 +135,7 @@ fn bytes(
         }
     }
     section.at_most(
-        format!("{mesh}: bytes in memory beyond the plan, the worst shard"),
+        format!("{mesh}: bytes in memory against the plan, the worst shard"),
         worst.0,
         format!("{} ({})", significant(worst.0), worst.1),
         MEMORY_ERROR_MAX,

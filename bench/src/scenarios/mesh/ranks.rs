@@ -40,7 +40,9 @@ pub fn run(settings: &Settings) -> Result<Section> {
              distributed-llama's two nodes, on machines of their own, reach 2.00 of its one (issue 4)."
         ),
     );
-    let hosts = [0, 1].map(Host::computing_on);
+    // Room for all that are compared, each with as much context as it can have.
+    let roomy = |host| Host { memory: "8GiB".to_owned(), ..host };
+    let hosts = [0, 1].map(Host::computing_on).map(roomy);
     let bed = Bed::start(hosts.to_vec(), None)?;
     let env = ["env", "SHOAL_RANKS_APART=1"].map(str::to_owned);
     let apart = hosts.map(|host| Host { prefix: env.to_vec(), ..host });
