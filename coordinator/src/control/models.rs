@@ -69,7 +69,7 @@ impl Models {
         }
         let fetch = || -> Result<(String, PathBuf), BlobError> {
             let HubName { repo, revision, .. } = name::parse_adapter(path)?;
-            let source = self.cache.pin(&ModelSource::Hub { repo: repo.to_string(), revision })?;
+            let source = self.cache.pin_adapter(&repo, &revision)?;
             let never = AtomicBool::new(false);
             let fill = |wanted: &[Wanted], filling: &Filling<'_>| {
                 self.cache.fill(&source, wanted, filling)
