@@ -87,7 +87,10 @@ fn gguf_files_beside_an_adapter_are_not_taken_for_it() -> Result<()> {
             cache.fill(&pinned, wanted, filling)
         })?;
         for file in ["adapter_config.json", MATRICES] {
-            ensure!(std::fs::read(here.join(file))? == std::fs::read(adapter.join(file))?, "{file}");
+            ensure!(
+                std::fs::read(here.join(file))? == std::fs::read(adapter.join(file))?,
+                "{file}"
+            );
         }
         let counts = hub.counts();
         ensure!(!counts.bytes.keys().any(|name| name.ends_with(".gguf")), "{counts:?}");
