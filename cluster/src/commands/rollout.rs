@@ -53,7 +53,7 @@ pub async fn wait(
         if deployment.is_settled() {
             return Ok(view);
         }
-        if let Some(why) = refused(deployment) {
+        if let Some(why) = hopeless(deployment) {
             return Err(why);
         }
         let missing = missing(deployment);
@@ -65,7 +65,7 @@ pub async fn wait(
 }
 
 /// Why it will not become as was asked for, whatever others of its replicas do; they go on.
-fn refused(deployment: &DeploymentView) -> Option<Failure> {
+fn hopeless(deployment: &DeploymentView) -> Option<Failure> {
     let failed = |r: &&ReplicaView| !r.settled && r.phase == DeploymentPhase::Failed;
     let failed: Vec<_> = deployment.replicas.iter().filter(failed).collect();
     if failed.is_empty() {
@@ -74,7 +74,8 @@ fn refused(deployment: &DeploymentView) -> Option<Failure> {
     let name = &deployment.name;
     let words: Vec<_> = failed.iter().map(|r| format!("{name}: {}: {}", r.id, r.reason)).collect();
     let words = words.join("\n");
-    Some(Failure::refused(match deployment.phase {
+    // Something has changed: no refusal.
+    Some(Failure::failed(match deployment.phase {
         DeploymentPhase::Failed => words,
         _ => format!("{words}\nthe other replicas are not touched: `shoal status` shows them"),
     }))
@@ -122,13 +123,13 @@ mod tests {
         for going_on in
             [&[(Ready, true), (Loading, false)][..], &[(Ready, false), (Waiting, false)]]
         {
-            assert!(refused(&deployment(going_on)).is_none(), "{going_on:?}");
+            assert!(hopeless(&deployment(going_on)).is_none(), "{going_on:?}");
         }
-        let failure = refused(&deployment(&[(Ready, true), (Failed, false)])).expect("it failed");
-        assert_eq!(failure.exit, Exit::Refused);
+        let failure = hopeless(&deployment(&[(Ready, true), (Failed, false)])).expect("it failed");
+        assert_eq!(failure.exit, Exit::Failed);
         let words = failure.message;
         assert!(words.starts_with("m: r2: why 2\nthe other replicas are not touched"), "{words}");
-        let failure = refused(&deployment(&[(Failed, false), (Failed, false)])).expect("both");
+        let failure = hopeless(&deployment(&[(Failed, false), (Failed, false)])).expect("both");
         assert_eq!(failure.message, "m: r1: why 1\nm: r2: why 2");
     }
 }
