@@ -84,14 +84,14 @@ fn a_gguf_model_is_found_by_quantisation_by_file_and_without_a_word() -> Result<
                 (Checkpoint::open(&prepared)?, Checkpoint::open(&folder.path().join(file))?);
             assert_eq!(here.fingerprint(), there.fingerprint(), "{word}");
         }
-        // Of the others not a byte came; the description has no name.
+        // Of the others not a byte came.
         let stem = file.trim_end_matches("-00001-of-00003.gguf");
         let counts = hub.counts();
         let grown = |name: &&String| counts.bytes.get(*name) != before.bytes.get(*name);
         let (of_it, others): (Vec<_>, Vec<_>) =
             counts.bytes.keys().filter(grown).partition(|name| name.starts_with(stem));
         assert_eq!(of_it.len(), if file == parts { 3 } else { 1 }, "{word}: {of_it:?}");
-        assert!(others.iter().all(|name| name.is_empty()), "{word}: {others:?}");
+        assert!(others.is_empty(), "{word}: {others:?}");
     }
     let counts = hub.counts();
     assert!(!counts.bytes.keys().any(|name| name.contains("mmproj")), "{counts:?}");
