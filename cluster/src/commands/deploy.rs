@@ -79,29 +79,21 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
-    let view = match wait_until_served(&client, &name, args.replicas).await {
+    let view = match wait_until_ready(&client, &name).await {
         Ok(view) => view,
         Err(failure) if failure.exit == Exit::Refused => {
             return Err(take_back(&client, &name, failure).await);
         }
         Err(failure) => return Err(failure),
     };
+    // From here on it is served, and is not taken from its clients where one of its copies cannot be.
+    let view = match args.replicas.get() {
+        1 => view,
+        _ => rollout::wait(&client, &name, 0, ROLLOUT_TIMEOUT).await?,
+    };
     client.close().await;
     eprintln!("{name}: ready");
     super::print(&table::stages(&view, |d| d.name == name).to_string())
-}
-
-/// Waits until all of it is served, or until it is known that none of it will be.
-async fn wait_until_served(
-    client: &AdminClient,
-    name: &DeploymentName,
-    replicas: NonZeroU32,
-) -> Result<ClusterView, Failure> {
-    let view = wait_until_ready(client, name).await?;
-    match replicas.get() {
-        1 => Ok(view),
-        _ => rollout::wait(client, name, 0, ROLLOUT_TIMEOUT).await,
-    }
 }
 
 /// What was refused leaves nothing behind: its name is free, and workers let go what they have loaded of it.

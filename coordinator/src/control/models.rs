@@ -61,21 +61,31 @@ impl Models {
         }
     }
 
-    /// An adapter as every node finds it, and its folder on this one: what is of the hub is pinned to its
-    /// commit, and fetched. Blocks on the network.
-    pub fn adapter(&self, path: &str) -> Result<(String, PathBuf), WireError> {
+    /// An adapter as every node finds it: what is of the hub is pinned to its commit. Blocks on the network.
+    pub fn pin_adapter(&self, path: &str) -> Result<String, WireError> {
         if path.starts_with('/') {
-            return Ok((path.to_owned(), PathBuf::from(path)));
+            return Ok(path.to_owned());
         }
-        let fetch = || -> Result<(String, PathBuf), BlobError> {
+        let pin = || -> Result<ModelSource, BlobError> {
             let HubName { repo, revision, .. } = name::parse_adapter(path)?;
-            let source = self.cache.pin(&ModelSource::Hub { repo: repo.to_string(), revision })?;
+            self.cache.pin_adapter(&repo, &revision)
+        };
+        pin().map(|pinned| pinned.to_string()).map_err(|error| fetch_error(&error))
+    }
+
+    /// The folder on this node of an adapter that is pinned, fetched if need be. Blocks on the network.
+    pub fn adapter(&self, pinned: &str) -> Result<PathBuf, WireError> {
+        if pinned.starts_with('/') {
+            return Ok(PathBuf::from(pinned));
+        }
+        let fetch = || -> Result<PathBuf, BlobError> {
+            let HubName { repo, revision, .. } = name::parse_adapter(pinned)?;
+            let source = ModelSource::Hub { repo: repo.to_string(), revision };
             let never = AtomicBool::new(false);
             let fill = |wanted: &[Wanted], filling: &Filling<'_>| {
                 self.cache.fill(&source, wanted, filling)
             };
-            let folder = self.cache.adapter(&source, &never, fill)?;
-            Ok((source.to_string(), folder))
+            self.cache.adapter(&source, &never, fill)
         };
         fetch().map_err(|error| fetch_error(&error))
     }

@@ -96,6 +96,16 @@ impl ModelCache {
         }
     }
 
+    /// The same of an adapter of the hub, which is its whole folder: a GGUF file beside it, as some are
+    /// published with, is not what was asked for.
+    pub fn pin_adapter(&self, repo: &RepoId, revision: &str) -> Result<ModelSource, BlobError> {
+        let (repo, revision) = (repo.to_string(), revision.to_owned());
+        let all = ModelSource::Hub { repo: repo.clone(), revision };
+        let named = self.named_for(&all, self.0.http.waited_for())?;
+        let (commit, _) = self.files_now(&named, true)?;
+        Ok(ModelSource::Hub { repo, revision: commit })
+    }
+
     /// A model of the hub; where it is one of GGUF, that which is asked for.
     fn pin_hub(
         &self,

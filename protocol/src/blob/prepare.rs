@@ -38,8 +38,13 @@ const HEAD_FIRST: u64 = 256 << 10;
 /// eight megabytes) a quarter too much comes at most.
 const HEAD_STEP_MAX: u64 = 2 << 20;
 
-/// Requests for headers at once: a large model has hundreds of files, and each answer is a round trip.
+/// Requests for small files and headers at once: a large model has hundreds of files, and each answer is a
+/// round trip.
 const AT_ONCE: usize = 8;
+
+/// Headers of GGUF files at once: one may take hundreds of megabytes in memory, and that is bound for each
+/// model, however many parts it has. They are few, and those behind the first are short.
+const GGUF_AT_ONCE: usize = 1;
 
 /// For whom a model is prepared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,10 +86,12 @@ pub(super) fn prepare(
     let listing = listing(origin, (folder, commit), cancel)?;
     let small = listing.files.iter().filter(|file| side.wants(file));
     let small: Vec<_> = small.filter(|file| !has_small(folder, file)).collect();
-    each(&small, |file| fetch_small(origin, (folder, commit), file, cancel))?;
+    each(&small, AT_ONCE, |file| fetch_small(origin, (folder, commit), file, cancel))?;
     let weights = weights(origin, folder, &listing)?;
-    let headless: Vec<_> = weights.into_iter().filter(|file| !has_head(folder, file)).collect();
-    each(&headless, |file| fetch_head(origin, (folder, commit), file, cancel))?;
+    let headless = weights.into_iter().filter(|file| !has_head(folder, file));
+    let (gguf, others): (Vec<_>, Vec<_>) = headless.partition(|file| is_gguf(&file.name));
+    each(&others, AT_ONCE, |file| fetch_head(origin, (folder, commit), file, cancel))?;
+    each(&gguf, GGUF_AT_ONCE, |file| fetch_head(origin, (folder, commit), file, cancel))?;
     Ok(listing)
 }
 
@@ -312,9 +319,10 @@ impl Read for Head<'_> {
     }
 }
 
-/// Does it for each, some at once. The first error ends it.
+/// Does it for each, so many at once. The first error ends it.
 fn each(
     files: &[&RemoteFile],
+    at_once: usize,
     work: impl Fn(&RemoteFile) -> Result<(), BlobError> + Sync,
 ) -> Result<(), BlobError> {
     let next = AtomicUsize::new(0);
@@ -330,7 +338,7 @@ fn each(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..AT_ONCE.min(files.len()) {
+        for _ in 1..at_once.min(files.len()) {
             scope.spawn(run);
         }
         run();

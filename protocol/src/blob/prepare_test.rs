@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Condvar;
+use std::time::Duration;
 
 use super::*;
 
@@ -15,7 +17,13 @@ struct Source {
     /// What it says of a file's bytes.
     sum: fn(&[u8]) -> Option<Checksum>,
     asked: Mutex<Vec<String>>,
+    /// Answered only when this file is asked for too, or after a while.
+    waits_for: Option<&'static str>,
+    came: Condvar,
 }
+
+/// How long an answer waits for another file to be asked for.
+const A_WHILE: Duration = Duration::from_millis(300);
 
 impl Origin for Source {
     fn name(&self) -> &str {
@@ -40,6 +48,13 @@ impl Origin for Source {
         _: &AtomicBool,
     ) -> Result<(), BlobError> {
         self.note(&file.name);
+        self.came.notify_all();
+        if let Some(other) = self.waits_for {
+            let asked = self.asked.lock().unwrap();
+            let missing = |asked: &mut Vec<String>| !asked.iter().any(|name| name == other);
+            drop(self.came.wait_timeout_while(asked, A_WHILE, missing).unwrap());
+            self.note("answered");
+        }
         let all = &self.files[file.name.as_str()];
         out.extend_from_slice(&all[bytes.start as usize..bytes.end as usize]);
         Ok(())
@@ -50,7 +65,7 @@ impl Source {
     fn new(sum: fn(&[u8]) -> Option<Checksum>) -> Self {
         let weights = [&10_u64.to_le_bytes()[..], b"{\"m\": 123}", &[7; 500]].concat();
         let files = [(CONFIG, b"{\"layers\": 4}".to_vec()), (SINGLE, weights)].into();
-        Self { files, sum, asked: Mutex::default() }
+        Self { files, sum, asked: Mutex::default(), waits_for: None, came: Condvar::new() }
     }
 
     fn note(&self, what: &str) {
@@ -115,4 +130,23 @@ fn chunks_outlive_a_header_that_the_disk_has_changed() {
     assert_eq!(source.prepare(folder.path()), [SINGLE]);
     let file = SparseFile::open(folder.path(), SINGLE, cut).unwrap();
     assert!(file.verify(2).unwrap());
+}
+
+#[test]
+fn of_the_headers_of_gguf_parts_the_next_is_asked_for_when_the_one_before_has_come() {
+    const PARTS: [&str; 3] = [
+        "mixtral-bf16-00001-of-00003.gguf",
+        "mixtral-bf16-00002-of-00003.gguf",
+        "mixtral-bf16-00003-of-00003.gguf",
+    ];
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gguf");
+    let part = |name: &'static str| (name, std::fs::read(fixtures.join(name)).unwrap());
+    let files = PARTS.map(part).into();
+    let source = Source { files, waits_for: Some(PARTS[2]), ..Source::new(sha256) };
+    let folder = tempfile::tempdir().unwrap();
+    let asked = source.prepare(folder.path());
+    let [first, second, third] = PARTS;
+    let expected = ["the list", first, "answered", second, "answered", third, "answered"];
+    assert_eq!(asked, expected);
+    assert!(source.prepare(folder.path()).is_empty());
 }

@@ -1,14 +1,17 @@
 //! LoRA adapters of the hub: pinned to a commit, fetched by every node that needs them.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use shoal_protocol::blob::ModelCache;
+use shoal_protocol::plan::ModelSource;
 use shoal_tests::api::Api;
 use shoal_tests::hub::{COMMIT, Hub};
 use shoal_tests::proc::{Up, UpOptions};
 
-use super::up;
+use super::{settings, up};
 
 const ADAPTER: &str = "shoal/support";
 const MATRICES: &str = "adapter_model.safetensors";
@@ -56,16 +59,50 @@ fn expect(up: &Up, model: &str, case: &str) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn an_adapter_of_the_hub_is_pinned_and_fetched_by_every_node_that_needs_it() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let model = base_model(folder.path())?;
-    let adapter = folder.path().join("adapter");
+/// An adapter's repository, as PEFT writes one.
+fn repository(folder: &Path) -> Result<PathBuf> {
+    let adapter = folder.join("adapter");
     std::fs::create_dir(&adapter)?;
     for file in ["adapter_config.json", MATRICES] {
         std::fs::copy(fixture("adapters/llama-attention").join(file), adapter.join(file))?;
     }
     std::fs::write(adapter.join("README.md"), "an adapter")?;
+    Ok(adapter)
+}
+
+#[test]
+fn gguf_files_beside_an_adapter_are_not_taken_for_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let adapter = repository(folder.path())?;
+    // One of them could be chosen, of the second and the third none.
+    for (at, beside) in ["one.gguf", "two-Q9_9.gguf", "three-Q9_8.gguf"].into_iter().enumerate() {
+        std::fs::copy(fixture("gguf/qwen3-tied-bf16.gguf"), adapter.join(beside))?;
+        let hub = Hub::serve(&adapter, ADAPTER, None)?;
+        let data = tempfile::tempdir()?;
+        let cache = ModelCache::new(data.path(), settings(&hub));
+        let pinned = cache.pin_adapter(&ADAPTER.parse()?, "main")?;
+        let (repo, revision) = (ADAPTER.to_owned(), COMMIT.to_owned());
+        ensure!(pinned == ModelSource::Hub { repo, revision }, "{at}: {pinned}");
+        let here = cache.adapter(&pinned, &AtomicBool::new(false), |wanted, filling| {
+            cache.fill(&pinned, wanted, filling)
+        })?;
+        for file in ["adapter_config.json", MATRICES] {
+            ensure!(
+                std::fs::read(here.join(file))? == std::fs::read(adapter.join(file))?,
+                "{file}"
+            );
+        }
+        let counts = hub.counts();
+        ensure!(!counts.bytes.keys().any(|name| name.ends_with(".gguf")), "{counts:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_the_hub_is_pinned_and_fetched_by_every_node_that_needs_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let model = base_model(folder.path())?;
+    let adapter = repository(folder.path())?;
     let hub = Hub::serve(&adapter, ADAPTER, Some("hf_secret"))?;
     let mut options: UpOptions = up(&hub, folder.path()).model(model);
     options.flags.extend(["--stages".into(), "2".into()]);

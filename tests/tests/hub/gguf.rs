@@ -73,6 +73,7 @@ fn a_gguf_model_is_found_by_quantisation_by_file_and_without_a_word() -> Result<
     ] {
         let data = tempfile::tempdir()?;
         let cache = ModelCache::new(data.path(), settings(&hub));
+        let before = hub.counts();
         let pinned = cache.pin(&asked(word))?;
         let (repo, revision) = (REPO.to_owned(), COMMIT.to_owned());
         assert_eq!(pinned, ModelSource::HubGguf { repo, revision, file: file.to_owned() });
@@ -86,7 +87,11 @@ fn a_gguf_model_is_found_by_quantisation_by_file_and_without_a_word() -> Result<
         // Of the others not a byte came.
         let stem = file.trim_end_matches("-00001-of-00003.gguf");
         let counts = hub.counts();
-        assert!(counts.bytes.keys().any(|name| name.starts_with(stem)), "{counts:?}");
+        let grown = |name: &&String| counts.bytes.get(*name) != before.bytes.get(*name);
+        let (of_it, others): (Vec<_>, Vec<_>) =
+            counts.bytes.keys().filter(grown).partition(|name| name.starts_with(stem));
+        assert_eq!(of_it.len(), if file == parts { 3 } else { 1 }, "{word}: {of_it:?}");
+        assert!(others.is_empty(), "{word}: {others:?}");
     }
     let counts = hub.counts();
     assert!(!counts.bytes.keys().any(|name| name.contains("mmproj")), "{counts:?}");

@@ -6,6 +6,7 @@
 //!     answer ◄─ every replica has it, or one cannot: taken back ◄── Stand (○) ◄── Held ◄──┘
 //! ```
 
+mod readers;
 mod stand;
 
 use std::sync::Arc;
@@ -16,10 +17,11 @@ use shoal_protocol::blob::name;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{AdapterId, DeploymentName};
 use shoal_protocol::model::Adapter as Opened;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 pub use stand::{Held, Stand, serve, stands, view};
 
+use self::readers::{Readers, read_in_time};
 use super::agents::Agents;
 use super::models::Models;
 use super::shape::ModelShape;
@@ -39,15 +41,7 @@ const NEEDS_PATIENCE: Duration = Duration::from_secs(10);
 /// reconciler.
 const SHOW_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long a coordinator reads an adapter before it says that it cannot: a mount may hang for ever. With
-/// what follows it is less than the two minutes that the CLI waits.
-const READ_PATIENCE: Duration = Duration::from_secs(45);
-
-/// Adapters that one coordinator reads at once, with those that hang: each costs a disk as much as it has,
-/// whether its client has hung up or not.
-const READ_AT_ONCE: usize = 4;
-
-static READERS: Semaphore = Semaphore::const_new(READ_AT_ONCE);
+static READERS: Readers = Readers::new();
 
 /// Answers what operators ask about adapters.
 #[derive(Clone, Debug)]
@@ -202,17 +196,13 @@ impl AdapterServer {
             return Err(WireError::new(ErrorCode::InvalidRequest, words));
         };
         let (base, asked, models) = (base.clone(), path.clone(), self.models.clone());
-        let place = READERS.try_acquire().map_err(|_| {
-            let words = format!(
-                "{READ_AT_ONCE} adapters are being read already; try again, and if it stays so look whether \
-                 the disks and mounts of their folders hang"
-            );
-            WireError::new(ErrorCode::Overloaded, words)
-        })?;
+        let mut reader = READERS.begin(path)?;
         let opened = tokio::task::spawn_blocking(move || -> Result<_, WireError> {
-            let _place = place;
-            let (path, folder) = models.adapter(&asked)?;
-            Ok((path, Opened::open(&folder, &base)))
+            let pinned = models.pin_adapter(&asked)?;
+            reader.is_pinned(&pinned)?;
+            let opened = Opened::open(&models.adapter(&pinned)?, &base);
+            drop(reader);
+            Ok((pinned, opened))
         });
         let opened = read_in_time(path, opened).await?.map_err(|error| {
             WireError::new(ErrorCode::Internal, format!("reading the adapter: {error}"))
@@ -276,23 +266,6 @@ fn is_a_deployment(name: &DeploymentName) -> WireError {
     WireError::new(ErrorCode::AlreadyExists, words)
 }
 
-/// What is read there, unless that takes too long.
-async fn read_in_time<T>(path: &str, read: impl Future<Output = T>) -> Result<T, WireError> {
-    tokio::time::timeout(READ_PATIENCE, read).await.map_err(|_| {
-        let seconds = READ_PATIENCE.as_secs();
-        let words = match path.starts_with('/') {
-            true => format!(
-                "reading {path} has taken {seconds} s at this coordinator: is its disk or its mount away?"
-            ),
-            false => format!(
-                "fetching {path} has taken {seconds} s at this coordinator, which goes on with it: ask again \
-                 in a while"
-            ),
-        };
-        WireError::new(ErrorCode::DeadlineExceeded, words)
-    })
-}
-
 /// Tells the workers which adapters there should be, on every change, until `stop` becomes true.
 pub async fn tell(store: ControlStore, agents: Agents, mut stop: watch::Receiver<bool>) {
     let mut state = store.watch();
@@ -303,22 +276,5 @@ pub async fn tell(store: ControlStore, agents: Agents, mut stop: watch::Receiver
             changed = state.changed() => if changed.is_err() { return },
             _ = stop.wait_for(|stop| *stop) => return,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_folder_that_hangs_is_said_by_name() {
-        let error =
-            read_in_time("/mnt/sql", std::future::pending::<()>()).await.expect_err("too long");
-        assert!(error.message.starts_with("reading /mnt/sql has taken 45 s at this coordinator"));
-        let error = read_in_time("org/sql", std::future::pending::<()>()).await;
-        let words = error.expect_err("too long").message;
-        assert!(
-            words.starts_with("fetching org/sql has taken 45 s") && words.contains("ask again")
-        );
     }
 }

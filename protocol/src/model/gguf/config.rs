@@ -18,6 +18,8 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Those of LongRoPE: within the original context, and beyond it.
 const SHORT_FACTORS: &str = "rope_factors_short.weight";
 const LONG_FACTORS: &str = "rope_factors_long.weight";
+/// All tensors that are read with the metadata.
+pub(super) const FACTORS: [&str; 3] = [ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS];
 
 /// A file, and what it says it is.
 pub(super) struct Source<'a> {

@@ -156,6 +156,25 @@ fn what_is_not_of_the_format_is_refused_by_name() {
 }
 
 #[test]
+fn of_factors_only_those_that_are_read_come_with_the_header_and_not_more_than_they_can_have() {
+    let mut file = small()
+        .tensor("rope_factors_long.weight", &[32], 0, 128)
+        .tensor("rope_freqs.weight", &[1 << 20], 0, 4 << 20)
+        .tensor("rope_factors_short.weight", &[256], 10, 84);
+    for other in 0..1000 {
+        file = file.tensor(&format!("rope_freqs.{other}"), &[1], 0, 4);
+    }
+    let bytes = file.bytes();
+    let found = parse(&bytes).unwrap();
+    let at = |name: &str| found.tensor(name).unwrap().offset;
+    let (long, all) = (at("rope_factors_long.weight"), at("rope_freqs.weight"));
+    let (len, ranges) = header_len(bytes.as_slice(), bytes.len() as u64).unwrap();
+    assert_eq!(len, found.header_len);
+    // That of a type that is not read has no place.
+    assert_eq!(ranges, [all..all + FACTORS_MAX, long..long + 128]);
+}
+
+#[test]
 fn rows_of_turned_heads_come_back_to_their_places() {
     use crate::model::RowOrder;
     let order = RowOrder::PairsTogether { head_dim: 6 };

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use super::architectures::Architecture;
-use super::config::Source;
+use super::config::{FACTORS, Source};
 use super::parts::Parts;
 use super::type_name;
 use crate::model::checkpoint::{CheckpointError, TensorLocation};
@@ -58,7 +58,7 @@ pub(in crate::model) fn open(path: &Path) -> Result<Found, CheckpointError> {
 fn is_left_out(name: &str, layers: u32) -> bool {
     let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
     layer.is_some_and(|layer: u32| layer >= layers)
-        || name.starts_with("rope_f")
+        || FACTORS.contains(&name)
         || name.ends_with(".attn_rot_embd")
 }
 
