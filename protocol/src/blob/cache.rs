@@ -115,7 +115,12 @@ impl ModelCache {
     ) -> Result<ModelSource, BlobError> {
         let all = ModelSource::Hub { repo: repo.to_owned(), revision: revision.to_owned() };
         let named = self.named_for(&all, http)?;
-        let (commit, files) = self.files_now(&named, gguf.is_none_or(name::is_gguf))?;
+        let found = self.files_now(&named, gguf.is_none_or(name::is_gguf));
+        let (commit, files) = found.map_err(|error| match error {
+            // Of which model it is that nothing is known.
+            BlobError::Offline { .. } => BlobError::Offline { what: all.to_string() },
+            other => other,
+        })?;
         let has = |wanted: &str| files.iter().any(|file| file == wanted);
         let is_folder = has(SINGLE) || has(INDEX) || !files.iter().any(|file| name::is_gguf(file));
         let (repo, what) = (repo.to_owned(), all.to_string());

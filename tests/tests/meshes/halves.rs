@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use shoal_tests::api::Api;
 use shoal_tests::model::RandomLlama;
 use shoal_tests::proc::{Up, UpOptions};
 
@@ -19,16 +20,23 @@ fn status(pid: u32, name: &str) -> Result<u64> {
     Ok(kib.parse::<u64>()? << 10)
 }
 
-/// Serves the model so; after an answer what each worker has in memory, and the most that it ever had.
-fn serve(model: &str, flags: &str) -> Result<(Vec<(u64, u64)>, Vec<u64>)> {
-    let up = Up::start(&UpOptions::flags(&format!("--workers 2 {flags}")).model(model))?;
+/// Serves the model so: by how much each worker's memory has grown with it after an answer, and by how much it had at most;
+/// and the answer.
+fn serve(model: &str, flags: &[&str]) -> Result<(Vec<(u64, u64)>, Vec<u64>)> {
+    let up = Up::start(&UpOptions::flags("--workers 2"))?;
+    let of = |pid: u32| Ok((status(pid, "RssAnon")?, status(pid, "VmHWM")?));
+    let held = || up.workers().iter().map(|worker| of(worker.pid)).collect::<Result<Vec<_>>>();
+    let before = held()?;
+    up.verb(&[&["deploy", model, "--name", "half"], flags].concat())?.expect_code(0);
     let prompt: Vec<u32> = (0..300).map(|i| 5 + i * 37 % 380).collect();
     let more = json!({"max_tokens": 8, "return_token_ids": true, "ignore_eos": true});
-    let tokens = up.api().complete(prompt, more)?.ok()?.token_ids();
-    let of = |pid: u32| Ok((status(pid, "RssAnon")?, status(pid, "VmHWM")?));
-    let held = up.workers().iter().map(|worker| of(worker.pid)).collect::<Result<_>>()?;
+    let tokens = Api::new(up.url(), "half").complete(prompt, more)?.ok()?.token_ids();
+    let grown = held()?.into_iter().zip(before);
+    let grown =
+        grown.map(|(now, then)| (now.0.saturating_sub(then.0), now.1.saturating_sub(then.1)));
+    let grown = grown.collect();
     up.stop(&[])?;
-    Ok((held, tokens))
+    Ok((grown, tokens))
 }
 
 #[test]
@@ -36,20 +44,20 @@ fn each_of_two_workers_has_half_of_the_model_in_memory_and_never_had_more() -> R
     let folder = tempfile::tempdir()?;
     MODEL.write_with_heads(folder.path(), 4)?;
     let model = folder.path().to_str().context("a path in UTF-8")?;
-    let (held, expected) = serve(model, "--stages 1")?;
-    let (whole, idle) = (held.iter().max().context("two")?, held.iter().min().context("two")?);
+    let (held, expected) = serve(model, &["--stages", "1"])?;
     // One of the two has all of it, the other nothing.
-    let all = whole.0 - idle.0;
+    let all = held.iter().map(|(own, _)| *own).max().context("two")?;
     ensure!(all > 200 << 20, "{held:?}");
-    for flags in ["--stages 2", "--mesh 1x2 --reduction exact", "--mesh 1x2 --reduction sum"] {
+    let exact = ["--mesh", "1x2", "--reduction", "exact"];
+    let sum = ["--mesh", "1x2", "--reduction", "sum"];
+    for flags in [&["--stages", "2"][..], &exact, &sum] {
         let (held, tokens) = serve(model, flags)?;
-        ensure!(tokens == expected, "{flags}: {tokens:?}, not {expected:?}");
-        for (anonymous, peak) in held {
-            let (own, most) = (anonymous.saturating_sub(idle.0), peak.saturating_sub(idle.1));
+        ensure!(tokens == expected, "{flags:?}: {tokens:?}, not {expected:?}");
+        for (own, most) in held {
             let share = |bytes: u64| bytes as f64 / all as f64;
-            println!("{flags}: {:.3} of the whole, at most {:.3}", share(own), share(most));
-            ensure!(own * 100 <= all * 52 + SLACK * 100, "{flags}: {own} of {all}");
-            ensure!(most * 100 <= all * 52 + SLACK * 100, "{flags}: at most {most} of {all}");
+            println!("{flags:?}: {:.3} of the whole, at most {:.3}", share(own), share(most));
+            ensure!(own * 100 <= all * 52 + SLACK * 100, "{flags:?}: {own} of {all}");
+            ensure!(most * 100 <= all * 52 + SLACK * 100, "{flags:?}: at most {most} of {all}");
         }
     }
     Ok(())
