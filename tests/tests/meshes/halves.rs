@@ -20,9 +20,12 @@ fn status(pid: u32, name: &str) -> Result<u64> {
     Ok(kib.parse::<u64>()? << 10)
 }
 
+/// Bytes by which a worker's memory has grown, and by which it had at most.
+type Grown = (u64, u64);
+
 /// Serves the model so: by how much each worker's memory has grown with it after an answer, and by how much it had at most;
 /// and the answer.
-fn serve(model: &str, flags: &[&str]) -> Result<(Vec<(u64, u64)>, Vec<u64>)> {
+fn serve(model: &str, flags: &[&str]) -> Result<(Vec<Grown>, Vec<u64>)> {
     let up = Up::start(&UpOptions::flags("--workers 2"))?;
     let of = |pid: u32| Ok((status(pid, "RssAnon")?, status(pid, "VmHWM")?));
     let held = || up.workers().iter().map(|worker| of(worker.pid)).collect::<Result<Vec<_>>>();
