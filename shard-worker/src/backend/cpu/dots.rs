@@ -39,7 +39,7 @@ const LEAST: f32 = f32::from_bits((127 - 100) << 23);
 /// Adding this makes the nearest whole number, of two the even one, the last bits of the sum.
 const WHOLE: f32 = 12_582_912.0;
 
-/// Runs `$body` with `$format` naming the [`Numbers`] of a precision that [`has_numbers`](Precision::has_numbers).
+/// Runs `$body` with `$format` naming the [`Numbers`] of a precision with whole numbers (`Precision::has_numbers`).
 macro_rules! with_numbers {
     ($precision:expr, $format:ident => $body:expr) => {
         match $precision {

@@ -1,7 +1,7 @@
 //! Products of rows with a packed matrix.
 //!
 //! Contract n1: an output is one chain of fused multiply-adds over `k` in ascending order, from
-//! zero; the bias is added last. Contract n2 has another link in that chain ([`dots`](super::dots)).
+//! zero; the bias is added last. Contract n2 has another link in that chain ([`dots`]).
 //! Rows, panels and threads are divided freely, `k` never is: where
 //! it is cut for the caches, the chain goes on from the sum in `out`.
 //!
