@@ -112,6 +112,7 @@ fn main() -> Result<()> {
         "control" => "make bench-control".to_owned(),
         "quality" => "make bench-quality".to_owned(),
         "families" => "make bench-families".to_owned(),
+        "products" => "make bench-products".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
