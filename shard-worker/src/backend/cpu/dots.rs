@@ -39,36 +39,6 @@ const LEAST: f32 = f32::from_bits((127 - 100) << 23);
 /// Adding this makes the nearest whole number, of two the even one, the last bits of the sum.
 const WHOLE: f32 = 12_582_912.0;
 
-/// Runs `$body` with `$format` naming the [`Numbers`] of a precision with whole numbers (`Precision::has_numbers`).
-macro_rules! with_numbers {
-    ($precision:expr, $format:ident => $body:expr) => {
-        match $precision {
-            shoal_protocol::plan::Precision::Q8_0 => {
-                type $format = $crate::backend::cpu::blocks::Q8_0;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q4_0 => {
-                type $format = $crate::backend::cpu::blocks::Q4_0;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q4K => {
-                type $format = $crate::backend::cpu::blocks::Q4K;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q5K => {
-                type $format = $crate::backend::cpu::long_blocks::Q5K;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q6K => {
-                type $format = $crate::backend::cpu::long_blocks::Q6K;
-                $body
-            }
-            other => unreachable!("{other} has no whole numbers"),
-        }
-    };
-}
-pub(super) use with_numbers;
-
 /// How many `f32` the rounded rows take.
 pub fn scratch_len(rows: usize, cols: usize) -> usize {
     rows * cols.div_ceil(BLOCK) * (BLOCK_BYTES / size_of::<f32>())

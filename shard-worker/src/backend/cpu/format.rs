@@ -136,48 +136,9 @@ impl Plain for F16 {
 /// Runs `$body` with `$format` naming the [`Format`] of a [`Precision`].
 macro_rules! with_format {
     ($precision:expr, $format:ident => $body:expr) => {
-        match $precision {
-            shoal_protocol::plan::Precision::F32 => {
-                type $format = $crate::backend::cpu::format::F32;
-                $body
-            }
-            shoal_protocol::plan::Precision::Bf16 => {
-                type $format = $crate::backend::cpu::format::Bf16;
-                $body
-            }
-            shoal_protocol::plan::Precision::F16 => {
-                type $format = $crate::backend::cpu::format::F16;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q8_0 => {
-                type $format = $crate::backend::cpu::blocks::Q8_0;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q4_0 => {
-                type $format = $crate::backend::cpu::blocks::Q4_0;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q4K => {
-                type $format = $crate::backend::cpu::blocks::Q4K;
-                $body
-            }
-            shoal_protocol::plan::Precision::Fp8 => {
-                type $format = $crate::backend::cpu::blocks::Fp8;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q5K => {
-                type $format = $crate::backend::cpu::long_blocks::Q5K;
-                $body
-            }
-            shoal_protocol::plan::Precision::Q6K => {
-                type $format = $crate::backend::cpu::long_blocks::Q6K;
-                $body
-            }
-            shoal_protocol::plan::Precision::Mxfp4 => {
-                type $format = $crate::backend::cpu::mxfp4::Mxfp4;
-                $body
-            }
-        }
+        $crate::backend::cpu::format::with_plain!($precision, $format => $body, otherwise {
+            $crate::backend::cpu::format::with_blocks!($precision, $format => $body)
+        })
     };
 }
 pub(crate) use with_format;
@@ -203,6 +164,67 @@ macro_rules! with_plain {
     };
 }
 pub(crate) use with_plain;
+
+/// The same for those of [`Blocks`](super::blocks::Blocks): all others.
+macro_rules! with_blocks {
+    ($precision:expr, $format:ident => $body:expr) => {
+        $crate::backend::cpu::format::with_numbers!($precision, $format => $body, otherwise {
+            match $precision {
+                shoal_protocol::plan::Precision::Fp8 => {
+                    type $format = $crate::backend::cpu::blocks::Fp8;
+                    $body
+                }
+                shoal_protocol::plan::Precision::Mxfp4 => {
+                    type $format = $crate::backend::cpu::mxfp4::Mxfp4;
+                    $body
+                }
+                // Written out, so that a new one is not forgotten.
+                shoal_protocol::plan::Precision::F32
+                | shoal_protocol::plan::Precision::Bf16
+                | shoal_protocol::plan::Precision::F16
+                | shoal_protocol::plan::Precision::Q8_0
+                | shoal_protocol::plan::Precision::Q4_0
+                | shoal_protocol::plan::Precision::Q4K
+                | shoal_protocol::plan::Precision::Q5K
+                | shoal_protocol::plan::Precision::Q6K => {
+                    unreachable!("plain, or of whole numbers")
+                }
+            }
+        })
+    };
+}
+pub(crate) use with_blocks;
+
+/// The same for those whose blocks are [`Numbers`](super::blocks::Numbers), as
+/// [`Precision::has_numbers`] says, and `$otherwise` for the others.
+macro_rules! with_numbers {
+    ($precision:expr, $format:ident => $body:expr, otherwise $otherwise:expr) => {
+        match $precision {
+            shoal_protocol::plan::Precision::Q8_0 => {
+                type $format = $crate::backend::cpu::blocks::Q8_0;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q4_0 => {
+                type $format = $crate::backend::cpu::blocks::Q4_0;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q4K => {
+                type $format = $crate::backend::cpu::blocks::Q4K;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q5K => {
+                type $format = $crate::backend::cpu::long_blocks::Q5K;
+                $body
+            }
+            shoal_protocol::plan::Precision::Q6K => {
+                type $format = $crate::backend::cpu::long_blocks::Q6K;
+                $body
+            }
+            _ => $otherwise,
+        }
+    };
+}
+pub(crate) use with_numbers;
 
 /// The exact values of little-endian `bytes` of type `stored`; a torn last value is left out. Types
 /// whose values are not bytes of their own have none.

@@ -15,8 +15,8 @@
 
 use std::marker::PhantomData;
 
-use super::dots::{self, Dots, with_numbers};
-use super::format::{Format, with_format};
+use super::dots::{self, Dots};
+use super::format::{Format, with_format, with_numbers};
 use super::isa::{Isa, Kernel};
 use super::packed::{PANEL, Packed};
 use super::simd::Simd;
@@ -215,7 +215,7 @@ pub fn product(
             if x.rounded {
                 with_numbers!(weight.held(), F => {
                     isa.run(Product::<Dots<F>> { x, weight, bias, out, panels, how: PhantomData })
-                })
+                }, otherwise unreachable!("rows are rounded for whole numbers alone"))
             } else {
                 with_format!(weight.held(), F => {
                     isa.run(Product::<Chains<F>> { x, weight, bias, out, panels, how: PhantomData })

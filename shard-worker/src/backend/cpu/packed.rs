@@ -19,53 +19,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use shoal_protocol::model::PANEL_OUTPUTS;
 use shoal_protocol::plan::Precision;
 
-use super::blocks::{self, Blocks};
-use super::format::{Format, Plain, with_format, with_plain};
+use super::blocks::Blocks;
+use super::format::{Format, Plain, with_blocks, with_format, with_plain};
 use super::isa::{Isa, Kernel};
-use super::long_blocks;
 use super::memory::Mapped;
-use super::mxfp4;
 use super::simd::{LANES, Simd};
 use crate::backend::{BackendError, WeightBuilder};
 use crate::stored::{BLOCK_MAX, Block, Encode};
-
-/// Runs `$body` with `$format` naming the [`Blocks`] of a precision; those that are plain have been
-/// dealt with.
-macro_rules! with_blocks {
-    ($precision:expr, $format:ident => $body:expr) => {
-        match $precision {
-            Precision::F32 | Precision::Bf16 | Precision::F16 => unreachable!("plain"),
-            Precision::Q8_0 => {
-                type $format = blocks::Q8_0;
-                $body
-            }
-            Precision::Q4_0 => {
-                type $format = blocks::Q4_0;
-                $body
-            }
-            Precision::Q4K => {
-                type $format = blocks::Q4K;
-                $body
-            }
-            Precision::Fp8 => {
-                type $format = blocks::Fp8;
-                $body
-            }
-            Precision::Q5K => {
-                type $format = long_blocks::Q5K;
-                $body
-            }
-            Precision::Q6K => {
-                type $format = long_blocks::Q6K;
-                $body
-            }
-            Precision::Mxfp4 => {
-                type $format = mxfp4::Mxfp4;
-                $body
-            }
-        }
-    };
-}
 
 /// Outputs of a panel.
 pub const PANEL: usize = LANES;
