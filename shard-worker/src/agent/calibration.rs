@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! whoever else measures here is done ─► matrices of zeros (50 ms at most) ─► products of one row with all of them
-//! (50 ms at most) ─► fastest round x the share of its processors that a group gets
+//! (50 ms at most) ─► undisturbed round x the share of its processors that a group gets
 //!                                      ─► the same with all processors, once in a while for all workers of a
 //!                                         machine: what they share
 //! ```
@@ -10,8 +10,9 @@
 //! The kernels are the real ones, with the worker's threads; the matrices are taken out of the caches before each
 //! round, since decoding reads each weight once a token, and a cache of 32 MiB keeps a fifth of 64 MiB that are read
 //! again and again. Memory enough to do without that takes too long to be had: a new page costs a virtual machine
-//! as much as reading it thirty times. The fastest round counts:
-//! whatever else runs for a moment says nothing about the worker. What always holds it back, a quota of its
+//! as much as reading it thirty times. The median of the undisturbed rounds counts, those that took little longer than
+//! the fastest: whatever else runs for a moment says nothing about the worker, and a stroke of luck (two processors'
+//! fastest millisecond is a tenth better than their second) as little. What always holds it back, a quota of its
 //! control group, is read and counted.
 
 use std::fs::{File, TryLockError};
@@ -48,6 +49,10 @@ const AT_ONCE: usize = 16;
 /// Of a worker's memory, one part of so many may be taken for the matrices, for as long as it takes.
 const MEMORY_SHARE: u64 = 8;
 
+/// A round that took so many times as long as the fastest was disturbed: who loses a processor for a moment takes
+/// twice as long and more, what memory gives differs by less.
+const DISTURBED: f64 = 1.25;
+
 /// How long workers of one machine wait for each other's measurements: those of twenty.
 const TURN_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -77,7 +82,8 @@ pub(crate) fn rates(threads: NonZeroUsize, cpus: &Cpus, memory: Bytes) -> Vec<Fa
     };
     let own = stream((threads.get(), cpus), memory).map(|rate| (rate * share) as u64);
     let machine = (processors > threads.get() && share >= 1.0).then(|| {
-        let measure = || stream((processors, &Cpus::default()), memory).map(|rate| rate as u64);
+        // Each on one of its own: two threads on one processor for a moment would read what one reads.
+        let measure = || stream((processors, &Cpus::all()), memory).map(|rate| rate as u64);
         of_machine(turn.as_ref(), processors, measure)
     });
     [fact(CPU, threads.get(), own), fact(MACHINE, processors, machine.flatten())]
@@ -146,8 +152,13 @@ fn is_ours(file: &File) -> bool {
     file.metadata().is_ok_and(|at| at.is_file() && Some(at.uid()) == own && at.nlink() == 1)
 }
 
-/// Bytes of weights in a second, in the fastest round over all matrices.
-fn stream((threads, cpus): (usize, &Cpus), memory: Bytes) -> Option<f64> {
+/// Bytes of weights in a second, in an undisturbed round over all matrices. Measured on a thread of its own, since
+/// whoever computes with a pool is bound as the pool is, and stays so.
+fn stream(on: (usize, &Cpus), memory: Bytes) -> Option<f64> {
+    std::thread::scope(|scope| scope.spawn(|| streamed(on, memory)).join().ok().flatten())
+}
+
+fn streamed((threads, cpus): (usize, &Cpus), memory: Bytes) -> Option<f64> {
     let start = Instant::now();
     let (outputs, cols) = SHAPE;
     let each = outputs as u64 * Precision::Bf16.row_bytes(cols as u64);
@@ -161,7 +172,7 @@ fn stream((threads, cpus): (usize, &Cpus), memory: Bytes) -> Option<f64> {
     }
     let input = ops.buffer(1, cols).ok()?;
     let mut output = ops.buffer(1, outputs).ok()?;
-    let mut fastest = Duration::MAX;
+    let mut rounds = Vec::new();
     // The first round brings the instructions in; one more is measured even where time is up.
     for round in 0.. {
         for Linear { weight, .. } in &matrices {
@@ -172,13 +183,22 @@ fn stream((threads, cpus): (usize, &Cpus), memory: Bytes) -> Option<f64> {
             ops.linear(&input, 1, matrix, &mut output).ok()?;
         }
         if round > 0 {
-            fastest = fastest.min(begun.elapsed());
+            rounds.push(begun.elapsed());
         }
         if round > 0 && start.elapsed() >= CALIBRATION_MAX {
             break;
         }
     }
-    Some((matrices.len() as u64 * each) as f64 / fastest.as_secs_f64().max(1e-9))
+    let round = undisturbed(rounds)?.as_secs_f64();
+    Some((matrices.len() as u64 * each) as f64 / round.max(1e-9))
+}
+
+/// The median of the rounds that took less than [`DISTURBED`] times as long as the fastest.
+fn undisturbed(mut rounds: Vec<Duration>) -> Option<Duration> {
+    rounds.sort_unstable();
+    let longest = rounds.first()?.mul_f64(DISTURBED);
+    let count = rounds.partition_point(|round| *round <= longest);
+    rounds.get(count / 2).copied()
 }
 
 /// Reads a file; nothing where there is none.
@@ -246,6 +266,17 @@ mod tests {
         write("garbage");
         assert_eq!(rate(Some(&file), 16, 40), Some(40));
         assert_eq!(rate(None, 16, 50), Some(50));
+    }
+
+    #[test]
+    fn what_disturbs_a_round_and_a_stroke_of_luck_do_not_count() {
+        let of = |rounds: &[u64]| {
+            undisturbed(rounds.iter().copied().map(Duration::from_millis).collect())
+        };
+        assert_eq!(of(&[110, 100, 120]), Some(Duration::from_millis(110)));
+        assert_eq!(of(&[900, 112, 100, 800, 110, 700, 600]), Some(Duration::from_millis(110)));
+        assert_eq!(of(&[100]), Some(Duration::from_millis(100)));
+        assert_eq!(of(&[]), None);
     }
 
     #[test]

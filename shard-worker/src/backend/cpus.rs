@@ -42,6 +42,15 @@ impl FromStr for Cpus {
 }
 
 impl Cpus {
+    /// All that this process may use; none where the system does not say.
+    pub fn all() -> Self {
+        #[cfg(target_os = "linux")]
+        if let Ok(allowed) = rustix::thread::sched_getaffinity(None) {
+            return Self((0..CPUS_MAX).filter(|cpu| allowed.is_set(*cpu)).collect());
+        }
+        Self::default()
+    }
+
     /// How many; 0 where threads are not bound.
     pub fn count(&self) -> usize {
         self.0.len()
@@ -65,10 +74,7 @@ impl Cpus {
         match self.0.iter().find(missing) {
             None => Ok(()),
             Some(cpu) => {
-                let may: Vec<_> = (0..CPUS_MAX)
-                    .filter(|cpu| allowed.is_set(*cpu))
-                    .map(|cpu| cpu.to_string())
-                    .collect();
+                let may: Vec<_> = Self::all().0.iter().map(usize::to_string).collect();
                 let may = may.join(",");
                 Err(format!(
                     "processor {cpu} is not one that this process may use, which are {may}"
@@ -130,6 +136,8 @@ mod tests {
     #[test]
     fn a_processor_that_is_not_there_is_refused_with_those_that_are() {
         assert_eq!(Cpus::default().check(), Ok(()));
+        assert!(Cpus::all().count() > 0);
+        assert_eq!(Cpus::all().check(), Ok(()));
         let error = Cpus(vec![1023]).check().unwrap_err();
         assert!(
             error.starts_with("processor 1023 is not one that this process may use"),
