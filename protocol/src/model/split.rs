@@ -390,7 +390,7 @@ impl Part {
     }
 
     /// Scratch of what ranks put together, what the device's copy of an input, laid out for a product,
-    /// grows by, and the results of experts, which travel one by one where the sum is exact.
+    /// grows by, and what ranks tell each other.
     pub(super) fn joining_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
         let joint = self.joint_widths(model);
         let narrow = self.widths(model).scratch_widths().widest();
@@ -400,14 +400,23 @@ impl Part {
             + self.travelling_bytes(model, rows)
     }
 
-    /// Of these the part that is messages: it is there while a round is under way.
+    /// Of these the part that is messages, this rank's and what comes from all others: it is there while a round is
+    /// under way. Partial sums are as wide as the stream, from each rank; what is put together is as wide as all of it.
     pub fn travelling_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
-        if self.split.is_whole() || self.reduction == Reduction::Sum {
+        if self.split.is_whole() {
             return Bytes(0);
         }
-        let experts = model.options.moe.map_or(0, |moe| moe.top_k);
-        let floats = u64::from(experts) * u64::from(model.hidden);
-        Bytes(u64::from(rows) * floats * size_of::<f32>() as u64)
+        let hidden = u64::from(model.hidden);
+        let joint = self.joint_widths(model);
+        let floats = match self.reduction {
+            Reduction::Sum => hidden * u64::from(self.split.ranks),
+            Reduction::Exact => {
+                let experts = model.options.moe.map_or(0, |moe| moe.top_k);
+                joint.widest().max(hidden * u64::from(experts.max(1)))
+            }
+        };
+        let normed = u64::from(joint.query + joint.key);
+        Bytes(u64::from(rows) * floats.max(normed) * size_of::<f32>() as u64)
     }
 }
 
