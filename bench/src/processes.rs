@@ -110,6 +110,8 @@ impl Node {
         command.env_remove("SHOAL_CONTEXT").env_remove("SHOAL_TOKEN").env_remove("SHOAL_LOG");
         command.envs(self.environment.iter().copied());
         command.envs(token.map(|token| ("SHOAL_TOKEN", token)));
+        // What the machine was measured to do is known there for ten minutes: each cluster measures anew.
+        command.env("TMPDIR", self.data.parent().unwrap_or(&self.data));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot start {}", self.name))?;
         news.listen(self.name.clone(), child.stderr.take().context("stderr is piped")?);

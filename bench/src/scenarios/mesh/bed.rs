@@ -111,6 +111,19 @@ impl Bed {
         client::stream(&self.agent, &self.cluster.url(0), &body, |_| true).map(drop)
     }
 
+    /// So many streams at once, of a prompt of so many tokens and an answer of so many.
+    pub fn all_at_once(&self, served: &Served, streams: usize, each: (usize, u32)) -> Result<()> {
+        std::thread::scope(|scope| {
+            let one = || self.answer(served, each.0, each.1);
+            let running: Vec<_> = (0..streams).map(|_| scope.spawn(one)).collect();
+            let joined = running.into_iter().map(|thread| match thread.join() {
+                Ok(done) => done,
+                Err(_) => bail!("a client thread panicked"),
+            });
+            joined.collect()
+        })
+    }
+
     /// Milliseconds between tokens of one stream.
     pub fn token_ms(&self, served: &Served, tokens: u32) -> Result<f64> {
         let body = client::body(&served.name, &prompt(7, PROMPT, served.vocab), tokens);
