@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-planner bench-quality bench-families bench-products bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-planner bench-quality bench-families bench-products bench-peers bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -78,6 +78,10 @@ bench-products: setup-build ## what a product with a matrix costs in each format
 bench-mesh: setup-build ## meshes: the planner's predictions and choices against what is measured, into bench/MESH.md (PAIRS=7)
 	cargo build --release --locked --package shoal --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench mesh --pairs $${PAIRS:-7} --out bench/MESH.md
+
+bench-peers: setup-build ## Shoal beside llama.cpp, which it builds (ten minutes), in half an hour, into bench/PEERS.md (PAIRS=5; 8 GiB of disk)
+	cargo build --release --locked --package shoal --package shoal-bench
+	llama=$$(scripts/llama-cpp.sh) && $$(scripts/target-dir)/release/shoal-bench peers --llama "$$llama" --pairs $${PAIRS:-5} --out bench/PEERS.md
 
 bench-evictions: setup-build ## streams while every core compiles: nobody may be given up (MINUTES=10)
 	SHOAL_MINUTES=$${MINUTES:-10} cargo test --locked --workspace --test detect -- --ignored --nocapture nobody

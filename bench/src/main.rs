@@ -17,6 +17,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   detect    kill -9 and SIGSTOP of workers: until they are given up
   gray      a replica four times slower on real processes, under two policies
   mesh      predicted against measured, ranks, unlike workers, slow ways: some minutes
+  peers     beside llama.cpp, in turn: one stream, many, meshes; needs --llama
   planner   how long a plan takes
   families  what a token costs in each family, against Llama's
   products  what a product with a matrix costs in each format
@@ -26,8 +27,9 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   size      1.04 billion parameters over meshes of workers none of which has room for all
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
-  --small   mesh with a small model: whether it works
-  --only    of mesh: predict, ranks, uneven or links
+  --small   mesh, peers with a small model: whether it works
+  --only    of mesh: predict, ranks, uneven or links; of peers: one, many or meshes
+  --llama   the folder with llama.cpp's programs (scripts/llama-cpp.sh builds them)
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
 
@@ -35,8 +37,8 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
 const GROUPS: [&str; 4] = ["all", "micro", "split", "control"];
 
 /// Those of the control plane that run in this process.
-const WITHIN: [&str; 7] =
-    ["mesh", "route", "election", "quality", "planner", "families", "products"];
+const WITHIN: [&str; 8] =
+    ["mesh", "peers", "route", "election", "quality", "planner", "families", "products"];
 
 fn main() -> Result<()> {
     let mut what = "all".to_owned();
@@ -46,6 +48,7 @@ fn main() -> Result<()> {
         trials: 30,
         models: std::env::temp_dir().join("shoal-bench-models"),
         small: false,
+        llama: PathBuf::new(),
         only: None,
     };
     let mut args = std::env::args().skip(1).peekable();
@@ -63,6 +66,7 @@ fn main() -> Result<()> {
             "--trials" => settings.trials = value()?.parse().context("--trials takes a number")?,
             "--pairs" => settings.pairs = value()?.parse().context("--pairs takes a number")?,
             "--models" => settings.models = value()?.into(),
+            "--llama" => settings.llama = value()?.into(),
             "--small" => settings.small = true,
             "--only" => settings.only = Some(value()?),
             "--out" => out = Some(value()?.into()),
@@ -92,6 +96,9 @@ fn main() -> Result<()> {
     if what == "mesh" {
         scenarios::mesh::run(&settings, &mut report)?;
     }
+    if what == "peers" {
+        scenarios::peers::run(&settings, &mut report)?;
+    }
     if what == "planner" {
         report.sections.push(micro::planner::run()?);
     }
@@ -114,6 +121,7 @@ fn main() -> Result<()> {
         "families" => "make bench-families".to_owned(),
         "products" => "make bench-products".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
+        "peers" => "make bench-peers".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
     let text = report.markdown(&by);

@@ -3,6 +3,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use super::Series;
+
 /// Bytes that each thread reads: far over any cache.
 const READ_BYTES: usize = 256 << 20;
 
@@ -53,10 +55,11 @@ fn read_file(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Bytes per second that `threads` threads read together: the best of five rounds.
+/// Bytes per second that `threads` threads read together: the median of five rounds, as what is held against it is a
+/// median.
 pub fn read_bandwidth(threads: usize) -> f64 {
     let buffers: Vec<Vec<u64>> = (0..threads).map(|t| vec![t as u64 + 1; READ_BYTES / 8]).collect();
-    let mut best: f64 = 0.0;
+    let mut rounds = Series::default();
     for _ in 0..5 {
         let start = Instant::now();
         std::thread::scope(|scope| {
@@ -73,7 +76,7 @@ pub fn read_bandwidth(threads: usize) -> f64 {
                 });
             }
         });
-        best = best.max((threads * READ_BYTES) as f64 / start.elapsed().as_secs_f64());
+        rounds.push((threads * READ_BYTES) as f64 / start.elapsed().as_secs_f64());
     }
-    best
+    rounds.median()
 }

@@ -14,6 +14,7 @@ mod gray;
 mod leader;
 mod load;
 pub mod mesh;
+pub mod peers;
 mod pipeline;
 mod serve;
 mod size;
@@ -29,7 +30,9 @@ pub struct Settings {
     pub models: PathBuf,
     /// Meshes of a small model: whether it works, not how fast.
     pub small: bool,
-    /// That part of meshes alone.
+    /// Where llama.cpp's programs are.
+    pub llama: PathBuf,
+    /// That part of meshes, or of peers, alone.
     pub only: Option<String>,
 }
 

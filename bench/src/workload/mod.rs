@@ -1,5 +1,6 @@
 //! What is measured: seeded models and prompts.
 
+pub mod gguf;
 pub mod model;
 
 /// A small seeded generator (SplitMix64, Steele et al. 2014).

@@ -66,6 +66,17 @@ impl Shape {
         files: 4,
     };
 
+    /// 853 million parameters: that of `peers`, whose figures elsewhere are of it, too.
+    pub const PEERS: Self = Self {
+        layers: 16,
+        hidden: 2048,
+        intermediate: 5632,
+        heads: 32,
+        kv_heads: 8,
+        vocab: 32_000,
+        files: 1,
+    };
+
     /// 1.04 billion parameters, 1.94 GiB in bf16: a Llama of real size.
     pub const BILLION: Self = Self {
         layers: 16,
@@ -82,7 +93,7 @@ impl Shape {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<u64>()).sum()
     }
 
-    fn tensors(&self) -> Vec<(String, Vec<u64>)> {
+    pub(super) fn tensors(&self) -> Vec<(String, Vec<u64>)> {
         let [hidden, inter, vocab] = [self.hidden, self.intermediate, self.vocab].map(u64::from);
         let (q, kv) = (u64::from(self.heads) * 64, u64::from(self.kv_heads) * 64);
         let mut out = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
@@ -139,7 +150,7 @@ impl Shape {
     }
 
     /// One word a token: prompts and answers of these models are token ids.
-    fn tokenizer(&self) -> Value {
+    pub(super) fn tokenizer(&self) -> Value {
         let vocab: Map<String, Value> =
             (0..self.vocab).map(|id| (format!("t{id}"), json!(id))).collect();
         json!({
@@ -193,18 +204,9 @@ fn write_safetensors(
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
     for (_, shape) in tensors {
-        let elements: u64 = shape.iter().product();
-        // Norm weights are one; matrices keep the variance of what goes through them.
-        let scale = if shape.len() == 1 { 0.0 } else { (3.0 / shape[1] as f32).sqrt() };
         let mut bytes = Vec::with_capacity(4 << 20);
-        // Every width is even, so that two values at a time come out right.
-        for _ in 0..elements / 2 {
-            let bits = dice.bits();
-            for half in [bits as u32, (bits >> 32) as u32] {
-                let unit = (half >> 8) as f32 / (1 << 23) as f32 - 1.0;
-                let value = if scale == 0.0 { 1.0 } else { unit * scale };
-                bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes());
-            }
+        for value in values(shape, dice) {
+            bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes());
             if bytes.len() >= 4 << 20 {
                 out.write_all(&bytes)?;
                 bytes.clear();
@@ -213,4 +215,18 @@ fn write_safetensors(
         out.write_all(&bytes)?;
     }
     out.into_inner()?.sync_all()
+}
+
+/// What a tensor holds, row by row: norm weights are one; matrices keep the variance of what goes through them. Every
+/// width is even, so that two values at a time come out right.
+pub(super) fn values<'a>(shape: &[u64], dice: &'a mut Dice) -> impl Iterator<Item = f32> + use<'a> {
+    let elements: u64 = shape.iter().product();
+    let scale = if shape.len() == 1 { 0.0 } else { (3.0 / shape[1] as f32).sqrt() };
+    (0..elements / 2).flat_map(move |_| {
+        let bits = dice.bits();
+        [bits as u32, (bits >> 32) as u32].map(|half| {
+            let unit = (half >> 8) as f32 / (1 << 23) as f32 - 1.0;
+            if scale == 0.0 { 1.0 } else { unit * scale }
+        })
+    })
 }

@@ -22,7 +22,7 @@ const PROMPT: usize = 16;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The cluster.
-pub(super) struct Bed {
+pub(in crate::scenarios) struct Bed {
     pub cluster: Processes,
     admin: Admin,
     agent: ureq::Agent,
@@ -30,7 +30,7 @@ pub(super) struct Bed {
 
 /// What is to be served.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<'a> {
+pub(in crate::scenarios) struct Wanted<'a> {
     pub model: &'a Path,
     pub vocab: u32,
     pub precision: Option<Precision>,
@@ -41,7 +41,7 @@ pub(super) struct Wanted<'a> {
 }
 
 /// What is served.
-pub(super) struct Served {
+pub(in crate::scenarios) struct Served {
     pub name: String,
     pub vocab: u32,
 }
@@ -140,6 +140,51 @@ impl Bed {
         Ok((*last - *first).as_secs_f64() * 1e3 / (times.len() - 1) as f64)
     }
 
+    /// Of a prompt of `prompt` tokens that was not seen before: milliseconds to the first token, and between `tokens`.
+    pub fn timed(&self, served: &Served, prompt: &[u32], tokens: u32) -> Result<[f64; 2]> {
+        let body = client::body(&served.name, prompt, tokens);
+        let begun = Instant::now();
+        let mut times = Vec::with_capacity(tokens as usize);
+        client::stream(&self.agent, &self.cluster.url(0), &body, |at| {
+            times.push(at);
+            true
+        })?;
+        let (Some(first), Some(last)) = (times.first(), times.last()) else {
+            bail!("no tokens of {}", served.name)
+        };
+        let each = (*last - *first).as_secs_f64() * 1e3 / (times.len() - 1).max(1) as f64;
+        Ok([(*first - begun).as_secs_f64() * 1e3, each])
+    }
+
+    /// Tokens in a second of a stream for each of these prompts at once, while all of them decode.
+    pub fn together(&self, served: &Served, prompts: &[Vec<u32>], tokens: u32) -> Result<f64> {
+        let url = self.cluster.url(0);
+        let one = |prompt: &[u32]| {
+            let body = client::body(&served.name, prompt, tokens);
+            let mut times = Vec::with_capacity(tokens as usize);
+            client::stream(&self.agent, &url, &body, |at| {
+                times.push(at);
+                true
+            })?;
+            anyhow::Ok(times)
+        };
+        let times = std::thread::scope(|scope| {
+            let running: Vec<_> =
+                prompts.iter().map(|prompt| scope.spawn(move || one(prompt))).collect();
+            let joined = running.into_iter().map(|thread| match thread.join() {
+                Ok(times) => times,
+                Err(_) => bail!("a client thread panicked"),
+            });
+            joined.collect::<Result<Vec<Vec<Instant>>>>()
+        })?;
+        let begun = times.iter().filter_map(|times| times.first()).max().context("no stream")?;
+        let ended = times.iter().filter_map(|times| times.last()).min().context("no stream")?;
+        ensure!(begun < ended, "the streams of {} do not meet", served.name);
+        let within = |at: &&Instant| *at > begun && *at <= ended;
+        let count: usize = times.iter().map(|times| times.iter().filter(within).count()).sum();
+        Ok(count as f64 / (*ended - *begun).as_secs_f64())
+    }
+
     /// Tokens in a second of so many streams at once, from each one's first token to its last.
     pub fn tokens_a_second(&self, served: &Served, streams: usize, tokens: u32) -> Result<f64> {
         std::thread::scope(|scope| {
@@ -209,7 +254,7 @@ pub(super) fn predicted_full_ms(plan: &PlanView) -> Result<f64> {
 }
 
 /// `w1+w2:0..12 w3+w4:12..24`.
-pub(super) fn words(plan: &PlanView) -> String {
+pub(in crate::scenarios) fn words(plan: &PlanView) -> String {
     let stage = |stage: &StagePlan| {
         let nodes: Vec<_> = stage.shards.iter().map(|shard| shard.node.to_string()).collect();
         format!("{}:{}", nodes.join("+"), stage.layers)

@@ -1,6 +1,6 @@
 //! Meshes on real processes: what the planner predicts against what is measured, and what its choices are worth.
 
-mod bed;
+pub(super) mod bed;
 mod links;
 mod predict;
 mod ranks;

@@ -27,7 +27,7 @@ const TWICE: f64 = COMPUTE / SHARE;
 /// Milliseconds that a token takes at least where the goals are promised.
 const TOKEN_MS: f64 = 20.0;
 
-/// In four bits it takes so long a token.
+/// In four bits, too, it takes that long.
 const LARGEST: Shape = Shape { layers: 20, ..Shape::BILLION };
 
 /// Runs it.
@@ -53,7 +53,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
     for (shape, precision) in [
         (Shape::MEDIUM, Precision::F32),
         (Shape::LARGE, Precision::Bf16),
-        (Shape::LARGE, Precision::Q8_0),
+        (LARGEST, Precision::Q8_0),
         (LARGEST, Precision::Q4K),
     ] {
         let shape = settings.shape(shape);
