@@ -49,7 +49,7 @@ pub use self::tokens::{InvitationArgs, TokenCommand, TokenCreateArgs, TokenRole}
 pub use self::upgrade::UpgradeCommand;
 use self::values::{
     activations, address, coordinator, count, cpus, device, kv, memory, name, nonzero, policy,
-    precision, store, zone,
+    precision, store, threads, zone,
 };
 pub use self::worker_addresses::WorkerAddressArgs;
 
@@ -178,6 +178,7 @@ const UP_EXAMPLES: &str = "\
 Examples:
   shoal up                                     the built-in model, 3 workers, one stage each
   shoal up ./llama-3.2-1b --precision bf16     weights held as bf16
+  shoal up ./big --workers 4 --mesh 2x2         two stages of two tensor ranks each
   shoal up ./big --workers 4 --worker-memory 600MiB
                                                a hard budget for each worker's weights, KV and
                                                activations; a model that does not fit is refused
@@ -198,6 +199,9 @@ pub struct UpArgs {
     /// Into how many pipeline stages to cut the layers [default: as many as workers]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
+    /// What is asked of the planner.
+    #[command(flatten)]
+    pub mesh: MeshArgs,
     /// Hold the weights as f32, bf16, f16, q8_0, q4_0, q4_k, q5_k, q6_k, fp8 or mxfp4 [default: as they are
     /// stored]
     #[arg(long, value_name = "P", value_parser = precision)]
@@ -213,7 +217,7 @@ pub struct UpArgs {
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub worker_memory: Option<Bytes>,
     /// Compute threads of each worker [default: an even share of the cores]
-    #[arg(long, value_name = "T", value_parser = count)]
+    #[arg(long, value_name = "T", value_parser = threads)]
     pub worker_threads: Option<NonZeroU32>,
     /// Where to take the public API; port 0 picks a free one; addresses that others reach need an API
     /// key (`shoal keys create`)
@@ -362,7 +366,7 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub memory: Option<Bytes>,
     /// Compute threads [default: as many as cores, or as --cpus lists]
-    #[arg(long, value_name = "T", value_parser = count)]
+    #[arg(long, value_name = "T", value_parser = threads)]
     pub threads: Option<NonZeroU32>,
     /// Bind the compute threads to these processors, such as 0-3,8: for several workers on one machine, each with its
     /// own [default: the system moves them]

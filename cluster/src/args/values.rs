@@ -12,7 +12,7 @@ use shoal_protocol::join::JoinToken;
 use shoal_protocol::mesh::{MeshAsked, Objective, Reduction, ZoneName};
 use shoal_protocol::plan::{Activations, KvPrecision, Precision, StagesAsked};
 use shoal_protocol::units::Bytes;
-use shoal_shard_worker::agent::inventory::MEMORY_MIN;
+use shoal_shard_worker::agent::inventory::{MEMORY_MIN, THREADS_MAX};
 use shoal_shard_worker::backend::cpus::Cpus;
 
 /// For defaults, which are from 1 up.
@@ -26,6 +26,14 @@ pub const fn nonzero(n: u32) -> NonZeroU32 {
 /// A whole number from 1 up.
 pub fn count(text: &str) -> Result<NonZeroU32, String> {
     text.parse().map_err(|_| format!("`{text}` is not a whole number from 1 up"))
+}
+
+/// Compute threads of a worker.
+pub fn threads(text: &str) -> Result<NonZeroU32, String> {
+    let most = THREADS_MAX as u32;
+    text.parse().ok().filter(|n: &NonZeroU32| n.get() <= most).ok_or_else(|| {
+        format!("`{text}` is no number of compute threads; a worker has 1 to {most}, one for each core at the most")
+    })
 }
 
 /// `IP:PORT`, `localhost:PORT` or `:PORT`.

@@ -40,7 +40,9 @@ enum Kind {
 /// Reads the metadata of a file.
 pub(super) fn text_files(values: &BTreeMap<String, Value>) -> Result<TextFiles, String> {
     let text = |key: &str| values.get(key).and_then(Value::as_str);
-    let model = text("tokenizer.ggml.model").ok_or("it has no `tokenizer.ggml.model`")?;
+    let model = text("tokenizer.ggml.model").ok_or(
+        "it has no `tokenizer.ggml.model`, so no tokenizer; put the model's tokenizer.json beside it",
+    )?;
     let tokens = tokens(values)?;
     let (mut tokenizer, begins) = match model {
         "gpt2" => byte_level(values, &tokens)?,

@@ -65,7 +65,7 @@ pub enum EncodeError {
     /// The model has no chat template.
     #[error(
         "this model has no chat template (neither chat_template.jinja nor one in \
-         tokenizer_config.json); send a finished prompt to /v1/completions"
+         tokenizer_config.json, nor, in a GGUF file, tokenizer.chat_template); send a finished prompt to /v1/completions"
     )]
     NoTemplate,
     /// The template refused, or does not work.

@@ -16,8 +16,9 @@ pub enum RecoveryError {
     /// The request seems to kill its workers.
     #[error(
         "this request was lost with its workers {losses} times in a row before it had another token \
-         (at last: {last}), so it is quarantined: it is not tried again, and sending it again may \
-         hurt the cluster; change the prompt or the sampling, and report it with the request's id"
+         (at last: {last}), so it is quarantined: it is not tried again. If `shoal status` and the \
+         workers' logs show what else took them, a machine that stalls or links that broke, send it again; if not, the \
+         request itself may do it: change the prompt or the sampling, and report it with the request's id"
     )]
     Quarantined {
         /// How often.

@@ -264,7 +264,7 @@ fn files_that_are_missing_or_lead_elsewhere_are_named() {
         })
     };
     for (refusal, words) in [
-        (refusal(|path| remove(path, CONFIG)), "DIR/config.json: "),
+        (refusal(|path| remove(path, CONFIG)), "DIR/config.json: no model here: expected a folder"),
         (refusal(|path| write(path, CONFIG, vec![b' '; 1 << 21])), "at most 1048576 are read"),
         (refusal(|path| write(path, CONFIG, [0xff])), "DIR: config.json is not readable"),
         (refusal(|path| write(path, CONFIG, "{}")), "DIR: config.json: `architectures` is missing"),
@@ -314,7 +314,7 @@ fn a_missing_or_empty_tokenizer_is_named() {
     let folder = folder();
     let checkpoint = Checkpoint::open(folder.path()).expect("an intact folder");
     let error = checkpoint.check_tokenizer().expect_err("none there");
-    assert!(error.to_string().contains("tokenizer.json: No such file"), "{error}");
+    assert!(error.to_string().contains("tokenizer.json: it is not there; expected"), "{error}");
     write(folder.path(), TOKENIZER, "");
     assert!(checkpoint.check_tokenizer().is_err());
     write(folder.path(), TOKENIZER, "{}");

@@ -6,6 +6,7 @@
 pub mod adapter;
 pub mod builtin;
 pub mod checkpoint;
+mod checkpoint_error;
 mod config;
 pub mod encoder;
 mod encoder_tensors;

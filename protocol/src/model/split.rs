@@ -104,7 +104,7 @@ pub struct Part {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{ranks} tensor ranks: the model has {units} {what}, so that a rank would hold none; possible: \
-     1 to {possible} ranks"
+     1 to {possible} ranks{}", or_exact(*possible, *exact)
 )]
 pub struct SplitError {
     /// What was asked for.
@@ -115,18 +115,25 @@ pub struct SplitError {
     pub units: u32,
     /// The most ranks that this model can have.
     pub possible: u32,
+    /// The most that it can have where results are exact, which cuts no blocks.
+    pub exact: u32,
+}
+
+/// The way out where more ranks are possible if no block is cut; nothing where there is none.
+pub fn or_exact(possible: u32, exact: u32) -> String {
+    match exact > possible {
+        true => format!(", or up to {exact} with --reduction exact, which cuts no blocks"),
+        false => String::new(),
+    }
 }
 
 /// What bounds the ranks of a model, as refusals call it.
 const MLP_PANELS: &str = "panels of 16 in the width of its MLP";
 const SHARED_PANELS: &str = "panels of 16 in the width of its shared expert";
 /// The same where columns are cut and weights are held in blocks.
-const MLP_BLOCKS: &str =
-    "blocks of this precision in the width of its MLP (--reduction exact cuts none)";
-const SHARED_BLOCKS: &str =
-    "blocks of this precision in the width of its shared expert (--reduction exact cuts none)";
-const HEAD_RUNS: &str =
-    "runs of key/value heads that end with a block of this precision (--reduction exact cuts none)";
+const MLP_BLOCKS: &str = "blocks of this precision in the width of its MLP";
+const SHARED_BLOCKS: &str = "blocks of this precision in the width of its shared expert";
+const HEAD_RUNS: &str = "runs of key/value heads that end where a block of this precision does";
 
 /// What a rank's share is counted in.
 struct Units {
@@ -200,7 +207,8 @@ impl ModelSpec {
     ) -> Result<Part, SplitError> {
         let (possible, what) = self.ranks_max_held(reduction, held);
         if split.ranks > possible {
-            return Err(SplitError { ranks: split.ranks, what, units: possible, possible });
+            let (exact, _) = self.ranks_max();
+            return Err(SplitError { ranks: split.ranks, what, units: possible, possible, exact });
         }
         Ok(self.cut(split, reduction, held))
     }

@@ -211,9 +211,9 @@ fn ranks_that_no_block_is_left_for_are_refused_with_the_way_out() {
     let error = model.part(two, Reduction::Sum, Precision::Q4K).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "2 tensor ranks: the model has 1 runs of key/value heads that end with a block of this \
-         precision (--reduction exact cuts none), so that a rank would hold none; possible: 1 to 1 \
-         ranks"
+        "2 tensor ranks: the model has 1 runs of key/value heads that end where a block of this \
+         precision does, so that a rank would hold none; possible: 1 to 1 ranks, or up to 2 with \
+         --reduction exact, which cuts no blocks"
     );
     for (reduction, held) in [(Reduction::Exact, Precision::Q4K), (Reduction::Sum, Precision::Q8_0)]
     {

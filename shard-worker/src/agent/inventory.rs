@@ -15,6 +15,9 @@ pub const CPU: &str = "cpu";
 /// and in no plan.
 pub const MEMORY_MIN: Bytes = Bytes::mib(1);
 
+/// The most compute threads of a worker.
+pub const THREADS_MAX: usize = crate::backend::pool::THREADS_MAX;
+
 /// What a worker cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum InventoryError {
@@ -59,6 +62,13 @@ pub fn device(
     if memory < MEMORY_MIN {
         return Err(InventoryError::TooLittle(memory));
     }
+    // It may be right: memory that is taken now may be free when it is needed, and more may be plugged in.
+    if let Some(all) = memory::of_machine().filter(|all| memory > *all) {
+        tracing::warn!(
+            "a budget of {memory} on a machine with {all}: layouts will be planned that it has no room for; \
+             give --memory less than it has"
+        );
+    }
     Ok(DeviceInfo {
         name: CPU.to_owned(),
         description: format!("{}, {threads} threads", instruction_set()),
@@ -68,7 +78,7 @@ pub fn device(
 }
 
 fn threads_of_machine() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX)
 }
 
 /// The widest instructions that the kernels use here, as people call them.

@@ -31,6 +31,11 @@ pub fn free() -> io::Result<Bytes> {
 /// Reads a file of the system.
 type Read<'a> = &'a dyn Fn(&Path) -> io::Result<String>;
 
+/// The memory that there is at all, where the system says.
+pub fn of_machine() -> Option<Bytes> {
+    parse_line(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
 fn free_by(read: Read<'_>) -> io::Result<Bytes> {
     let machine = parse_available(&read(Path::new("/proc/meminfo"))?).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, "it has no line `MemAvailable: … kB`")
@@ -44,7 +49,11 @@ fn free_by(read: Read<'_>) -> io::Result<Bytes> {
 }
 
 fn parse_available(meminfo: &str) -> Option<Bytes> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    parse_line(meminfo, "MemAvailable:")
+}
+
+fn parse_line(meminfo: &str, name: &str) -> Option<Bytes> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(Bytes(kib.checked_mul(1024)?))
 }

@@ -250,7 +250,7 @@ async fn deploy(
         kv: args.kv,
         activations: args.activations,
         replicas: 1,
-        mesh: MeshAsk::default(),
+        mesh: MeshAsk::from(args.mesh),
     };
     accepted(client, asked.call(name.clone(), source)).await
 }

@@ -112,7 +112,8 @@ fn wanted(job: &Job<'_>, workers: usize) -> Result<Wanted, PlanRefusal> {
             return Err(PlanRefusal::TooManyStages { stages, layers });
         }
         (_, Some(ranks)) if ranks > most => {
-            return Err(PlanRefusal::TooManyRanks(RankSums { units: most, what, ranks }));
+            let (exact, _) = ranks_max(job.shape, Reduction::Exact, precision);
+            return Err(PlanRefusal::TooManyRanks(RankSums { units: most, what, ranks, exact }));
         }
         (Some(stages), Some(1)) if stages as usize > workers => {
             return Err(PlanRefusal::TooFewWorkers { stages, workers });

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use shoal_protocol::mesh::Reduction;
+use shoal_protocol::model::split::or_exact;
 use shoal_protocol::model::{Part, Split};
 use shoal_protocol::plan::{Precision, PretendSpec};
 
@@ -76,13 +77,17 @@ pub struct RankSums {
     pub what: &'static str,
     /// The ranks that were asked for.
     pub ranks: u32,
+    /// The most that there could be with `--reduction exact`, which cuts no blocks.
+    pub exact: u32,
 }
 
 impl fmt::Display for RankSums {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { units, what, ranks } = *self;
+        let Self { units, what, ranks, exact } = *self;
         let units_words = match what {
             HEADS => plural(units, "KV head"),
+            // One of them is of one kind, in one word.
+            _ if units == 1 => format!("1 {}", what.replacen("s ", " ", 1)),
             _ => format!("{units} {what}"),
         };
         let rank = plural(ranks, "rank");
@@ -92,9 +97,10 @@ impl fmt::Display for RankSums {
                 2 => "1 or 2 ranks".to_owned(),
                 most => format!("1 to {most} ranks"),
             };
+            let more = or_exact(units, exact);
             return write!(
                 f,
-                "{units_words} on {rank}: a rank would hold none; possible: {possible}"
+                "{units_words} on {rank}: a rank would hold none; possible: {possible}{more}"
             );
         }
         let until = |rank: u32| u64::from(rank) * u64::from(units) / u64::from(ranks.max(1));
@@ -128,7 +134,7 @@ mod tests {
                 "3 panels of 16 in the width of its MLP on 4 ranks: a rank would hold none; possible: 1 to 3 ranks",
             ),
         ] {
-            assert_eq!(RankSums { units, what, ranks }.to_string(), expected);
+            assert_eq!(RankSums { units, what, ranks, exact: 0 }.to_string(), expected);
         }
     }
 }
