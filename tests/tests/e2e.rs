@@ -57,6 +57,9 @@ fn the_demo_answers_its_questions_over_three_workers() -> Result<()> {
 
 #[test]
 fn the_ready_line_says_who_holds_which_layers() -> Result<()> {
+    let meshed = Up::start(&UpOptions::flags("--workers 2 --mesh 1x2 --reduction exact"))?;
+    assert_eq!(meshed.ready["mesh"], "1x2");
+    meshed.stop(&[])?;
     let mut up = Up::start(&UpOptions::flags("--workers 3 --stages 2"))?;
     let ready = &up.ready;
     assert_eq!(ready["event"], "ready");

@@ -84,8 +84,13 @@ fn a_worker_has_two_names() {
 
 #[test]
 fn what_is_asked_of_the_planner_is_read() {
-    let line = "shoal deploy /m --mesh 2x2 --objective throughput --reduction exact";
+    let line = "shoal up /m --workers 4 --mesh 2x2 --precision Q8_0";
+    let Command::Up(up) = parse(line).unwrap().command else { panic!("not up") };
+    assert_eq!(shoal_protocol::mesh::MeshAsk::from(up.mesh).to_string(), "mesh 2x2");
+    assert_eq!(up.precision, Some(Precision::Q8_0));
+    let line = "shoal deploy /m --mesh 2x2 --objective throughput --reduction exact --timeout 90s";
     let Command::Deploy(deploy) = parse(line).unwrap().command else { panic!("not deploy") };
+    assert_eq!(deploy.timeout, Some(Duration::from_secs(90)));
     let ask = shoal_protocol::mesh::MeshAsk::from(deploy.mesh);
     assert_eq!(ask.to_string(), "mesh 2x2, objective throughput, reduction exact");
     let Command::Scale(scale) = parse("shoal scale m --mesh auto").unwrap().command else {
@@ -147,6 +152,10 @@ fn a_mistake_names_what_would_be_right() {
         ("shoal scale demo --stages some", "neither `auto` nor"),
         ("shoal scale demo --mesh 2", "STAGESxRANKS"),
         ("shoal deploy m --mesh 2x2 --stages 2", "--stages"),
+        ("shoal up m --mesh 2x2 --stages 2", "--stages"),
+        ("shoal deploy m --no-wait --timeout 5s", "--no-wait"),
+        ("shoal worker --join 127.0.0.1:1 --data d --threads 257", "1 to 256"),
+        ("shoal up --worker-threads 0", "1 to 256"),
         ("shoal deploy m --objective speed", "latency or throughput"),
         ("shoal deploy m --reduction fast", "exact or sum"),
         ("shoal worker --join 127.0.0.1:1 --data d --zone a/b", "letters, digits and"),

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args as ClapArgs;
 use shoal_protocol::id::DeploymentName;
@@ -9,7 +10,9 @@ use shoal_protocol::mesh::{MeshAsk, MeshAsked, Objective, Reduction};
 use shoal_protocol::plan::{Activations, KvPrecision, Precision};
 
 use super::ClusterArgs;
-use super::values::{activations, count, kv, mesh, name, nonzero, objective, precision, reduction};
+use super::values::{
+    activations, count, duration, kv, mesh, name, nonzero, objective, precision, reduction,
+};
 
 pub(super) const DEPLOY_EXAMPLES: &str = "\
 Examples:
@@ -59,6 +62,10 @@ pub struct DeployArgs {
     /// Return when the cluster has accepted it, before it is ready
     #[arg(long)]
     pub no_wait: bool,
+    /// End with 1 if it is not ready by then, such as 90s or 30m; the cluster goes on with it [default: wait for as
+    /// long as the cluster works on it]
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "no_wait")]
+    pub timeout: Option<Duration>,
     /// Which cluster.
     #[command(flatten)]
     pub cluster: ClusterArgs,

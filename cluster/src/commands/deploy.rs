@@ -79,7 +79,18 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         client.close().await;
         return Ok(());
     }
-    let view = match wait_until_ready(&client, &name).await {
+    let ready = wait_until_ready(&client, &name);
+    let ready = match args.timeout {
+        Some(time) => tokio::time::timeout(time, ready).await.unwrap_or_else(|_| {
+            let why = format!(
+                "{name} is not ready within {time:?}; the cluster goes on with it: `shoal status` says how far it is, \
+                 `shoal undeploy {name}` ends it"
+            );
+            Err(Failure::failed(why))
+        }),
+        None => ready.await,
+    };
+    let view = match ready {
         Ok(view) => view,
         Err(failure) if failure.exit == Exit::Refused => {
             return Err(take_back(&client, &name, failure).await);

@@ -56,7 +56,10 @@ pub enum IdentityError {
         source: io::Error,
     },
     /// The file is not an identity.
-    #[error("{path} is not an identity or context file of Shoal, or it is damaged: {why}")]
+    #[error(
+        "{path} is not an identity or context file of Shoal, or it is damaged ({why}); an operator's is admin.context in \
+         the --data folder of a coordinator: take that one, or a copy of it"
+    )]
     Damaged {
         /// Which file.
         path: String,

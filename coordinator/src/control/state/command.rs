@@ -388,7 +388,7 @@ pub enum Refusal {
     BadKeyExpiry,
     /// A node that is not removed like this.
     #[error("{node} cannot be removed: {}", match node.role {
-        Role::Coordinator => "it is a coordinator, and has a vote",
+        Role::Coordinator => "it is a coordinator, and has a vote: `shoal coordinators remove` takes that first",
         _ => "it is the admin that the coordinators write their context files for",
     })]
     NotToBeRemoved {
