@@ -75,7 +75,9 @@ fn impossible(before: &ClusterState, change: &Change, tried: &Preview) -> Option
         let uncut = cut && tried.after.plans.asked(*id) < deployment.asked;
         deployment.replicas.contains(id) && (new || uncut)
     });
-    stuck.map(|(id, stand)| format!("{id} of {name} could not be served: {}", stand.reason))
+    stuck.map(|(id, stand)| {
+        format!("{id} of {name} could not be served like this: {}", stand.reason)
+    })
 }
 
 fn words_of(change: &Change) -> String {

@@ -328,7 +328,11 @@ impl<'w> Search<'_, 'w> {
             ranks: ranks as u32,
             precision: self.costs[0][0].precision(),
             least: self.least_need(ranks, stages),
-            free: self.workers.iter().map(|worker| (worker.node, worker.free())).collect(),
+            workers: self
+                .workers
+                .iter()
+                .map(|worker| (worker.node, worker.free(), worker.budget))
+                .collect(),
         }))
     }
 

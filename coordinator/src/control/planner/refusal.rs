@@ -106,24 +106,37 @@ pub struct MeshFit {
     pub precision: Precision,
     /// What the largest shard of an even cut needs at the least.
     pub least: Bytes,
-    /// What each worker has left.
-    pub free: Vec<(NodeId, Bytes)>,
+    /// What each worker has left, of which budget.
+    pub workers: Vec<(NodeId, Bytes, Bytes)>,
 }
 
 impl fmt::Display for MeshFit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { stages, ranks, precision, least, free } = self;
+        let Self { stages, ranks, precision, least, workers } = self;
         writeln!(
             f,
             "mesh {stages}x{ranks} does not fit in {precision} on these workers: cut evenly, its largest \
              shard needs at least {least}"
         )?;
-        for (node, free) in free.iter().take(LINES_MAX) {
-            writeln!(f, "  {node} has {free}")?;
-        }
-        more(f, free.len(), "workers")?;
-        f.write_str("Give more stages or ranks, a smaller --precision, or the workers more memory.")
+        room(f, workers)?;
+        f.write_str(
+            "Give more stages, or ranks where the model has more to share, a smaller --precision, or the workers more \
+             memory; `shoal undeploy` frees what other models have.",
+        )
     }
+}
+
+/// What workers have left, of which budgets.
+fn room(f: &mut fmt::Formatter<'_>, workers: &[(NodeId, Bytes, Bytes)]) -> fmt::Result {
+    for (node, free, budget) in workers.iter().take(LINES_MAX) {
+        match budget.saturating_sub(*free) {
+            Bytes(0) => writeln!(f, "  {node} has {free}")?,
+            used => {
+                writeln!(f, "  {node} has {free}: {budget}, of which other models have {used}")?
+            }
+        }
+    }
+    more(f, workers.len(), "workers")
 }
 
 fn too_few(stages: u32, ranks: u32, workers: usize, (most, layers): (u32, u32)) -> String {
@@ -190,15 +203,7 @@ impl fmt::Display for DoesNotFit {
             )?;
         }
         more(f, self.stages.len(), "stages")?;
-        for (node, free, budget) in self.workers.iter().take(LINES_MAX) {
-            match budget.saturating_sub(*free) {
-                Bytes(0) => writeln!(f, "  {node} has {free}")?,
-                used => {
-                    writeln!(f, "  {node} has {free}: {budget}, of which other models have {used}")?
-                }
-            }
-        }
-        more(f, self.workers.len(), "workers")?;
+        room(f, &self.workers)?;
         let needs: Bytes = self.stages.iter().map(|stage| stage.memory.total()).sum();
         let has: Bytes = self.workers.iter().map(|(_, free, _)| *free).sum();
         writeln!(f, "  in all: needs {needs}, has {has}")?;
