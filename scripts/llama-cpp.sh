@@ -16,12 +16,12 @@ if [ "$missing" = 1 ]; then
     mkdir -p "$folder"
     {
         python3 -m venv "$folder/python"
-        "$folder/python/bin/pip" install --quiet cmake==4.1.2 ninja==1.13.0 setuptools
+        "$folder/python/bin/pip" install --quiet cmake==4.1.2 ninja==1.13.0
         cd "$folder"
         if [ ! -d source ]; then
-            # pip asks the index that this machine is set to use; it looks into the package, and builds nothing.
+            # pip asks the index that this machine is set to use, and looks into the package for its name.
             "$folder/python/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python \
-                --dest package "llama-cpp-python==$version"
+                --dest package --require-hashes --requirement "$root/scripts/llama-cpp.txt"
             rm -rf unpacked
             mkdir unpacked
             tar --extract --gzip --file package/*.tar.gz --directory unpacked --strip-components 1

@@ -30,7 +30,7 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   --small   mesh, peers with a small model: whether it works
   --only    of mesh: predict, ranks, uneven or links; of peers: one, many or meshes
   --llama   the folder with llama.cpp's programs (scripts/llama-cpp.sh builds them)
-  --models  where random models are written and kept (2 GiB); default: the system's temporary folder
+  --models  where random models are written and kept (8 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
 
 /// Whole groups.

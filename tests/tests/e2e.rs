@@ -56,10 +56,21 @@ fn the_demo_answers_its_questions_over_three_workers() -> Result<()> {
 }
 
 #[test]
+fn up_asks_the_planner_for_what_deploy_can() -> Result<()> {
+    let up = Up::start(&UpOptions::flags("--workers 2 --mesh 1x2 --reduction exact"))?;
+    assert_eq!(up.ready["mesh"], "1x2");
+    let status = up.verb(&["status"])?.expect_code(0).stdout;
+    assert!(!status.contains("resume not exact"), "{status}");
+    up.stop(&[])?;
+    let summed = Up::start(&UpOptions::flags("--workers 2 --mesh 1x2"))?;
+    let status = summed.verb(&["status"])?.expect_code(0).stdout;
+    assert!(status.contains("resume not exact"), "{status}");
+    summed.stop(&[])?;
+    Ok(())
+}
+
+#[test]
 fn the_ready_line_says_who_holds_which_layers() -> Result<()> {
-    let meshed = Up::start(&UpOptions::flags("--workers 2 --mesh 1x2 --reduction exact"))?;
-    assert_eq!(meshed.ready["mesh"], "1x2");
-    meshed.stop(&[])?;
     let mut up = Up::start(&UpOptions::flags("--workers 3 --stages 2"))?;
     let ready = &up.ready;
     assert_eq!(ready["event"], "ready");

@@ -37,6 +37,16 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// That a part of this name is there, where one is asked for.
+    fn check_part(&self, names: &[&str]) -> Result<()> {
+        match &self.only {
+            Some(only) if !names.contains(&only.as_str()) => {
+                anyhow::bail!("--only {only} is none of {}", names.join(", "))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// This model, or the small one.
     fn shape(&self, shape: Shape) -> Shape {
         if self.small { Shape::SMALL } else { shape }

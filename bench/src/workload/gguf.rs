@@ -19,6 +19,9 @@ const TEXT: u32 = 8;
 const TENSOR_F32: u32 = 0;
 const TENSOR_F16: u32 = 1;
 
+/// What most tensors are.
+const MOSTLY_F16: u32 = 1;
+
 /// Dimensions of a head.
 const HEAD: u64 = 64;
 
@@ -98,7 +101,7 @@ impl Shape {
         vec![
             word("general.architecture", "llama"),
             word("general.name", "random"),
-            number("general.file_type", TENSOR_F16),
+            number("general.file_type", MOSTLY_F16),
             number("llama.context_length", 8192),
             number("llama.embedding_length", self.hidden),
             number("llama.block_count", self.layers),
@@ -139,7 +142,8 @@ fn gguf_name(name: &str) -> String {
     let whole = |name| match name {
         "model.embed_tokens.weight" => "token_embd.weight",
         "model.norm.weight" => "output_norm.weight",
-        _ => "output.weight",
+        "lm_head.weight" => "output.weight",
+        other => unreachable!("a Llama has no tensor {other}"),
     };
     let of_layer = || {
         let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;

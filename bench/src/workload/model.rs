@@ -66,7 +66,7 @@ impl Shape {
         files: 4,
     };
 
-    /// 853 million parameters: that of `peers`, whose figures elsewhere are of it, too.
+    /// 853 million parameters: a shape of which other engines' figures are known.
     pub const PEERS: Self = Self {
         layers: 16,
         hidden: 2048,

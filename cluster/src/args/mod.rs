@@ -196,7 +196,7 @@ pub struct UpArgs {
     /// How many workers to start
     #[arg(long, value_name = "N", default_value_t = nonzero(3), value_parser = count)]
     pub workers: NonZeroU32,
-    /// Into how many pipeline stages to cut the layers [default: as many as workers]
+    /// Into how many pipeline stages to cut the layers [default: as many as workers, without --mesh]
     #[arg(long, value_name = "S", value_parser = count)]
     pub stages: Option<NonZeroU32>,
     /// What is asked of the planner.

@@ -32,7 +32,7 @@ pub fn count(text: &str) -> Result<NonZeroU32, String> {
 pub fn threads(text: &str) -> Result<NonZeroU32, String> {
     let most = THREADS_MAX as u32;
     text.parse().ok().filter(|n: &NonZeroU32| n.get() <= most).ok_or_else(|| {
-        format!("`{text}` is no number of compute threads; a worker has 1 to {most}, one for each core at the most")
+        format!("`{text}` is no number of compute threads; a worker has 1 to {most}")
     })
 }
 
@@ -97,7 +97,13 @@ pub fn memory(text: &str) -> Result<Bytes, String> {
 
 /// Processors to compute on.
 pub fn cpus(text: &str) -> Result<Cpus, String> {
-    text.parse()
+    let cpus: Cpus = text.parse()?;
+    match cpus.count() {
+        count if count > THREADS_MAX => Err(format!(
+            "`{text}` are {count} processors; a worker computes on at most {THREADS_MAX}"
+        )),
+        _ => Ok(cpus),
+    }
 }
 
 /// How weights are held.

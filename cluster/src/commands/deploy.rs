@@ -80,8 +80,9 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let ready = wait_until_ready(&client, &name);
+    let begun = tokio::time::Instant::now();
     let ready = match args.timeout {
-        Some(time) => tokio::time::timeout(time, ready).await.unwrap_or_else(|_| {
+        Some(time) => tokio::time::timeout_at(begun + time, ready).await.unwrap_or_else(|_| {
             let why = format!(
                 "{name} is not ready within {time:?}; the cluster goes on with it: `shoal status` says how far it is, \
                  `shoal undeploy {name}` ends it"
@@ -100,7 +101,10 @@ pub async fn run(args: DeployArgs) -> Result<(), Failure> {
     // From here on it is served, and is not taken from its clients where one of its copies cannot be.
     let view = match args.replicas.get() {
         1 => view,
-        _ => rollout::wait(&client, &name, 0, ROLLOUT_TIMEOUT).await?,
+        _ => {
+            let left = args.timeout.map(|time| time.saturating_sub(begun.elapsed()));
+            rollout::wait(&client, &name, 0, left.unwrap_or(ROLLOUT_TIMEOUT)).await?
+        }
     };
     client.close().await;
     eprintln!("{name}: ready");

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use shoal_protocol::admin::{AdminReply, ChangeView, DeploymentPhase};
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::{NodeId, ReplicaId};
-use shoal_protocol::mesh::MACHINE;
 use shoal_protocol::plan::{ReplicaPlan, StagesAsked};
 use shoal_protocol::units::Bytes;
 
@@ -157,17 +156,13 @@ fn is_news(step: &Action) -> bool {
 
 /// How fast a layout is expected to be, and where that is known from.
 pub fn speed_of(plan: &ReplicaPlan, shape: &ModelShape, observed: &Observed) -> String {
-    // What it did while it served, else what it said of itself at its start.
-    let rate_of = |node: NodeId| {
-        let known = || measured(plan, shape, observed, node).or_else(|| said(observed, node));
-        known().unwrap_or(Rate::ASSUMED)
-    };
+    let rate_of = |node: NodeId| measured(plan, shape, observed, node).unwrap_or(Rate::ASSUMED);
     let (one, many) = speed(plan, shape, rate_of);
     let known: Vec<String> = plan
         .nodes()
         .map(|node| {
             let rate = rate_of(node);
-            let source = if rate.measured { "measured" } else { "assumed" };
+            let source = if rate.measured { "measured while it served" } else { "assumed" };
             format!("{node} reads {}/s ({source})", Bytes(rate.bytes_per_s))
         })
         .collect();
@@ -178,12 +173,6 @@ pub fn speed_of(plan: &ReplicaPlan, shape: &ModelShape, observed: &Observed) -> 
         plan.mesh(),
         known.join(", ")
     )
-}
-
-/// What a worker has measured of itself.
-fn said(observed: &Observed, node: NodeId) -> Option<Rate> {
-    let rates = &observed.workers.get(&node)?.facts.rates;
-    rates.iter().find(|(device, _)| *device != MACHINE).and_then(|(_, rate)| Rate::said(*rate))
 }
 
 /// The rate at which a worker has computed steps of the replica's present layout.

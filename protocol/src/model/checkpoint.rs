@@ -231,7 +231,8 @@ impl Checkpoint {
         let error = match std::fs::metadata(&file) {
             Ok(metadata) if metadata.is_file() && metadata.len() > 0 => return Ok(file),
             Ok(_) => io::Error::other("it is empty or not a file; expected the model's tokenizer"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => io::Error::other(
+            Err(error) if error.kind() == io::ErrorKind::NotFound => io::Error::new(
+                error.kind(),
                 "it is not there; expected the model's tokenizer, as the tokenizers library writes it: it belongs to \
                  the model's files on the hub",
             ),

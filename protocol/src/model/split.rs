@@ -409,7 +409,8 @@ impl Part {
     }
 
     /// Of these the part that is messages, this rank's and what comes from all others: it is there while a round is
-    /// under way. Partial sums are as wide as the stream, from each rank; what is put together is as wide as all of it.
+    /// under way. Partial sums are as wide as the stream: a rank's own and the other one's, or, of more ranks, its own, all
+    /// others' of its piece, and the pieces that are added. What is put together is as wide as all of it.
     pub fn travelling_bytes(&self, model: &ModelSpec, rows: u32) -> Bytes {
         if self.split.is_whole() {
             return Bytes(0);
@@ -417,7 +418,7 @@ impl Part {
         let hidden = u64::from(model.hidden);
         let joint = self.joint_widths(model);
         let floats = match self.reduction {
-            Reduction::Sum => hidden * u64::from(self.split.ranks),
+            Reduction::Sum => hidden * u64::from(self.split.ranks.min(3)),
             Reduction::Exact => {
                 let experts = model.options.moe.map_or(0, |moe| moe.top_k);
                 joint.widest().max(hidden * u64::from(experts.max(1)))

@@ -82,8 +82,10 @@ pub(crate) fn rates(threads: NonZeroUsize, cpus: &Cpus, memory: Bytes) -> Vec<Fa
     };
     let own = stream((threads.get(), cpus), memory).map(|rate| (rate * share) as u64);
     let machine = (processors > threads.get() && share >= 1.0).then(|| {
-        // Each on one of its own: two threads on one processor for a moment would read what one reads.
-        let measure = || stream((processors, &Cpus::all()), memory).map(|rate| rate as u64);
+        // Each on one of its own: two threads on one processor for a moment would read what one reads. Where a quota
+        // leaves fewer than there are, which ones is the system's to say.
+        let all = Some(Cpus::all()).filter(|all| all.count() == processors).unwrap_or_default();
+        let measure = || stream((processors, &all), memory).map(|rate| rate as u64);
         of_machine(turn.as_ref(), processors, measure)
     });
     [fact(CPU, threads.get(), own), fact(MACHINE, processors, machine.flatten())]
@@ -277,6 +279,17 @@ mod tests {
         assert_eq!(of(&[900, 112, 100, 800, 110, 700, 600]), Some(Duration::from_millis(110)));
         assert_eq!(of(&[100]), Some(Duration::from_millis(100)));
         assert_eq!(of(&[]), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn who_measures_is_not_bound_afterwards() {
+        let may = || Cpus::all().count();
+        let before = may();
+        let first = rustix::thread::sched_getaffinity(None).unwrap();
+        let first = (0..1024).find(|cpu| first.is_set(*cpu)).unwrap();
+        assert!(stream((1, &first.to_string().parse().unwrap()), Bytes::mib(64)).is_some());
+        assert_eq!(may(), before);
     }
 
     #[test]

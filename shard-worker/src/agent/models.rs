@@ -191,7 +191,8 @@ impl Models {
             ModelSource::Pretend(_) => return Err(bad("a pretend model has no files".to_owned())),
         };
         Checkpoint::open(&folder).map_err(|error| match error {
-            CheckpointError::Read { .. } => {
+            // The folder may be mounted, or its files be there, a little later.
+            CheckpointError::Read { .. } | CheckpointError::NoModel { .. } => {
                 WireError::new(ErrorCode::StorageFailed, error.to_string())
             }
             error => bad(error.to_string()),
@@ -385,6 +386,15 @@ mod tests {
         assert!(error.message.contains("part 3 of 3 is missing"), "{}", error.message);
         std::fs::write(&last, &bytes).unwrap();
         assert_eq!(models.fingerprint(&source), Ok(fingerprint));
+    }
+
+    #[test]
+    fn a_folder_that_is_empty_may_be_filled_a_little_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = ModelSource::Folder { path: folder.path().display().to_string() };
+        let error = models(folder.path()).open(&source, &AtomicBool::new(false)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::StorageFailed, "{}", error.message);
+        assert!(error.message.contains("no model here"), "{}", error.message);
     }
 
     #[test]

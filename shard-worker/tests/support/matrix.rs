@@ -45,7 +45,8 @@ pub fn precisions(family: Family) -> Vec<Precision> {
 pub enum Parity {
     /// The same bits.
     Same,
-    /// Log-probabilities within `LOGPROB_TOLERANCE` and the same greedy tokens; every run and every chunking the same bits.
+    /// Log-probabilities within `LOGPROB_TOLERANCE` and the same greedy tokens, where rows are not rounded; every run and every
+    /// chunking the same bits.
     Close,
     /// It cannot be cut so.
     Refused,

@@ -140,7 +140,7 @@ impl Bed {
         Ok((*last - *first).as_secs_f64() * 1e3 / (times.len() - 1) as f64)
     }
 
-    /// Of a prompt of `prompt` tokens that was not seen before: milliseconds to the first token, and between `tokens`.
+    /// Milliseconds from a prompt to the first token, and between the tokens of the answer.
     pub fn timed(&self, served: &Served, prompt: &[u32], tokens: u32) -> Result<[f64; 2]> {
         let body = client::body(&served.name, prompt, tokens);
         let begun = Instant::now();

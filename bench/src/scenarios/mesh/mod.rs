@@ -22,6 +22,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         ("links", |settings| links::run(settings, 1)),
         ("links", |settings| links::run(settings, 10)),
     ];
+    settings.check_part(&parts.map(|(name, _)| name))?;
     for (part, run) in parts {
         if wanted(part) {
             report.sections.push(run(settings)?);

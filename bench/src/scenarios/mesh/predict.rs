@@ -51,7 +51,7 @@ pub fn run(settings: &Settings) -> Result<Section> {
              workers measure themselves as they always do. Predicted is what `shoal plan --explain` says of a token of one stream; measured is \
              the mean distance of {TOKENS} tokens, the median of {STREAMS} streams; and of as many streams of {MANY} tokens at once as there are stages, \
              against its step when full. The error is the median of the clusters' errors. Memory: by how much the anonymous memory of each worker's \
-             process has grown with the mesh, a prompt of {} tokens and as many streams of {} tokens as the layout allows at once, but {ENDING},, against weights, buffers and those \
+             process has grown with the mesh, a prompt of {} tokens and as many streams of {} tokens as the layout allows at once (but {ENDING}), against weights, buffers and those \
              streams' KV blocks in its plan, in the first cluster.",
             shape.parameters() / 1_000_000,
             settings.pairs,
@@ -129,7 +129,7 @@ fn bytes(
 ) -> Result<()> {
     let plan = bed.explain(served)?;
     let limits = &plan.replicas.first().context("one replica")?.limits;
-    let streams = limits.sequences_max as usize - ENDING;
+    let streams = (limits.sequences_max as usize).saturating_sub(ENDING).max(1);
     bed.all_at_once(served, streams, SHORT)?;
     let after = memory(bed)?;
     let mut worst: (f64, String) = (f64::NEG_INFINITY, String::new());

@@ -14,7 +14,7 @@ use crate::processes::pass;
 const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How often it is looked at.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// How long a server may take until it listens.
 const SERVER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -165,10 +165,12 @@ impl Llama {
     /// So many servers of a thread each.
     pub fn servers(&self, count: usize) -> Result<Servers> {
         let mut servers = Servers { children: Vec::new(), addresses: Vec::new() };
-        for _ in 0..count {
+        for index in 0..count {
             // A port that is free now.
             let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-            let mut command = Command::new(self.folder.join("ggml-rpc-server"));
+            // As the workers that they stand beside, each on a processor of its own.
+            let mut command = Command::new("taskset");
+            command.args(["-c", &index.to_string()]).arg(self.folder.join("ggml-rpc-server"));
             command.args(["-H", "127.0.0.1", "-t", "1", "-p", &port.to_string()]);
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
             servers.children.push(command.spawn().context("cannot start ggml-rpc-server")?);

@@ -79,6 +79,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         },
     ];
     let parts: [(&str, Part); 3] = [("one", one), ("many", many), ("meshes", meshes)];
+    settings.check_part(&parts.map(|(name, _)| name))?;
     for (name, part) in parts {
         if settings.only.as_deref().is_none_or(|only| only == name) {
             report.sections.push(part(settings, &llama, &formats)?);
@@ -128,7 +129,7 @@ fn one(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Section
         format!(
             "{} M parameters of random weights. A prompt of {PROMPT} tokens, and {TOKENS} tokens behind it: llama-bench in one process \
              (`-p {PROMPT}`, then `-n {TOKENS} -d {PROMPT}`), and a client of Shoal's HTTP API (time to the first token; then the mean distance \
-             of tokens), in turn. In brackets what was read of weights in a second, as a share of what a plain loop reads with as many threads, measured before each pair.",
+             of tokens), in turn. Keys and values are f32 in Shoal and f16 in llama.cpp, as each has them by default. In brackets what was read of weights in a second, as a share of what a plain loop reads with as many threads, measured before each pair.",
             settings.shape(Shape::PEERS).parameters() / 1_000_000
         ),
     );
@@ -253,7 +254,7 @@ fn meshes(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Sect
     let mut section = Section::new(
         "Cut over processes, beside llama.cpp's RPC",
         format!(
-            "{}; one thread a process. llama.cpp: its process alone, and two `ggml-rpc-server` with half of the layers each. Shoal: one worker, and meshes of \
+            "{}; one thread a process, in turn. llama.cpp: its process alone, and two `ggml-rpc-server` with half of the layers each, each bound to a processor. Shoal: one worker, and meshes of \
              stages x ranks, each worker's thread bound to a processor (four workers share the two). Bytes on the wire: what the machine's loopback carries a token, all of it \
              (Shoal: between workers, to the coordinator, and the client's HTTP; ranks of one machine talk through a socket of its kernel).",
             format.name
@@ -265,42 +266,39 @@ fn meshes(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Sect
     let meshes = ["1x1", "2x1", "1x2", "2x2"];
     let mut theirs = [(); 2].map(|()| [(); 2].map(|()| Series::default()));
     let mut ours = [(); 4].map(|()| [(); 2].map(|()| Series::default()));
-    let mut said = Vec::new();
-    let mut memory = Vec::new();
+    let mut bytes = [(); 4].map(|()| Series::default());
+    let (mut layouts, mut memory) = (Vec::new(), Vec::new());
+    let mut wire = Series::default();
     for pair in 0..settings.pairs {
-        for (all, (_, place)) in theirs.iter_mut().zip(places) {
-            let (rates, _) = llama.bench(&format.file, place, PROMPT, TOKENS)?;
-            all.iter_mut().zip(rates).for_each(|(all, rate)| all.push(rate));
-        }
-        for (all, mesh) in ours.iter_mut().zip(meshes) {
-            let bed = Bed::start([0, 1, 0, 1].map(Host::computing_on).to_vec(), None)?;
-            let served = serve(&bed, format, fresh.vocab, mesh)?;
-            bed.timed(&served, &fresh.prompt(PROMPT), TOKENS)?;
-            let [first, each] = bed.timed(&served, &fresh.prompt(PROMPT), TOKENS)?;
-            all[0].push(PROMPT as f64 * 1e3 / first);
-            all[1].push(1e3 / each);
-            if pair == 0 {
-                let mut counted = Vec::new();
-                for tokens in WIRE {
-                    let before = loopback()?;
-                    bed.timed(&served, &fresh.prompt(PROMPT), tokens)?;
-                    counted.push(loopback()? - before);
+        for turn in [pair % 2, 1 - pair % 2] {
+            if turn == 0 {
+                for (all, (_, place)) in theirs.iter_mut().zip(places) {
+                    let (rates, _) = llama.bench(&format.file, place, PROMPT, TOKENS)?;
+                    all.iter_mut().zip(rates).for_each(|(all, rate)| all.push(rate));
                 }
-                let bytes = counted[1].saturating_sub(counted[0]) / u64::from(WIRE[1] - WIRE[0]);
-                said.push((words(&bed.explain(&served)?), bytes));
-                memory.push(peaks(&bed)?);
+                // Each run sends the weights too, so that the difference of two is taken.
+                wire.push(a_token(|tokens| {
+                    llama.bench(&format.file, places[1].1, PROMPT, tokens).map(drop)
+                })?);
+                continue;
+            }
+            for (index, (all, mesh)) in ours.iter_mut().zip(meshes).enumerate() {
+                let bed = Bed::start([0, 1, 0, 1].map(Host::computing_on).to_vec(), None)?;
+                let served = serve(&bed, format, fresh.vocab, mesh)?;
+                bed.timed(&served, &fresh.prompt(PROMPT), TOKENS)?;
+                let [first, each] = bed.timed(&served, &fresh.prompt(PROMPT), TOKENS)?;
+                all[0].push(PROMPT as f64 * 1e3 / first);
+                all[1].push(1e3 / each);
+                bytes[index].push(a_token(|tokens| {
+                    bed.timed(&served, &fresh.prompt(PROMPT), tokens).map(drop)
+                })?);
+                if pair == 0 {
+                    layouts.push(words(&bed.explain(&served)?));
+                    memory.push(peaks(&bed)?);
+                }
             }
         }
     }
-    let wire = {
-        let mut counted = Vec::new();
-        for tokens in WIRE {
-            let before = loopback()?;
-            llama.bench(&format.file, Place::Servers(&servers), PROMPT, tokens)?;
-            counted.push(loopback()? - before);
-        }
-        counted[1].saturating_sub(counted[0]) / u64::from(WIRE[1] - WIRE[0])
-    };
     let mib = |peaks: &[u64]| {
         let all: Vec<_> = peaks.iter().map(|bytes| (bytes >> 20).to_string()).collect();
         all.join(", ")
@@ -313,8 +311,9 @@ fn meshes(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Sect
     }
     section.seen("llama.cpp, two RPC servers: bytes on the wire a token", wire.to_string());
     section.seen("llama.cpp, two RPC servers: most memory, MiB", mib(&servers.peaks()?));
-    for (((mesh, [prompt, decode]), (words, bytes)), peaks) in
-        meshes.iter().zip(&ours).zip(&said).zip(&memory)
+    let whole = bytes[0].median();
+    for ((((mesh, [prompt, decode]), bytes), words), peaks) in
+        meshes.iter().zip(&ours).zip(&bytes).zip(&layouts).zip(&memory)
     {
         section.seen(
             format!("Shoal, {mesh} ({words}): prompt; decode tokens/s"),
@@ -322,14 +321,13 @@ fn meshes(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Sect
         );
         let of = decode.over(&theirs[1][1]);
         section.seen(format!("Shoal, {mesh}: decode over llama.cpp's RPC"), of.to_string());
-        let whole = said.first().map_or(0, |(_, bytes)| *bytes);
         match *mesh {
             // The client and the coordinator are there in any case, and are not in llama-bench.
             "2x1" => {
-                let between = bytes.saturating_sub(whole);
-                let seen = format!("{between} ({bytes} in all)");
+                let between = bytes.median() - whole;
+                let seen = format!("{} ({bytes} in all)", significant(between));
                 let what = "Shoal, 2x1: bytes on the wire a token, beyond those of 1x1";
-                section.at_most(what, between as f64, seen, 10_000.0);
+                section.at_most(what, between, seen, 10_000.0);
             }
             mesh => {
                 let what = format!("Shoal, {mesh}: bytes on the wire a token, in all");
@@ -341,6 +339,16 @@ fn meshes(settings: &Settings, llama: &Llama, formats: &[Format]) -> Result<Sect
     let split = ours[1][1].over(&ours[0][1]);
     section.at_least("Shoal, one stream, 2x1 over 1x1", split.median(), split.to_string(), 0.98);
     Ok(section)
+}
+
+/// What the loopback carries for one more token of an answer.
+fn a_token(mut answer: impl FnMut(u32) -> Result<()>) -> Result<f64> {
+    let [short, long] = WIRE.map(|tokens| {
+        let before = loopback()?;
+        answer(tokens)?;
+        anyhow::Ok(loopback()? - before)
+    });
+    Ok((long? as f64 - short? as f64) / f64::from(WIRE[1] - WIRE[0]))
 }
 
 /// Bytes that the loopback has carried so far.

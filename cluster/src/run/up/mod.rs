@@ -84,11 +84,7 @@ fn check(source: &ModelSource) -> Result<(), Failure> {
     let ModelSource::Folder { path } = source else { return Ok(()) };
     let opened = Checkpoint::open(Path::new(path)).and_then(|model| model.check_tokenizer());
     let opened = opened.map(drop);
-    opened.map_err(|error| {
-        Failure::refused(format!(
-            "{error}; a model is a folder with config.json, weights and tokenizer.json, or a GGUF file"
-        ))
-    })
+    opened.map_err(|error| Failure::refused(error.to_string()))
 }
 
 async fn serve(

@@ -12,7 +12,8 @@ pub fn memory(free: Bytes, workers: NonZeroU32) -> Bytes {
 
 /// An even share of the cores, at least one.
 pub fn threads(cores: NonZeroU32, workers: NonZeroU32) -> NonZeroU32 {
-    NonZeroU32::new(cores.get() / workers.get()).unwrap_or(NonZeroU32::MIN)
+    let share = (cores.get() / workers.get()).min(agent::inventory::THREADS_MAX as u32);
+    NonZeroU32::new(share).unwrap_or(NonZeroU32::MIN)
 }
 
 /// The memory that is free for the processes of this one, where the system tells.

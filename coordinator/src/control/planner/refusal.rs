@@ -121,8 +121,10 @@ impl fmt::Display for MeshFit {
         room(f, workers)?;
         f.write_str(
             "Give more stages, or ranks where the model has more to share, a smaller --precision, or the workers more \
-             memory; `shoal undeploy` frees what other models have.",
-        )
+             memory",
+        )?;
+        let taken = workers.iter().any(|(_, free, budget)| free < budget);
+        f.write_str(if taken { "; or undeploy what is there (`shoal status`)." } else { "." })
     }
 }
 
@@ -131,9 +133,7 @@ fn room(f: &mut fmt::Formatter<'_>, workers: &[(NodeId, Bytes, Bytes)]) -> fmt::
     for (node, free, budget) in workers.iter().take(LINES_MAX) {
         match budget.saturating_sub(*free) {
             Bytes(0) => writeln!(f, "  {node} has {free}")?,
-            used => {
-                writeln!(f, "  {node} has {free}: {budget}, of which other models have {used}")?
-            }
+            used => writeln!(f, "  {node} has {free}: {budget}, of which {used} is taken")?,
         }
     }
     more(f, workers.len(), "workers")

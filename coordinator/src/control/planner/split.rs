@@ -87,7 +87,10 @@ impl fmt::Display for RankSums {
         let units_words = match what {
             HEADS => plural(units, "KV head"),
             // One of them is of one kind, in one word.
-            _ if units == 1 => format!("1 {}", what.replacen("s ", " ", 1)),
+            _ if units == 1 => match what.split_once("s ") {
+                Some((one, rest)) => format!("1 {one} {rest}"),
+                None => format!("1 {}", what.trim_end_matches('s')),
+            },
             _ => format!("{units} {what}"),
         };
         let rank = plural(ranks, "rank");
@@ -122,6 +125,12 @@ mod tests {
     #[test]
     fn the_sums_are_shown() {
         let panels = "panels of 16 in the width of its MLP";
+        let blocks = RankSums { units: 1, what: "runs of heads", ranks: 2, exact: 4 };
+        assert_eq!(
+            blocks.to_string(),
+            "1 run of heads on 2 ranks: a rank would hold none; possible: 1 rank, or up to 4 with --reduction exact, \
+             which cuts no blocks"
+        );
         for (units, what, ranks, expected) in [
             (8, HEADS, 3, "8 KV heads on 3 ranks: 3, 3, 2: possible"),
             (2, HEADS, 4, "2 KV heads on 4 ranks: a rank would hold none; possible: 1 or 2 ranks"),
