@@ -67,7 +67,10 @@ fn a_folder_without_a_model_is_refused_before_anything_is_started_for_it() {
     let folder = tempfile::tempdir().unwrap();
     let (code, stdout, stderr) = shoal(&["up", folder.path().to_str().unwrap()]);
     assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
-    assert!(stderr.contains("config.json") && stderr.contains("a model is a folder"), "{stderr}");
+    assert!(
+        stderr.contains("config.json") && stderr.contains("no model here: expected a folder"),
+        "{stderr}"
+    );
     assert!(!stderr.contains("logs:") && !stderr.contains("joined"), "{stderr}");
 }
 
