@@ -23,10 +23,11 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
+  prefix    prompts that begin alike: until the first token, against new ones
   size      1.04 billion parameters over meshes of workers none of which has room for all
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
-  --small   mesh with a small model: whether it works
+  --small   mesh and prefix with a small model: whether it works
   --only    of mesh: predict, ranks, uneven or links
   --models  where random models are written and kept (2 GiB); default: the system's temporary folder
   --out     where the report is written; default: stdout";
@@ -114,6 +115,7 @@ fn main() -> Result<()> {
         "families" => "make bench-families".to_owned(),
         "products" => "make bench-products".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
+        "prefix" => "make bench-prefix".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
     let text = report.markdown(&by);

@@ -18,6 +18,7 @@ use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, DeploymentName, Generation, NodeId, ReplicaId};
 use shoal_protocol::request::HeadEvent;
 use shoal_protocol::units::Instant;
+use shoal_protocol::version::KNOWS_PREFIXES;
 
 use super::bug::Bug;
 use super::coordinator::Process;
@@ -156,6 +157,9 @@ impl World {
         let life = known.map(|link| link.life);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.sequence.attempt = answer.recovery.attempt();
+        answer.sequence.reused = 0;
+        let protocol = process.state.lowest_protocol();
+        let tenant = answer.sequence.tenant.filter(|_| protocol >= KNOWS_PREFIXES);
         let left_ms = answer.deadline.saturating_sub(self.now) / 1_000;
         let mut generate = answer.sequence.generate(ticket.replica, left_ms.max(1));
         let received = answer.sequence.received.len() as u32;
@@ -177,7 +181,7 @@ impl World {
                     id,
                     head,
                     life,
-                    Payload::Generate { from: id, life: process.life, generate },
+                    Payload::Generate { from: id, life: process.life, generate, tenant },
                 );
             }
         }
@@ -205,7 +209,7 @@ impl World {
                 self.deliver(process, request, token.id);
             }
             // No model of the simulator is an encoder.
-            Taken::Vector(_) => {}
+            Taken::Vector(_) | Taken::Noted => {}
             Taken::Stale => {
                 self.checks.stale += 1;
                 if let Some(token) = again.filter(|_| self.bug == Some(Bug::StaleDelivered)) {
@@ -430,6 +434,7 @@ fn rename(event: &mut HeadEvent, attempt: Attempt) {
         HeadEvent::Token { header, .. } => header.attempt = attempt.0,
         HeadEvent::Done { header, .. } => header.attempt = attempt.0,
         HeadEvent::Failed { header, .. } => header.attempt = attempt.0,
+        HeadEvent::Reused { header } => header.attempt = attempt.0,
         HeadEvent::Vector { header, .. } => header.attempt = attempt.0,
     }
 }
