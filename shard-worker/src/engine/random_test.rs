@@ -319,11 +319,16 @@ impl World {
 
     /// Lets a request begin as one of few others does, or as the answer to an earlier one goes on.
     fn share(&mut self, request: &mut Generate) -> Option<Tenant> {
-        let root = self.dice.below(3);
+        let root = self.dice.below(2);
+        let context = u64::from(self.config.context());
+        let len = (17 + self.dice.below(50)).min(context - 1);
         let prompt = &mut request.tokens;
-        let alike = self.dice.below(prompt.len() as u64 + 1) as usize;
-        for (i, token) in prompt.iter_mut().take(alike).enumerate() {
-            *token = (mix(root, i as u64) % u64::from(VOCAB)) as u32;
+        prompt.clear();
+        prompt.extend((0..len).map(|i| (mix(root, i) % u64::from(VOCAB)) as u32));
+        request.prompt_len = len as u32;
+        let other = self.dice.below(len.min(24)) as usize;
+        for token in prompt.iter_mut().rev().take(other) {
+            *token = self.dice.below(u64::from(VOCAB)) as u32;
         }
         let earlier = ClientKey(self.dice.below(self.clients.len().max(1) as u64));
         if self.dice.below(3) == 0
@@ -332,7 +337,7 @@ impl World {
             let turn = earlier.request.tokens.iter().chain(&earlier.got);
             prompt.iter_mut().zip(turn).for_each(|(token, before)| *token = *before);
         }
-        request.adapter = [None, None, Some(AdapterId(1))][self.dice.below(3) as usize];
+        request.adapter = [None, None, None, Some(AdapterId(1))][self.dice.below(4) as usize];
         [None, Some(Tenant(1)), Some(Tenant(2)), Some(Tenant(2))][self.dice.below(4) as usize]
     }
 
