@@ -18,7 +18,6 @@ use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, DeploymentName, Generation, NodeId, ReplicaId};
 use shoal_protocol::request::HeadEvent;
 use shoal_protocol::units::Instant;
-use shoal_protocol::version::KNOWS_PREFIXES;
 
 use super::bug::Bug;
 use super::coordinator::Process;
@@ -158,8 +157,8 @@ impl World {
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.sequence.attempt = answer.recovery.attempt();
         answer.sequence.reused = 0;
-        let protocol = process.state.lowest_protocol();
-        let tenant = answer.sequence.tenant.filter(|_| protocol >= KNOWS_PREFIXES);
+        // Every build here is the same one.
+        let tenant = answer.sequence.tenant;
         let left_ms = answer.deadline.saturating_sub(self.now) / 1_000;
         let mut generate = answer.sequence.generate(ticket.replica, left_ms.max(1));
         let received = answer.sequence.received.len() as u32;
