@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-planner bench-quality bench-families bench-products bench-peers bench-evictions faults sim sim-bugs doc setup-build setup-test
+.PHONY: help demo test test-full verify deploy-check check-cuda fix bench bench-control bench-mesh bench-size bench-planner bench-quality bench-families bench-products bench-peers bench-prefix bench-evictions faults sim sim-bugs doc setup-build setup-test
 
 # nextest runs tests in parallel, each in its own process, and ends one that hangs; without it the
 # same tests run under cargo's own runner.
@@ -74,6 +74,10 @@ bench-families: setup-build ## what a token costs in each family against Llama's
 bench-products: setup-build ## what a product with a matrix costs in each format, in half a minute, into bench/PRODUCTS.md (PAIRS=7)
 	cargo build --release --locked --package shoal-bench
 	$$(scripts/target-dir)/release/shoal-bench products --pairs $${PAIRS:-7} --out bench/PRODUCTS.md
+
+bench-prefix: setup-build ## how soon answers begin whose prompts begin alike, in some minutes, into bench/PREFIX.md (PAIRS=7)
+	cargo build --release --locked --package shoal --package shoal-bench
+	$$(scripts/target-dir)/release/shoal-bench prefix --pairs $${PAIRS:-7} --out bench/PREFIX.md
 
 bench-mesh: setup-build ## meshes: the planner's predictions and choices against what is measured, into bench/MESH.md (PAIRS=7)
 	cargo build --release --locked --package shoal --package shoal-bench

@@ -24,10 +24,11 @@ usage: shoal-bench [WHAT] [--pairs N=7] [--trials N=30] [--models DIR] [--small]
   route     the same in the simulator, under each policy; the time of a pick
   quality   what each precision of weights and KV cache costs, against f32
   serve     what the coordinator adds to a request, and its processor time
+  prefix    prompts that begin alike: until the first token, against new ones
   size      1.04 billion parameters over meshes of workers none of which has room for all
   --pairs   pairs of runs of each comparison, taken in turn
   --trials  faults of each kind
-  --small   mesh, peers with a small model: whether it works
+  --small   mesh, peers, prefix with a small model: whether it works
   --only    of mesh: predict, ranks, uneven or links; of peers: one, many or meshes
   --llama   the folder with llama.cpp's programs (scripts/llama-cpp.sh builds them)
   --models  where random models are written and kept (8 GiB); default: the system's temporary folder
@@ -122,6 +123,7 @@ fn main() -> Result<()> {
         "products" => "make bench-products".to_owned(),
         "mesh" => "make bench-mesh".to_owned(),
         "peers" => "make bench-peers".to_owned(),
+        "prefix" => "make bench-prefix".to_owned(),
         _ => format!("shoal-bench {what}"),
     };
     let text = report.markdown(&by);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::control::{HeadReport, ShardReport};
 use shoal_protocol::id::{AdapterId, DeploymentName, Generation, NodeId, ReplicaId};
+use shoal_protocol::prefix::PrefixReport;
 
 /// Everything that can be served, and what cannot be and why.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -19,6 +20,8 @@ pub struct ServingTable {
     pub adapters: BTreeMap<DeploymentName, Arc<ServedDeployment>>,
     /// All shards as last reported, with the worker they are on: for `/metrics`.
     pub shards: Vec<(NodeId, ShardReport)>,
+    /// What heads said of blocks that are shared: for `/metrics`.
+    pub prefixes: Vec<PrefixReport>,
     /// Workers whose control link is up.
     pub workers_connected: usize,
     /// Workers in the replicated state.

@@ -255,6 +255,7 @@ async fn nothing_a_worker_says_is_heard_but_from_a_worker_that_has_registered() 
         WorkerMessage::Blobs { .. } =>
             WorkerMessage::Blobs { address: ([127, 0, 0, 1], 1).into(), news: vec![] },
         WorkerMessage::Adapters(_) => WorkerMessage::Adapters(vec![]),
+        WorkerMessage::Prefixes(_) => WorkerMessage::Prefixes(vec![]),
     });
     for message in messages {
         cast.refused::<_, CoordinatorMessage>(Alpn::Control, &message, Role::Worker).await;

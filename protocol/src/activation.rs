@@ -219,8 +219,8 @@ flat! {
         pub sequence: u64,
         /// The block, below the plan's `kv_blocks`.
         pub block: u32,
-        /// 0; for later versions.
-        pub reserved: u32,
+        /// `SHARED` or 0. Before protocol version 3 it was always 0.
+        pub flags: u32,
     }
 }
 

@@ -17,6 +17,7 @@ use crate::error::WireError;
 use crate::id::{Generation, Incarnation, NodeId, ReplicaId, Role, StageIndex};
 use crate::mesh::Fact;
 use crate::plan::{Assignment, ModelSource, Numerics, ShardMemory};
+use crate::prefix::PrefixReport;
 use crate::trust::{CaFingerprint, Trust};
 use crate::units::Bytes;
 use crate::version::VersionRange;
@@ -117,6 +118,9 @@ pub enum WorkerMessage {
     /// What its shards have of the adapters that it was told of, all of it, on every change. For
     /// coordinators that speak `KNOWS_ADAPTERS`.
     Adapters(Vec<HeldAdapters>),
+    /// What its heads say of blocks that are shared, before a report where it has changed. For
+    /// coordinators that speak `KNOWS_PREFIXES`.
+    Prefixes(Vec<PrefixReport>),
 }
 
 /// The most pieces of news of chunks in one message.

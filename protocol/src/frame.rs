@@ -57,6 +57,12 @@ pub enum FrameKind {
     /// The head of an encoder answers with its one vector: `request::VectorHeader`, floats. Sent by
     /// encoders alone, which are deployed where every member speaks `version::KNOWS_ENCODERS`.
     Vector = 20,
+    /// Whose request comes next: `prefix::TenantHeader`. Sent only where every member of the cluster
+    /// speaks `version::KNOWS_PREFIXES`.
+    Tenant = 21,
+    /// A head says how much of a prompt it did not have to compute: `prefix::ReusedHeader`. Only to who
+    /// sent a `Tenant`.
+    Reused = 22,
     /// A bounded postcard message (control, admin, join): no header, the message is the body.
     Message = 32,
 }
@@ -78,6 +84,8 @@ impl FrameKind {
         FrameKind::Partial,
         FrameKind::Vector,
         FrameKind::Near,
+        FrameKind::Tenant,
+        FrameKind::Reused,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

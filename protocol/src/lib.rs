@@ -31,6 +31,7 @@ pub mod numerics;
 pub mod outcast;
 pub mod peer;
 pub mod plan;
+pub mod prefix;
 pub mod presence;
 #[cfg(feature = "quic")]
 pub mod quic;

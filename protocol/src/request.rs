@@ -15,9 +15,11 @@
 
 use crate::error::ErrorCode;
 use crate::frame::{
-    Flat, FrameError, append_floats, append_tokens, expect_end, flat, read_floats, read_tokens,
+    Flat, FrameError, FrameKind, append_floats, append_tokens, expect_end, flat, read_floats,
+    read_tokens,
 };
 use crate::id::{AdapterId, Attempt, ReplicaId, RequestId, TokenId};
+use crate::prefix::ReusedHeader;
 
 /// The most stop token ids of one request.
 pub const STOP_TOKENS_MAX: usize = 64;
@@ -358,6 +360,11 @@ pub enum HeadEvent {
         /// Words for a person.
         message: String,
     },
+    /// So much of the prompt was there already; before the first token.
+    Reused {
+        /// All of it.
+        header: ReusedHeader,
+    },
     /// An encoder's answer, which is complete with it.
     Vector {
         /// Its fixed part.
@@ -370,7 +377,7 @@ pub enum HeadEvent {
 impl HeadEvent {
     /// Whether nothing of its answer comes behind it.
     pub fn is_last(&self) -> bool {
-        !matches!(self, HeadEvent::Token { .. })
+        !matches!(self, HeadEvent::Token { .. } | HeadEvent::Reused { .. })
     }
 
     /// Whose it is: the request, the attempt and the choice.
@@ -379,13 +386,13 @@ impl HeadEvent {
             HeadEvent::Token { header, .. } => (header.request, header.attempt, header.choice),
             HeadEvent::Done { header, .. } => (header.request, header.attempt, header.choice),
             HeadEvent::Failed { header, .. } => (header.request, header.attempt, header.choice),
+            HeadEvent::Reused { header } => (header.request, header.attempt, header.choice),
             HeadEvent::Vector { header, .. } => (header.request, header.attempt, header.choice),
         }
     }
 
     /// The kind, the header's bytes and the body of the frame.
-    pub fn encode(&self) -> (crate::frame::FrameKind, Vec<u8>, Vec<u8>) {
-        use crate::frame::FrameKind;
+    pub fn encode(&self) -> (FrameKind, Vec<u8>, Vec<u8>) {
         let mut head = Vec::with_capacity(TokenHeader::LEN);
         let mut body = Vec::new();
         let kind = match self {
@@ -403,6 +410,10 @@ impl HeadEvent {
                 body.extend_from_slice(message.as_bytes());
                 FrameKind::Failed
             }
+            HeadEvent::Reused { header } => {
+                header.append_to(&mut head);
+                FrameKind::Reused
+            }
             HeadEvent::Vector { header, values } => {
                 header.append_to(&mut head);
                 append_floats(values, &mut body);
@@ -413,12 +424,7 @@ impl HeadEvent {
     }
 
     /// Checks every length and every number.
-    pub fn decode(
-        kind: crate::frame::FrameKind,
-        header: &[u8],
-        body: &[u8],
-    ) -> Result<Self, FrameError> {
-        use crate::frame::FrameKind;
+    pub fn decode(kind: FrameKind, header: &[u8], body: &[u8]) -> Result<Self, FrameError> {
         match kind {
             FrameKind::Token => {
                 let header = TokenHeader::read_from(header)?;
@@ -466,6 +472,11 @@ impl HeadEvent {
                     message: String::from_utf8_lossy(body).into_owned(),
                 })
             }
+            FrameKind::Reused => {
+                let header = ReusedHeader::read_from(header)?;
+                expect_end(body, "Reused")?;
+                Ok(HeadEvent::Reused { header })
+            }
             FrameKind::Vector => {
                 let header = VectorHeader::read_from(header)?;
                 let (max, len) = (VECTOR_MAX, header.width as usize);
@@ -477,7 +488,7 @@ impl HeadEvent {
                 Ok(HeadEvent::Vector { header, values })
             }
             found => {
-                let expected = "Token, Done, Failed or Vector";
+                let expected = "Token, Done, Failed, Reused or Vector";
                 Err(FrameError::UnexpectedKind { found, expected })
             }
         }

@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 /// | 3 | families with options of their own ([`KNOWS_FAMILIES`]): a shape of its own in `DeploymentCommand::Create` |
 /// | 3 | removals in words that a node acts on ([`KNOWS_REMOVALS`]): `JoinReply::Removed`; a start number that was used before is refused with `AlreadyExists` |
 /// | 3 | encoders ([`KNOWS_ENCODERS`]): `ModelShape::Encoder` in the log, `FrameKind::Vector`, the vectors of `Samples` |
+/// | 3 | prefixes that requests share ([`KNOWS_PREFIXES`]): `FrameKind::{Tenant, Reused}`, `BlockGrant::SHARED`, `WorkerMessage::Prefixes` |
 /// | 3 | which coordinators are there: `AdminCall::Presence` and its reply; `AccessCall::ListNodesKnown` and its reply |
 pub const PROTOCOL_VERSION: u16 = 3;
 
@@ -74,6 +75,10 @@ pub const KNOWS_ENCODERS: u16 = 3;
 /// From here on workers add adapters to a model. An older one would take a request for one as a request for
 /// the base model: it is sent only to replicas that have said that they have the adapter.
 pub const KNOWS_ADAPTERS: u16 = 3;
+
+/// From here on stages take blocks that another sequence has filled. Coordinators name tenants, and heads
+/// share blocks for those that are named, only where every member of the cluster knows it.
+pub const KNOWS_PREFIXES: u16 = 3;
 
 /// The oldest protocol version that this build speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;

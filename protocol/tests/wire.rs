@@ -32,6 +32,7 @@ use shoal_protocol::plan::{
     Activations, Assignment, KvPrecision, ModelRef, ModelSource, Numerics, PeerAddress, Precision,
     PretendSpec, ReplicaLimits, ReplicaPlan, ShardMemory, ShardPlan, StagePlan,
 };
+use shoal_protocol::prefix::{ReusedHeader, TenantHeader};
 use shoal_protocol::request::{
     CandidateRecord, DoneHeader, FailedHeader, FinishReason, Generate, GenerateHeader, HeadEvent,
     SamplingRecord, TokenHeader, VectorHeader,
@@ -96,7 +97,7 @@ fn step() -> Step {
     Step {
         header: StepHeader { generation: 7, step: 11, rows: 2, grants: 1, samples: 1, reserved: 0 },
         rows: vec![row(15, 0), row(16, RowRecord::SAMPLE)],
-        grants: vec![BlockGrant { sequence: 9, block: 4, reserved: 0 }],
+        grants: vec![BlockGrant { sequence: 9, block: 4, flags: 0 }],
     }
 }
 
@@ -132,7 +133,7 @@ fn generate() -> Generate {
     }
 }
 
-fn head_events() -> [(&'static str, HeadEvent); 4] {
+fn head_events() -> [(&'static str, HeadEvent); 5] {
     let token = TokenHeader {
         request: 0xfeed,
         attempt: 1,
@@ -162,6 +163,7 @@ fn head_events() -> [(&'static str, HeadEvent); 4] {
         encode_us: 3400,
         reserved: 0,
     };
+    let reused = ReusedHeader { request: 0xfeed, attempt: 1, choice: 2, tokens: 480, reserved: 0 };
     let code = ErrorCode::WorkerLost;
     let failed = FailedHeader {
         request: 0xfeed,
@@ -180,6 +182,7 @@ fn head_events() -> [(&'static str, HeadEvent); 4] {
         ),
         ("Done", HeadEvent::Done { header: done, reason: FinishReason::Stop }),
         ("Failed", HeadEvent::Failed { header: failed, code, message: "w2 was lost".to_owned() }),
+        ("Reused", HeadEvent::Reused { header: reused }),
         ("Vector", HeadEvent::Vector { header: vector, values: vec![0.5, -1.0, 0.25] }),
     ]
 }
@@ -517,6 +520,8 @@ fn headers_are_small() {
         DoneHeader::LEN,
         FailedHeader::LEN,
         TraceHeader::LEN,
+        TenantHeader::LEN,
+        ReusedHeader::LEN,
     ] {
         assert!(len <= HEADER_LEN_MAX);
     }

@@ -356,6 +356,7 @@ fn words(event: &HeadEvent, attempt: Attempt) -> Vec<u32> {
             assert_eq!(header.attempt, attempt.0);
             vec![*reason as u32, header.tokens, header.stop_token]
         }
+        HeadEvent::Reused { .. } => panic!("nobody named a tenant"),
         HeadEvent::Vector { .. } => panic!("a vector of a decoder"),
         HeadEvent::Failed { message, .. } => panic!("{message}"),
     }

@@ -143,7 +143,7 @@ fn step(generation: u64, rows: u32) -> Step {
     Step {
         header: StepHeader { generation, step: 0, rows, grants: 1, samples: 0, reserved: 0 },
         rows: (0..rows).map(row).collect(),
-        grants: vec![BlockGrant { sequence: 1, block: 0, reserved: 0 }],
+        grants: vec![BlockGrant { sequence: 1, block: 0, flags: 0 }],
     }
 }
 

@@ -21,8 +21,10 @@ const MEMBERS: [NodeId; 3] = [NodeId::coordinator(2), NodeId::worker(2), NodeId:
 fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
     match kind {
         FrameKind::LinkHello => Some((Alpn::Activations, Role::Worker)),
-        // A request that is traced begins with its mark.
-        FrameKind::Generate | FrameKind::Trace => Some((Alpn::Requests, Role::Coordinator)),
+        // A request that is traced begins with its mark, and one that may share with whom.
+        FrameKind::Generate | FrameKind::Trace | FrameKind::Tenant => {
+            Some((Alpn::Requests, Role::Coordinator))
+        }
         FrameKind::Open
         | FrameKind::Step
         | FrameKind::Close
@@ -33,6 +35,7 @@ fn may_begin(kind: FrameKind) -> Option<(Alpn, Role)> {
         | FrameKind::Done
         | FrameKind::Failed
         | FrameKind::Vector
+        | FrameKind::Reused
         | FrameKind::Message => None,
     }
 }

@@ -7,6 +7,8 @@ mod adapters;
 mod far;
 #[path = "meshes/halves.rs"]
 mod halves;
+#[path = "meshes/prefixes.rs"]
+mod prefixes;
 #[path = "meshes/refused.rs"]
 mod refused;
 #[path = "meshes/uneven.rs"]

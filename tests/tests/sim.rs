@@ -33,8 +33,8 @@ fn nothing_that_must_not_be_is_in_any_seed() {
         panic!("{}: {}\nagain: {}", violation.invariant, violation.words, replay(first.seed, None));
     }
     assert_eq!(caught.seeds, SEEDS);
-    let [_, faults, tokens, losses, _, reigns, compactions, operations, _, preemptions, changes] =
-        caught.counts;
+    let [_, faults, tokens, losses, _, reigns, compactions, operations, ..] = caught.counts;
+    let [.., preemptions, changes, reused] = caught.counts;
     // A simulator in which nothing goes wrong shows nothing.
     for (what, count, least) in [
         ("faults", faults, SEEDS),
@@ -45,6 +45,7 @@ fn nothing_that_must_not_be_is_in_any_seed() {
         ("operations", operations, 10 * SEEDS),
         ("preemptions", preemptions, SEEDS),
         ("changes", changes, SEEDS),
+        ("prompts reused", reused, SEEDS),
     ] {
         assert!(count >= least, "only {count} {what} in {SEEDS} seeds");
     }

@@ -80,10 +80,8 @@ impl Rig {
                 stop_tokens: vec![],
                 tokens: vec![1; 8],
             };
-            rig.engine.handle(
-                Instant(0),
-                Event::Submit { key: ClientKey(key), request: Box::new(request) },
-            );
+            let (key, request, tenant) = (ClientKey(key), Box::new(request), None);
+            rig.engine.handle(Instant(0), Event::Submit { key, request, tenant });
         }
         // Past the prompts.
         for _ in 0..64 + sequences {

@@ -25,7 +25,7 @@ pub fn run() -> Section {
         rows: (0..rows)
             .map(|i| RowRecord { sequence: u64::from(i), position: 100, flags: RowRecord::SAMPLE })
             .collect(),
-        grants: vec![BlockGrant { sequence: 1, block: 9, reserved: 0 }],
+        grants: vec![BlockGrant { sequence: 1, block: 9, flags: 0 }],
     };
     let prelude =
         Prelude { kind: FrameKind::Step, header_len: StepHeader::LEN, body_len: 16_384 }.encode();

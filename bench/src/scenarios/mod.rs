@@ -16,6 +16,7 @@ mod load;
 pub mod mesh;
 pub mod peers;
 mod pipeline;
+mod prefix;
 mod serve;
 mod size;
 
@@ -68,5 +69,5 @@ pub type Control = fn(&Settings) -> Result<Section>;
 pub const CONTROL: [(&str, Control); 4] =
     [("leader", leader::run), ("detect", detect::run), ("gray", gray::run), ("serve", serve::run)];
 
-/// Those that are run by name alone: they take minutes and gigabytes.
-pub const ALONE: [(&str, Control); 1] = [("size", size::run)];
+/// Those that are run by name alone, as they take minutes.
+pub const ALONE: [(&str, Control); 2] = [("size", size::run), ("prefix", prefix::run)];

@@ -236,7 +236,8 @@ impl Direct {
             let any = ([127, 0, 0, 1], 0).into();
             anyhow::Ok(Dispatcher::new(Endpoint::bind(any, Arc::new(identity), &[])?))
         })?;
-        Ok(Self { runtime, dispatcher, target: Target { replica, head, address, trace: None } })
+        let target = Target { replica, head, address, trace: None, tenant: None };
+        Ok(Self { runtime, dispatcher, target })
     }
 
     /// Microseconds of one request of one token.
@@ -251,6 +252,8 @@ impl Direct {
             stop_tokens: Arc::from([]),
             max_tokens: 1,
             adapter: None,
+            tenant: None,
+            reused: 0,
         };
         let start = Instant::now();
         self.runtime.block_on(async {

@@ -308,8 +308,8 @@ pub struct RoutingArgs {
     /// How to choose among the replicas of a model: score, dynamic_wrr, round_robin, p2c or peak_ewma
     #[arg(long, value_name = "NAME", default_value_t, value_parser = policy)]
     pub policy: Policy,
-    /// Prefer the replica to which a prompt's beginning went before (with `score`); of use where
-    /// replicas keep a prefix cache, which those of this version do not
+    /// Count the beginning of a prompt as computed at replicas to which it went before (with `score`):
+    /// of use with several replicas and long prompts that begin alike
     #[arg(long)]
     pub prefix_affinity: bool,
 }

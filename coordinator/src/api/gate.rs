@@ -9,6 +9,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use http_body_util::BodyExt;
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::units;
 use tokio::sync::watch;
 
@@ -51,8 +52,12 @@ impl Gate {
         Self::new(watch::channel(Arc::default()).1)
     }
 
-    /// The place under which the request is answered, where its key has limits.
-    fn admit(&self, listener: SocketAddr, request: &Request) -> Result<Option<Place>, ApiError> {
+    /// Whose request it is, and the place under which it is answered, where its key has limits.
+    fn admit(
+        &self,
+        listener: SocketAddr,
+        request: &Request,
+    ) -> Result<(Tenant, Option<Place>), ApiError> {
         let state = Arc::clone(&self.0.state.borrow());
         let (uri, headers) = (request.uri(), request.headers());
         if !state.keys.ever() {
@@ -61,11 +66,12 @@ impl Gate {
         }
         let at = Timestamp::of(SystemTime::now());
         let Some(key) = auth::judge(&state.keys, listener, uri.path(), headers, at)? else {
-            return Ok(None);
+            return Ok((Tenant::OPEN, None));
         };
         let now = units::Instant(0) + self.0.origin.elapsed();
         let counted = self.quotas().enter(now, key)?;
-        Ok(counted.then(|| Place { gate: self.clone(), key: key.hash }))
+        let place = counted.then(|| Place { gate: self.clone(), key: key.hash });
+        Ok((tenant_of(&key.hash), place))
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {
@@ -74,13 +80,22 @@ impl Gate {
     }
 }
 
+/// A key is a tenant of its own, the same at every coordinator. Heads learn nothing that would open a door.
+fn tenant_of(key: &KeyHash) -> Tenant {
+    let derived = blake3::derive_key("shoal 2026-11 the tenant of an API key", &key.0);
+    let mut number = [0; 16];
+    number.copy_from_slice(&derived[..16]);
+    Tenant(u128::from_le_bytes(number))
+}
+
 /// Lets a request through, or says why not.
 pub(super) async fn pass(
     State(door): State<Door>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let place = door.gate.admit(door.listener, &request)?;
+    let (tenant, place) = door.gate.admit(door.listener, &request)?;
+    request.extensions_mut().insert(tenant);
     let response = next.run(request).await;
     Ok(match place {
         // Until the last byte is on its way, or the client has gone.

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use shoal_protocol::admin::DeploymentPhase;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{AdapterId, Attempt, RequestId};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::SamplingRecord;
 
 use super::error::ApiError;
@@ -37,7 +38,7 @@ const FIRST_EVENT_PATIENCE: Duration = Duration::from_secs(5);
 /// Serves one request of either endpoint.
 pub async fn generate(
     context: Arc<ApiContext>,
-    endpoint: Endpoint,
+    (endpoint, tenant): (Endpoint, Tenant),
     headers: &HeaderMap,
     body: Body,
 ) -> Response {
@@ -47,7 +48,7 @@ pub async fn generate(
         Endpoint::Completions => ("POST /v1/completions", "/v1/completions"),
     };
     let trace = RequestTrace::begin(&context.tracer, headers, name, route, arrived);
-    let responded = respond(context, endpoint, body, arrived, &trace).await;
+    let responded = respond(context, (endpoint, tenant), body, arrived, &trace).await;
     let mut response = responded.into_response();
     trace.answered(&mut response);
     response
@@ -55,7 +56,7 @@ pub async fn generate(
 
 async fn respond(
     context: Arc<ApiContext>,
-    endpoint: Endpoint,
+    (endpoint, tenant): (Endpoint, Tenant),
     body: Body,
     arrived: Instant,
     trace: &RequestTrace,
@@ -64,7 +65,7 @@ async fn respond(
     let request = parse(endpoint, &read(&context, body).await?)?;
     // The body may have taken its time.
     not_draining(&context)?;
-    let session = begin(&context, endpoint, &request, arrived, trace).await?;
+    let session = begin(&context, (endpoint, tenant), &request, arrived, trace).await?;
     trace.say("shoal.request_id", session.facts.id.as_str());
     let id = HeaderValue::from_str(&session.facts.id);
     let include_usage = request.stream.is_some_and(|stream| stream.include_usage);
@@ -136,7 +137,7 @@ pub(super) async fn read(context: &ApiContext, body: Body) -> Result<Bytes, ApiE
 /// From a valid request to answers that are under way.
 async fn begin(
     context: &ApiContext,
-    endpoint: Endpoint,
+    (endpoint, tenant): (Endpoint, Tenant),
     request: &ValidRequest,
     arrived: Instant,
     trace: &RequestTrace,
@@ -169,7 +170,7 @@ async fn begin(
     let table = table_that_serves(context, &request.model).await;
     let deployment = router::find(&table, &request.model)?;
     let prepared_at = Instant::now();
-    let places = places(context, &table, deployment, request, &prepared)?;
+    let places = places(context, &table, deployment, request, (&prepared, tenant))?;
     context.telemetry.went(Part::Route, prepared_at.elapsed());
     places.iter().step_by(usize::from(request.n).max(1)).for_each(|place| {
         trace.part("route", since, || place.why(deployment.base()));
@@ -178,7 +179,7 @@ async fn begin(
     let deadline = tokio::time::Instant::now() + context.limits.request_deadline;
     let id_of = RequestId(id);
     let new = (id_of, deadline, trace);
-    let answers = start(context, deployment, places, &prepared, new).await;
+    let answers = start(context, deployment, places, (&prepared, tenant), new).await;
     let answers = answers.inspect_err(|error| metrics.failed(error.code()))?;
     context.telemetry.went(Part::Dispatch, checked.elapsed());
     let facts = Facts {
@@ -241,13 +242,13 @@ fn places(
     table: &Arc<ServingTable>,
     deployment: &ServedDeployment,
     request: &ValidRequest,
-    prepared: &Prepared,
+    (prepared, tenant): (&Prepared, Tenant),
 ) -> Result<Vec<Place>, ApiError> {
     let mut places = Vec::new();
     let mut blocks = Vec::new();
     for prompt in &prepared.prompts {
         if context.prefix_affinity {
-            block_hashes(&prompt.tokens, deployment.adapter_id(), &mut blocks);
+            block_hashes(&prompt.tokens, (tenant, deployment.adapter_id()), &mut blocks);
         }
         let request = RouteRequest {
             sequences: u32::from(request.n),
@@ -266,14 +267,15 @@ async fn start(
     context: &ApiContext,
     deployment: &ServedDeployment,
     places: Vec<Place>,
-    prepared: &Prepared,
+    (prepared, tenant): (&Prepared, Tenant),
     (id, deadline, trace): (RequestId, tokio::time::Instant, &RequestTrace),
 ) -> Result<Vec<LastingAnswer>, RecoveryError> {
     let n = (places.len() / prepared.prompts.len()).max(1);
     let mut answers = Vec::with_capacity(places.len());
     let mut reached = true;
     for (i, place) in places.into_iter().enumerate() {
-        let sequence = sequence(prepared, (i / n, i % n, i), id, deployment.adapter_id());
+        let whose = (tenant, deployment.adapter_id());
+        let sequence = sequence(prepared, (i / n, i % n, i), id, whose);
         let answer = context.resumer.answer(deployment, sequence, deadline);
         let mut answer = answer.traced(trace);
         // One after the other: the first makes the connection, the others find it. Where there is
@@ -290,7 +292,7 @@ fn sequence(
     prepared: &Prepared,
     (prompt, choice, index): (usize, usize, usize),
     request: RequestId,
-    adapter: Option<AdapterId>,
+    (tenant, adapter): (Tenant, Option<AdapterId>),
 ) -> Sequence {
     // Both are at most `validate::CHOICES_MAX`.
     let stream = SamplingRecord::stream_of(prompt as u16, choice as u16);
@@ -304,6 +306,8 @@ fn sequence(
         stop_tokens: Arc::clone(&prepared.stop_tokens),
         max_tokens: prepared.prompts[prompt].max_tokens,
         adapter,
+        tenant: Some(tenant),
+        reused: 0,
     }
 }
 

@@ -38,7 +38,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
@@ -46,6 +45,8 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::trace::Tracer;
 use tokio::sync::watch;
 
@@ -253,14 +254,20 @@ impl ApiContext {
 
 async fn completions(
     State(context): State<Arc<ApiContext>>,
+    Extension(tenant): Extension<Tenant>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    generate::generate(context, Endpoint::Completions, &headers, body).await
+    generate::generate(context, (Endpoint::Completions, tenant), &headers, body).await
 }
 
-async fn chat(State(context): State<Arc<ApiContext>>, headers: HeaderMap, body: Body) -> Response {
-    generate::generate(context, Endpoint::Chat, &headers, body).await
+async fn chat(
+    State(context): State<Arc<ApiContext>>,
+    Extension(tenant): Extension<Tenant>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    generate::generate(context, (Endpoint::Chat, tenant), &headers, body).await
 }
 
 async fn embeddings(

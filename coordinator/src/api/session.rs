@@ -76,6 +76,15 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Both.
     pub total_tokens: usize,
+    /// What is to be said of the prompts' tokens.
+    pub prompt_tokens_details: PromptDetails,
+}
+
+/// OpenAI's details of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct PromptDetails {
+    /// Tokens of the prompts that no choice had to compute.
+    pub cached_tokens: usize,
 }
 
 /// What became of one choice since the last update.
@@ -146,6 +155,8 @@ impl Finish {
 struct Choice {
     text: TextStream,
     tokens: usize,
+    /// Tokens of its prompt that the head which began it had already.
+    reused: usize,
     stop_token_ids: Arc<[TokenId]>,
     last: Instant,
 }
@@ -176,6 +187,7 @@ impl Session {
         let choice = || Choice {
             text: TextStream::new(stops.texts.to_vec()),
             tokens: 0,
+            reused: 0,
             stop_token_ids: Arc::clone(&stop_token_ids),
             last: now,
         };
@@ -220,7 +232,14 @@ impl Session {
     pub fn usage(&self) -> Usage {
         let prompt_tokens = self.facts.prompts.iter().map(|prompt| prompt.len()).sum();
         let completion_tokens = self.choices.iter().map(|choice| choice.tokens).sum();
-        Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let of_prompt = |choices: &[Choice]| choices.iter().map(|choice| choice.reused).min();
+        let reused = self.choices.chunks(self.facts.n.max(1)).filter_map(of_prompt);
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens: reused.sum() },
+        }
     }
 
     async fn receive(&mut self) -> Option<Result<Update, ApiError>> {
@@ -257,6 +276,9 @@ impl Session {
         };
         let (text, facts, metrics) = (self.text.as_deref(), &self.facts, &mut self.metrics);
         let mine = &mut self.choices[choice];
+        if mine.tokens == 0 {
+            mine.reused = answer.reused() as usize;
+        }
         let update = self.trace.around(|| mine.take(choice, event, text, facts, metrics));
         if update.finish.is_none() {
             self.running.push(Box::pin(step(choice, answer)));

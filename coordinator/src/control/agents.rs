@@ -27,6 +27,7 @@ use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::{FACTS_MAX, Facts};
 use shoal_protocol::plan::Assignment;
+use shoal_protocol::prefix::PrefixReport;
 use shoal_protocol::quic::{Connection, FrameReceiver, FrameSender, Pulse, Silence, close_code};
 use shoal_protocol::trust::CAS_MAX;
 use tokio::sync::{mpsc, watch};
@@ -112,6 +113,13 @@ impl Agents {
             pushed: worker.pushed.clone(),
         };
         self.lock().workers.iter().map(|(node, worker)| (*node, of(worker))).collect()
+    }
+
+    /// What the heads of connected workers said of blocks that are shared.
+    pub fn prefixes(&self) -> Vec<PrefixReport> {
+        let registry = self.lock();
+        let connected = registry.workers.values().filter(|worker| worker.link.is_some());
+        connected.flat_map(|worker| &worker.prefixes).copied().collect()
     }
 
     /// Tells a worker all that it should be, as the leader of this epoch. A worker that is gone is told
@@ -335,6 +343,13 @@ impl Agents {
                     if let Err(why) = self.hear_adapters(node, session, held) {
                         return SessionEnd::Protocol(why);
                     }
+                }
+                Ok(Some(WorkerMessage::Prefixes(prefixes))) => {
+                    if prefixes.len() > THINGS_MAX {
+                        return SessionEnd::Protocol("it reports more heads than a worker has");
+                    }
+                    // Figures alone: they are seen with the next report.
+                    self.with_link(node, session, |worker| worker.prefixes = prefixes);
                 }
                 Ok(Some(WorkerMessage::Outranked { epoch })) => {
                     self.with_link(node, session, |worker| worker.outranked = Some(epoch));

@@ -312,6 +312,7 @@ impl Executor {
             deployments: BTreeMap::new(),
             adapters: BTreeMap::new(),
             shards: shards.collect(),
+            prefixes: self.agents.prefixes(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
             protocol: state.lowest_protocol(),

@@ -10,6 +10,7 @@ use shoal_protocol::error::WireError;
 use shoal_protocol::id::NodeId;
 use shoal_protocol::mesh::Facts;
 use shoal_protocol::plan::Assignment;
+use shoal_protocol::prefix::PrefixReport;
 use shoal_protocol::quic::{Connection, Pulse, close_code};
 use shoal_protocol::trust::{CaFingerprint, Trust};
 use shoal_protocol::version::KNOWS_ADAPTERS;
@@ -76,15 +77,29 @@ pub(super) struct Worker {
     pub shows: Option<CaFingerprint>,
     /// What it said that its shards have of adapters.
     pub adapters: Vec<HeldAdapters>,
+    /// What its heads said of blocks that are shared.
+    pub prefixes: Vec<PrefixReport>,
 }
 
 impl Worker {
     /// One that has just registered and has been told nothing.
     pub fn new(register: Register, report: Report, link: Link) -> Self {
         let (trusts, shows, link) = (Vec::new(), None, Some(link));
-        let adapters = Vec::new();
+        let (adapters, prefixes) = (Vec::new(), Vec::new());
         let (facts, pushed, outranked) = (Facts::default(), None, None);
-        Self { register, report, facts, pushed, outranked, floor: 0, link, trusts, shows, adapters }
+        Self {
+            register,
+            report,
+            facts,
+            pushed,
+            outranked,
+            floor: 0,
+            link,
+            trusts,
+            shows,
+            adapters,
+            prefixes,
+        }
     }
 
     /// Says whom to believe, to one that is there and understands it.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use shoal_protocol::frame::FrameKind;
 use shoal_protocol::id::{NodeId, ReplicaId};
+use shoal_protocol::prefix::{Tenant, TenantHeader};
 use shoal_protocol::quic::Endpoint;
 use shoal_protocol::trace::{TraceHeader, TraceMark};
 use tokio::time::Instant;
@@ -38,6 +39,8 @@ pub struct Target {
     pub address: SocketAddr,
     /// Where in a trace the attempt stands, if it is traced and everybody knows the frame for that.
     pub trace: Option<TraceMark>,
+    /// Whose request it is, if everybody knows what blocks that are shared are.
+    pub tenant: Option<Tenant>,
 }
 
 impl Dispatcher {
@@ -99,6 +102,12 @@ impl Dispatcher {
         if let Some(mark) = target.trace {
             let trace = TraceHeader::of_request(mark);
             send.send(FrameKind::Trace, &trace, Bytes::new(), Bytes::new())
+                .await
+                .map_err(|error| lost(error.to_string()))?;
+        }
+        if let Some(tenant) = target.tenant {
+            let tenant = TenantHeader::of(tenant);
+            send.send(FrameKind::Tenant, &tenant, Bytes::new(), Bytes::new())
                 .await
                 .map_err(|error| lost(error.to_string()))?;
         }

@@ -150,6 +150,7 @@ impl Answer {
                 Taken::Failed { code, message } => {
                     return Err(DispatchError::Failed { code, message });
                 }
+                Taken::Noted => {}
                 Taken::Stale => {
                     self.stale.fetch_add(1, Ordering::Relaxed);
                 }

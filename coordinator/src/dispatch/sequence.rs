@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{AdapterId, Attempt, ReplicaId, RequestId, TokenId};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::{CandidateRecord, FinishReason, Generate, HeadEvent, SamplingRecord};
 
 /// One choice of one prompt.
@@ -31,6 +32,10 @@ pub struct Sequence {
     pub max_tokens: u32,
     /// What is added to the base model; whichever replica goes on has it.
     pub adapter: Option<AdapterId>,
+    /// Whose it is: with whom it may share what heads have computed. `None`: with nobody.
+    pub tenant: Option<Tenant>,
+    /// Tokens of the prompt that the head of the current attempt had already, as far as it has said.
+    pub reused: u32,
 }
 
 /// What an encoder made of an input.
@@ -78,6 +83,8 @@ pub enum Taken {
     },
     /// The whole answer of an encoder.
     Vector(Vector),
+    /// Noted here: nothing to tell a client yet.
+    Noted,
     /// An event of another attempt, or a token that is here already: to be counted and dropped.
     Stale,
     /// Tokens are missing: the head broke the protocol.
@@ -148,6 +155,14 @@ impl Sequence {
                 Taken::Done { reason, stop_token }
             }
             HeadEvent::Failed { code, message, .. } => Taken::Failed { code, message },
+            HeadEvent::Reused { header } => {
+                if header.tokens as usize > self.prompt.len() {
+                    let expected = self.prompt.len() as u32;
+                    return Taken::Gap { expected, found: header.tokens };
+                }
+                self.reused = header.tokens;
+                Taken::Noted
+            }
             HeadEvent::Vector { header, values } => Taken::Vector(Vector {
                 values,
                 queue_us: header.queue_us,
@@ -174,6 +189,8 @@ mod tests {
             stop_tokens: Arc::from([1]),
             max_tokens: 8,
             adapter: Some(AdapterId(3)),
+            tenant: Some(Tenant::OPEN),
+            reused: 0,
         }
     }
 

@@ -10,7 +10,7 @@ use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{DeploymentName, Generation, ReplicaId};
 use shoal_protocol::trace::Value;
 use shoal_protocol::units;
-use shoal_protocol::version::KNOWS_TRACES;
+use shoal_protocol::version::{KNOWS_PREFIXES, KNOWS_TRACES};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
@@ -152,6 +152,7 @@ impl LastingAnswer {
                         match &event {
                             AnswerEvent::Token(token) => {
                                 running.pace.token(now_since(self.origin));
+                                running.place.ticket.reused = running.answer.sequence().reused;
                                 running.place.token(token.first.map(|(_, prefill)| prefill));
                             }
                             AnswerEvent::Vector(vector) => {
@@ -176,6 +177,12 @@ impl LastingAnswer {
                 self.lost(&mut place, trace, ended)?;
             }
         }
+    }
+
+    /// Tokens of the prompt that the head which answers had already.
+    pub fn reused(&self) -> u32 {
+        let running = self.running.as_ref().map(|running| running.answer.sequence());
+        running.unwrap_or(&self.sequence).reused
     }
 
     fn now(&self) -> units::Instant {
@@ -308,12 +315,15 @@ impl LastingAnswer {
         let ticket = &place.ticket;
         let at = (ticket.replica, ticket.generation);
         self.sequence.attempt = self.recovery.attempt();
+        self.sequence.reused = 0;
         let trace = self.trace.attempt(|| self.facts(&place));
+        let protocol = self.resumer.table.borrow().protocol;
         let target = Target {
             replica: ticket.replica,
             head: ticket.head,
             address: ticket.address,
-            trace: trace.mark().filter(|_| self.resumer.table.borrow().protocol >= KNOWS_TRACES),
+            trace: trace.mark().filter(|_| protocol >= KNOWS_TRACES),
+            tenant: self.sequence.tenant.filter(|_| protocol >= KNOWS_PREFIXES),
         };
         let mut table = self.resumer.table.clone();
         let started = tokio::select! {

@@ -182,13 +182,13 @@ impl Book {
         self.count();
     }
 
-    /// A sequence's first token came; its head says how long the prompt took, except where the
-    /// answer began elsewhere.
-    pub fn first_token(&mut self, now: Instant, prompt: u32, prefill: Option<Duration>) {
+    /// A sequence's first token came; its head says how long it took and for how many tokens of the
+    /// prompt, except where the answer began elsewhere.
+    pub fn first_token(&mut self, now: Instant, prompt: u32, prefill: Option<(u32, Duration)>) {
         self.heard = now;
         self.prompt_ahead = self.prompt_ahead.saturating_sub(u64::from(prompt));
-        if let Some(prefill) = prefill {
-            self.speed.prompt(now, f64::from(prompt), prefill.as_secs_f64());
+        if let Some((tokens, prefill)) = prefill {
+            self.speed.prompt(now, f64::from(tokens), prefill.as_secs_f64());
         }
         // A whole answer may take minutes: the first token shows that it works.
         if !self.breaker.is_closed() && self.breaker.success(now) {

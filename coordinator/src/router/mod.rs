@@ -57,8 +57,8 @@ pub struct RouteRequest<'a> {
     pub prompt_tokens: u32,
     /// The most tokens of each answer.
     pub max_tokens: u32,
-    /// The prompt's blocks (`prefix::block_hashes`), where replicas keep a prefix cache and the operator
-    /// says so (`--prefix-affinity`); else empty.
+    /// The prompt's blocks (`prefix::block_hashes`), where the operator wants requests to go to where
+    /// those were computed (`--prefix-affinity`); else empty.
     pub block_hashes: &'a [u64],
     /// Where it was tried before: used only where there is nothing else.
     pub avoid: &'a [(ReplicaId, Generation)],
@@ -77,6 +77,8 @@ pub struct Ticket {
     pub address: SocketAddr,
     epoch: u64,
     prompt: u32,
+    /// Tokens of the prompt that its head had already, once it has said so.
+    pub reused: u32,
     sent: Instant,
     /// When its last token came.
     last: Option<Instant>,
@@ -158,6 +160,7 @@ impl Router {
             address,
             epoch,
             prompt: request.prompt_tokens,
+            reused: 0,
             sent: now,
             last: None,
             tokens: 0,
@@ -166,13 +169,15 @@ impl Router {
         })
     }
 
-    /// A sequence's first token came; its head says how long the prompt took.
+    /// A sequence's first token came; its head says how long the prompt took, but for what of it was
+    /// there already (`Ticket::reused`).
     pub fn first_token(&mut self, now: Instant, ticket: &mut Ticket, prefill: Duration) {
         ticket.last = Some(now);
         ticket.tokens = 1;
         let prompt = ticket.prompt;
+        let computed = prompt.saturating_sub(ticket.reused);
         if let Some((book, _)) = self.find(ticket) {
-            book.first_token(now, prompt, Some(prefill));
+            book.first_token(now, prompt, Some((computed, prefill)));
         }
     }
 

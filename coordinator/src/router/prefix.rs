@@ -5,6 +5,7 @@
 
 use shoal_protocol::id::{AdapterId, TokenId};
 use shoal_protocol::plan::BLOCK_TOKENS;
+use shoal_protocol::prefix::Tenant;
 
 /// Blocks that are remembered per replica: 64 Ki tokens, 32 KiB. What collides is forgotten.
 const SLOTS: usize = 4096;
@@ -38,10 +39,14 @@ impl PrefixIndex {
 
 /// The hash of each full block of a prompt, each over all tokens before it too. They guess at a
 /// cache's contents and decide about time alone, so they need not withstand an attacker.
-/// What an adapter made of the same tokens is something else.
-pub fn block_hashes(tokens: &[TokenId], adapter: Option<AdapterId>, out: &mut Vec<u64>) {
+/// What an adapter made of the same tokens is something else, and tenants share nothing.
+pub fn block_hashes(
+    tokens: &[TokenId],
+    (tenant, adapter): (Tenant, Option<AdapterId>),
+    out: &mut Vec<u64>,
+) {
     out.clear();
-    let mut state = 0x5368_6f61_6c00_0001u64;
+    let mut state = 0x5368_6f61_6c00_0001u64 ^ tenant.0 as u64 ^ (tenant.0 >> 64) as u64;
     if let Some(AdapterId(number)) = adapter {
         state = super::dice::mix(state ^ u64::from(number));
     }
@@ -64,8 +69,9 @@ mod tests {
         let mut other = tokens.clone();
         other[40] = 7;
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        block_hashes(&tokens, None, &mut a);
-        block_hashes(&other, None, &mut b);
+        let open = (Tenant::OPEN, None);
+        block_hashes(&tokens, open, &mut a);
+        block_hashes(&other, open, &mut b);
         assert_eq!(a.len(), 6, "full blocks alone");
         assert_eq!(a[..2], b[..2]);
         assert!(a[2..].iter().zip(&b[2..]).all(|(a, b)| a != b), "all that follows differs");
@@ -73,7 +79,9 @@ mod tests {
         assert_eq!(index.known(&a), 0);
         index.note(&a);
         assert_eq!((index.known(&a), index.known(&b)), (6, 2));
-        block_hashes(&tokens, Some(AdapterId(1)), &mut b);
-        assert_eq!((b.len(), index.known(&b)), (6, 0), "an adapter's blocks are its own");
+        for (tenant, adapter) in [(Tenant::OPEN, Some(AdapterId(1))), (Tenant(7), None)] {
+            block_hashes(&tokens, (tenant, adapter), &mut b);
+            assert_eq!((b.len(), index.known(&b)), (6, 0), "{tenant:?}, {adapter:?}");
+        }
     }
 }

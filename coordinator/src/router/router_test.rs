@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::ErrorCode;
+use shoal_protocol::prefix::Tenant;
 
 use super::*;
 use crate::serving::ServedReplica;
@@ -277,7 +278,7 @@ fn what_is_cached_costs_nothing() {
     let mut router = router(Policy::Score, 1000, &served);
     let tokens: Vec<u32> = (0..800).collect();
     let mut hashes = Vec::new();
-    prefix::block_hashes(&tokens, None, &mut hashes);
+    prefix::block_hashes(&tokens, (Tenant::OPEN, None), &mut hashes);
     let request = RouteRequest {
         sequences: 1,
         prompt_tokens: 800,

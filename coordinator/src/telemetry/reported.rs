@@ -6,8 +6,9 @@ use prometheus::proto::MetricFamily;
 use prometheus::{CounterVec, GaugeVec, IntGauge, Opts};
 use shoal_protocol::control::{HeadReport, ShardCounters, ShardReport, ShardState};
 use shoal_protocol::id::{NodeId, ReplicaId};
+use shoal_protocol::prefix::PrefixReport;
 
-use crate::serving::ServingTable;
+use crate::serving::{ServedReplica, ServingTable};
 
 /// A gauge of the heads of a deployment.
 type HeadGauge = (&'static str, &'static str, fn(&[HeadReport]) -> f64);
@@ -39,6 +40,29 @@ const HEAD_COUNTERS: &[HeadCounter] = &[
     ("shoal_head_prompt_tokens_total", "Prompt tokens computed.", |head| head.prompt_tokens),
     ("shoal_head_generated_tokens_total", "Tokens generated.", |head| head.generated_tokens),
     ("shoal_head_steps_total", "Steps issued.", |head| head.steps),
+];
+
+/// A counter of the blocks that the heads of a deployment share.
+type PrefixCounter = (&'static str, &'static str, fn(&PrefixReport) -> u64);
+
+const PREFIX_COUNTERS: &[PrefixCounter] = &[
+    ("vllm:prefix_cache_queries_total", "Prompt tokens that were looked for.", |p| p.tokens_asked),
+    ("vllm:prefix_cache_hits_total", "Prompt tokens that were found.", |p| p.tokens_found),
+    ("shoal_prefix_lookups_total", "Sequences that looked for their beginning.", |p| p.lookups),
+    ("shoal_prefix_hits_total", "Sequences that found some of it.", |p| p.hits),
+    (
+        "shoal_prefix_evictions_total",
+        "KV blocks whose content was known and that were given to others.",
+        |p| p.evictions,
+    ),
+];
+
+/// A gauge of the same.
+type PrefixGauge = (&'static str, &'static str, fn(&PrefixReport) -> u32);
+
+const PREFIX_GAUGES: &[PrefixGauge] = &[
+    ("shoal_prefix_blocks", "KV blocks whose content is known.", |p| p.blocks_known),
+    ("shoal_prefix_blocks_idle", "Those of them that no sequence uses.", |p| p.blocks_idle),
 ];
 
 /// A counter of a shard or of the link behind it, in the unit of its name.
@@ -106,12 +130,46 @@ fn heads(table: &ServingTable, out: &mut Vec<MetricFamily>) -> Result<(), promet
         }
         out.extend(vec.collect());
     }
+    prefixes(table, out)?;
     let kind = "1: what a deployment makes of requests (generate, embed, rank).";
     let kind = GaugeVec::new(Opts::new("shoal_deployment_kind", kind), &["model_name", "kind"])?;
     for deployment in table.deployments.values() {
         kind.with_label_values(&[deployment.name.as_str(), deployment.kind.label()]).set(1.0);
     }
     out.extend(kind.collect());
+    Ok(())
+}
+
+fn prefixes(table: &ServingTable, out: &mut Vec<MetricFamily>) -> Result<(), prometheus::Error> {
+    let of = |replica: &ServedReplica| {
+        let of_it =
+            |p: &&PrefixReport| (p.replica, p.generation) == (replica.id, replica.generation);
+        table.prefixes.iter().find(of_it).copied().unwrap_or_default()
+    };
+    let deployments: Vec<(&str, Vec<PrefixReport>)> = table
+        .deployments
+        .values()
+        .map(|deployment| {
+            let ready = deployment.replicas.iter().filter(|replica| replica.ready);
+            (deployment.name.as_str(), ready.map(of).collect())
+        })
+        .collect();
+    for (name, help, value) in PREFIX_COUNTERS {
+        let vec = CounterVec::new(Opts::new(*name, *help), &["model_name"])?;
+        for (model, heads) in &deployments {
+            let sum = heads.iter().map(value).sum::<u64>();
+            vec.with_label_values(&[*model]).inc_by(sum as f64);
+        }
+        out.extend(vec.collect());
+    }
+    for (name, help, value) in PREFIX_GAUGES {
+        let vec = GaugeVec::new(Opts::new(*name, *help), &["model_name"])?;
+        for (model, heads) in &deployments {
+            let sum = heads.iter().map(|p| f64::from(value(p))).sum();
+            vec.with_label_values(&[*model]).set(sum);
+        }
+        out.extend(vec.collect());
+    }
     Ok(())
 }
 
@@ -193,7 +251,7 @@ mod tests {
     use shoal_protocol::id::{DeploymentName, Generation};
 
     use super::*;
-    use crate::serving::{ServedDeployment, ServedReplica};
+    use crate::serving::ServedDeployment;
 
     #[test]
     fn heads_are_summed_by_model_and_shards_stand_alone() {
@@ -228,6 +286,15 @@ mod tests {
         let mut table =
             ServingTable { workers_total: 3, workers_connected: 2, ..Default::default() };
         table.deployments.insert(name, Arc::new(deployment));
+        let prefix = |replica, generation| PrefixReport {
+            replica: ReplicaId(replica),
+            generation: Generation(generation),
+            blocks_known: 7,
+            tokens_found: 48,
+            ..PrefixReport::default()
+        };
+        // The last one is of a layout that was replaced.
+        table.prefixes = vec![prefix(4, 1), prefix(5, 1), prefix(5, 0)];
         let shard = ShardReport {
             replica: ReplicaId(5),
             generation: Generation(1),

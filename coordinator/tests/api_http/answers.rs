@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::Generate;
+use shoal_protocol::version::KNOWS_PREFIXES;
 
 use super::client::{get, post};
 use super::head::{End, Script};
@@ -89,7 +91,7 @@ async fn a_completion_comes_whole_or_in_pieces_and_says_the_same() {
     assert_eq!((&choice["finish_reason"], &choice["logprobs"]), (&json!("stop"), &Value::Null));
     // The end token counts, as it was generated.
     let usage = json!({"prompt_tokens": prompt, "completion_tokens": tokens + 1,
-        "total_tokens": prompt + tokens + 1});
+        "total_tokens": prompt + tokens + 1, "prompt_tokens_details": {"cached_tokens": 0}});
     assert_eq!(whole["usage"], usage);
 
     let options = json!({"stream": true, "stream_options": {"include_usage": true}});
@@ -256,6 +258,32 @@ async fn token_ids_come_as_in_vllm() {
         });
         assert_eq!(prompts.count(), 1, "{path}");
     }
+}
+
+#[tokio::test]
+async fn what_a_head_had_of_a_prompt_stands_in_the_usage() {
+    let setup = Setup::new().await;
+    setup.head.set(Script { tokens: vec![40], pace: Default::default(), end: End::Done(1) });
+    let ask = |more: Value| {
+        let body = json!({"model": "org/pretend", "prompt": [[7, 8, 9], [7, 8]], "n": 2,
+            "max_tokens": 1});
+        let (http, body) = (setup.http, merge(body, more));
+        async move { post(http, COMPLETIONS, &body).await }
+    };
+    let cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+    // A stage that knows of no blocks that are shared may be there: no tenant is named.
+    setup.speak(KNOWS_PREFIXES - 1);
+    assert_eq!(cached(&ask(json!({})).await.json()["usage"]), Some(0));
+    assert!(setup.head.tenants().iter().all(Option::is_none));
+    setup.speak(KNOWS_PREFIXES);
+    // Two tokens of the one, one of the other, each prompt counted once as in `prompt_tokens`.
+    let whole = ask(json!({})).await.json();
+    assert_eq!((cached(&whole["usage"]), &whole["usage"]["prompt_tokens"]), (Some(3), &json!(5)));
+    assert!(setup.head.tenants()[4..].iter().all(|tenant| *tenant == Some(Tenant::OPEN)));
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let (events, done) = ask(options).await.events();
+    assert!(done);
+    assert_eq!(cached(&events.last().expect("events")["usage"]), Some(3));
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameKind};
 use shoal_protocol::id::TokenId;
+use shoal_protocol::prefix::{ReusedHeader, Tenant, TenantHeader};
 use shoal_protocol::quic::{
     Alpn, Connection, Endpoint, FrameReceiver, FrameSender, Identity, close_code,
 };
@@ -54,6 +55,8 @@ pub struct Seen {
     pub requests: Vec<Generate>,
     /// What stood before each of them.
     pub marks: Vec<Option<TraceMark>>,
+    /// Whose each of them is.
+    pub tenants: Vec<Option<Tenant>>,
     /// Sequences that were reset.
     pub cancelled: usize,
 }
@@ -119,6 +122,10 @@ impl Head {
         self.seen.borrow().marks.clone()
     }
 
+    pub fn tenants(&self) -> Vec<Option<Tenant>> {
+        self.seen.borrow().tenants.clone()
+    }
+
     pub fn requests(&self) -> Vec<Generate> {
         self.seen.borrow().requests.clone()
     }
@@ -160,6 +167,12 @@ impl World {
             mark = Some(trace.mark().expect("a mark"));
             frame = receive.next().await.expect("a frame").expect("Generate");
         }
+        let mut tenant = None;
+        if frame.kind == FrameKind::Tenant {
+            let named = TenantHeader::read_from(frame.header()).expect("a header");
+            tenant = Some(named.tenant());
+            frame = receive.next().await.expect("a frame").expect("Generate");
+        }
         assert_eq!(frame.kind, FrameKind::Generate);
         let body = receive.body(&frame, 1 << 20).await.expect("a body");
         let request = Generate::decode(frame.header(), &body).expect("a valid request");
@@ -168,7 +181,11 @@ impl World {
         self.seen.send_modify(|seen| {
             seen.requests.push(request.clone());
             seen.marks.push(mark);
+            seen.tenants.push(tenant);
         });
+        if tenant.is_some() {
+            reuse(&mut send, &request).await;
+        }
         tokio::select! {
             // The answer first: at its end the coordinator finishes its half.
             biased;
@@ -183,6 +200,21 @@ impl World {
             }
         }
     }
+}
+
+/// All of the prompt but its last token was there already; an attempt before this one had nothing.
+async fn reuse(send: &mut FrameSender, request: &Generate) {
+    let said = |attempt, tokens| HeadEvent::Reused {
+        header: ReusedHeader {
+            request: request.request.0,
+            attempt,
+            choice: request.choice,
+            tokens,
+            reserved: 0,
+        },
+    };
+    say(send, said(request.attempt.0, request.prompt_len - 1)).await;
+    say(send, said(request.attempt.0.wrapping_sub(1), 0)).await;
 }
 
 async fn play(send: &mut FrameSender, request: &Generate, script: &Script) {

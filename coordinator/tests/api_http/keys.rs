@@ -10,6 +10,8 @@ use shoal_coordinator::control::state::{
 };
 use shoal_protocol::access::{KeyLimits, KeyName};
 use shoal_protocol::id::{Incarnation, NodeId};
+use shoal_protocol::prefix::Tenant;
+use shoal_protocol::version::KNOWS_PREFIXES;
 use tokio::sync::watch;
 
 use super::client::{Response, get, open, send};
@@ -76,6 +78,30 @@ fn denied(response: &Response, status: u16, code: &str) {
     assert!(error["message"].is_string() && error["param"].is_null(), "{error}");
     assert_eq!(response.header("www-authenticate"), (status == 401).then_some("Bearer"));
     assert_eq!(response.header("retry-after").is_some(), status == 429);
+}
+
+#[tokio::test]
+async fn each_key_is_a_tenant_of_its_own() {
+    let mut locked = Locked::with_key(KeyLimits::default()).await;
+    let other = "sk-shoal-b0b";
+    let (name, hash) = (KeyName::new("bob").expect("a name"), KeyHash::of(other));
+    let limits = KeyLimits::default();
+    locked.change(KeyCommand::Create { name, hash, limits, expires: None });
+    locked.setup.says("3.");
+    locked.setup.speak(KNOWS_PREFIXES);
+    for key in [KEY, other, KEY] {
+        let body = body(false).to_string();
+        let head = format!(
+            "POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            body.len()
+        );
+        assert_eq!(send(locked.setup.http, &head).await.status, 200);
+    }
+    let tenants = locked.setup.head.tenants();
+    assert_eq!((tenants.len(), tenants[0]), (3, tenants[2]));
+    assert!(tenants[0] != tenants[1] && !tenants.contains(&Some(Tenant::OPEN)), "{tenants:?}");
+    assert!(tenants.iter().all(Option::is_some));
 }
 
 #[tokio::test]

@@ -101,7 +101,7 @@ fn damaged_hot_frames_are_refused_without_a_panic() {
         });
     }
     let hello = LinkHello { generation: 7, replica: 3, from_stage: 0, to_stage: 1, ranks: 0 };
-    bombard(9, &framed(FrameKind::LinkHello, &flat_bytes(&hello), &[]), |_, header, _| {
+    bombard(20, &framed(FrameKind::LinkHello, &flat_bytes(&hello), &[]), |_, header, _| {
         let _ = LinkHello::read_from(header);
     });
     let close = CloseHeader { generation: 7, sequence: 9 };

@@ -6,6 +6,7 @@ use shoal_protocol::adapters::{
     AdapterCall, AdapterReply, AdapterSpec, AdapterView, DeploymentAdapters, HeldAdapters,
     WantedAdapters,
 };
+use shoal_protocol::prefix::{PrefixReport, Tenant, TenantHeader};
 use shoal_protocol::weights::{
     ASK_LEN_MAX, BlobNews, ChunkAsk, ChunkHash, ChunkId, ChunkReply, ModelKey,
 };
@@ -112,6 +113,22 @@ fn adapters_listed() -> AdminReply {
     }]))
 }
 
+fn prefixes() -> WorkerMessage {
+    WorkerMessage::Prefixes(vec![PrefixReport {
+        replica: ReplicaId(3),
+        generation: Generation(7),
+        blocks_known: 300,
+        blocks_idle: 200,
+        hits: 4,
+        lookups: 5,
+        tokens_asked: 6000,
+        tokens_found: 5000,
+        evictions: 1,
+    }])
+}
+
+const TENANT: Tenant = Tenant(0x0123_4567_89ab_cdef_0011_2233_4455_6677);
+
 fn nodes_known() -> AdminReply {
     let node = NodeView {
         node: NodeId::worker(2),
@@ -134,6 +151,10 @@ fn what_travels_from_version_3_on_has_golden_bytes() {
     check_message("CoordinatorBlobs", &of_coordinator());
     check_message("CoordinatorAdapters", &wanted_adapters());
     check_message("WorkerAdapters", &held_adapters());
+    check_message("WorkerPrefixes", &prefixes());
+    let tenant = check_flat(TenantHeader::of(TENANT));
+    assert_eq!(TenantHeader::read_from(&tenant).unwrap().tenant(), TENANT);
+    check_golden("Tenant", &framed(FrameKind::Tenant, &tenant, &[]));
     check_message("AdminLoadAdapter", &load_adapter());
     check_message("AdminAdapters", &adapters_listed());
     check_message("ChunkAsk", &ASK);
@@ -166,6 +187,7 @@ fn damaged_messages_of_version_3_are_refused_without_a_panic() {
     bombard_message(43, &assigned(hub_gguf()));
     bombard_message(39, &wanted_adapters());
     bombard_message(40, &held_adapters());
+    bombard_message(44, &prefixes());
     bombard_message(41, &load_adapter());
     bombard_message(42, &nodes_known());
     bombard_message(36, &assigned(object_store()));

@@ -28,6 +28,7 @@ use super::book::Book;
 use super::fate::Fate;
 use super::renewal::Renewal;
 use super::session::{Place, Session, Told};
+use crate::head::Heads;
 
 /// The file's name in the data folder: a line for each, such as `c1 10.0.0.1:4000`.
 pub const FILE_NAME: &str = "coordinators";
@@ -69,6 +70,8 @@ pub(super) struct Coordinators {
     pub facts: watch::Receiver<Vec<Fact>>,
     /// Which adapters its shards have, where there should be some.
     pub adapters: watch::Receiver<Vec<HeldAdapters>>,
+    /// Who knows what is to be said of blocks that are shared.
+    pub heads: Heads,
     /// What they say.
     pub told: mpsc::Sender<Told>,
     pub renewal: Arc<Renewal>,

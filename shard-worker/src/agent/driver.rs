@@ -169,6 +169,7 @@ impl Agent {
             reports: reports_inbox,
             facts: parts.facts,
             adapters: held_inbox,
+            heads: parts.heads.clone(),
             told: told_to,
             renewal: Arc::new(renewal),
             work: parts.links.work().subscribe(),

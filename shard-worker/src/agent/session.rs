@@ -12,17 +12,21 @@ use shoal_protocol::control::{
 };
 use shoal_protocol::id::{NodeId, Role};
 use shoal_protocol::mesh::Fact;
+use shoal_protocol::prefix::PrefixReport;
 use shoal_protocol::quic::{
     Alpn, Connection, Expect, FrameReceiver, FrameSender, Pulse, Silence, close_code,
 };
 use shoal_protocol::trust::BadTrust;
-use shoal_protocol::version::{KNOWS_ADAPTERS, KNOWS_HUB, KNOWS_MESHES, KNOWS_TRUST};
+use shoal_protocol::version::{
+    KNOWS_ADAPTERS, KNOWS_HUB, KNOWS_MESHES, KNOWS_PREFIXES, KNOWS_TRUST,
+};
 use tokio::sync::{mpsc, watch};
 
 use super::book::Book;
 use super::coordinators::Coordinators;
 use super::renewal::Renewal;
 use crate::blob::{Telling, more};
+use crate::head::Heads;
 
 /// How long a coordinator may take to be reached and to say `Welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -234,8 +238,10 @@ impl Session {
         tracing::info!("registered at {node} ({at}) as {}", self.shared.register.node);
         let pulse = Pulse::default().renewing(Arc::clone(&self.shared.lease));
         let work = self.shared.work.clone();
-        let Coordinators { book, renewal, told, reports, facts, adapters, .. } = &mut self.shared;
-        let said = Said { reports, facts, adapters, answers: &mut self.answers_inbox };
+        let Coordinators { book, renewal, told, reports, facts, adapters, heads, .. } =
+            &mut self.shared;
+        let answers = &mut self.answers_inbox;
+        let said = Said { reports, facts, adapters, heads, answers };
         let mut dropped = book.subscribe();
         let ear = Ear { node, at, book, told, answers: &self.answers };
         ear.hear(list);
@@ -343,6 +349,7 @@ struct Said<'a> {
     reports: &'a mut watch::Receiver<Report>,
     facts: &'a mut watch::Receiver<Vec<Fact>>,
     adapters: &'a mut watch::Receiver<Vec<HeldAdapters>>,
+    heads: &'a Heads,
     answers: &'a mut mpsc::Receiver<WorkerMessage>,
 }
 
@@ -352,7 +359,8 @@ async fn report(
     renewal: &Renewal,
     version: u16,
 ) -> SessionEnd {
-    let Said { reports, facts, adapters, answers } = said;
+    let Said { reports, facts, adapters, heads, answers } = said;
+    let mut prefixes: Vec<PrefixReport> = Vec::new();
     reports.mark_changed();
     facts.mark_changed();
     // Who was never told of any has nothing to say of them.
@@ -369,6 +377,15 @@ async fn report(
             changed = reports.changed() => match changed {
                 Ok(()) => {
                     tokio::time::sleep(REPORT_PAUSE).await;
+                    let now = if version >= KNOWS_PREFIXES { heads.prefixes() } else { Vec::new() };
+                    // First, so that whoever looks at reports sees them.
+                    if now != prefixes {
+                        prefixes.clone_from(&now);
+                        let message = WorkerMessage::Prefixes(now);
+                        if let Err(error) = sender.send_message(&message, MESSAGE_LEN_MAX).await {
+                            return SessionEnd::Broken(error.to_string());
+                        }
+                    }
                     WorkerMessage::Report(reports.borrow_and_update().clone())
                 }
                 Err(_) => return SessionEnd::AgentEnded,

@@ -48,7 +48,21 @@ impl Engine {
         if sequence.run().is_none_or(|run| run.id != part.sequence) {
             return;
         }
-        sequence.absorbed();
+        let full = sequence.absorbed(part.last_position());
+        if sample.is_some_and(|sample| sample.token == Sample::NO_TOKEN) {
+            // Whoever shared what it holds would fail as it does, also when the cause is gone.
+            let blocks = sequence.run().map_or(&[][..], |run| &run.blocks);
+            self.blocks.forget_all(blocks);
+        } else if let Some(run) = sequence.run() {
+            // Every stage has computed them: what comes later finds them there.
+            for i in full {
+                if let (Some(&block), Some(content)) =
+                    (run.blocks.get(i as usize), sequence.content(i))
+                {
+                    self.blocks.publish(block, content, i);
+                }
+            }
+        }
         let prompt_left = sequence.prompt_len().saturating_sub(part.first_position);
         self.counters.prompt_tokens += u64::from(prompt_left.min(part.rows));
         match (sample, vector) {

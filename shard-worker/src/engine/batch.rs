@@ -22,6 +22,11 @@ impl Batch {
         self.rows.len() as u32
     }
 
+    /// Grants so far.
+    pub fn grants(&self) -> u32 {
+        self.grants.len() as u32
+    }
+
     /// Adds the rows of one sequence.
     pub fn add(&mut self, arrival: Arrival, issued: &Issued<'_>) {
         let sequence = issued.id;
@@ -32,8 +37,11 @@ impl Batch {
             self.rows.push(RowRecord { sequence: sequence.0, position, flags });
         }
         self.tokens.extend_from_slice(issued.tokens);
-        let grant = |&block: &u32| BlockGrant { sequence: sequence.0, block, reserved: 0 };
-        self.grants.extend(issued.grants.iter().map(grant));
+        let grants = issued.grants.iter().enumerate().map(|(i, &block)| {
+            let flags = if i < issued.shared { BlockGrant::SHARED } else { 0 };
+            BlockGrant { sequence: sequence.0, block, flags }
+        });
+        self.grants.extend(grants);
         self.parts.push(Part {
             arrival,
             sequence: SequenceId(sequence.0),

@@ -1,6 +1,6 @@
 //! What must hold in an engine between any two calls.
 
-use std::collections::BTreeMap;
+use shoal_protocol::plan::BLOCK_TOKENS;
 
 use super::Engine;
 
@@ -50,21 +50,35 @@ impl Engine {
         }
     }
 
-    /// Each used block is in exactly one running sequence, and each has enough for its rows.
+    /// Each block is held as often as running sequences have it, each of these has enough for its rows,
+    /// and nobody writes, now or later, to a block that another has too.
     fn check_blocks(&self, wrong: &mut Vec<String>) {
-        let mut holders: BTreeMap<u32, u32> = BTreeMap::new();
-        for run in self.sequences.values().filter_map(|sequence| sequence.run()) {
-            run.blocks.iter().for_each(|block| *holders.entry(*block).or_default() += 1);
-            if (run.blocks.len() as u32) * shoal_protocol::plan::BLOCK_TOKENS < run.issued() {
-                wrong.push(format!("{} has issued more rows than its blocks hold", run.id));
+        let mut holders = vec![0u32; self.blocks.total() as usize];
+        let runs = || self.sequences.values().filter_map(|sequence| sequence.run());
+        for block in runs().flat_map(|run| &run.blocks) {
+            match holders.get_mut(*block as usize) {
+                Some(holders) => *holders += 1,
+                None => wrong.push(format!("block {block} is held but not of the pool")),
             }
         }
-        if holders.values().any(|holders| *holders != 1) {
-            wrong.push("a block is in two sequences".to_owned());
+        if holders != self.blocks.holders() {
+            let counted = self.blocks.holders();
+            wrong.push(format!("blocks are held {holders:?} times and counted {counted:?} times"));
         }
-        if holders.len() as u32 != self.blocks.used() {
-            let used = self.blocks.used();
-            wrong.push(format!("{used} blocks are used, sequences hold {}", holders.len()));
+        for run in runs() {
+            if (run.blocks.len() as u32) * BLOCK_TOKENS < run.issued() {
+                wrong.push(format!("{} has issued more rows than its blocks hold", run.id));
+            }
+            if run.issued() < run.shared() * BLOCK_TOKENS {
+                wrong.push(format!("{} writes to blocks that it took full", run.id));
+            }
+            // Rows that have come back are not written again.
+            let writable = run.blocks.iter().skip((run.computed() / BLOCK_TOKENS) as usize);
+            for block in writable {
+                if holders.get(*block as usize).is_some_and(|holders| *holders > 1) {
+                    wrong.push(format!("{} may write to block {block}, which others have", run.id));
+                }
+            }
         }
     }
 
@@ -84,6 +98,9 @@ impl Engine {
                 wrong.push(format!("{} is in {} flights", run.id, parts().count()));
             }
             let rows: u32 = parts().map(|part| part.rows).sum();
+            if run.computed() + rows != run.issued() {
+                wrong.push(format!("{} lost count of what came back", run.id));
+            }
             let mut next = run.issued().saturating_sub(rows);
             for part in parts() {
                 if part.first_position != next {

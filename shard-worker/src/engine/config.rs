@@ -48,6 +48,9 @@ pub struct EngineConfig {
     pub prefill_rows_min: u32,
     /// See `SPLIT_ROWS_MIN`.
     pub split_rows_min: u32,
+    /// What the hashes of known blocks begin with: 32 random bytes of this process. `None`: sequences
+    /// share no blocks.
+    pub prefix_key: Option<[u8; 32]>,
     /// Whether the model is an encoder: an input goes through in one step, and its vector is the answer.
     pub encodes: bool,
 }
@@ -89,6 +92,7 @@ impl EngineConfig {
             prefill_steps_per_stage: PREFILL_STEPS_PER_STAGE,
             prefill_rows_min: PREFILL_ROWS_MIN,
             split_rows_min: SPLIT_ROWS_MIN,
+            prefix_key: None,
             encodes: false,
         }
     }

@@ -44,11 +44,12 @@ pub(super) fn request(prompt_len: u32, max_tokens: u32) -> Generate {
 }
 
 pub(super) fn submit(engine: &mut Engine, key: u64, request: Generate) {
-    engine.handle(Instant(1000), Event::Submit { key: ClientKey(key), request: Box::new(request) });
+    let (key, request) = (ClientKey(key), Box::new(request));
+    engine.handle(Instant(1000), Event::Submit { key, request, tenant: None });
 }
 
 /// All actions, in short words: `open s1 3/3`, `step 0: s1@0..3! +b0`, `close s1`, `c1 token 0=7`.
-/// `!` marks rows that sample, `+b` grants.
+/// `!` marks rows that sample, `+b` grants, `*` those of blocks that come with their content.
 pub(super) fn actions(engine: &mut Engine) -> Vec<String> {
     std::iter::from_fn(|| engine.poll_action()).map(|action| words(&action)).collect()
 }
@@ -68,8 +69,9 @@ pub(super) fn words(action: &Action) -> String {
                 let mark = if run.iter().any(RowRecord::samples) { "!" } else { "" };
                 text += &format!(" s{}@{first}..{}{mark}", run[0].sequence, last + 1);
             }
-            for BlockGrant { block, .. } in &step.grants {
-                text += &format!(" +b{block}");
+            for grant in &step.grants {
+                let mark = if grant.is_shared() { "*" } else { "" };
+                text += &format!(" +b{}{mark}", grant.block);
             }
             text
         }
@@ -81,6 +83,7 @@ pub(super) fn words(action: &Action) -> String {
                 format!("c{} {reason:?} after {}", key.0, header.tokens)
             }
             HeadEvent::Failed { code, .. } => format!("c{} failed {code}", key.0),
+            HeadEvent::Reused { header } => format!("c{} reuses {}", key.0, header.tokens),
             HeadEvent::Vector { values, .. } => format!("c{} vector {values:?}", key.0),
         },
     }
@@ -121,7 +124,7 @@ fn one_answer_from_prompt_to_end() {
     assert_eq!((open.request, open.prompt_len), (RequestId(77), 3));
     assert_eq!(open.tokens, [100, 101, 102]);
     let row = |position, flags| RowRecord { sequence: 1, position, flags };
-    let grant = BlockGrant { sequence: 1, block: 0, reserved: 0 };
+    let grant = BlockGrant { sequence: 1, block: 0, flags: 0 };
     let rows = vec![row(0, 0), row(1, 0), row(2, 1)];
     assert_eq!((step.header.generation, step.header.step), (2, 0));
     assert_eq!((step.header.rows, step.header.grants, step.header.samples), (3, 1, 1));

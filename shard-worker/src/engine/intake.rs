@@ -1,15 +1,18 @@
 //! What comes in from clients: new requests, each checked once, and cancellations.
 
 use shoal_protocol::error::{ErrorCode, WireError};
+use shoal_protocol::id::AdapterId;
 use shoal_protocol::plan::BLOCK_TOKENS;
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::{FinishReason, Generate, SECOND_TEXT};
 
+use super::prefixes::Chain;
 use super::sequence::Sequence;
 use super::{Action, Arrival, ClientKey, Ending, Engine, failed};
 
 impl Engine {
     /// A request comes in: it waits for its turn, or is answered at once.
-    pub(super) fn submit(&mut self, key: ClientKey, mut request: Generate) {
+    pub(super) fn submit(&mut self, key: ClientKey, mut request: Generate, tenant: Option<Tenant>) {
         let refusal = match &self.fault {
             Some(reason) => Some(WireError::new(
                 ErrorCode::WorkerLost,
@@ -28,7 +31,8 @@ impl Engine {
         }
         let arrival = Arrival(self.next_arrival);
         self.next_arrival += 1;
-        let sequence = Sequence::new(key, request, self.now);
+        let chain = self.chain(tenant, request.adapter);
+        let sequence = Sequence::new(key, request, chain, self.now);
         let used_up = sequence.is_used_up(self.config.context());
         if let Some(deadline) = sequence.deadline() {
             self.deadlines.insert((deadline, arrival));
@@ -41,6 +45,13 @@ impl Engine {
             let reason = FinishReason::Length;
             self.end(arrival, Some(Ending::Done { reason, stop_token: None }));
         }
+    }
+
+    /// The chain of a sequence that shares blocks. Those of an encoder read in both directions, so that
+    /// each block depends on what follows it.
+    fn chain(&self, tenant: Option<Tenant>, adapter: Option<AdapterId>) -> Option<Chain> {
+        let key = self.config.prefix_key.as_ref().filter(|_| !self.config.encodes)?;
+        Some(Chain::new(key, tenant?, adapter))
     }
 
     /// The client went away.

@@ -26,6 +26,7 @@ mod config;
 mod fault;
 mod intake;
 mod pipeline;
+mod prefixes;
 mod scheduler;
 mod sequence;
 
@@ -35,6 +36,7 @@ use shoal_protocol::activation::{CloseHeader, Open, Samples, Step};
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::id::TokenId;
+use shoal_protocol::prefix::{PrefixReport, Tenant};
 use shoal_protocol::request::{
     DoneHeader, FailedHeader, FinishReason, Generate, HeadEvent, NO_STOP_TOKEN, VectorHeader,
 };
@@ -60,6 +62,8 @@ pub enum Event {
         key: ClientKey,
         /// What is asked for.
         request: Box<Generate>,
+        /// Whose it is. `None`: it shares no blocks, with nobody.
+        tenant: Option<Tenant>,
     },
     /// The client went away. Nothing is emitted for this key behind it. A key that is unknown (its
     /// answer has just ended) is ignored.
@@ -118,6 +122,10 @@ struct Counters {
     prompt_tokens: u64,
     generated_tokens: u64,
     stray_samples: u64,
+    lookups: u64,
+    hits: u64,
+    tokens_asked: u64,
+    tokens_found: u64,
 }
 
 /// The head's machine of one generation of one replica.
@@ -172,7 +180,7 @@ impl Engine {
     pub fn handle(&mut self, now: Instant, event: Event) {
         self.now = self.now.max(now);
         match event {
-            Event::Submit { key, request } => self.submit(key, *request),
+            Event::Submit { key, request, tenant } => self.submit(key, *request, tenant),
             Event::Cancel { key } => self.cancel(key),
             Event::Samples(samples) => self.absorb(&samples),
             Event::Fault { reason } => self.fail_generation(reason),
@@ -214,6 +222,22 @@ impl Engine {
             prompt_tokens: self.counters.prompt_tokens,
             generated_tokens: self.counters.generated_tokens,
             steps: self.pipeline.issued(),
+        }
+    }
+
+    /// What a worker reports of the blocks whose content its head knows.
+    pub fn prefixes(&self) -> PrefixReport {
+        let prefixes = self.blocks.prefixes();
+        PrefixReport {
+            replica: self.config.replica,
+            generation: self.config.generation,
+            blocks_known: prefixes.len(),
+            blocks_idle: prefixes.idle(),
+            hits: self.counters.hits,
+            lookups: self.counters.lookups,
+            tokens_asked: self.counters.tokens_asked,
+            tokens_found: self.counters.tokens_found,
+            evictions: prefixes.evictions(),
         }
     }
 
@@ -340,5 +364,7 @@ mod encode_test;
 mod ends_test;
 #[cfg(test)]
 mod engine_test;
+#[cfg(test)]
+mod prefix_test;
 #[cfg(test)]
 mod random_test;

@@ -10,8 +10,11 @@ use std::time::Duration;
 
 use shoal_protocol::activation::{CloseHeader, Open, Samples, Step};
 use shoal_protocol::error::ErrorCode;
-use shoal_protocol::id::{Attempt, Generation, ReplicaId, RequestId, SequenceId, TokenId};
+use shoal_protocol::id::{
+    AdapterId, Attempt, Generation, ReplicaId, RequestId, SequenceId, TokenId,
+};
 use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::{FinishReason, Generate, HeadEvent, NO_STOP_TOKEN, SamplingRecord};
 use shoal_protocol::units::Instant;
 
@@ -41,7 +44,12 @@ impl Dice {
     }
 }
 
-/// What a stage writes for a row, and what it sends on, given all rows so far.
+/// What a stage writes for a row, of which an adapter makes something else.
+fn written(hidden: u64, adapter: Option<AdapterId>) -> u64 {
+    adapter.map_or(hidden, |AdapterId(number)| mix(hidden, u64::from(number)))
+}
+
+/// What a stage sends on, given all rows so far.
 fn attend(cache: impl Iterator<Item = u64>) -> u64 {
     cache.fold(7, mix)
 }
@@ -66,7 +74,7 @@ fn alone(stages: u32, context: u32, request: &Generate) -> (Vec<TokenId>, Finish
         for &token in &tokens[computed..] {
             hidden = u64::from(token);
             for cache in &mut caches {
-                cache.push(hidden);
+                cache.push(written(hidden, request.adapter));
                 hidden = attend(cache.iter().copied());
             }
         }
@@ -117,7 +125,7 @@ impl Stage {
                     for row in 0..span.rows {
                         let position = span.first_position as usize + row;
                         let value = &mut hidden[span.first_row + row];
-                        self.cache[slot(position)] = *value;
+                        self.cache[slot(position)] = written(*value, span.adapter);
                         *value = attend((0..=position).map(|p| self.cache[slot(p)]));
                     }
                 }
@@ -151,9 +159,22 @@ struct World {
     now: Instant,
     in_flight_seen: usize,
     expired: usize,
+    /// Whether prompts begin as others do, and blocks are shared.
+    shares: bool,
+    /// Steps that computed less of a prompt because of that, as clients were told.
+    reused: usize,
 }
 
 impl World {
+    /// One whose sequences share what they have in common.
+    fn sharing(seed: u64, stages: u32, limits: ReplicaLimits) -> Self {
+        let mut world = Self::new(seed, stages, limits);
+        world.config.prefix_key = Some([seed as u8; 32]);
+        world.engine = Engine::new(world.config.clone()).unwrap();
+        world.shares = true;
+        world
+    }
+
     fn new(seed: u64, stages: u32, limits: ReplicaLimits) -> Self {
         let mut config =
             EngineConfig::new(ReplicaId(1), Generation(3), limits.clone(), stages, VOCAB);
@@ -175,6 +196,8 @@ impl World {
             now: Instant(1),
             in_flight_seen: 0,
             expired: 0,
+            shares: false,
+            reused: 0,
         }
     }
 
@@ -194,6 +217,7 @@ impl World {
             Action::Issue { step, tokens } => {
                 // The bounds that a receiver checks in the header.
                 assert!(step.rows.len() <= self.config.limits.step_rows_max as usize);
+                assert!(step.grants.len() <= self.config.limits.kv_blocks as usize);
                 assert_eq!(step.rows.len(), tokens.len());
                 let payload = tokens.into_iter().map(u64::from).collect();
                 inbox.push_back(Frame::Step(step, payload));
@@ -219,6 +243,11 @@ impl World {
                 assert_eq!(header.tokens, before + client.got.len() as u32);
                 let stopped = header.stop_token != NO_STOP_TOKEN;
                 assert_eq!(stopped, reason == FinishReason::Stop);
+            }
+            HeadEvent::Reused { header } => {
+                assert!(client.got.is_empty() && self.shares);
+                assert!(0 < header.tokens && header.tokens <= client.request.prompt_len);
+                self.reused += 1;
             }
             HeadEvent::Vector { .. } => panic!("a vector from a model that draws"),
             HeadEvent::Failed { code, message, .. } => {
@@ -261,6 +290,7 @@ impl World {
             stop_tokens: if self.dice.below(2) == 0 { vec![STOP] } else { vec![] },
             tokens: (0..prompt_len).map(|_| self.dice.below(u64::from(VOCAB)) as u32).collect(),
         };
+        let tenant = if self.shares { self.share(&mut request) } else { None };
         let mut expected = alone(self.stages.len() as u32, context as u32, &request);
         if self.dice.below(3) == 0 && expected.0.len() > 1 {
             // It goes on where another replica was lost.
@@ -284,7 +314,31 @@ impl World {
             client.deadline = Some(self.now + Duration::from_millis(request.deadline_ms));
         }
         self.clients.insert(key, client);
-        self.tell(Event::Submit { key, request: Box::new(request) });
+        self.tell(Event::Submit { key, request: Box::new(request), tenant });
+    }
+
+    /// Lets a request begin as one of few others does, or as the answer to an earlier one goes on.
+    fn share(&mut self, request: &mut Generate) -> Option<Tenant> {
+        let root = self.dice.below(2);
+        let context = u64::from(self.config.context());
+        let len = (17 + self.dice.below(50)).min(context - 1);
+        let prompt = &mut request.tokens;
+        prompt.clear();
+        prompt.extend((0..len).map(|i| (mix(root, i) % u64::from(VOCAB)) as u32));
+        request.prompt_len = len as u32;
+        let other = self.dice.below(len.min(24)) as usize;
+        for token in prompt.iter_mut().rev().take(other) {
+            *token = self.dice.below(u64::from(VOCAB)) as u32;
+        }
+        let earlier = ClientKey(self.dice.below(self.clients.len().max(1) as u64));
+        if self.dice.below(3) == 0
+            && let Some(earlier) = self.clients.get(&earlier)
+        {
+            let turn = earlier.request.tokens.iter().chain(&earlier.got);
+            prompt.iter_mut().zip(turn).for_each(|(token, before)| *token = *before);
+        }
+        request.adapter = [None, None, None, Some(AdapterId(1))][self.dice.below(4) as usize];
+        [None, Some(Tenant(1)), Some(Tenant(2)), Some(Tenant(2))][self.dice.below(4) as usize]
     }
 
     fn cancel(&mut self) {
@@ -333,7 +387,11 @@ impl World {
             .sequences
             .values()
             .filter_map(|s| s.run())
-            .map(|run| (run.id, (run.issued(), run.blocks.as_slice())))
+            .map(|run| {
+                // Of blocks that it shares the stages hear with its first rows.
+                let told = if run.to_grant() == run.blocks.len() as u32 { 0 } else { run.issued() };
+                (run.id, (told, run.blocks.as_slice()))
+            })
             .collect();
         let stage: Vec<_> = self.stages[0].table.sequences().collect();
         assert_eq!(stage.len(), engine.len());
@@ -423,6 +481,26 @@ fn cancellations_and_deadlines_leave_nothing_behind() {
         expired += world.expired;
     }
     assert!(expired > 10, "only {expired} deadlines passed: the test shows nothing");
+}
+
+#[test]
+fn shared_beginnings_change_no_token() {
+    let (mut reused, mut evictions, mut preemptions) = (0, 0, 0);
+    for seed in 30..42 {
+        // From room for all to so little that blocks are given away and sequences preempted.
+        let kv_blocks = [60, 20, 9, 6][seed as usize % 4];
+        let mut world = World::sharing(seed, 1 + seed as u32 % 3, limits(kv_blocks, 24, 6));
+        world.play(60, seed % 2 == 0);
+        reused += world.reused;
+        let (prefixes, report) = (world.engine.prefixes(), world.engine.report());
+        assert!(prefixes.hits >= world.reused as u64 && prefixes.lookups >= prefixes.hits);
+        assert!(prefixes.tokens_asked >= prefixes.tokens_found);
+        assert_eq!(prefixes.blocks_idle, prefixes.blocks_known, "nobody holds any");
+        evictions += prefixes.evictions;
+        preemptions += report.preemptions;
+    }
+    assert!(reused > 100, "only {reused} prompts began as others: the test shows nothing");
+    assert!(evictions > 100 && preemptions > 20, "{evictions} and {preemptions}");
 }
 
 #[test]

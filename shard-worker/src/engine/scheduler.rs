@@ -19,6 +19,9 @@
 //!
 //! An encoder's inputs are prompts that are not cut; several travel in one step.
 //!
+//! **Prefixes.** A sequence is admitted with the longest beginning that is known (`prefixes`), and its
+//! prefill begins behind it. Blocks that nobody holds are free, whatever is known of them.
+//!
 //! **Blocks.** A sequence is admitted when there are blocks for all of its tokens and one more, beside
 //! what the running ones need next and a small reserve. A decode row without a block takes a free one;
 //! where there is none the youngest running sequence is preempted: its blocks are freed, it waits as
@@ -27,6 +30,8 @@
 
 use shoal_protocol::id::SequenceId;
 use shoal_protocol::plan::BLOCK_TOKENS;
+use shoal_protocol::prefix::ReusedHeader;
+use shoal_protocol::request::HeadEvent;
 
 use super::batch::Batch;
 use super::{Action, Arrival, Engine};
@@ -78,22 +83,47 @@ impl Engine {
                 self.demand().without_block + self.blocks.total() / RESERVE
             };
             let Some(sequence) = self.sequences.get_mut(&arrival) else { break };
-            let needed = sequence.blocks_to_enter();
-            if self.blocks.free() < needed.saturating_add(beside) {
-                break;
-            }
-            let Some(blocks) = self.blocks.take_many(needed) else { break };
+            let (prefix, needed) = (sequence.prefix(), sequence.blocks_to_enter());
+            let Some(taken) = self.blocks.take_for(prefix, needed, beside) else { break };
+            let (asked, shared) = (prefix.len() as u32, taken.shared);
             let id = SequenceId(self.next_sequence);
             self.next_sequence += 1;
-            let open = sequence.enter(self.config.generation, id, blocks);
+            let open = sequence.enter(self.config.generation, id, taken);
             self.waiting.remove(&arrival);
             self.running.insert(arrival);
             self.actions.push_back(Action::Open(open));
+            self.note_reuse(arrival, asked, shared);
             admitted = true;
         }
         if admitted {
             self.prefill_rows = self.prefill_rows_for(self.demand().prefill);
         }
+    }
+
+    /// Counts what a sequence looked for and found, and tells its client: of its first time on the stages
+    /// alone, since a preempted one finds what it has computed itself.
+    fn note_reuse(&mut self, arrival: Arrival, asked: u32, shared: u32) {
+        let Some(sequence) = self.sequences.get(&arrival) else { return };
+        if !sequence.shares() || sequence.preemptions() > 0 {
+            return;
+        }
+        self.counters.lookups += 1;
+        self.counters.tokens_asked += u64::from(asked * BLOCK_TOKENS);
+        if shared == 0 {
+            return;
+        }
+        let tokens = shared * BLOCK_TOKENS;
+        self.counters.hits += 1;
+        self.counters.tokens_found += u64::from(tokens);
+        let (key, (request, attempt, choice)) = (sequence.key(), sequence.names());
+        let header = ReusedHeader {
+            request: request.0,
+            attempt: attempt.0,
+            choice,
+            tokens: tokens.min(sequence.prompt_len()),
+            reserved: 0,
+        };
+        self.actions.push_back(Action::Emit { key, event: HeadEvent::Reused { header } });
     }
 
     /// Rows of prompts in one step, so that `prefill` of them fill the pipeline.
@@ -169,15 +199,21 @@ impl Engine {
     fn add_prefill_rows(&mut self, batch: &mut Batch) {
         let room = self.config.limits.step_rows_max.saturating_sub(batch.rows());
         let mut left = self.prefill_rows.min(room);
-        let prefilling: Vec<(Arrival, u32)> = self
+        let prefilling: Vec<(Arrival, u32, u32)> = self
             .running
             .iter()
             .filter_map(|&arrival| {
-                let rows = self.sequences.get(&arrival)?.run()?.prefill_left();
-                (rows > 0).then_some((arrival, rows))
+                let run = self.sequences.get(&arrival)?.run()?;
+                let rows = run.prefill_left();
+                (rows > 0).then_some((arrival, rows, run.to_grant()))
             })
             .collect();
-        for (arrival, rows) in prefilling {
+        for (arrival, rows, grants) in prefilling {
+            // Blocks that several share are granted to each, and a step has room for one grant of every
+            // block. The first one's always fit: no other of the step holds them.
+            if batch.grants() + grants > self.blocks.total() {
+                return;
+            }
             let rows = match self.config.encodes {
                 // An input is not cut: the first of a step goes whatever its share is.
                 true if rows <= left || (batch.rows() == 0 && rows <= room) => rows,

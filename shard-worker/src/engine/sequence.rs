@@ -6,6 +6,7 @@
 //!           └─────── leave ─────┘   (preempted: tokens stay, rows are computed again)
 //! ```
 
+use std::ops::Range;
 use std::time::Duration;
 
 use shoal_protocol::activation::Open;
@@ -14,6 +15,8 @@ use shoal_protocol::plan::BLOCK_TOKENS;
 use shoal_protocol::request::{FinishReason, Generate};
 use shoal_protocol::units::Instant;
 
+use super::blocks::Taken;
+use super::prefixes::{Chain, Content};
 use super::{ClientKey, Ending};
 
 /// A sequence's time on the stages: from `Open` to `Close`.
@@ -23,10 +26,14 @@ pub(super) struct Run {
     pub id: SequenceId,
     /// Its blocks in order.
     pub blocks: Vec<u32>,
+    /// How many of them, from the first on, it took from others, full: it writes to none of these.
+    shared: u32,
     /// How many of them the stages have been told.
     granted: usize,
     /// Rows that were issued: the next row stands at this position.
     issued: u32,
+    /// Rows that have come back, and those of shared blocks.
+    computed: u32,
     /// Where decoding begins: the number of tokens when it was opened.
     prefill_end: u32,
     /// Steps in flight that carry rows of it.
@@ -46,6 +53,8 @@ pub(super) struct Sequence {
     request: Generate,
     /// Tokens of the answer that the request brought along.
     generated_before: u32,
+    /// What its full blocks hold, where they may be shared.
+    chain: Option<Chain>,
     submitted: Instant,
     deadline: Option<Instant>,
     first_step: Option<Instant>,
@@ -70,14 +79,18 @@ pub(super) enum Pushed {
 }
 
 impl Sequence {
-    /// A request that waits.
-    pub fn new(key: ClientKey, request: Generate, now: Instant) -> Self {
+    /// A request that waits. With a chain, which has no tokens yet, it shares blocks.
+    pub fn new(key: ClientKey, request: Generate, mut chain: Option<Chain>, now: Instant) -> Self {
+        if let Some(chain) = &mut chain {
+            chain.extend(&request.tokens);
+        }
         let deadline =
             (request.deadline_ms > 0).then(|| now + Duration::from_millis(request.deadline_ms));
         Self {
             key,
             generated_before: (request.tokens.len() as u32).saturating_sub(request.prompt_len),
             request,
+            chain,
             submitted: now,
             deadline,
             first_step: None,
@@ -157,13 +170,34 @@ impl Sequence {
         (self.len() + 1).div_ceil(BLOCK_TOKENS)
     }
 
+    /// Whether it shares blocks with others.
+    pub fn shares(&self) -> bool {
+        self.chain.is_some()
+    }
+
+    /// What the blocks hold that it may begin with: full ones, and at least one token behind them, from
+    /// whose row the next one is drawn.
+    pub fn prefix(&self) -> &[Content] {
+        let blocks = self.chain.as_ref().map_or(&[][..], Chain::blocks);
+        let most = self.len().saturating_sub(1) / BLOCK_TOKENS;
+        &blocks[..blocks.len().min(most as usize)]
+    }
+
+    /// What its block with this number holds, once all of its tokens are known.
+    pub fn content(&self, block: u32) -> Option<Content> {
+        self.chain.as_ref()?.blocks().get(block as usize).copied()
+    }
+
     /// It goes onto the stages under this name with these blocks.
-    pub fn enter(&mut self, generation: Generation, id: SequenceId, blocks: Vec<u32>) -> Open {
+    pub fn enter(&mut self, generation: Generation, id: SequenceId, taken: Taken) -> Open {
+        let begin = taken.shared * BLOCK_TOKENS;
         self.phase = Phase::Running(Run {
             id,
-            blocks,
+            blocks: taken.blocks,
+            shared: taken.shared,
             granted: 0,
-            issued: 0,
+            issued: begin,
+            computed: begin,
             prefill_end: self.len(),
             in_flight: 0,
         });
@@ -215,15 +249,18 @@ impl Sequence {
             first_position: first,
             tokens,
             grants: &run.blocks[granted..],
+            shared: (run.shared as usize).saturating_sub(granted),
             sample: end as usize == self.request.tokens.len(),
         })
     }
 
-    /// A step that carried rows of it has come back.
-    pub fn absorbed(&mut self) {
-        if let Some(run) = self.run_mut() {
-            run.in_flight = run.in_flight.saturating_sub(1);
-        }
+    /// A step that carried rows of it, up to this position, has come back. Which of its blocks are full
+    /// with that.
+    pub fn absorbed(&mut self, last: u32) -> Range<u32> {
+        let Some(run) = self.run_mut() else { return 0..0 };
+        run.in_flight = run.in_flight.saturating_sub(1);
+        let before = std::mem::replace(&mut run.computed, last.saturating_add(1));
+        before / BLOCK_TOKENS..run.computed / BLOCK_TOKENS
     }
 
     /// How long it waited and was prefilled, where that has just come to its end.
@@ -247,6 +284,9 @@ impl Sequence {
             false => FirstToken::default(),
         };
         self.request.tokens.push(token);
+        if let Some(chain) = &mut self.chain {
+            chain.extend(&self.request.tokens);
+        }
         let reason = FinishReason::Length;
         let ending = self.is_used_up(context).then_some(Ending::Done { reason, stop_token: None });
         Pushed::Token { index, first, ending }
@@ -259,6 +299,8 @@ pub(super) struct Issued<'a> {
     pub first_position: u32,
     pub tokens: &'a [TokenId],
     pub grants: &'a [u32],
+    /// How many of these, from the first on, come with their content.
+    pub shared: usize,
     /// Whether a token is drawn from the last of the rows.
     pub sample: bool,
 }
@@ -282,6 +324,20 @@ impl Run {
     /// Whether the next row has no block yet.
     pub fn lacks_block(&self) -> bool {
         self.blocks.len() as u32 * BLOCK_TOKENS <= self.issued
+    }
+
+    /// Blocks, from the first on, that it took from others.
+    pub fn shared(&self) -> u32 {
+        self.shared
+    }
+
+    /// Blocks of which the stages have not been told.
+    pub fn to_grant(&self) -> u32 {
+        (self.blocks.len() - self.granted) as u32
+    }
+
+    pub fn computed(&self) -> u32 {
+        self.computed
     }
 
     pub fn issued(&self) -> u32 {

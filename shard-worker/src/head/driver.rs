@@ -1,21 +1,23 @@
 //! The event loop around the engine. Everything that can happen to a head is in `Event` and
 //! `Samples`; everything that it can do is in `engine::Action`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use shoal_protocol::activation::Samples;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::{ErrorCode, WireError};
-use shoal_protocol::id::{ReplicaId, SequenceId};
+use shoal_protocol::id::SequenceId;
+use shoal_protocol::prefix::PrefixReport;
 use shoal_protocol::request::{FailedHeader, Generate, HeadEvent};
-use shoal_protocol::trace::{TraceMark, Tracer};
+use shoal_protocol::trace::Tracer;
 use shoal_protocol::units::Instant;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::heads::Marks;
 use super::lateness::Lateness;
 use crate::engine::{self, Action, BadEngineConfig, ClientKey, Engine, EngineConfig};
 use crate::stage::{Served, StageInput, StepData, records_of};
@@ -39,12 +41,7 @@ pub const TOKENS_WAITING_MAX: usize = 1024;
 #[derive(Debug)]
 enum Event {
     /// A coordinator's stream has brought a request.
-    Submit {
-        key: ClientKey,
-        request: Box<Generate>,
-        trace: Option<TraceMark>,
-        tokens: mpsc::Sender<HeadEvent>,
-    },
+    Submit { key: ClientKey, request: Box<Generate>, marks: Marks, tokens: mpsc::Sender<HeadEvent> },
     /// The client or its coordinator went away.
     Cancel { key: ClientKey },
     /// All links are up.
@@ -56,6 +53,9 @@ enum Event {
     /// End the loop, behind everything that was told before.
     Stop,
 }
+
+/// What a head says of itself.
+type Reports = (HeadReport, PrefixReport);
 
 /// What a head is made of.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ pub struct Head {
 #[derive(Clone, Debug)]
 pub struct HeadClient {
     events: mpsc::Sender<Event>,
-    report: watch::Receiver<HeadReport>,
+    report: watch::Receiver<Reports>,
     slow_readers: Arc<AtomicU64>,
     /// Whether it takes requests.
     open: Arc<AtomicBool>,
@@ -102,9 +102,9 @@ impl Head {
     ) -> Result<Self, BadEngineConfig> {
         let context_max = parts.config.limits.context_max;
         let traces = HeadTraces::new(parts.tracer, parts.config.replica, parts.config.generation);
-        let engine = Engine::new(parts.config)?;
+        let engine = Engine::new(EngineConfig { prefix_key: prefix_key(), ..parts.config })?;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
-        let (report_to, report) = watch::channel(engine.report());
+        let (report_to, report) = watch::channel((engine.report(), engine.prefixes()));
         let (idle_to, idle) = watch::channel(true);
         let slow_readers = Arc::new(AtomicU64::new(0));
         let open = Arc::new(AtomicBool::new(false));
@@ -179,11 +179,11 @@ impl HeadClient {
         &self,
         key: ClientKey,
         request: Generate,
-        trace: Option<TraceMark>,
+        marks: Marks,
     ) -> mpsc::Receiver<HeadEvent> {
         let (tokens, receiver) = mpsc::channel(TOKENS_WAITING_MAX);
         let request = Box::new(request);
-        self.tell(Event::Submit { key, request, trace, tokens }).await;
+        self.tell(Event::Submit { key, request, marks, tokens }).await;
         receiver
     }
 
@@ -194,7 +194,12 @@ impl HeadClient {
 
     /// What the head reports.
     pub fn report(&self) -> HeadReport {
-        *self.report.borrow()
+        self.report.borrow().0
+    }
+
+    /// What it reports of shared blocks.
+    pub fn prefixes(&self) -> PrefixReport {
+        self.report.borrow().1
     }
 
     /// Sequences that were cancelled because nobody read their tokens.
@@ -207,50 +212,19 @@ impl HeadClient {
         self.context_max
     }
 
+    /// Whether it takes requests.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Whether both are of one head.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.events.same_channel(&other.events)
+    }
+
     async fn tell(&self, event: Event) {
         // It fails where the head has ended; its streams end then, too.
         let _ = self.events.send(event).await;
-    }
-}
-
-/// The heads of one worker, by replica: one, or while the replica moves two, the newer one last. Held for
-/// one look-up, never over an await.
-#[derive(Clone, Debug, Default)]
-pub struct Heads(Arc<Mutex<BTreeMap<ReplicaId, Vec<HeadClient>>>>);
-
-impl Heads {
-    /// A head of a replica is here now, the newest one.
-    pub fn insert(&self, replica: ReplicaId, head: HeadClient) {
-        self.lock().entry(replica).or_default().push(head);
-    }
-
-    /// A head has gone.
-    pub fn remove(&self, replica: ReplicaId, head: &HeadClient) {
-        let mut heads = self.lock();
-        if let Some(of_replica) = heads.get_mut(&replica) {
-            of_replica.retain(|h| !h.events.same_channel(&head.events));
-            if of_replica.is_empty() {
-                heads.remove(&replica);
-            }
-        }
-    }
-
-    /// The head that takes requests of a replica: the newest one that is open. Where none is, the newest
-    /// one has the words to say so.
-    pub fn get(&self, replica: ReplicaId) -> Option<HeadClient> {
-        let heads = self.lock();
-        let of_replica = heads.get(&replica)?;
-        let is_open = |head: &&HeadClient| head.open.load(Ordering::Relaxed);
-        of_replica.iter().rev().find(is_open).or(of_replica.last()).cloned()
-    }
-
-    /// The reports of all heads.
-    pub fn reports(&self) -> Vec<HeadReport> {
-        self.lock().values().flatten().map(HeadClient::report).collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, Vec<HeadClient>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -270,7 +244,7 @@ struct Driver {
     retires: bool,
     lateness: Lateness,
     traces: HeadTraces,
-    report: watch::Sender<HeadReport>,
+    report: watch::Sender<Reports>,
     idle: watch::Sender<bool>,
     slow_readers: Arc<AtomicU64>,
     open: Arc<AtomicBool>,
@@ -302,7 +276,7 @@ impl Driver {
                 () = sleep_until(wake) => self.tick(),
             }
             self.act().await;
-            self.report.send_replace(self.engine.report());
+            self.report.send_replace((self.engine.report(), self.engine.prefixes()));
             self.idle.send_if_modified(|idle| {
                 std::mem::replace(idle, self.engine.is_idle()) != self.engine.is_idle()
             });
@@ -338,14 +312,15 @@ impl Driver {
     fn take(&mut self, event: Event) -> bool {
         let now = self.now();
         match event {
-            Event::Submit { key, request, trace, tokens } => match self.turned_away(&request) {
+            Event::Submit { key, request, marks, tokens } => match self.turned_away(&request) {
                 Some(why) => refuse(&request, &why, &tokens),
                 None => {
                     self.clients.insert(key, tokens);
-                    if let Some(mark) = trace {
+                    if let Some(mark) = marks.trace {
                         self.traces.submitted(key, &request, mark);
                     }
-                    self.engine.handle(now, engine::Event::Submit { key, request });
+                    let tenant = marks.tenant;
+                    self.engine.handle(now, engine::Event::Submit { key, request, tenant });
                 }
             },
             Event::Cancel { key } => self.cancel(key),
@@ -451,7 +426,7 @@ impl Driver {
             header.code = u32::from(code.number());
         }
         self.traces.told(key, &event);
-        let last = !matches!(event, HeadEvent::Token { .. });
+        let last = event.is_last();
         let Some(client) = self.clients.get(&key) else { return };
         match client.try_send(event) {
             Ok(()) if last => {
@@ -466,6 +441,13 @@ impl Driver {
             }
         }
     }
+}
+
+/// What hashes of blocks begin with: nobody outside can make two contents look equal. Without randomness
+/// nothing is shared, and all else goes on.
+fn prefix_key() -> Option<[u8; 32]> {
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).ok().map(|()| key)
 }
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {

@@ -1,6 +1,6 @@
 //! Streams from coordinators (`shoal-req`): one for each choice of a prompt.
 //!
-//! A stream brings one `Generate`, behind a `Trace` where it is traced, and takes tokens until `Done` or `Failed`. A reset or a stop of the
+//! A stream brings one `Generate`, behind a `Trace` where it is traced and a `Tenant` where blocks may be shared, and takes tokens until `Done` or `Failed`. A reset or a stop of the
 //! stream, and the loss of its connection, cancel the sequence.
 
 use std::sync::Arc;
@@ -11,17 +11,19 @@ use shoal_protocol::error::{ErrorCode, WireError};
 use shoal_protocol::frame::{Flat, FrameError, FrameKind};
 use shoal_protocol::id::{NodeId, ReplicaId};
 use shoal_protocol::liveness::LEASE;
+use shoal_protocol::prefix::TenantHeader;
 use shoal_protocol::quic::{
     Connection, FrameReceiver, FrameSender, Pulse, RecvError, SharedLease, close_code,
 };
 use shoal_protocol::request::{
     Generate, GenerateHeader, HeadEvent, STOP_TOKENS_MAX, SamplingRecord,
 };
-use shoal_protocol::trace::{TraceHeader, TraceMark};
+use shoal_protocol::trace::TraceHeader;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::driver::{HeadClient, Heads, failed};
+use super::driver::{HeadClient, failed};
+use super::heads::{Heads, Marks};
 use crate::engine::ClientKey;
 
 /// How long a stream that was opened may take to bring its request.
@@ -91,8 +93,8 @@ impl Intake {
     async fn serve_stream(&self, mut sender: FrameSender, mut receiver: FrameReceiver) {
         let read = tokio::time::timeout(REQUEST_TIMEOUT, self.read_request(&mut receiver)).await;
         match read.unwrap_or(Err(IntakeError::Timeout)) {
-            Ok((request, trace, Some(head))) if self.lease.holds() => {
-                self.run(sender, receiver, (request, trace), head).await;
+            Ok((request, marks, Some(head))) if self.lease.holds() => {
+                self.run(sender, receiver, (request, marks), head).await;
             }
             Ok((request, _, head)) => {
                 let words = match head {
@@ -122,12 +124,17 @@ impl Intake {
     async fn read_request(
         &self,
         receiver: &mut FrameReceiver,
-    ) -> Result<(Generate, Option<TraceMark>, Option<HeadClient>), IntakeError> {
+    ) -> Result<(Generate, Marks, Option<HeadClient>), IntakeError> {
         let mut head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
-        let mut trace = None;
+        let mut marks = Marks::default();
         if head.kind == FrameKind::Trace {
             head.body_within(0)?;
-            trace = Some(TraceHeader::read_from(head.header())?.mark()?);
+            marks.trace = Some(TraceHeader::read_from(head.header())?.mark()?);
+            head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
+        }
+        if head.kind == FrameKind::Tenant {
+            head.body_within(0)?;
+            marks.tenant = Some(TenantHeader::read_from(head.header())?.tenant());
             head = receiver.next().await?.ok_or(IntakeError::Nothing)?;
         }
         if head.kind != FrameKind::Generate {
@@ -139,18 +146,18 @@ impl Intake {
         let context_max =
             to.as_ref().map_or(CONTEXT_UNKNOWN_MAX, |head| head.context_max() as usize);
         let body = receiver.body(&head, request_body_max(context_max)).await?;
-        Ok((Generate::decode(head.header(), &body)?, trace, to))
+        Ok((Generate::decode(head.header(), &body)?, marks, to))
     }
 
     async fn run(
         &self,
         mut sender: FrameSender,
         mut receiver: FrameReceiver,
-        (request, trace): (Generate, Option<TraceMark>),
+        (request, marks): (Generate, Marks),
         head: HeadClient,
     ) {
         let key = ClientKey(self.next_key.fetch_add(1, Ordering::Relaxed));
-        let mut events = head.submit(key, request, trace).await;
+        let mut events = head.submit(key, request, marks).await;
         let stopped = sender.stopped();
         let gone = async {
             tokio::select! {
@@ -172,7 +179,7 @@ impl Intake {
                 sender.reset(close_code::STALE);
                 return;
             };
-            let last = !matches!(event, HeadEvent::Token { .. });
+            let last = event.is_last();
             let sent = tokio::select! {
                 sent = send_event(&mut sender, event) => sent.is_ok(),
                 () = &mut gone => false,

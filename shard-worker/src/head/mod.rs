@@ -7,7 +7,9 @@
 //! ```
 
 mod driver;
+mod heads;
 pub mod intake;
 mod lateness;
 
-pub use driver::{Head, HeadClient, HeadParts, Heads};
+pub use driver::{Head, HeadClient, HeadParts};
+pub use heads::{Heads, Marks};

@@ -145,7 +145,7 @@ fn step(position: u32, data: StepData) -> StageInput {
     let flags = if position == 0 { RowRecord::SAMPLE } else { 0 };
     let samples = u32::from(position == 0);
     let grants = if position.is_multiple_of(16) {
-        vec![BlockGrant { sequence: 1, block: position / 16, reserved: 0 }]
+        vec![BlockGrant { sequence: 1, block: position / 16, flags: 0 }]
     } else {
         vec![]
     };

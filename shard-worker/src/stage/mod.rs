@@ -1,16 +1,18 @@
 //! A stage: what it knows of its sequences, and how steps reach it and leave it.
 //!
-//! `table` and `ring` are pure; the rest are shells: `shard` puts one together out of `driver` (the compute
+//! `table` (with `blocks` and `fault`) and `ring` are pure; the rest are shells: `shard` puts one together out of `driver` (the compute
 //! thread) and `link` (the ring of streams), into which `door` lets neighbours and whose frames `wire`
 //! reads and writes.
 
 mod adapters;
+mod blocks;
 mod buffer;
 mod counters;
 mod dial;
 mod door;
 mod draw;
 mod driver;
+mod fault;
 mod link;
 mod meet;
 mod near;

@@ -11,7 +11,9 @@ use shoal_protocol::activation::{CloseHeader, Open, RowRecord, Sample, Samples, 
 use shoal_protocol::id::{AdapterId, Generation, SequenceId, StepId};
 use shoal_protocol::plan::{BLOCK_TOKENS, ReplicaLimits};
 
+use super::blocks::{Filled, Refused, Slot, Slots};
 use super::draw::sample_of;
+pub use super::fault::StageFault;
 use crate::model::Span;
 use crate::sample::{SamplerState, Scratch};
 
@@ -20,10 +22,49 @@ use crate::sample::{SamplerState, Scratch};
 pub(super) struct Entry {
     blocks: Vec<u32>,
     adapter: Option<AdapterId>,
-    /// Rows that have gone through this stage: the next row stands at this position.
+    /// Tokens that it was opened with.
+    opened: u32,
+    /// How many of the blocks, from the first on, came with their content.
+    shared: u32,
+    /// Rows that have gone through this stage, and those of shared blocks: the next row stands at this
+    /// position.
     length: u32,
     /// On the last stage alone.
     pub(super) sampler: Option<SamplerState>,
+}
+
+impl Entry {
+    /// As what the next block can come with its content.
+    fn share_next(&self) -> Result<Filled, Refused> {
+        let index = self.blocks.len();
+        if index != self.shared as usize || self.length != self.shared * BLOCK_TOKENS {
+            return Err(Refused::NotShareable("rows or blocks of its own came before"));
+        }
+        // One token at least is computed: the next one is drawn from its row.
+        if (self.shared + 1).saturating_mul(BLOCK_TOKENS) >= self.opened {
+            return Err(Refused::NotShareable(
+                "the sequence was not opened with a token behind it",
+            ));
+        }
+        Ok(Filled { index, adapter: self.adapter })
+    }
+
+    fn take(&mut self, block: u32, shared: bool) {
+        self.blocks.push(block);
+        if shared {
+            self.shared += 1;
+            self.length += BLOCK_TOKENS;
+        }
+    }
+
+    /// Undoes `take`.
+    fn give_back(&mut self, shared: bool) {
+        self.blocks.pop();
+        if shared {
+            self.shared -= 1;
+            self.length -= BLOCK_TOKENS;
+        }
+    }
 }
 
 /// Adjacent rows of one sequence in the current step.
@@ -42,133 +83,26 @@ pub struct StageTable {
     limits: ReplicaLimits,
     last: bool,
     pub(super) sequences: BTreeMap<SequenceId, Entry>,
-    /// By block: the live sequence that holds it.
-    owners: Vec<Option<SequenceId>>,
+    slots: Slots,
+    /// The blocks of the current step's grants as they were before; kept for its memory.
+    before: Vec<Slot>,
     /// The current step; kept for its memory.
     runs: Vec<Run>,
     sample_rows: Vec<usize>,
     pub(super) scratch: Scratch,
 }
 
-/// A frame that does not fit what the stage knows: its sender broke the protocol, or frames were
-/// lost. The table is as it was.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum StageFault {
-    /// A frame of another layout.
-    #[error("a frame of generation {found}, this stage is of {expected}")]
-    StaleGeneration {
-        /// The frame's.
-        found: Generation,
-        /// The stage's.
-        expected: Generation,
-    },
-    /// A step or a `Close` names a sequence that was never opened or is closed.
-    #[error("sequence {0} is not open at this stage")]
-    UnknownSequence(SequenceId),
-    /// `Open` came twice.
-    #[error("sequence {0} is already open at this stage")]
-    AlreadyOpen(SequenceId),
-    /// More sequences than the plan allows.
-    #[error("sequence {sequence} is one more than the plan's {max}")]
-    TooManySequences {
-        /// The one too many.
-        sequence: SequenceId,
-        /// The plan's bound.
-        max: u32,
-    },
-    /// More rows than the plan allows.
-    #[error("a step of {rows} rows, the plan allows {max}")]
-    TooManyRows {
-        /// In the step.
-        rows: usize,
-        /// The plan's bound.
-        max: u32,
-    },
-    /// A block number that the plan does not have.
-    #[error("block {block} is granted to sequence {sequence}, the plan has {max} blocks")]
-    BlockOutOfRange {
-        /// Who was to get it.
-        sequence: SequenceId,
-        /// Its number.
-        block: u32,
-        /// How many there are.
-        max: u32,
-    },
-    /// A block that a live sequence holds.
-    #[error("block {block} is granted to sequence {sequence}, but sequence {owner} holds it")]
-    BlockOwned {
-        /// Who was to get it.
-        sequence: SequenceId,
-        /// Its number.
-        block: u32,
-        /// Who has it.
-        owner: SequenceId,
-    },
-    /// Rows of one sequence are not next to each other.
-    #[error("the rows of sequence {0} are not adjacent in their step")]
-    NotAdjacent(SequenceId),
-    /// A row that does not stand where the one before it ended.
-    #[error("a row of sequence {sequence} at position {found}, the next one is {expected}")]
-    PositionGap {
-        /// Whose row.
-        sequence: SequenceId,
-        /// The row's position.
-        found: u32,
-        /// One past the last row.
-        expected: u32,
-    },
-    /// More rows than the context has positions.
-    #[error("sequence {sequence} reaches {length} tokens, the plan's context has {max}")]
-    ContextExceeded {
-        /// Whose.
-        sequence: SequenceId,
-        /// With these rows.
-        length: u32,
-        /// The plan's bound.
-        max: u32,
-    },
-    /// Rows for which no block was granted.
-    #[error("sequence {sequence} needs {needed} blocks for its rows, it holds {held}")]
-    BlocksMissing {
-        /// Whose.
-        sequence: SequenceId,
-        /// With this step's grants.
-        held: usize,
-        /// For these rows.
-        needed: usize,
-    },
-    /// A draw is asked for from a row that is not the last known token's.
-    #[error("a draw for sequence {sequence} at position {found}, its last token is at {expected}")]
-    NotLastToken {
-        /// Whose.
-        sequence: SequenceId,
-        /// The row's position.
-        found: u32,
-        /// The last known token's.
-        expected: u32,
-    },
-    /// Logits of another number of rows than the step samples.
-    #[error("{found} logits for {rows} rows of a vocabulary of {vocab}")]
-    WrongLogits {
-        /// Numbers given.
-        found: usize,
-        /// Rows that sample.
-        rows: usize,
-        /// The width of a row.
-        vocab: usize,
-    },
-}
-
 impl StageTable {
     /// A stage without sequences. `last`: whether it draws tokens.
     pub fn new(generation: Generation, limits: ReplicaLimits, last: bool) -> Self {
-        let owners = vec![None; limits.kv_blocks as usize];
+        let slots = Slots::new(limits.kv_blocks);
         Self {
             generation,
             limits,
             last,
             sequences: BTreeMap::new(),
-            owners,
+            slots,
+            before: Vec::new(),
             runs: Vec::new(),
             sample_rows: Vec::new(),
             scratch: Scratch::default(),
@@ -208,10 +142,9 @@ impl StageTable {
         }
         let sampler =
             self.last.then(|| SamplerState::open(open.prompt_len, &open.tokens, open.sampling));
-        self.sequences.insert(
-            sequence,
-            Entry { blocks: Vec::new(), adapter: open.adapter, length: 0, sampler },
-        );
+        let (adapter, opened) = (open.adapter, open.tokens.len() as u32);
+        let entry = Entry { blocks: Vec::new(), adapter, opened, shared: 0, length: 0, sampler };
+        self.sequences.insert(sequence, entry);
         Ok(())
     }
 
@@ -221,9 +154,7 @@ impl StageTable {
         self.check_generation(Generation(close.generation))?;
         let entry =
             self.sequences.remove(&sequence).ok_or(StageFault::UnknownSequence(sequence))?;
-        for block in entry.blocks {
-            self.owners[block as usize] = None;
-        }
+        entry.blocks.into_iter().for_each(|block| self.slots.release(block));
         Ok(())
     }
 
@@ -237,15 +168,18 @@ impl StageTable {
         }
         // Whether the blocks suffice is known only with the grants applied; where the rows turn out
         // wrong they are taken back.
-        let mut granted = 0;
-        let fit = self.grant(step, &mut granted).and_then(|()| self.collect_runs(&step.rows));
+        let fit = self.grant(step).and_then(|()| self.collect_runs(&step.rows));
         if let Err(fault) = fit {
-            self.take_back(step, granted);
+            self.take_back(step);
             return Err(fault);
         }
         for run in &self.runs {
-            if let Some(entry) = self.sequences.get_mut(&run.sequence) {
-                entry.length += run.rows as u32;
+            let Some(entry) = self.sequences.get_mut(&run.sequence) else { continue };
+            let first = entry.length / BLOCK_TOKENS;
+            entry.length += run.rows as u32;
+            for index in first as usize..(entry.length / BLOCK_TOKENS) as usize {
+                let filled = Filled { index, adapter: entry.adapter };
+                self.slots.fill(entry.blocks[index], filled);
             }
         }
         Ok(StepRows { table: self, rows: step.rows.len() })
@@ -316,9 +250,18 @@ impl StageTable {
         for (id, entry) in &self.sequences {
             held += entry.blocks.len();
             for &block in &entry.blocks {
-                if self.owners.get(block as usize) != Some(&Some(*id)) {
-                    wrong.push(format!("{id} lists block {block}, which it does not own"));
+                if self.slots.get(block).is_none_or(|slot| slot.holders == 0) {
+                    wrong.push(format!("{id} lists block {block}, which nobody holds"));
                 }
+            }
+            let own = entry.blocks.iter().skip((entry.length / BLOCK_TOKENS) as usize);
+            for block in own {
+                if self.slots.get(*block).is_some_and(|slot| slot.holders > 1) {
+                    wrong.push(format!("{id} writes to block {block}, which others hold"));
+                }
+            }
+            if entry.length < entry.shared * BLOCK_TOKENS {
+                wrong.push(format!("{id} is shorter than the blocks that it shares"));
             }
             if entry.blocks.len() < blocks_for(entry.length) {
                 wrong.push(format!("{id} has {} tokens in too few blocks", entry.length));
@@ -330,9 +273,9 @@ impl StageTable {
                 wrong.push(format!("{id} has a sampler where none belongs, or none"));
             }
         }
-        let owned = self.owners.iter().flatten().count();
-        if owned != held {
-            wrong.push(format!("{owned} blocks have an owner, {held} are listed"));
+        let counted = self.slots.holders();
+        if counted != held {
+            wrong.push(format!("blocks are held {counted} times and listed {held} times"));
         }
         wrong
     }
@@ -346,33 +289,48 @@ impl StageTable {
         }
     }
 
-    /// Appends the granted blocks; `granted` counts those that were, also where an error follows.
-    fn grant(&mut self, step: &Step, granted: &mut usize) -> Result<(), StageFault> {
+    /// Appends the granted blocks. What they were before stands in `before`, also where an error follows.
+    fn grant(&mut self, step: &Step) -> Result<(), StageFault> {
+        self.before.clear();
         for grant in &step.grants {
             let (sequence, block) = (SequenceId(grant.sequence), grant.block);
-            let max = self.limits.kv_blocks;
-            let Some(owner) = self.owners.get_mut(block as usize) else {
-                return Err(StageFault::BlockOutOfRange { sequence, block, max });
+            let entry = self.sequences.get(&sequence);
+            let entry = entry.ok_or(StageFault::UnknownSequence(sequence))?;
+            let granted = match grant.is_shared() {
+                true => entry.share_next().and_then(|as_what| self.slots.share(block, as_what)),
+                false => self.slots.grant(block),
             };
-            if let Some(owner) = *owner {
-                return Err(StageFault::BlockOwned { sequence, block, owner });
+            let before = granted.map_err(|refused| self.refusal(sequence, block, refused))?;
+            self.before.push(before);
+            if let Some(entry) = self.sequences.get_mut(&sequence) {
+                entry.take(block, grant.is_shared());
             }
-            let Some(entry) = self.sequences.get_mut(&sequence) else {
-                return Err(StageFault::UnknownSequence(sequence));
-            };
-            *owner = Some(sequence);
-            entry.blocks.push(block);
-            *granted += 1;
         }
         Ok(())
     }
 
-    /// Undoes the first `granted` grants of a step.
-    fn take_back(&mut self, step: &Step, granted: usize) {
-        for grant in step.grants[..granted].iter().rev() {
-            self.owners[grant.block as usize] = None;
+    /// Undoes the grants of a step that were made.
+    fn take_back(&mut self, step: &Step) {
+        for (grant, before) in step.grants.iter().zip(&self.before).rev() {
+            self.slots.put_back(grant.block, *before);
             if let Some(entry) = self.sequences.get_mut(&SequenceId(grant.sequence)) {
-                entry.blocks.pop();
+                entry.give_back(grant.is_shared());
+            }
+        }
+    }
+
+    fn refusal(&self, sequence: SequenceId, block: u32, refused: Refused) -> StageFault {
+        let max = self.limits.kv_blocks;
+        match refused {
+            Refused::OutOfRange => StageFault::BlockOutOfRange { sequence, block, max },
+            Refused::Held => {
+                let holds = |(_, entry): &(&SequenceId, &Entry)| entry.blocks.contains(&block);
+                let owner = self.sequences.iter().find(holds).map_or(sequence, |(id, _)| *id);
+                StageFault::BlockOwned { sequence, block, owner }
+            }
+            Refused::NotShareable(why) => {
+                let index = self.sequences.get(&sequence).map_or(0, |entry| entry.shared);
+                StageFault::NotShareable { sequence, block, index, why }
             }
         }
     }

@@ -38,7 +38,7 @@ fn step(rows: &[(u64, u32, bool)], grants: &[(u64, u32)]) -> Step {
             flags: u32::from(samples),
         })
         .collect();
-    let grant = |&(sequence, block)| BlockGrant { sequence, block, reserved: 0 };
+    let grant = |&(sequence, block)| BlockGrant { sequence, block, flags: 0 };
     let grants: Vec<BlockGrant> = grants.iter().map(grant).collect();
     let samples = rows.iter().filter(|row| row.samples()).count() as u32;
     let header = StepHeader {
@@ -71,8 +71,8 @@ fn table() -> StageTable {
 }
 
 /// All that frames can change.
-fn state(table: &StageTable) -> (BTreeMap<SequenceId, Entry>, Vec<Option<SequenceId>>) {
-    (table.sequences.clone(), table.owners.clone())
+fn state(table: &StageTable) -> (BTreeMap<SequenceId, Entry>, Slots) {
+    (table.sequences.clone(), table.slots.clone())
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn a_closed_sequence_leaves_nothing() {
     table.open(&open(1, 1)).unwrap();
     table.close(&close(1)).unwrap();
     table.close(&close(2)).unwrap();
-    assert!(table.is_empty() && table.owners.iter().all(Option::is_none));
+    assert!(table.is_empty() && table.slots.holders() == 0);
 }
 
 #[test]
@@ -177,6 +177,90 @@ fn a_step_that_breaks_a_rule_changes_nothing() {
     }
     // And what is right still goes.
     table.begin_step(&step(&run_of(1, 16..20), &[(1, 0)])).unwrap();
+}
+
+/// The step with some of its grants as blocks that come with their content.
+fn sharing(mut step: Step, shared: &[usize]) -> Step {
+    shared.iter().for_each(|i| step.grants[*i].flags = BlockGrant::SHARED);
+    step
+}
+
+#[test]
+fn a_sequence_begins_behind_blocks_that_another_has_filled() {
+    let mut table = table();
+    table.open(&open(3, 40)).unwrap();
+    table.begin_step(&step(&run_of(1, 16..32), &[(1, 0)])).unwrap();
+    let begun = sharing(step(&run_of(3, 32..39), &[(3, 3), (3, 0), (3, 5)]), &[0, 1]);
+    let spans: Vec<_> = table
+        .begin_step(&begun)
+        .unwrap()
+        .spans()
+        .map(|s| (s.first_position, s.blocks.to_vec()))
+        .collect();
+    assert_eq!(spans, [(32, vec![3, 0, 5])]);
+    assert_eq!(table.check(), Vec::<String>::new());
+    // Both hold them, and they stay as they are when nobody does.
+    table.close(&close(1)).unwrap();
+    let fault = table.begin_step(&step(&[(2, 0, true)], &[(2, 3)])).map(|_| ());
+    let owned = StageFault::BlockOwned { sequence: SequenceId(2), block: 3, owner: SequenceId(3) };
+    assert_eq!(fault, Err(owned));
+    table.close(&close(3)).unwrap();
+    assert_eq!(table.slots.holders(), 0);
+    table.open(&open(4, 17)).unwrap();
+    table.begin_step(&sharing(step(&[(4, 16, true)], &[(4, 3), (4, 1)]), &[0])).unwrap();
+    assert_eq!(table.check(), Vec::<String>::new());
+}
+
+#[test]
+fn a_block_that_does_not_hold_what_it_is_shared_for_is_refused_and_nothing_changes() {
+    let mut table = table();
+    table.open(&open(3, 40)).unwrap();
+    // Block 3 is full, 0 is not, 1 was never granted.
+    table.begin_step(&step(&run_of(1, 16..20), &[(1, 0)])).unwrap();
+    let cases = [
+        (sharing(step(&run_of(3, 16..17), &[(3, 0)]), &[0]), 0, "not full"),
+        (sharing(step(&run_of(3, 16..17), &[(3, 1)]), &[0]), 1, "not full"),
+        (sharing(step(&run_of(3, 32..33), &[(3, 3), (3, 3)]), &[0, 1]), 3, "another place"),
+        (sharing(step(&run_of(3, 16..17), &[(3, 1), (3, 3)]), &[1]), 3, "of its own came before"),
+        // Granted empty in the same step, so that what it held is gone.
+        (sharing(step(&run_of(3, 16..17), &[(2, 5), (3, 5)]), &[1]), 5, "not full"),
+        // One token, of which nothing can be there already.
+        (sharing(step(&run_of(2, 16..17), &[(2, 3)]), &[0]), 3, "with a token behind it"),
+        // Its first 16 rows are its own.
+        (sharing(step(&run_of(1, 20..21), &[(1, 3)]), &[0]), 3, "of its own came before"),
+    ];
+    let before = state(&table);
+    for (step, found, words) in cases {
+        match table.begin_step(&step).map(|_| ()) {
+            Err(StageFault::NotShareable { block, why, .. }) => {
+                assert!(block == found && why.contains(words), "{block}: {why}");
+            }
+            other => panic!("{other:?} where {words} was expected"),
+        }
+        assert_eq!(state(&table), before);
+    }
+    // What is right about the grants and wrong about the rows changes nothing either.
+    let gap = sharing(step(&run_of(3, 15..16), &[(3, 3), (3, 5)]), &[0]);
+    let fault = StageFault::PositionGap { sequence: SequenceId(3), found: 15, expected: 16 };
+    assert_eq!(table.begin_step(&gap).map(|_| ()), Err(fault));
+    let range = sharing(step(&run_of(3, 16..17), &[(3, 8)]), &[0]);
+    let fault = StageFault::BlockOutOfRange { sequence: SequenceId(3), block: 8, max: 8 };
+    assert_eq!(table.begin_step(&range).map(|_| ()), Err(fault));
+    assert_eq!(state(&table), before);
+
+    // Filled with another adapter; and written anew since.
+    table.open(&Open { adapter: Some(AdapterId(9)), ..open(2 + 8, 40) }).unwrap_err();
+    table.close(&close(2)).unwrap();
+    table.open(&Open { adapter: Some(AdapterId(9)), ..open(4, 40) }).unwrap();
+    let adapted = sharing(step(&run_of(4, 16..17), &[(4, 3), (4, 5)]), &[0]);
+    let fault = table.begin_step(&adapted).map(|_| ()).unwrap_err();
+    assert!(fault.to_string().contains("another adapter"), "{fault}");
+    table.close(&close(1)).unwrap();
+    table.begin_step(&step(&run_of(4, 0..1), &[(4, 3)])).unwrap();
+    let gone = sharing(step(&run_of(3, 16..17), &[(3, 3), (3, 5)]), &[0]);
+    let fault = table.begin_step(&gone).map(|_| ()).unwrap_err();
+    assert!(fault.to_string().contains("not full"), "{fault}");
+    assert_eq!(table.check(), Vec::<String>::new());
 }
 
 #[test]

@@ -195,6 +195,7 @@ impl HeadTraces {
                     }
                 }
             }
+            HeadEvent::Reused { .. } => {}
             HeadEvent::Done { .. } | HeadEvent::Vector { .. } => self.end(key, "done", None),
             HeadEvent::Failed { code, .. } => self.end(key, "failed", Some(code.label())),
         }

@@ -193,6 +193,7 @@ pub async fn welcome_with(
                 // These workers serve no model that is fetched.
                 WorkerMessage::Blobs { .. } => {}
                 WorkerMessage::Adapters(held) => said.adapters = held,
+                WorkerMessage::Prefixes(_) => {}
             });
         }
     });

@@ -68,11 +68,12 @@ fn many(from: u64, seeds: u64, bug: Option<Bug>) -> ExitCode {
     );
     let [events, faults, tokens, losses, stale, reigns, compactions, operations, quarantined, ..] =
         caught.counts;
-    let [.., preemptions, changes] = caught.counts;
+    let [.., preemptions, changes, reused] = caught.counts;
     println!(
         "{events} events, {faults} faults, {tokens} tokens, {losses} attempts lost, {stale} stale \
          events, {reigns} reigns, {compactions} compactions, {operations} operations, {quarantined} \
-         quarantined, {preemptions} preemptions, {changes} changes; the longest is seed {} with {:.1?}",
+         quarantined, {preemptions} preemptions, {changes} changes, {reused} \
+         prompts reused; the longest is seed {} with {:.1?}",
         caught.longest.1, caught.longest.0
     );
     let Some(first) = &caught.first else { return ExitCode::SUCCESS };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use shoal_coordinator::dispatch::Sequence;
 use shoal_protocol::id::{Attempt, DeploymentName, NodeId, RequestId, TokenId};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::SamplingRecord;
 
 use super::dice::Dice;
@@ -76,9 +77,13 @@ impl Choice {
 impl Client {
     /// A client that will ask.
     pub fn draw(dice: &mut Dice, deployment: DeploymentName) -> Self {
-        let prompt: Vec<u32> =
+        let mut prompt: Vec<u32> =
             (0..dice.range(1, 24)).map(|_| dice.range(0, u64::from(VOCAB)) as u32).collect();
         let mut sampling = SamplingRecord { seed: dice.bits(), ..SamplingRecord::GREEDY };
+        if sampling.seed & 1 == 0 {
+            // Every second one begins as all of these do.
+            (7..).zip(&mut prompt).for_each(|(place, token)| *token = place * 5 % VOCAB);
+        }
         if dice.one_in(2) {
             sampling.temperature = 0.9;
         }
@@ -125,6 +130,8 @@ impl Client {
                 stop_tokens: Arc::clone(&self.stop_tokens),
                 max_tokens: self.max_tokens,
                 adapter: None,
+                tenant: Some(Tenant(u128::from(self.sampling.seed >> 1 & 1))),
+                reused: 0,
             });
         }
         sequences

@@ -156,6 +156,9 @@ impl World {
         let life = known.map(|link| link.life);
         let Some(answer) = process.desk.answers.get_mut(&request) else { return };
         answer.sequence.attempt = answer.recovery.attempt();
+        answer.sequence.reused = 0;
+        // Every build here is the same one.
+        let tenant = answer.sequence.tenant;
         let left_ms = answer.deadline.saturating_sub(self.now) / 1_000;
         let mut generate = answer.sequence.generate(ticket.replica, left_ms.max(1));
         let received = answer.sequence.received.len() as u32;
@@ -177,7 +180,7 @@ impl World {
                     id,
                     head,
                     life,
-                    Payload::Generate { from: id, life: process.life, generate },
+                    Payload::Generate { from: id, life: process.life, generate, tenant },
                 );
             }
         }
@@ -205,7 +208,7 @@ impl World {
                 self.deliver(process, request, token.id);
             }
             // No model of the simulator is an encoder.
-            Taken::Vector(_) => {}
+            Taken::Vector(_) | Taken::Noted => {}
             Taken::Stale => {
                 self.checks.stale += 1;
                 if let Some(token) = again.filter(|_| self.bug == Some(Bug::StaleDelivered)) {
@@ -430,6 +433,7 @@ fn rename(event: &mut HeadEvent, attempt: Attempt) {
         HeadEvent::Token { header, .. } => header.attempt = attempt.0,
         HeadEvent::Done { header, .. } => header.attempt = attempt.0,
         HeadEvent::Failed { header, .. } => header.attempt = attempt.0,
+        HeadEvent::Reused { header } => header.attempt = attempt.0,
         HeadEvent::Vector { header, .. } => header.attempt = attempt.0,
     }
 }

@@ -247,6 +247,7 @@ impl World {
             deployments: BTreeMap::new(),
             adapters: BTreeMap::new(),
             shards: Vec::new(),
+            prefixes: Vec::new(),
             workers_connected: connected().count(),
             workers_total: state.nodes.workers().count(),
             protocol: state.lowest_protocol(),

@@ -4,6 +4,7 @@ use shoal_protocol::activation::Samples;
 use shoal_protocol::control::HeadReport;
 use shoal_protocol::error::ErrorCode;
 use shoal_protocol::id::{Attempt, NodeId, RequestId};
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::{FailedHeader, Generate, HeadEvent};
 use shoal_protocol::units::Instant;
 use shoal_shard_worker::agent::lifecycle::ShardKey;
@@ -43,7 +44,7 @@ impl World {
         id: NodeId,
         process: &mut WorkerProcess,
         (from, life): (NodeId, u64),
-        generate: Generate,
+        (generate, tenant): (Generate, Option<Tenant>),
     ) {
         let key = process.head(&generate);
         let shard = key.and_then(|key| process.shards.get_mut(&key));
@@ -56,7 +57,7 @@ impl World {
         let name = (generate.request, generate.attempt, generate.choice);
         shard.clients.insert(client, Client { from, life, name });
         let request = Box::new(generate);
-        self.engine(id, process, key, engine::Event::Submit { key: client, request });
+        self.engine(id, process, key, engine::Event::Submit { key: client, request, tenant });
     }
 
     /// Nobody wants an answer any more.
@@ -196,11 +197,15 @@ impl World {
         event: HeadEvent,
     ) {
         let Some(shard) = process.shards.get_mut(&key) else { return };
-        let last = !matches!(event, HeadEvent::Token { .. });
+        let last = event.is_last();
         let to =
             if last { shard.clients.remove(&client) } else { shard.clients.get(&client).copied() };
         let Some(to) = to else { return };
-        self.checks.tokens += u64::from(!last);
+        match event {
+            HeadEvent::Token { .. } => self.checks.tokens += 1,
+            HeadEvent::Reused { .. } => self.checks.reused += 1,
+            _ => {}
+        }
         self.send(id, to.from, to.life, Payload::Head(event));
     }
 }

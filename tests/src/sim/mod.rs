@@ -44,7 +44,7 @@ use std::time::Duration;
 use world::World;
 
 /// How much is counted of a run.
-pub const COUNTS: usize = 11;
+pub const COUNTS: usize = 12;
 
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +58,8 @@ pub struct Report {
     /// How much time passed in it.
     pub simulated: Duration,
     /// Events, faults, tokens, attempts that were lost, events of old attempts, reigns, compactions,
-    /// operations, quarantined answers, preemptions, changes by the operator.
+    /// operations, quarantined answers, preemptions, changes by the operator, prompts of which a head had
+    /// some already.
     pub counts: [u64; COUNTS],
 }
 
@@ -89,6 +90,7 @@ pub fn run(seed: u64, bug: Option<Bug>) -> Report {
             checks.quarantined,
             checks.preemptions,
             checks.changes,
+            checks.reused,
         ],
     }
 }

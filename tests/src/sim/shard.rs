@@ -124,6 +124,7 @@ impl Shard {
             queue_max: 12,
             prefill_rows_min: 4,
             split_rows_min: 2,
+            prefix_key: Some([generation.0 as u8; 32]),
             ..EngineConfig::of_plan(plan, VOCAB)
         };
         // Whatever were wrong with the settings would leave the replica without a head.

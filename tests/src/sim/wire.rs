@@ -5,6 +5,7 @@ use shoal_coordinator::control::state::Change;
 use shoal_protocol::control::{Register, Report};
 use shoal_protocol::id::{Attempt, NodeId, RequestId};
 use shoal_protocol::plan::Assignment;
+use shoal_protocol::prefix::Tenant;
 use shoal_protocol::request::{Generate, HeadEvent};
 use shoal_shard_worker::agent::lifecycle::{LoadId, ShardKey};
 
@@ -25,7 +26,7 @@ pub enum Payload {
     /// A coordinator says what it should be.
     Assign { from: NodeId, session: u64, epoch: u64, assignments: Vec<Assignment> },
     /// A coordinator asks a head for an answer.
-    Generate { from: NodeId, life: u64, generate: Box<Generate> },
+    Generate { from: NodeId, life: u64, generate: Box<Generate>, tenant: Option<Tenant> },
     /// Or does not want it any more.
     Cancel { request: RequestId, attempt: Attempt, choice: u32 },
     /// A head says something of an answer.

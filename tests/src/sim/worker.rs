@@ -153,8 +153,8 @@ impl World {
             Payload::Assign { from, session, epoch, assignments } => {
                 world.assigned(id, process, (from, session), epoch, assignments);
             }
-            Payload::Generate { from, life, generate } => {
-                world.generate(id, process, (from, life), *generate);
+            Payload::Generate { from, life, generate, tenant } => {
+                world.generate(id, process, (from, life), (*generate, tenant));
             }
             Payload::Cancel { request, attempt, choice } => {
                 world.cancelled(id, process, (request, attempt, choice));

@@ -314,5 +314,7 @@ fn sequence(request: RequestId, index: u32, input: &Arc<[TokenId]>) -> Sequence 
         stop_tokens: Arc::from([]),
         max_tokens: 0,
         adapter: None,
+        tenant: None,
+        reused: 0,
     }
 }

@@ -1,5 +1,6 @@
-//! **KV blocks balance.** Between any two calls each block of an engine is free once or in exactly one
-//! running sequence, each stage's table has for its sequences exactly the blocks that they need, and
+//! **KV blocks balance.** Between any two calls each block of an engine is free once, or known and idle, or
+//! held as often as running sequences have it, none of which may still write to it where there are two; each
+//! stage's table has for its sequences exactly the blocks that they need, and
 //! when all is over no engine holds a block, no stage a sequence, and no head has somebody waiting.
 
 use shoal_protocol::id::NodeId;

@@ -60,6 +60,8 @@ pub struct Checks {
     pub preemptions: u64,
     /// Changes of what is to be.
     pub changes: u64,
+    /// Prompts of which a head had some already.
+    pub reused: u64,
     /// Tokens that heads made.
     pub tokens: u64,
     /// Things that went wrong.
