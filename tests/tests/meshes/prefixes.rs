@@ -80,8 +80,7 @@ fn a_prompt_asked_again_is_not_computed_again_and_answered_alike_over_stages_and
             || metric(&up, "shoal_prefix_lookups_total", model)? < 7.0
         {
             ensure!(Instant::now() < until, "{model}: the metrics know of no {tokens} tokens");
-            // Nobody is told when a report comes.
-            #[allow(clippy::disallowed_methods)]
+            #[allow(clippy::disallowed_methods, reason = "metrics have no event to wait for")]
             std::thread::sleep(LOOK);
         }
         ensure!(metric(&up, "shoal_prefix_hits_total", model)? == 5.0);
