@@ -6,7 +6,7 @@
 //!
 //! One vector load gives the weights of 16 outputs for one `k`, and a thread that owns panels
 //! streams through memory once. The outputs of the last panel that do not exist are zeros. Where weights
-//! share a scale, a panel is a row of whole blocks ([`blocks`]); columns that its last one
+//! share a scale, a panel is a row of whole blocks ([`super::blocks`]); columns that its last one
 //! has beyond those of the matrix count nothing.
 //!
 //! Matrices that are asked for together lie side by side in one memory, which is freed with the last
